@@ -1,6 +1,17 @@
 """RLHF with PPO on one GPU: an extension of Hugging Face TRL in which four roles share one base model."""
 
+from trl_ext.callbacks import AdaptiveKLCallback, RolloutCallback
+from trl_ext.controllers import AdaptiveKLController, FixedKLController, PIKLController
 from trl_ext.roles import SharedBase
 from trl_ext.trainers import PPOConfig, PPOTrainer
 
-__all__ = ["PPOConfig", "PPOTrainer", "SharedBase"]
+__all__ = [
+    "AdaptiveKLCallback",
+    "AdaptiveKLController",
+    "FixedKLController",
+    "PIKLController",
+    "PPOConfig",
+    "PPOTrainer",
+    "RolloutCallback",
+    "SharedBase",
+]

@@ -66,6 +66,7 @@ def generate(
     config: GenerationConfig,
     batch_size: int,
     chat_template_kwargs: dict[str, Any] | None = None,
+    **how: Any,
 ) -> Rollout:
     """Sample one completion for each prompt.
 
@@ -74,6 +75,7 @@ def generate(
         prompts: plain texts, or conversations (lists of messages); all of one kind.
         config: sampling settings; its `eos_token_id` (list) ends a completion, its `pad_token_id` fills up.
         batch_size: prompts generated at a time.
+        **how: further arguments of the policy's `generate`.
 
     Returns:
         The rollout, rows in the order of `prompts`, on the CPU.
@@ -87,6 +89,7 @@ def generate(
             input_ids=prompt_ids.to(policy.device),
             attention_mask=prompt_mask.long().to(policy.device),
             generation_config=config,
+            **how,
         )
         completion_ids, completion_mask, has_eos = cut_at_eos(
             produced[:, prompt_ids.shape[1] :].cpu(), torch.tensor(config.eos_token_id), config.pad_token_id

@@ -120,26 +120,40 @@ class ScorePass(_TensorRecord):
 
 
 @dataclass(frozen=True)
-class Experience(_TensorRecord):
-    """A scored rollout of all processes, ready to train on: the unit that an interrupted run must restore.
-
-    Attributes:
-        rollout, scores, score_pass: what went in.
-        kl: (batch, tokens) per-token KL to the reference, by the configured estimator.
-        rewards: (batch, tokens), KL and score together.
-        advantages: (batch, tokens).
-        returns: (batch, tokens), the value loss's targets.
-        loss_mask: (batch, tokens), the tokens that are trained on: the real ones of rows that got a score.
-    """
+class Judged(_TensorRecord):
+    """A rollout of all processes and what everyone says about it."""
 
     rollout: Rollout
     scores: Scores
     score_pass: ScorePass
+
+
+@dataclass(frozen=True)
+class Shaped(Judged):
+    """A judged rollout with one reward a token.
+
+    Attributes:
+        kl: (batch, tokens) per-token KL to the reference, by the configured estimator.
+        rewards: (batch, tokens), KL and score together.
+        loss_mask: (batch, tokens), the tokens that are trained on: the real ones of rows that got a score.
+    """
+
     kl: Tensor
     rewards: Tensor
+    loss_mask: Tensor
+
+
+@dataclass(frozen=True)
+class Experience(Shaped):
+    """A rollout ready to train on: the unit that an interrupted run must restore.
+
+    Attributes:
+        advantages: (batch, tokens).
+        returns: (batch, tokens), the value loss's targets.
+    """
+
     advantages: Tensor
     returns: Tensor
-    loss_mask: Tensor
 
 
 def concatenate(records: Sequence[_Record], pad_token_id: int) -> _Record:

@@ -206,10 +206,12 @@ def make_experience(trainer: PPOTrainer) -> Experience:
 def accumulate(trainer: PPOTrainer, experience: Experience) -> Gradients:
     """Gradients of the first minibatch of `experience` as the trainer accumulates them over its micro-batches."""
     trainer.model.zero_grad()
-    parts = trainer._plan_step(experience, 0)
-    assert len(parts) == 3 and sorted(torch.cat(parts).tolist()) == list(range(6))
-    for rows in parts:
-        trainer.update(trainer.model, experience.rows(rows))
+    updater = trainer.updater
+    assert updater.idle
+    for part in range(3):
+        updater(trainer.model, experience)
+        assert updater.idle == (part == 2)
+    assert updater.finish_minibatch()
     return gradients(trainer.base)
 
 

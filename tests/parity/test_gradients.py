@@ -66,7 +66,7 @@ def test_both_clips_bite(base_folder: Path, tmp_path: Path) -> None:
     trainer = ppo.make_trainer(base, tmp_path)
     experience = ppo.make_experience(trainer)
     ppo.accumulate(trainer, experience)
-    watched = trainer._metrics.drain()
+    watched = trainer.metrics.drain()
     assert 0.05 < watched["policy/clipfrac_avg"] < 0.95
     assert 0.05 < watched["val/clipfrac_avg"] < 0.95
 
@@ -226,7 +226,7 @@ def test_without_learning_every_ratio_is_one(tmp_path: Path, family: str, value:
     )
     ratios: list[Tensor] = []
     lengths: set[tuple[int, int]] = set()
-    add_tokens = trainer._metrics.add_tokens
+    add_tokens = trainer.metrics.add_tokens
 
     def watch(values: dict[str, Tensor], mask: Tensor) -> None:
         if "val/ratio" in values:
@@ -235,7 +235,7 @@ def test_without_learning_every_ratio_is_one(tmp_path: Path, family: str, value:
         lengths.update(zip(rollout.prompt_mask.sum(1).tolist(), rollout.completion_mask.sum(1).tolist(), strict=True))
         add_tokens(values, mask)
 
-    trainer._metrics.add_tokens = watch  # type: ignore[method-assign]
+    trainer.metrics.add_tokens = watch  # type: ignore[method-assign]
     trainer.train()
     logged = [row for row in trainer.state.log_history if "val/ratio" in row]
     assert len(logged) == 12 and len(ratios) == 12 * 3

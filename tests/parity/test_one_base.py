@@ -120,7 +120,7 @@ def test_logits_exist_in_tiles_only(wide: SharedBase, monkeypatch: pytest.Monkey
     """With tiles of two rows no tensor of more than two rows of logits is ever made, let alone kept."""
     batch = tiny.padded_batch(vocabulary=VOCABULARY)
     expected = wide.logprobs(*batch.args)
-    monkeypatch.setattr(logprobs_module, "TILE_ELEMENTS", 2 * VOCABULARY)
+    monkeypatch.setitem(logprobs_module.TILE_ELEMENTS, "cpu", 2 * VOCABULARY)
     with _LargestTensor({p.untyped_storage().data_ptr() for p in wide.parameters()}) as watch:
         got = wide.logprobs(*batch.args)
         got.sum().backward()

@@ -30,7 +30,7 @@ ARROWS: dict[str, set[str]] = {
     "feedback": {"core", "types"},
     "roles": {"core", "types", "_trl"},
     "diagnostics": {"core", "types"},
-    "callbacks": {"controllers", "diagnostics", "types"},
+    "callbacks": {"controllers", "core", "diagnostics", "types"},
     "trainers": LOGIC | {"_trl"},
     "demo": {"rewards", "feedback", "_trl"},
     "launch": LOGIC | {"trainers", "demo", "_trl"},

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from tests.helpers import rollout
 from trl_ext.trainers.experience import explained_variance, make_experience, summarize
 from trl_ext.trainers.ppo_config import PPOConfig
-from trl_ext.types import Rollout, ScorePass, Scores
+from trl_ext.types import Judged, Rollout, ScorePass, Scores
 
 NAN, INF = float("nan"), float("inf")
 LENGTHS, ENDED = [4, 1, 3, 2, 4], [False, True, True, True, False]
@@ -36,10 +37,10 @@ def pass_over(answers: Rollout, seed: int = 0) -> ScorePass:
 
 
 @pytest.fixture
-def judged() -> tuple[Rollout, Scores, ScorePass]:
+def judged() -> Judged:
     answers = rollout(LENGTHS, ENDED)
     total = torch.tensor(TOTALS, dtype=torch.float64)
-    return answers, Scores(total, total.unsqueeze(1)), pass_over(answers)
+    return Judged(answers, Scores(total, total.unsqueeze(1)), pass_over(answers))
 
 
 def whitened(rows: dict[int, Row], keep_mean: bool) -> dict[int, Row]:
@@ -91,22 +92,24 @@ def by_loop(pass_: ScorePass, args: PPOConfig) -> dict[str, dict[int, Row]]:
     ],
     ids=lambda settings: "+".join(settings) or "defaults",
 )
-def test_against_a_loop(settings: dict[str, Any], judged: tuple[Rollout, Scores, ScorePass], tmp_path: Path) -> None:
+def test_against_a_loop(settings: dict[str, Any], judged: Judged, tmp_path: Path) -> None:
     args = config(tmp_path, **settings)
-    experience = make_experience(*judged, args)
-    for name, rows in by_loop(judged[2], args).items():
+    experience = make_experience(judged, args)
+    for name, rows in by_loop(judged.score_pass, args).items():
         for i, row in rows.items():
             padding = [0.0] * (max(LENGTHS) - LENGTHS[i])
             assert getattr(experience, name)[i].tolist() == pytest.approx([*row, *padding], rel=1e-9, abs=1e-9), name
 
 
-def test_what_goes_in_comes_out(judged: tuple[Rollout, Scores, ScorePass], tmp_path: Path) -> None:
-    experience = make_experience(*judged, config(tmp_path))
-    assert (experience.rollout, experience.scores, experience.score_pass) == judged
+def test_what_goes_in_comes_out(judged: Judged, tmp_path: Path) -> None:
+    experience = make_experience(judged, config(tmp_path))
+    assert experience.rollout is judged.rollout
+    assert experience.scores is judged.scores
+    assert experience.score_pass is judged.score_pass
 
 
-def test_a_row_without_a_score_is_left_out(judged: tuple[Rollout, Scores, ScorePass], tmp_path: Path) -> None:
-    experience = make_experience(*judged, config(tmp_path, whiten_rewards=True))
+def test_a_row_without_a_score_is_left_out(judged: Judged, tmp_path: Path) -> None:
+    experience = make_experience(judged, config(tmp_path, whiten_rewards=True))
     assert experience.loss_mask.sum(dim=1).tolist() == [4, 1, 0, 2, 4]
     for name in ("rewards", "advantages", "returns", "kl"):
         assert bool(getattr(experience, name).isfinite().all()), name
@@ -115,21 +118,20 @@ def test_a_row_without_a_score_is_left_out(judged: tuple[Rollout, Scores, ScoreP
 
 @pytest.mark.parametrize("whiten_rewards", [True, False])
 def test_a_row_without_a_score_changes_nothing_for_the_others(
-    whiten_rewards: bool, judged: tuple[Rollout, Scores, ScorePass], tmp_path: Path
+    whiten_rewards: bool, judged: Judged, tmp_path: Path
 ) -> None:
     args = config(tmp_path, whiten_rewards=whiten_rewards)
     others = torch.tensor(SCORED)
-    without = make_experience(*(record.rows(others) for record in judged), args)
-    among = make_experience(*judged, args).rows(others)
+    without = make_experience(judged.rows(others), args)
+    among = make_experience(judged, args).rows(others)
     for name in ("rewards", "advantages", "returns", "loss_mask"):
         torch.testing.assert_close(getattr(among, name), getattr(without, name), rtol=1e-12, atol=1e-12)
 
 
-def test_no_row_has_a_score(judged: tuple[Rollout, Scores, ScorePass], tmp_path: Path) -> None:
-    answers, _, pass_ = judged
+def test_no_row_has_a_score(judged: Judged, tmp_path: Path) -> None:
     nothing = Scores(torch.full((5,), NAN), torch.full((5, 1), NAN))
     args = config(tmp_path, whiten_rewards=True, missing_eos_penalty=1.0)
-    experience = make_experience(answers, nothing, pass_, args)
+    experience = make_experience(replace(judged, scores=nothing), args)
     assert not experience.loss_mask.any()
     assert experience.advantages.abs().sum().item() == experience.returns.abs().sum().item() == 0.0
     metrics = summarize(experience, args, ["judge"])
@@ -152,7 +154,7 @@ def by_hand(folder: Path, **changes: Any) -> dict[str, float]:
         reward_scores=torch.full((3,), NAN),
     )
     args = config(folder, kl_coef=0.1, **changes)
-    return summarize(make_experience(answers, scores, pass_, args), args, ["first", "second"])
+    return summarize(make_experience(Judged(answers, scores, pass_), args), args, ["first", "second"])
 
 
 def test_summary_by_hand(tmp_path: Path) -> None:
@@ -179,6 +181,7 @@ def test_summary_by_hand(tmp_path: Path) -> None:
         "rewards/first/std": 1,
         "rewards/second/mean": 2,
         "rewards/second/std": 0,
+        "rewards/correlation/first~second": 0,  # one row that both scored
     }
     assert metrics == pytest.approx(expected, rel=1e-5)
     assert all(type(value) is float for value in metrics.values())

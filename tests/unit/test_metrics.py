@@ -80,7 +80,7 @@ def experience() -> Experience:
         torch.tensor([[-1.0, -2.0], [-0.5, NAN]]), zeros, torch.tensor([[-1.5, -1.0], [-1.0, NAN]]), zeros, zeros[:, 0]
     )
     scores = Scores(torch.tensor([1.0, -2.0]), torch.tensor([[0.5, 0.5], [-3.0, 1.0]]))
-    return Experience(answers, scores, pass_, zeros, zeros, zeros, zeros, answers.completion_mask)
+    return Experience(answers, scores, pass_, zeros, zeros, answers.completion_mask, zeros, zeros)
 
 
 def test_one_row_a_completion(experience: Experience) -> None:

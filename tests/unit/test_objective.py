@@ -13,6 +13,7 @@ from trl_ext.trainers.ppo_config import PPOConfig
 from trl_ext.types import Experience, ScorePass, Scores
 
 LENGTHS = [4, 2, 3]
+PENALTY = 0.7
 NUM_TOKENS = 20  # of a minibatch that this micro-batch is a part of
 
 
@@ -41,7 +42,7 @@ def batch() -> Experience:
     loss_mask[1] = False  # a row without a score
     pass_ = ScorePass(old - 2, zeros, reference - 2, values, zeros[:, 0])
     scores = Scores(zeros[:, 0], zeros[:, :1])
-    return Experience(answers, scores, pass_, zeros, zeros, advantages, returns, loss_mask)
+    return Experience(answers, scores, pass_, zeros, zeros, loss_mask, advantages, returns)
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def tokens(mask: Tensor, *columns: Tensor) -> list[tuple[float, ...]]:
 
 
 def test_policy(batch: Experience, said: dict[str, Tensor], args: PPOConfig) -> None:
-    loss, watched = policy_loss(batch, said, torch.tensor(NUM_TOKENS), args)
+    loss, watched = policy_loss(batch, said, torch.tensor(NUM_TOKENS), args, PENALTY)
     terms, log_ratios, clipped = [], [], []
     for new, old, advantage in tokens(batch.loss_mask, said["logprobs"], batch.score_pass.logprobs, batch.advantages):
         ratio = math.exp(new - old)
@@ -89,7 +90,7 @@ def test_policy(batch: Experience, said: dict[str, Tensor], args: PPOConfig) -> 
 
 
 def test_value(batch: Experience, said: dict[str, Tensor], args: PPOConfig) -> None:
-    loss, watched = value_loss(batch, said, torch.tensor(NUM_TOKENS), args)
+    loss, watched = value_loss(batch, said, torch.tensor(NUM_TOKENS), args, PENALTY)
     terms, clipped = [], []
     for new, old, target in tokens(batch.loss_mask, said["values"], batch.score_pass.values, batch.returns):
         bounded = min(max(new, old - 0.3), old + 0.3)
@@ -111,7 +112,7 @@ def test_value(batch: Experience, said: dict[str, Tensor], args: PPOConfig) -> N
 def test_a_step_down_the_gradient_makes_good_tokens_likelier(batch: Experience, args: PPOConfig) -> None:
     """At the start of an update, where new and old are equal, the slope is -advantage / tokens."""
     logprobs = batch.score_pass.logprobs.clone().requires_grad_()
-    loss, _ = policy_loss(batch, {"logprobs": logprobs, "entropy": logprobs.detach()}, torch.tensor(NUM_TOKENS), args)
+    loss, _ = policy_loss(batch, {"logprobs": logprobs, "entropy": logprobs.detach()}, torch.tensor(NUM_TOKENS), args, PENALTY)
     loss.backward()
     assert logprobs.grad is not None
     expected = [-a / NUM_TOKENS for a in batch.advantages[batch.loss_mask].tolist()]

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import threading
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +17,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from tests.helpers import CHAT_TEMPLATE, rollout, tiny_classifier, word_tokenizer
-from trl_ext.rewards import Scorer, name_of, weighted_total
+from trl_ext.rewards import Combination, RewardError, Scorer, name_of, weighted_total
 from trl_ext.rewards.sentiment import _analyzer, vader_sentiment
 from trl_ext.types import Rollout
 
@@ -63,23 +64,18 @@ def test_what_a_function_receives() -> None:
 
 
 def test_weighted_sum_of_several_functions() -> None:
-    scorer = Scorer([constant(1.0, 2.0, 3.0), constant(10.0, -10.0, 0.5)], weights=[2.0, -0.5])
-    scores = scorer(ROLLOUT, {})
-    assert scores.by_function.tolist() == [[1.0, 10.0], [2.0, -10.0], [3.0, 0.5]]
-    assert scores.total.tolist() == [2.0 - 5.0, 4.0 + 5.0, 6.0 - 0.25]
-
-
-def test_weights_are_1_unless_given() -> None:
-    assert Scorer([constant(1, 2, 3), constant(0.5, 0.5, 0.5)])(ROLLOUT, {}).total.tolist() == [1.5, 2.5, 3.5]
+    by_function = Scorer([constant(1.0, 2.0, 3.0), constant(10.0, -10.0, 0.5)])(ROLLOUT, {})
+    assert by_function.tolist() == [[1.0, 10.0], [2.0, -10.0], [3.0, 0.5]]
+    assert Combination([2.0, -0.5])(by_function).tolist() == [2.0 - 5.0, 4.0 + 5.0, 6.0 - 0.25]
 
 
 def test_none_abstains_as_in_trl() -> None:
     """Functions that said None are left out of the sum, weights unchanged; a row of Nones has no score."""
-    scorer = Scorer([constant(1.0, None, None), constant(4.0, 3.0, None)], weights=[1.0, 0.5])
-    scores = scorer(ROLLOUT, {})
-    assert scores.by_function.isnan().tolist() == [[False, False], [True, False], [True, True]]
-    assert scores.total[:2].tolist() == [3.0, 1.5]
-    assert math.isnan(scores.total[2])
+    by_function = Scorer([constant(1.0, None, None), constant(4.0, 3.0, None)])(ROLLOUT, {})
+    assert by_function.isnan().tolist() == [[False, False], [True, False], [True, True]]
+    total = Combination([1.0, 0.5])(by_function)
+    assert total[:2].tolist() == [3.0, 1.5]
+    assert math.isnan(total[2])
 
 
 def test_weighted_total_alone() -> None:
@@ -91,14 +87,14 @@ def test_weighted_total_alone() -> None:
 
 @pytest.mark.parametrize("values", [(1, 0, 1), (True, False, True), (torch.tensor(1.0), torch.tensor(0), 1.0)])
 def test_numbers_of_any_kind(values: tuple[Any, ...]) -> None:
-    total = Scorer([constant(*values)])(ROLLOUT, {}).total
+    total = Scorer([constant(*values)])(ROLLOUT, {})[:, 0]
     assert total.tolist() == [1.0, 0.0, 1.0]
     assert total.dtype == torch.float32
 
 
 @pytest.mark.parametrize("values", [(1.0, 2.0, 3.0), torch.tensor([1.0, 2.0, 3.0])], ids=["tuple", "tensor"])
 def test_sequences_beside_lists(values: Any) -> None:
-    assert Scorer([lambda **_: values])(ROLLOUT, {}).total.tolist() == [1.0, 2.0, 3.0]
+    assert Scorer([lambda **_: values])(ROLLOUT, {})[:, 0].tolist() == [1.0, 2.0, 3.0]
 
 
 # Async ---------------------------------------------------------------------------------------------------------------
@@ -113,7 +109,7 @@ def test_async_and_sync_mixed_keep_their_columns() -> None:
         return [200.0, None, 200.0]
 
     scorer = Scorer([late, constant(1.0, 2.0, 3.0), early])
-    by_function = scorer(ROLLOUT, {}).by_function
+    by_function = scorer(ROLLOUT, {})
     assert by_function.nan_to_num(-1.0).tolist() == [[100.0, 1.0, 200.0], [100.0, 2.0, -1.0], [100.0, 3.0, 200.0]]
     assert scorer.names == ["late", "returns", "early"]
 
@@ -131,7 +127,7 @@ def test_async_functions_wait_together() -> None:
     async def bounded(**kwargs: Any) -> list[float]:
         return await asyncio.wait_for(meet(**kwargs), timeout=5)
 
-    assert Scorer([bounded, bounded])(ROLLOUT, {}).total.tolist() == [2.0, 2.0, 2.0]
+    assert Scorer([bounded, bounded])(ROLLOUT, {}).tolist() == [[1.0, 1.0]] * 3
 
 
 def test_one_event_loop_for_the_whole_run() -> None:
@@ -155,7 +151,7 @@ def test_works_inside_a_running_event_loop() -> None:
         return [1.0, 2.0, 3.0]
 
     async def notebook() -> list[float]:
-        return Scorer([reward])(ROLLOUT, {}).total.tolist()
+        return Scorer([reward])(ROLLOUT, {})[:, 0].tolist()
 
     assert asyncio.run(notebook()) == [1.0, 2.0, 3.0]
 
@@ -164,43 +160,73 @@ def test_an_error_of_an_async_function_surfaces() -> None:
     async def reward(**_: Any) -> list[float]:
         raise ConnectionError("no answer")
 
-    with pytest.raises(ConnectionError, match="no answer"):
+    with pytest.raises(RewardError, match=r"^Reward function 'reward' raised ConnectionError: no answer\.") as raised:
         Scorer([reward])(ROLLOUT, {})
+    assert isinstance(raised.value.__cause__, ConnectionError)
+
+
+def test_an_error_of_a_sync_function_is_named() -> None:
+    def judge(**_: Any) -> list[float]:
+        raise KeyError("answer")
+
+    with pytest.raises(RewardError, match=r"^Reward function 'judge' raised KeyError: 'answer'\.") as raised:
+        Scorer([judge])(ROLLOUT, {})
+    assert isinstance(raised.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_function_that_hangs_is_given_up(kind: str) -> None:
+    release = threading.Event()
+
+    def hangs(**_: Any) -> list[float]:
+        release.wait(30)
+        return [0.0, 0.0, 0.0]
+
+    async def sleeps(**_: Any) -> list[float]:
+        await asyncio.sleep(30)
+        return [0.0, 0.0, 0.0]
+
+    scorer = Scorer([constant(1.0, 2.0, 3.0), hangs if kind == "sync" else sleeps], timeout=0.1)
+    name = "hangs" if kind == "sync" else "sleeps"
+    with pytest.raises(RewardError, match=rf"^Reward function '{name}' timed out \(0\.1 s\): .*reward_timeout"):
+        scorer(ROLLOUT, {})
+    release.set()
+
+
+def test_a_function_within_its_time_is_untouched() -> None:
+    assert Scorer([constant(1.0, 2.0, 3.0)], timeout=30.0)(ROLLOUT, {})[:, 0].tolist() == [1.0, 2.0, 3.0]
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("values", "error", "message"),
+    ("values", "message"),
     [
-        ([1.0, 2.0], ValueError, "returned 2 values for 3 completions"),
-        ([1.0] * 4, ValueError, "returned 4 values for 3 completions"),
-        ([], ValueError, "returned 0 values for 3 completions"),
-        ([1.0, "2.0", 3.0], ValueError, "returned '2.0' for completion 1"),
-        ([1.0, 2.0, INF], ValueError, "returned inf for completion 2"),
-        ([-INF, 2.0, 3.0], ValueError, "returned -inf for completion 0"),
-        ([1e39, 2.0, 3.0], ValueError, "for completion 0"),  # infinite in float32
-        ([10**400, 2.0, 3.0], ValueError, "for completion 0"),
-        ([[1.0], [2.0], [3.0]], ValueError, r"returned \[1.0\] for completion 0"),
-        ([{"score": 1.0}, 2.0, 3.0], ValueError, "for completion 0"),
-        (1.0, TypeError, "returned float: return a list"),
-        (None, TypeError, "returned NoneType: return a list"),
-        ("abc", TypeError, "returned str: return a list"),
-        ({"a": 1, "b": 2, "c": 3}, TypeError, "returned dict: return a list"),
+        ([1.0, 2.0], "returned 2 values for 3 completions"),
+        ([1.0] * 4, "returned 4 values for 3 completions"),
+        ([], "returned 0 values for 3 completions"),
+        ([1.0, "2.0", 3.0], "returned '2.0' for completion 1"),
+        ([1.0, NAN, 3.0], "returned nan for completion 1: return a finite number, or None to abstain"),
+        ([1.0, 2.0, INF], "returned inf for completion 2"),
+        ([-INF, 2.0, 3.0], "returned -inf for completion 0"),
+        ([1e39, 2.0, 3.0], "for completion 0"),  # infinite in float32
+        ([10**400, 2.0, 3.0], "for completion 0"),
+        ([[1.0], [2.0], [3.0]], r"returned \[1.0\] for completion 0"),
+        ([{"score": 1.0}, 2.0, 3.0], "for completion 0"),
+        (1.0, "returned float: return a list"),
+        (None, "returned NoneType: return a list"),
+        ("abc", "returned str: return a list"),
+        ({"a": 1, "b": 2, "c": 3}, "returned dict: return a list"),
     ],
 )
-def test_bad_return_values(values: Any, error: type[Exception], message: str) -> None:
+def test_bad_return_values(values: Any, message: str) -> None:
     def judge(**_: Any) -> Any:
         return values
 
-    with pytest.raises(error, match=rf"^Reward function 'judge'.*{message}") as raised:
+    with pytest.raises(RewardError, match=rf"^Reward function 'judge'.*{message}") as raised:
         Scorer([judge])(ROLLOUT, {})
     assert "\n" not in str(raised.value)
-
-
-def test_nan_is_an_abstention_like_none() -> None:
-    assert Scorer([constant(NAN, 1.0, None)])(ROLLOUT, {}).total.isnan().tolist() == [True, False, True]
 
 
 def test_bad_arguments() -> None:
@@ -208,8 +234,6 @@ def test_bad_arguments() -> None:
         TypeError, match=r"^A reward function must be a callable, a model or a model's name, not int\.$"
     ):
         Scorer([3])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match=r"^reward_weights has 1 entries for 2 reward functions: give one each\.$"):
-        Scorer([constant(), constant()], weights=[1.0])
     with pytest.raises(ValueError, match=r"^reward_processing_classes has 2 entries for 1 reward functions"):
         Scorer([constant()], tokenizers=[None, None])
 
@@ -278,7 +302,7 @@ def test_a_model_scores_prompt_and_completion() -> None:
     scorer = Scorer([model.train()], tokenizers=[tokenizer])
     total = scorer(
         texts(["the cat", "a", "the cat the"], [" sat", " dog", " cat sat sat"]), {"column": [1, 2, 3]}
-    ).total
+    )[:, 0]
     assert total.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -320,7 +344,7 @@ def test_a_model_scores_conversations_through_the_template() -> None:
         direct(model, [3, 5, 4, 7, 9, 1, 4, 3, 6, 4, 12, 1, 4]),
         direct(model, [3, 5, 4, 10, 1, 4, 3, 6, 4, 8, 11, 12, 1, 4]),
     ]
-    total = Scorer([model], tokenizers=[word_tokenizer(CHAT_TEMPLATE)])(texts(asks, answers), {}).total
+    total = Scorer([model], tokenizers=[word_tokenizer(CHAT_TEMPLATE)])(texts(asks, answers), {})[:, 0]
     assert total.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
@@ -329,7 +353,7 @@ def test_chat_template_kwargs_reach_the_models_template() -> None:
     template = "{{ messages[0]['content'] }} {{ messages[1]['content'] }}{% if loud %} bird{% endif %}"
     chat = texts([[{"role": "user", "content": "the"}]], [[{"role": "assistant", "content": "cat"}]])
     scorer = Scorer([model], tokenizers=[word_tokenizer(template)], chat_template_kwargs={"loud": True})
-    assert scorer(chat, {}).total.item() == pytest.approx(direct(model, [7, 9, 11]), rel=1e-4)
+    assert scorer(chat, {})[:, 0].item() == pytest.approx(direct(model, [7, 9, 11]), rel=1e-4)
 
 
 def test_a_model_by_its_folder_and_one_that_knows_its_folder(tmp_path: Path) -> None:
@@ -341,7 +365,7 @@ def test_a_model_by_its_folder_and_one_that_knows_its_folder(tmp_path: Path) -> 
     by_object = type(model).from_pretrained(folder)
     scorer = Scorer([str(folder), by_object])
     assert scorer.names == ["judge_1", "judge_2"]
-    by_function = scorer(texts(["the cat", "a"], [" sat", " dog"]), {}).by_function
+    by_function = scorer(texts(["the cat", "a"], [" sat", " dog"]), {})
     for column in by_function.unbind(dim=1):
         assert column.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 

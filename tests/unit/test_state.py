@@ -34,7 +34,7 @@ def experience(prompts: list[Any], seed: int = 0) -> Experience:
     )
     scores = Scores(torch.tensor([NAN, 0.1]), torch.tensor([[NAN, NAN], [0.1, -0.0]]))
     pass_ = ScorePass(tokens(), tokens().bfloat16(), tokens(), tokens(), torch.tensor([NAN, 1e-45]))
-    return Experience(answers, scores, pass_, tokens().T.contiguous().T, tokens(), tokens(), tokens(), mask.clone())
+    return Experience(answers, scores, pass_, tokens().T.contiguous().T, tokens(), mask.clone(), tokens(), tokens())
 
 
 def assert_same(a: Any, b: Any, name: str = "") -> None:

@@ -23,7 +23,7 @@ def record() -> Experience:
 
     pass_ = ScorePass(tokens(1), tokens(2), tokens(3), tokens(4), torch.tensor([0.0, 100.0, 200.0]))
     scores = Scores(torch.tensor([1.0, 101.0, 201.0]), torch.tensor([[2.0, 3.0], [102.0, 103.0], [202.0, 203.0]]))
-    return Experience(answers, scores, pass_, tokens(5), tokens(6), tokens(7), tokens(8), answers.completion_mask)
+    return Experience(answers, scores, pass_, tokens(5), tokens(6), answers.completion_mask, tokens(7), tokens(8))
 
 
 def leaves(record: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,13 +1,17 @@
 """The maths of RLHF with PPO as pure tensor functions, each beside its equation and its source."""
 
-from trl_ext.core.advantages import estimate_advantages
+from trl_ext.core.advantages import batch_baseline, estimate_advantages, rewards_to_go, sequence_returns
 from trl_ext.core.kl import KLEstimator, approx_kl
 from trl_ext.core.logprobs import token_logprobs
 from trl_ext.core.losses import (
     clipped_policy_loss,
+    clipped_policy_terms,
     clipped_value_loss,
+    kl_penalty_policy_terms,
     policy_clipped,
     probability_ratio,
+    reinforce_terms,
+    token_mean,
     value_clipped,
 )
 from trl_ext.core.masking import last_true, left_align, masked_mean, masked_sum, masked_var, masked_whiten
@@ -16,9 +20,12 @@ from trl_ext.core.shaping import penalize_missing_eos, shape_rewards
 __all__ = [
     "KLEstimator",
     "approx_kl",
+    "batch_baseline",
     "clipped_policy_loss",
+    "clipped_policy_terms",
     "clipped_value_loss",
     "estimate_advantages",
+    "kl_penalty_policy_terms",
     "last_true",
     "left_align",
     "masked_mean",
@@ -28,7 +35,11 @@ __all__ = [
     "penalize_missing_eos",
     "policy_clipped",
     "probability_ratio",
+    "reinforce_terms",
+    "rewards_to_go",
+    "sequence_returns",
     "shape_rewards",
     "token_logprobs",
+    "token_mean",
     "value_clipped",
 ]

@@ -6,7 +6,9 @@ import asyncio
 import inspect
 import math
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -15,19 +17,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_ext.rewards.protocol import RewardFunction, name_of
-from trl_ext.types import Rollout, Scores
+from trl_ext.types import Rollout
 
 
 class Scorer:
-    """Several reward functions and their weights, called as one.
+    """Several reward functions, called as one.
 
     Args:
         functions: callables (sync or async), models, or names of models.
-        weights: one a function; None: all 1.
         tokenizers: for the models among the functions, one a function; None: loaded from the model's name.
         device: where the models run.
         chat_template_kwargs: given to the chat template when a model scores conversations.
         trust_remote_code: passed on when a model is loaded by name.
+        timeout: most seconds that one call of a function may take; None: any.
 
     Raises:
         TypeError, ValueError: a function that cannot be called, or lists of different lengths.
@@ -36,25 +38,25 @@ class Scorer:
     def __init__(
         self,
         functions: Sequence[RewardFunction],
-        weights: Sequence[float] | None = None,
         tokenizers: Sequence[Any] | None = None,
         device: torch.device | str = "cpu",
         chat_template_kwargs: dict[str, Any] | None = None,
         trust_remote_code: bool = False,
+        timeout: float | None = None,
     ) -> None:
         tokenizers = list(tokenizers) if tokenizers is not None else [None] * len(functions)
-        for what, given in (("reward_weights", weights), ("reward_processing_classes", tokenizers)):
-            if given is not None and len(given) != len(functions):
-                raise ValueError(
-                    f"{what} has {len(given)} entries for {len(functions)} reward functions: give one each."
-                )
+        if len(tokenizers) != len(functions):
+            raise ValueError(
+                f"reward_processing_classes has {len(tokenizers)} entries for {len(functions)} reward functions: give "
+                "one each."
+            )
         for function in functions:
             if not callable(function) and not isinstance(function, str):
                 raise TypeError(
                     f"A reward function must be a callable, a model or a model's name, not {type(function).__name__}."
                 )
         self.names = _distinct([name_of(function) for function in functions])
-        self.weights = torch.tensor(list(weights) if weights is not None else [1.0] * len(functions))
+        self.timeout = timeout
         self._chat_template_kwargs = chat_template_kwargs or {}
         self._functions: list[Callable[..., Any]] = []
         for function, tokenizer in zip(functions, tokenizers, strict=True):
@@ -63,15 +65,16 @@ class Scorer:
             self._functions.append(function)
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def __call__(self, rollout: Rollout, columns: dict[str, list[Any]], **context: Any) -> Scores:
-        """Score every completion of `rollout`.
+    def __call__(self, rollout: Rollout, columns: dict[str, list[Any]], **context: Any) -> Tensor:
+        """Score every completion of `rollout`: (batch, functions), NaN where a function returned None.
 
         Args:
             columns: the dataset's further columns, one entry a row.
             **context: `trainer_state`, `log_extra`, `log_metric`, passed on.
 
         Raises:
-            ValueError, TypeError: a function returned the wrong number of values or something that is no number.
+            RewardError: a function raised, took too long, or returned the wrong number of values or something that is
+                no number.
         """
         ids = [row[mask].tolist() for row, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
         arguments = {
@@ -81,14 +84,35 @@ class Scorer:
             "completions": rollout.completions,
             "completion_ids": ids,
         }
-        results: list[Any] = [function(**arguments) for function in self._functions]
+        results: list[Any] = []
+        for name, function in zip(self.names, self._functions, strict=True):
+            with _named(name, self.timeout):
+                results.append(self._call(function, arguments))
         waiting = {i: result for i, result in enumerate(results) if inspect.isawaitable(result)}
         if waiting:
-            for i, result in zip(waiting, self._run(_gather(list(waiting.values()))), strict=True):
+            finished = self._run(_gather(list(waiting.values()), self.timeout))
+            for i, result in zip(waiting, finished, strict=True):
+                with _named(self.names[i], self.timeout):
+                    if isinstance(result, BaseException):
+                        raise result
                 results[i] = result
         checked = [_checked(result, name, len(ids)) for result, name in zip(results, self.names, strict=True)]
-        by_function = torch.stack(checked, dim=1)
-        return Scores(total=weighted_total(by_function, self.weights), by_function=by_function)
+        return torch.stack(checked, dim=1)
+
+    def _call(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Call a function, in a thread that can be left behind where it may not take for ever."""
+        if self.timeout is None or inspect.iscoroutinefunction(function):
+            return function(**arguments)
+        future: Future[Any] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(function(**arguments))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, name="trl_ext-reward", daemon=True).start()
+        return future.result(self.timeout)
 
     def _run(self, coroutine: Coroutine[Any, Any, list[Any]]) -> list[Any]:
         # One loop for the whole run: a client that an async function keeps open belongs to the loop it was made in.
@@ -128,43 +152,60 @@ class Scorer:
         return score
 
 
-def weighted_total(by_function: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum over the functions that gave a number, (batch,); NaN where none did.
-
-    Args:
-        by_function: (batch, functions), NaN for None. weights: (functions,).
-    """
-    total = (by_function * weights).nansum(dim=1)
-    return total.masked_fill(by_function.isnan().all(dim=1), float("nan"))
+async def _gather(awaitables: list[Any], timeout: float | None) -> list[Any]:
+    timed = [asyncio.wait_for(awaitable, timeout) for awaitable in awaitables]
+    return list(await asyncio.gather(*timed, return_exceptions=True))
 
 
-async def _gather(awaitables: list[Any]) -> list[Any]:
-    return list(await asyncio.gather(*awaitables))
+class RewardError(ValueError):
+    """A reward function failed or returned something unusable; the message names it, the row and the remedy."""
+
+
+@contextmanager
+def _named(name: str, timeout: float | None) -> Iterator[None]:
+    try:
+        yield
+    except RewardError:
+        raise
+    except TimeoutError as error:
+        limit = f" ({timeout:g} s)" if timeout is not None else ""
+        raise RewardError(
+            f"Reward function {name!r} timed out{limit}: make it faster, or raise reward_timeout."
+        ) from error
+    except Exception as error:
+        raise RewardError(
+            f"Reward function {name!r} raised {type(error).__name__}: {error}. Let it return None for a completion that "
+            "it cannot judge."
+        ) from error
 
 
 def _checked(values: Any, name: str, expected: int) -> Tensor:
     values = values.tolist() if isinstance(values, Tensor) else values
     if not isinstance(values, (list, tuple)):
-        raise TypeError(
+        raise RewardError(
             f"Reward function {name!r} returned {type(values).__name__}: return a list of numbers, one a completion."
         )
     if len(values) != expected:
-        raise ValueError(
+        raise RewardError(
             f"Reward function {name!r} returned {len(values)} values for {expected} completions: return one each."
         )
-    numbers = []
-    for row, value in enumerate(values):
-        try:
-            number = math.nan if value is None else float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.inf
-        if isinstance(value, str) or abs(number) > torch.finfo(torch.float32).max:
-            raise ValueError(
-                f"Reward function {name!r} returned {value!r} for completion {row}: return a finite number, or None to "
-                "abstain."
-            )
-        numbers.append(number)
-    return torch.tensor(numbers, dtype=torch.float32)
+    return torch.tensor([_number(value, name, row) for row, value in enumerate(values)], dtype=torch.float32)
+
+
+def _number(value: Any, name: str, row: int) -> float:
+    """A finite number; NaN for None."""
+    if value is None:
+        return math.nan
+    try:
+        number = math.inf if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.inf
+    if not abs(number) <= torch.finfo(torch.float32).max:
+        raise RewardError(
+            f"Reward function {name!r} returned {value!r} for completion {row}: return a finite number, or None to "
+            "abstain."
+        )
+    return number
 
 
 def _distinct(names: list[str]) -> list[str]:

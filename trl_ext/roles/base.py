@@ -202,6 +202,7 @@ class SharedBase(AdaptedModel):
         temperature: float = 1.0,
         reward_suffix_ids: Sequence[int] = (),
         reward_suffix_rows: Tensor | None = None,
+        entropy_grad: bool = False,
     ) -> dict[str, Tensor]:
         """What several roles say about one batch; roles that share an adapter share a forward.
 
@@ -215,6 +216,7 @@ class SharedBase(AdaptedModel):
             temperature: logits are divided by it before log-probabilities.
             reward_suffix_ids: ids that the reward role alone reads after the rows marked in `reward_suffix_rows`
                 (batch,) bool: what a chat template writes after an answer.
+            entropy_grad: let the policy's entropy carry a gradient.
 
         Returns:
             policy: "logprobs" and "entropy"; reference: "ref_logprobs"; value: "values", each (batch,
@@ -232,7 +234,9 @@ class SharedBase(AdaptedModel):
             adapter = self._adapter(role)
             view, states = views[adapter], hidden[adapter]
             if role in ("policy", "reference"):
-                logprobs, entropy = self._lm_head.logprobs(view.predicting(states), view.targets, temperature)
+                logprobs, entropy = self._lm_head.logprobs(
+                    view.predicting(states), view.targets, temperature, entropy_grad
+                )
                 said["logprobs" if role == "policy" else "ref_logprobs"] = view.padded(logprobs)
                 if role == "policy":
                     said["entropy"] = view.padded(entropy)
@@ -248,11 +252,11 @@ class SharedBase(AdaptedModel):
             return head(hidden.to(head.weight.device, torch.float32)).squeeze(-1)
 
     @torch.no_grad()
-    def generate(self, **kwargs: Any) -> Tensor:
-        """Transformers' `generate` under the policy role, in eval mode. A `generation_config` given here is the only
-        one that counts: the model's own defaults (a top_k, say) do not leak into what is sampled."""
+    def generate(self, role: Role = "policy", **kwargs: Any) -> Tensor:
+        """Transformers' `generate` under the policy (or another) role, in eval mode. A `generation_config` given here
+        is the only one that counts: the model's own defaults (a top_k, say) do not leak into what is sampled."""
         own = self.causal_lm.generation_config
-        with self.use("policy"):
+        with self.use(role):
             self.model.eval()
             try:
                 self.causal_lm.generation_config = kwargs.get("generation_config", own)

@@ -31,11 +31,15 @@ class LMHead:
         head._check(causal_lm)
         return head
 
-    def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def logprobs(
+        self, hidden: Tensor, targets: Tensor, temperature: float, entropy_grad: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies, (tokens,) each, of `targets` (tokens,) given `hidden` (tokens, size)."""
         weight: Any = self.module.weight
         bias = getattr(self.module, "bias", None)
-        return token_logprobs(hidden.to(weight.device), weight, targets, bias, temperature, self.softcap, self.scale)
+        return token_logprobs(
+            hidden.to(weight.device), weight, targets, bias, temperature, self.softcap, self.scale, entropy_grad
+        )
 
     @torch.no_grad()
     def _check(self, causal_lm: Any) -> None:

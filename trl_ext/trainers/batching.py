@@ -17,14 +17,18 @@ class RolloutSampler(Sampler[int]):
 
     Args:
         num_rows: rows of the dataset, at least `rollout_size`.
-        rollout_size: prompts of one rollout, over all processes.
+        rollout_size: answers of one rollout, over all processes.
         repeats: micro-batches a rollout, a process.
         shuffle: draw the rows in a new order each epoch.
         seed: with the epoch's number, decides that order.
+        num_generations: answers to each prompt; divides `rollout_size`.
     """
 
-    def __init__(self, num_rows: int, rollout_size: int, repeats: int, shuffle: bool, seed: int) -> None:
-        self.num_rows, self.rollout_size, self.repeats = num_rows, rollout_size, repeats
+    def __init__(
+        self, num_rows: int, rollout_size: int, repeats: int, shuffle: bool, seed: int, num_generations: int = 1
+    ) -> None:
+        self.num_rows, self.prompts, self.repeats = num_rows, rollout_size // num_generations, repeats
+        self.num_generations = num_generations
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -33,13 +37,14 @@ class RolloutSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         order = permutation(self.num_rows, self.seed, self.epoch) if self.shuffle else torch.arange(self.num_rows)
-        for rollout in order.split(self.rollout_size):
-            if len(rollout) == self.rollout_size:
+        for prompts in order.split(self.prompts):
+            if len(prompts) == self.prompts:
+                rollout = prompts.repeat_interleave(self.num_generations).tolist()
                 for _ in range(self.repeats):
-                    yield from rollout.tolist()
+                    yield from rollout
 
     def __len__(self) -> int:
-        return self.num_rows // self.rollout_size * self.rollout_size * self.repeats
+        return self.num_rows // self.prompts * self.prompts * self.num_generations * self.repeats
 
 
 def permutation(n: int, *seeds: int) -> Tensor:

@@ -64,11 +64,11 @@ def build_scorer(functions: list[Any], tokenizers: Any, args: PPOConfig, device:
         return None
     return Scorer(
         functions,
-        weights=args.reward_weights,
         tokenizers=as_list(tokenizers) or None,
         device=device,
         chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
         trust_remote_code=args.trust_remote_code,
+        timeout=args.reward_timeout,
     )
 
 

@@ -45,12 +45,18 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, args: PPOConfig) -> No
     if train_dataset is None:
         raise ValueError("train_dataset is missing: give a datasets.Dataset with a 'prompt' column.")
     check_prompts(train_dataset, "train_dataset")
-    if len(train_dataset) < args.rollout_batch_size:
+    if args.rollout_batch_size % args.num_generations:
         raise ValueError(
-            f"train_dataset has {len(train_dataset)} prompts, but one rollout takes {args.rollout_batch_size} "
+            f"num_generations is {args.num_generations}, which does not divide the {args.rollout_batch_size} answers of "
+            "a rollout: choose a divisor."
+        )
+    prompts = args.rollout_batch_size // args.num_generations
+    if len(train_dataset) < prompts:
+        raise ValueError(
+            f"train_dataset has {len(train_dataset)} prompts, but one rollout takes {prompts} "
             f"(per_device_train_batch_size {args.per_device_train_batch_size} x gradient_accumulation_steps "
             f"{args.gradient_accumulation_steps} x num_mini_batches {args.num_mini_batches} x {args.world_size} "
-            "processes): give more prompts or lower one of them."
+            f"processes / num_generations {args.num_generations}): give more prompts or lower one of them."
         )
     if eval_dataset is None and args.eval_strategy != "no":
         raise ValueError(f"eval_strategy is {args.eval_strategy.value!r}, but there is no eval_dataset: give one.")
@@ -74,6 +80,19 @@ def check_tokenizer(tokenizer: Any, train_dataset: Dataset) -> PreTrainedTokeniz
     if not isinstance(train_dataset[0]["prompt"], str):
         check_chat_template(tokenizer)
     return tokenizer
+
+
+def check_weights(functions: list[Any], args: PPOConfig) -> None:
+    """Refuse weights that are not one a reward function (the reward role counts as one).
+
+    Raises:
+        ValueError: says how many there are.
+    """
+    expected = max(1, len(functions))
+    if args.reward_weights is not None and len(args.reward_weights) != expected:
+        raise ValueError(
+            f"reward_weights has {len(args.reward_weights)} entries for {expected} reward functions: give one each."
+        )
 
 
 def check_output_dir(path: str) -> None:

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from trl_ext.callbacks import RolloutEvents
 from trl_ext.generation import answer_suffix, generate
-from trl_ext.rewards import Scorer
+from trl_ext.rewards import Combination, Scorer
 from trl_ext.roles import Role, SharedBase
+from trl_ext.trainers.batching import permutation
 from trl_ext.trainers.metrics import Metrics
 from trl_ext.trainers.ppo_config import PPOConfig
-from trl_ext.types import Rollout, ScorePass, Scores, concatenate
-
-Judged = tuple[Rollout, Scores, ScorePass]
+from trl_ext.types import Judged, Rollout, ScorePass, Scores, concatenate
 
 
 class Collector:
@@ -34,6 +35,7 @@ class Collector:
         args: settings.
         accelerator: for autocast and to gather over processes.
         metrics: takes what reward functions report with `log_metric`.
+        events: hears of each rollout before it is judged.
     """
 
     def __init__(
@@ -44,11 +46,14 @@ class Collector:
         args: PPOConfig,
         accelerator: Accelerator,
         metrics: Metrics,
+        events: RolloutEvents,
     ) -> None:
         self.base, self.tokenizer, self.scorer = base, tokenizer, scorer
-        self.args, self.accelerator, self.metrics = args, accelerator, metrics
+        self.args, self.accelerator, self.metrics, self.events = args, accelerator, metrics, events
         self.generation_config = sampling_config(args, base, tokenizer)
         self.score_names = scorer.names if scorer is not None else ["reward_role"]
+        weights = args.reward_weights or [1.0] * len(self.score_names)
+        self.combination = Combination(weights, args.score_normalization, args.reward_clip_range)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.extra: defaultdict[str, list[Any]] = defaultdict(list)
         self._reward_suffix_ids = answer_suffix(
@@ -58,7 +63,7 @@ class Collector:
         )
 
     def __call__(self, inputs: list[dict[str, Any]], trainer_state: Any) -> Judged:
-        """Answer this process's prompts and judge the answers.
+        """Answer this process's prompts and judge the answers, for training.
 
         Args:
             inputs: rows of the dataset, each a dict with "prompt".
@@ -67,6 +72,34 @@ class Collector:
         Returns:
             Rollout, scores and score pass of all processes, the same on each, on the CPU.
         """
+        return self._combined([self._judge(inputs, trainer_state, listen=True)], training=True)
+
+    def all_of(self, dataloader: DataLoader[Any], trainer_state: Any) -> Judged:
+        """Answer and judge every prompt of `dataloader` once, always with the same random numbers, and without moving
+        those of training."""
+        with self._apart(self.args.seed):
+            parts = [self._judge(inputs, trainer_state) for inputs in dataloader]
+        # The last batch may hold repeated rows that only make the processes' shares equal.
+        first = torch.arange(len(dataloader.dataset))  # type: ignore[arg-type]
+        return self._combined(parts, training=False).rows(first)
+
+    def normalize_by_reference(self, dataset: Any, trainer_state: Any) -> None:
+        """Make each reward function's scores have mean 0 and standard deviation 1 on the reference's answers.
+
+        Source: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", arXiv:2403.17031, detail 6; Ziegler
+        et al. 2019, arXiv:1909.08593, section 2.1.
+        """
+        count = min(self.args.normalization_samples, len(dataset))
+        mine = permutation(len(dataset), self.args.seed)[:count].tolist()[self.accelerator.process_index :: self.accelerator.num_processes]
+        with self._apart(self.args.seed):
+            batches = [dataset.select(mine[i : i + self._batch]).to_list() for i in range(0, len(mine), self._batch)]
+            parts = [self._judge(rows, trainer_state, role="reference")[1] for rows in batches]
+        self.combination.moments.update(torch.cat(gather_object(parts)))
+
+    def _judge(
+        self, inputs: list[dict[str, Any]], trainer_state: Any, role: Role = "policy", listen: bool = False
+    ) -> tuple[Rollout, Tensor, ScorePass]:
+        """This process's rollout, its scores by function, its score pass."""
         self.extra = defaultdict(list)
         with self._timed("generate"), self.accelerator.autocast():
             rollout = generate(
@@ -74,34 +107,25 @@ class Collector:
                 [row["prompt"] for row in inputs],
                 self.tokenizer,
                 self.generation_config,
-                self.args.local_rollout_forward_batch_size,
+                self._batch,
                 self.args.chat_template_kwargs,  # type: ignore[arg-type]
+                role=role,
             )
+        if listen:
+            rollout = self.events.replace("on_rollout_end", rollout)
         with self._timed("roles"), self.accelerator.autocast():
             pass_ = self.score_pass(rollout)
         with self._timed("score"):
-            scores = self.score(rollout, pass_, inputs, trainer_state)
-        everyone: list[Judged] = gather_object([(rollout, scores, pass_)])
-        return self._joined(everyone)
+            return rollout, self.score(rollout, pass_, inputs, trainer_state), pass_
 
-    def all_of(self, dataloader: DataLoader[Any], trainer_state: Any) -> Judged:
-        """Answer and judge every prompt of `dataloader` once, always with the same random numbers, and without moving
-        those of training."""
-        device, seconds = self.accelerator.device, dict(self.seconds)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self.args.seed + self.accelerator.process_index)
-            parts = [self(inputs, trainer_state) for inputs in dataloader]
-        self.seconds.clear()
-        self.seconds.update(seconds)
-        # The last batch may hold repeated rows that only make the processes' shares equal.
-        first = torch.arange(len(dataloader.dataset))  # type: ignore[arg-type]
-        rollout, scores, pass_ = self._joined(parts)
-        return rollout.rows(first), scores.rows(first), pass_.rows(first)
-
-    def _joined(self, parts: list[Judged]) -> Judged:
-        rollouts, scores, passes = zip(*parts, strict=True)
+    def _combined(self, parts: list[tuple[Rollout, Tensor, ScorePass]], training: bool) -> Judged:
+        """All processes' parts in one, the processes' rows of each part side by side."""
         pad = int(self.generation_config.pad_token_id)
-        return concatenate(rollouts, pad), concatenate(scores, pad), concatenate(passes, pad)
+        everyone = [part for one in parts for part in gather_object([one])]
+        rollouts, by_function, passes = zip(*everyone, strict=True)
+        together = torch.cat(by_function)
+        scores = Scores(total=self.combination(together, training), by_function=together)
+        return Judged(concatenate(rollouts, pad), scores, concatenate(passes, pad))
 
     @torch.no_grad()
     def score_pass(self, rollout: Rollout) -> ScorePass:
@@ -109,11 +133,12 @@ class Collector:
 
         Rows of like length travel together, so that little padding is computed.
         """
-        roles: tuple[Role, ...] = ("policy", "reference", "value")
-        roles = roles if self.scorer is not None else (*roles, "reward")
+        roles: list[Role] = ["policy", "reference"]
+        roles += ["value"] if self.args.uses_value else []
+        roles += ["reward"] if self.scorer is None else []
         order = rollout.attention_mask.sum(dim=1).argsort(descending=True, stable=True)
         parts = []
-        for rows in order.split(self.args.local_rollout_forward_batch_size):
+        for rows in order.split(self._batch):
             part = rollout.rows(rows).to(self.base.device)
             said = self.base(
                 part.input_ids,
@@ -124,16 +149,18 @@ class Collector:
                 reward_suffix_ids=self._reward_suffix_ids,
                 reward_suffix_rows=part.has_eos,
             )
-            scores = said.get("scores", said["values"].new_full((len(rows),), float("nan")))
-            parts.append(
-                ScorePass(said["logprobs"], said["entropy"], said["ref_logprobs"], said["values"], scores).to("cpu")
-            )
+            logprobs = said["logprobs"]
+            values = said.get("values", torch.zeros_like(logprobs))
+            scores = said.get("scores", logprobs.new_full((len(rows),), float("nan")))
+            parts.append(ScorePass(logprobs, said["entropy"], said["ref_logprobs"], values, scores).to("cpu"))
         return concatenate(parts, pad_token_id=0).rows(order.argsort())
 
-    def score(self, rollout: Rollout, pass_: ScorePass, inputs: list[dict[str, Any]], trainer_state: Any) -> Scores:
-        """One number a completion, from the reward functions or the reward role."""
+    def score(
+        self, rollout: Rollout, pass_: ScorePass, inputs: list[dict[str, Any]], trainer_state: Any
+    ) -> Tensor:
+        """Scores (batch, functions) of this process's completions, from the reward functions or the reward role."""
         if self.scorer is None:
-            return Scores(total=pass_.reward_scores, by_function=pass_.reward_scores.unsqueeze(1))
+            return pass_.reward_scores.unsqueeze(1)
         return self.scorer(
             rollout,
             {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"},
@@ -141,6 +168,20 @@ class Collector:
             log_extra=lambda column, values: self.extra[column].extend(values),
             log_metric=self.metrics.add_value,
         )
+
+    @property
+    def _batch(self) -> int:
+        return self.args.local_rollout_forward_batch_size
+
+    @contextmanager
+    def _apart(self, seed: int) -> Iterator[None]:
+        """Random numbers and clocks of their own."""
+        device, seconds = self.accelerator.device, dict(self.seconds)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed + self.accelerator.process_index)
+            yield
+        self.seconds.clear()
+        self.seconds.update(seconds)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -37,17 +38,31 @@ class Metrics:
         for name, value in values.items():
             self._rollouts[name].append(value)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What has been collected on all processes, as plain numbers. Every process must call it."""
+        return {"sums": self._totals(), "rollouts": dict(self._rollouts)}
+
+    def load_state_dict(self, state: dict[str, Any], keep: bool = True) -> None:
+        """Go on from what `state_dict` gave; the sums count on the process with `keep`."""
+        sums = state["sums"] if keep else {}
+        self._local = {name: torch.tensor(entry, dtype=torch.float64) for name, entry in sums.items()}
+        self._rollouts = defaultdict(list, {name: list(values) for name, values in state["rollouts"].items()})
+
     def drain(self) -> dict[str, float]:
         """Means since the last call, and a fresh start. Every process must call it."""
+        totals = self._totals()
+        means = {name: sum(values) / len(values) for name, values in self._rollouts.items()}
+        means |= {name: total / max(count, 1.0) for name, (total, count) in totals.items()}
+        self._local, self._rollouts = {}, defaultdict(list)
+        return means
+
+    def _totals(self) -> dict[str, list[float]]:
         totals: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for local in gather_object([{name: entry.tolist() for name, entry in self._local.items()}]):
             for name, (total, count) in local.items():
                 totals[name][0] += total
                 totals[name][1] += count
-        means = {name: sum(values) / len(values) for name, values in self._rollouts.items()}
-        means |= {name: total / max(count, 1.0) for name, (total, count) in totals.items()}
-        self._local, self._rollouts = {}, defaultdict(list)
-        return means
+        return dict(totals)
 
     def _add(self, name: str, entry: Tensor) -> None:
         self._local[name] = self._local[name] + entry if name in self._local else entry

@@ -31,8 +31,42 @@ _BOUNDS = {
     "lam": (0, 1.0),
     "total_episodes": (1, _FINITE),
     "num_completions_to_print": (0, _FINITE),
+    "lam_value": (0, 1.0),
+    "dual_clip": (1.0, _FINITE),
+    "entropy_coef": (0, _FINITE),
+    "ptx_coef": (0, _FINITE),
+    "value_warmup_rollouts": (0, _FINITE),
+    "max_approx_kl": (_ABOVE_ZERO, _FINITE),
+    "max_ratio": (1.0, _FINITE),
+    "penalty_coef": (_ABOVE_ZERO, _FINITE),
+    "penalty_target": (_ABOVE_ZERO, _FINITE),
+    "reward_timeout": (_ABOVE_ZERO, _FINITE),
 }
-_OPTIONAL = ("min_p", "missing_eos_penalty", "total_episodes")
+_OPTIONAL = (
+    "min_p",
+    "missing_eos_penalty",
+    "total_episodes",
+    "lam_value",
+    "dual_clip",
+    "max_approx_kl",
+    "max_ratio",
+    "reward_timeout",
+)
+_COUNTS = (
+    "num_ppo_epochs",
+    "num_mini_batches",
+    "local_rollout_forward_batch_size",
+    "max_completion_length",
+    "num_generations",
+    "normalization_samples",
+    "ptx_max_length",
+)
+_CHOICES = {
+    "kl_estimator": ("k1", "k2", "k3"),
+    "objective": ("clip", "kl_penalty", "reinforce", "sequence"),
+    "baseline": ("value", "mean", "leave_one_out"),
+    "score_normalization": ("none", "running", "reference"),
+}
 
 
 @dataclass
@@ -77,6 +111,7 @@ class PPOConfig(BaseConfig):
     local_rollout_forward_batch_size: int = _f(
         64, "Rows of one forward without gradient, and of one generate, a process."
     )
+    num_generations: int = _f(1, "Answers to each prompt of a rollout; above 1 leave_one_out compares them.")
     max_completion_length: int = _f(256, "Most tokens of an answer.")
     temperature: float = _f(1.0, "Sampling temperature; log-probabilities are taken at it too.")
     top_p: float = _f(1.0, "Nucleus sampling. Below 1, sampled tokens no longer follow the scored distribution.")
@@ -89,19 +124,48 @@ class PPOConfig(BaseConfig):
 
     # Reward
     reward_weights: list[float] | None = _f(None, "One weight a reward function; None: all 1.")
+    reward_clip_range: list[float] | None = _f(None, "Least and greatest score of a completion, after weighting.")
+    score_normalization: str = _f(
+        "none",
+        "Scale each reward function: 'running' divides by a running std after taking off the running mean; 'reference' "
+        "makes mean 0 and std 1 on answers of the reference, once, at the start.",
+    )
+    normalization_samples: int = _f(256, "Answers of the reference that 'reference' normalisation is made from.")
+    reward_timeout: float | None = _f(None, "Most seconds that one call of a reward function may take; None: any.")
     missing_eos_penalty: float | None = _f(None, "Subtracted from the score of an answer that was cut off. Positive.")
     kl_coef: float = _f(0.05, "Weight of the per-token KL to the reference in the reward; read anew each rollout.")
     kl_estimator: str = _f("k1", "Estimator of that KL: k1, k2 or k3.")
     whiten_rewards: bool = _f(False, "Scale the rewards of a rollout to variance 1, keeping their mean.")
 
+    # Objective
+    objective: str = _f(
+        "clip",
+        "'clip': PPO's clipped surrogate; 'kl_penalty': PPO's penalty on the KL from the sampling policy, adaptive; "
+        "'reinforce': the plain policy gradient with a baseline; 'sequence': clipped, one advantage a completion, no "
+        "critic.",
+    )
+    baseline: str = _f("leave_one_out", "Of 'reinforce': 'value' (the value role), 'mean' or 'leave_one_out'.")
+    penalty_coef: float = _f(1.0, "Of 'kl_penalty': beta to start with.")
+    penalty_target: float = _f(0.01, "Of 'kl_penalty': KL that an update should make, nats a token.")
+    entropy_coef: float = _f(0.0, "Weight of an entropy bonus.")
+    ptx_coef: float = _f(0.0, "Weight of the log-likelihood of ptx_dataset's texts, mixed into the policy's loss.")
+    ptx_max_length: int = _f(256, "Most tokens of such a text.")
+
     # Update
     num_ppo_epochs: int = _f(4, "Passes over a rollout.")
     cliprange: float = _f(0.2, "Clip range of the policy's probability ratio.")
     cliprange_value: float = _f(0.2, "Clip range of the value's step.")
+    dual_clip: float | None = _f(None, "Bound on the ratio where the advantage is negative, above 1; None: none.")
     vf_coef: float = _f(0.1, "Weight of the value loss.")
     gamma: float = _f(1.0, "Discount a token.")
     lam: float = _f(0.95, "Lambda of generalised advantage estimation.")
+    lam_value: float | None = _f(None, "Lambda of the returns that the value role learns; None: lam.")
     whiten_advantages: bool = _f(True, "Scale the advantages of a rollout to mean 0 and variance 1.")
+
+    # Guards
+    max_approx_kl: float | None = _f(None, "End an update's epochs when a minibatch's approxkl (nats a token) is above.")
+    max_ratio: float | None = _f(None, "Do not step on a minibatch whose mean ratio is above it or below its inverse.")
+    value_warmup_rollouts: int = _f(0, "Rollouts at the start on which the value role alone is trained.")
 
     # Looking
     log_completions: bool = _f(False, "Print sample completions at each log and save all of them under completions/.")
@@ -126,6 +190,13 @@ class PPOConfig(BaseConfig):
         return self.num_ppo_epochs * self.num_mini_batches
 
     @property
+    def uses_value(self) -> bool:
+        """Whether the objective has a critic."""
+        return self.objective in ("clip", "kl_penalty") or (
+            self.objective == "reinforce" and self.baseline == "value"
+        )
+
+    @property
     def mini_batch_size(self) -> int:
         """Completions of one optimizer step, over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
@@ -136,8 +207,7 @@ class PPOConfig(BaseConfig):
         return self.mini_batch_size * self.num_mini_batches
 
     def _check(self) -> None:
-        counts = ("num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size", "max_completion_length")
-        for name in counts:
+        for name in _COUNTS:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be a whole number, at least 1.")
         for name, (low, high) in _BOUNDS.items():
@@ -148,5 +218,19 @@ class PPOConfig(BaseConfig):
                 least = "positive" if low == _ABOVE_ZERO else f"at least {low:g}"
                 most = "" if high == _FINITE else f" and at most {high:g}"
                 raise ValueError(f"{name} is {value}: it must be {least}{most}.")
-        if self.kl_estimator not in ("k1", "k2", "k3"):
-            raise ValueError(f"kl_estimator is {self.kl_estimator!r}: choose k1, k2 or k3.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}.")
+        if self.objective == "reinforce" and self.num_ppo_epochs > 1:
+            raise ValueError(
+                f"objective 'reinforce' knows no old policy, so a second pass over a rollout would be off-policy: set "
+                f"num_ppo_epochs to 1, not {self.num_ppo_epochs}."
+            )
+        if self.value_warmup_rollouts and not self.uses_value:
+            raise ValueError(
+                f"value_warmup_rollouts is {self.value_warmup_rollouts}, but objective {self.objective!r} has no critic "
+                "here: leave it out."
+            )
+        clip = self.reward_clip_range
+        if clip is not None and (len(clip) != 2 or not clip[0] < clip[1]):
+            raise ValueError(f"reward_clip_range is {clip}: give the least and the greatest score, as in [-1, 1].")

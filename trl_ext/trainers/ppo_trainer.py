@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,22 +14,21 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl_ext._trl import BaseTrainer
+from trl_ext.callbacks import PPOControl, RolloutEvents
 from trl_ext.rewards import RewardFunction
-from trl_ext.roles import Role, SharedBase
-from trl_ext.roles.saving import load_trained_roles, save_roles
+from trl_ext.roles import SharedBase
 from trl_ext.trainers import checks
-from trl_ext.trainers.batching import RolloutSampler, micro_batches, mini_batch
+from trl_ext.trainers.batching import RolloutSampler
 from trl_ext.trainers.building import build_base, build_scorer, check_model, default_config, without_dropout
 from trl_ext.trainers.collector import Collector
 from trl_ext.trainers.completions import completions_frame, print_completions, save_completions
-from trl_ext.trainers.experience import make_experience, summarize
+from trl_ext.trainers.experience import estimate, make_experience, shape, summarize
 from trl_ext.trainers.metrics import Metrics
-from trl_ext.trainers.objective import policy_loss, value_loss
 from trl_ext.trainers.ppo_config import PPOConfig
-from trl_ext.trainers.state import load_experience, save_experience
+from trl_ext.trainers.pretraining import PretrainMix
+from trl_ext.trainers.saving import Checkpoints
+from trl_ext.trainers.updater import Updater
 from trl_ext.types import Experience
-
-LOSSES = {"policy": policy_loss, "value": value_loss}
 
 
 def _rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -38,7 +36,18 @@ def _rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-class PPOTrainer(BaseTrainer):
+class _AfterStep(TrainerCallback):
+    """Tells the trainer that the optimizer has stepped."""
+
+    def __init__(self, after_step: Any) -> None:
+        self._after_step = after_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer after each optimizer step, taken or passed over."""
+        self._after_step()
+
+
+class PPOTrainer(Checkpoints, BaseTrainer):
     """Proximal policy optimisation with LoRA adapters over one shared base.
 
     Args:
@@ -55,6 +64,7 @@ class PPOTrainer(BaseTrainer):
         optimizers: optimizer and learning rate schedule; None: AdamW and what `args` says.
         quantization_config: `transformers.BitsAndBytesConfig`, where `model` is a name.
         peft_config: LoraConfig of the policy; None: LoRA of rank 16 on every linear layer.
+        ptx_dataset: texts (column `text`) for the pretraining term of the loss, where `ptx_coef` is set.
 
     Raises:
         ValueError, TypeError: bad input, found before a model is loaded where that is possible.
@@ -80,12 +90,14 @@ class PPOTrainer(BaseTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any | None = None,
         peft_config: Any | None = None,
+        ptx_dataset: Dataset | None = None,
     ) -> None:
         check_model(model, peft_config, quantization_config)
         args = args if args is not None else default_config(model)
         checks.check_output_dir(str(args.output_dir))
         checks.check_datasets(train_dataset, eval_dataset, args)
         functions = checks.as_list(reward_funcs)
+        checks.check_weights(functions, args)
         if not functions and not (isinstance(model, SharedBase) and model.has_role("reward")):
             raise ValueError(
                 "Nothing gives a score: pass reward_funcs, or a SharedBase built with reward=<adapter folder>."
@@ -94,13 +106,18 @@ class PPOTrainer(BaseTrainer):
             name = model if isinstance(model, str) else model.config.name_or_path
             processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
         tokenizer = checks.check_tokenizer(processing_class, train_dataset)
+        if bool(args.ptx_coef) != (ptx_dataset is not None):
+            raise ValueError(
+                f"ptx_coef is {args.ptx_coef}, and ptx_dataset {'is missing' if ptx_dataset is None else 'is given'}: the "
+                "pretraining term needs both."
+            )
+        mix = PretrainMix(ptx_dataset, tokenizer, args.ptx_max_length, args.seed) if ptx_dataset is not None else None
 
         set_seed(args.seed)  # LoRA draws its weights
         self.base = build_base(model, args, quantization_config, peft_config)
         if args.disable_dropout:
             without_dropout(self.base)
-        self._own_trunk = self.base.adapters["value"] != self.base.adapters["policy"]
-        if self._own_trunk and args.ddp_find_unused_parameters is None:
+        if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # each role's backward touches its own adapter alone
         if args.total_episodes is not None:
             args.max_steps = -(-args.total_episodes // args.rollout_batch_size) * args.steps_per_rollout
@@ -121,11 +138,14 @@ class PPOTrainer(BaseTrainer):
                 "set CUDA_VISIBLE_DEVICES to one of them."
             )
         scorer = build_scorer(functions, reward_processing_classes, args, self.accelerator.device)
-        self._metrics = Metrics()
-        self.collector = Collector(self.base, tokenizer, scorer, args, self.accelerator, self._metrics)
+        self.control = PPOControl()
+        self.add_callback(_AfterStep(self._after_step))
+        self.events = RolloutEvents(self)
+        self.metrics = Metrics()
+        self.collector = Collector(self.base, tokenizer, scorer, args, self.accelerator, self.metrics, self.events)
+        self.updater = Updater(self, mix)
         self.experience: Experience | None = None
-        self._queue: list[Tensor] = []
-        self._tokens_in_step = torch.zeros(())
+        self.rollout_metrics: dict[str, float] = {}
         set_seed(args.seed, device_specific=True)  # processes sample different answers
 
     # One update -------------------------------------------------------------------------------------------------------
@@ -136,68 +156,52 @@ class PPOTrainer(BaseTrainer):
         Returns:
             This micro-batch's share of the minibatch's loss, times the number of processes.
         """
-        if not self._queue:
-            step = self.state.global_step % self.args.steps_per_rollout
-            if step == 0 or self.experience is None:
-                self.experience = self.collect(inputs)
-            self._queue = self._plan_step(self.experience, step)
+        step = self.state.global_step % self.args.steps_per_rollout
+        if self.updater.idle and (step == 0 or self.experience is None):
+            self.experience = self.collect(inputs)
         assert self.experience is not None
         started = time.perf_counter()
-        loss = self.update(model, self.experience.rows(self._queue.pop(0)).to(self.base.device))
+        loss = self.updater(model, self.experience)
+        if self.updater.idle and not self.updater.finish_minibatch():
+            # Accelerate's optimizer steps only where gradients are synchronised: weights and moments stay as they are.
+            self.accelerator.gradient_state._set_sync_gradients(False)
         self.collector.seconds["train"] += time.perf_counter() - started
         return loss
 
     def collect(self, inputs: list[dict[str, Any]]) -> Experience:
         """Answer this process's prompts and turn all processes' answers into experience."""
-        rollout, scores, pass_ = self.collector(inputs, self.state)
-        experience = make_experience(rollout, scores, pass_, self.args)
-        self._metrics.add_rollout(summarize(experience, self.args, self.collector.score_names))
-        self.state.num_input_tokens_seen += int(rollout.attention_mask.sum())
+        self.control.should_update_stop = False
+        if self.collector.combination.needs_reference:
+            self.collector.normalize_by_reference(self.train_dataset, self.state)
+        judged = self.events.replace("on_scores", self.collector(inputs, self.state))
+        shaped = self.events.replace("on_rewards", shape(judged, self.args))
+        experience = self.events.replace("on_advantages", estimate(shaped, self.args))
+        self.rollout_metrics = summarize(experience, self.args, self.collector.score_names)
+        self.metrics.add_rollout(self.rollout_metrics)
+        self.state.num_input_tokens_seen += int(experience.rollout.attention_mask.sum())
+        self.updater.begin_rollout()
         return experience
 
-    def update(self, model: nn.Module, batch: Experience) -> Tensor:
-        """Forward, loss and backward of one micro-batch.
+    def _after_step(self) -> None:
+        """Tell the callbacks of passes and updates that have ended."""
+        assert self.experience is not None
+        args, step = self.args, (self.state.global_step - 1) % self.args.steps_per_rollout
+        epoch, minibatch = divmod(step, args.num_mini_batches)
+        progress = self.updater.progress
+        if minibatch == args.num_mini_batches - 1 and progress.sums:
+            self.metrics.add_value("policy/skipped_minibatches", progress.skipped)
+            self.events.tell("on_ppo_epoch_end", self.experience, self.updater.end_epoch(epoch))
+        if self.control.should_update_stop:
+            self.updater.progress.stopped = True
+        if step == args.steps_per_rollout - 1:
+            if args.objective == "kl_penalty":
+                self.metrics.add_value("policy/penalty_coef", self.updater.penalty.value)
+            self.updater.end_update()
+            self.events.tell("on_update_end", self.experience, self.rollout_metrics)
 
-        A value role with an adapter of its own follows the policy instead of joining it: only one graph is alive at a
-        time, and what gradient checkpointing recomputes runs under the adapter it belongs to.
-        """
-        model.train()
-        total = torch.zeros((), device=self.accelerator.device)
-        together: list[tuple[Role, ...]] = [("policy",), ("value",)] if self._own_trunk else [("policy", "value")]
-        for roles in together:
-            with self.base.use(roles[0]):
-                loss = torch.zeros((), device=self.accelerator.device)
-                with self.compute_loss_context_manager():
-                    rollout = batch.rollout
-                    said = model(
-                        rollout.input_ids,
-                        rollout.attention_mask,
-                        rollout.completion_ids.shape[1],
-                        roles=roles,
-                        temperature=self.args.temperature,
-                    )
-                    for role in roles:
-                        part, watched = LOSSES[role](batch, said, self._tokens_in_step, self.args)
-                        self._metrics.add_tokens(watched, batch.loss_mask)
-                        # DDP averages gradients over processes; the loss is a sum over them.
-                        loss = loss + part * self.accelerator.num_processes
-                self.accelerator.backward(loss)
-            total = total + loss.detach()
-        return total
-
-    def _plan_step(self, experience: Experience, step: int) -> list[Tensor]:
-        """Rows of this process's micro-batches for optimizer step `step` of the rollout in use."""
-        args, mask = self.args, experience.loss_mask
-        update = self.state.global_step // args.steps_per_rollout
-        rows = mini_batch(len(mask), step, args.num_mini_batches, args.seed, update)
-        self._tokens_in_step = mask[rows].sum()
-        return micro_batches(
-            rows,
-            experience.rollout.attention_mask.sum(dim=1),
-            args.gradient_accumulation_steps,
-            self.accelerator.num_processes,
-            self.accelerator.process_index,
-        )
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        stepping = self.accelerator.gradient_state.sync_gradients
+        return super()._clip_grad_norm(model) if stepping else torch.zeros(())
 
     # Data -------------------------------------------------------------------------------------------------------------
 
@@ -215,7 +219,9 @@ class PPOTrainer(BaseTrainer):
         args = self.args
         repeats = args.steps_per_rollout * args.gradient_accumulation_steps
         rows = len(dataset if dataset is not None else self.train_dataset)
-        return RolloutSampler(rows, args.rollout_batch_size, repeats, args.shuffle_dataset, args.seed)
+        return RolloutSampler(
+            rows, args.rollout_batch_size, repeats, args.shuffle_dataset, args.seed, args.num_generations
+        )
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt"]
@@ -225,7 +231,7 @@ class PPOTrainer(BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the rollout's and the update's metrics to a training log; print and keep sample completions."""
         if "loss" in logs:
-            logs |= self._metrics.drain()
+            logs |= self.metrics.drain()
             episodes = self.state.global_step / self.args.steps_per_rollout * self.args.rollout_batch_size
             logs["episode"] = episodes
             if start_time is not None:
@@ -251,38 +257,8 @@ class PPOTrainer(BaseTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Answer every prompt once, always with the same random numbers, and report the rollout's metrics."""
-        rollout, scores, pass_ = self.collector.all_of(dataloader, self.state)
-        experience = make_experience(rollout, scores, pass_, self.args)
+        experience = make_experience(self.collector.all_of(dataloader, self.state), self.args)
         metrics = summarize(experience, self.args, self.collector.score_names)
         metrics["completions/eos_rate"] = 1.0 - metrics["completions/clipped_ratio"]
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=prefixed, num_samples=len(scores.total))
-
-    # Files ------------------------------------------------------------------------------------------------------------
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The policy as a plain PEFT adapter in `output_dir`; value/, reward/ and reference/ beside it."""
-        folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
-        if not self.args.should_save:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        save_roles(self.base, folder, policy_folder="")
-        self.processing_class.save_pretrained(str(folder))
-        (folder / "ppo_config.json").write_text(self.args.to_json_string(), encoding="utf-8")
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save and self.experience is not None:
-            save_experience(self.experience, Path(output_dir))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        load_trained_roles(self.base, folder)
-        self.experience = load_experience(folder)
-
-    def _load_best_model(self) -> None:
-        load_trained_roles(self.base, Path(str(self.state.best_model_checkpoint)))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.create_model_card()
-        super()._save_checkpoint(model, trial)
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=prefixed, num_samples=len(experience.kl))

@@ -1,4 +1,8 @@
-"""The rollout in use, on disk: with it a run that was interrupted between two optimizer steps goes on exactly."""
+"""All that a run interrupted between two optimizer steps needs to go on exactly, in one place of its checkpoint.
+
+What Transformers saves itself (weights, optimizer, schedule, random numbers, step) is beside it; prompts' and
+minibatches' order follow from seed and step.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,19 @@ from torch import Tensor
 
 from trl_ext.types import Experience, Rollout, ScorePass, Scores
 
-TENSORS, TEXTS = "rollout.safetensors", "rollout.json"
+TENSORS, TEXTS, NUMBERS = "rollout.safetensors", "rollout.json", "ppo_state.json"
 _PARTS = {"rollout": Rollout, "scores": Scores, "score_pass": ScorePass}
+
+
+def save_numbers(numbers: dict[str, Any], folder: Path) -> None:
+    """Write the state dicts of controllers, moments and progress into `folder`."""
+    (folder / NUMBERS).write_text(json.dumps(numbers), encoding="utf-8")
+
+
+def load_numbers(folder: Path) -> dict[str, Any]:
+    """What `save_numbers` wrote into `folder`; empty where there is nothing."""
+    path = folder / NUMBERS
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def save_experience(experience: Experience, folder: Path) -> None:

@@ -1,0 +1,107 @@
+"""Adaptive KL in every trainer that has a KL penalty: ours, TRL 1.12's PPOTrainer, today's GRPOTrainer and RLOOTrainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerState, TrainingArguments
+
+from trl_ext.callbacks.rollout import RolloutCallback
+from trl_ext.controllers import AdaptiveKLController, KLController
+from trl_ext.core import masked_sum
+from trl_ext.types import Shaped
+
+# Not the class's name: Transformers would rebuild a callback of that name from its saved state, without its controller.
+STATE_KEY = "trl_ext.adaptive_kl"
+
+
+class AdaptiveKLCallback(RolloutCallback):
+    """Lets a KL controller choose the coefficient of the KL penalty.
+
+    It acts through `args.kl_coef` in PPO (trl_ext's and TRL 1.12's PPOTrainer read it anew each rollout). GRPOTrainer
+    and RLOOTrainer copy `args.beta` when they are built, so there the callback needs the trainer:
+
+        trainer.add_callback(AdaptiveKLCallback(AdaptiveKLController(init=0.05, target=5.0), trainer=trainer))
+
+    The KL is always taken in nats a completion; GRPOTrainer and RLOOTrainer log it a token, so it is multiplied by the
+    mean length that they log beside it. The controller's state is part of the trainer's state: it is saved with every
+    checkpoint and comes back when training resumes.
+
+    Args:
+        controller: what decides; None: `AdaptiveKLController()`, Ziegler et al.'s.
+        trainer: a GRPOTrainer or RLOOTrainer; not needed in PPO.
+    """
+
+    def __init__(self, controller: KLController | None = None, trainer: Any | None = None) -> None:
+        self.controller = controller if controller is not None else AdaptiveKLController()
+        if not isinstance(self.controller, KLController):
+            raise TypeError(
+                f"controller is a {type(self.controller).__name__}: it needs value, update(kl, n), state_dict() and "
+                "load_state_dict(state)."
+            )
+        self._trainer = trainer
+        self._hears_rollouts = False
+        self._seen = 0.0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Take up the saved state and set the first coefficient.
+
+        Raises:
+            ValueError: this trainer's KL penalty cannot be reached: a controller without effect would be a silent
+                error.
+        """
+        if self._trainer is None and not hasattr(args, "kl_coef"):
+            needs = (
+                "it copies args.beta when it is built, so pass AdaptiveKLCallback(..., trainer=trainer)"
+                if hasattr(args, "beta") and hasattr(args, "num_generations")
+                else "it has no KL penalty on sampled answers to control"
+            )
+            raise ValueError(f"AdaptiveKLCallback cannot act in a trainer with {type(args).__name__}: {needs}.")
+        if self._trainer is not None and not getattr(self._trainer, "beta", 0.0):
+            raise ValueError(
+                f"AdaptiveKLCallback cannot act: the {type(self._trainer).__name__} was built with beta=0 and computes "
+                "no KL; set beta in its config to the controller's initial value."
+            )
+        saved = state.stateful_callbacks.get(STATE_KEY)
+        if saved:
+            self.controller.load_state_dict(saved["controller"])
+            self._seen = float(saved["seen"])
+        self._write(args, state)
+
+    def on_rewards(self, args: Any, state: TrainerState, control: Any, shaped: Shaped) -> None:
+        """trl_ext's PPOTrainer: the KL of this very rollout decides the next one's coefficient."""
+        self._hears_rollouts = True
+        kl = masked_sum(shaped.score_pass.logprobs - shaped.score_pass.ref_logprobs, shaped.rollout.completion_mask, 1)
+        self.controller.update(float(kl.mean()), len(kl))
+        self._write(args, state)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        """TRL's trainers: the KL is read from what they log."""
+        logs = logs or {}
+        if self._hears_rollouts:
+            return
+        if "objective/kl" in logs:
+            kl, seen = float(logs["objective/kl"]), float(logs.get("episode", 0))
+        elif "kl" in logs and "completions/mean_length" in logs:
+            kl, seen = float(logs["kl"]) * float(logs["completions/mean_length"]), _completions(args, state)
+        else:
+            return
+        self.controller.update(kl, round(seen - self._seen))
+        self._seen = seen
+        self._write(args, state)
+        logs["objective/kl_coef"] = self.controller.value
+
+    def _write(self, args: Any, state: TrainerState) -> None:
+        state.stateful_callbacks[STATE_KEY] = {"controller": self.controller.state_dict(), "seen": self._seen}
+        if self._trainer is not None:
+            self._trainer.beta = self.controller.value
+        else:
+            args.kl_coef = self.controller.value
+
+
+def _completions(args: TrainingArguments, state: TrainerState) -> float:
+    """Completions that GRPOTrainer or RLOOTrainer has sampled so far."""
+    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return state.global_step * a_step / int(getattr(args, "num_iterations", 1))

@@ -1,0 +1,122 @@
+"""Several scores a completion into one: normalisation, weights, clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl_ext.core import masked_mean, masked_sum
+
+
+class ScoreMoments:
+    """Mean and variance of each reward function's scores, over all that it has given.
+
+        n = n_a + n_b,   d = mean_b - mean_a,   mean = mean_a + d n_b / n,   M2 = M2_a + M2_b + d^2 n_a n_b / n
+
+    Source: Chan, Golub and LeVeque 1983, "Algorithms for Computing the Sample Variance"; float64, so that the order of
+    the parts hardly matters.
+
+    Args:
+        num_functions: columns.
+    """
+
+    def __init__(self, num_functions: int) -> None:
+        self.count, self.mean, self.squares = torch.zeros(3, num_functions, dtype=torch.float64)
+
+    def update(self, by_function: Tensor) -> None:
+        """Take in (batch, functions); NaN marks what a function did not score."""
+        values = by_function.double()
+        given = ~values.isnan()
+        count, mean = given.sum(dim=0).double(), masked_mean(values, given, dim=0)
+        squares = masked_sum((values - mean) ** 2, given, dim=0)
+        total, apart = self.count + count, mean - self.mean
+        share = count / total.clamp(min=1)
+        self.squares = self.squares + squares + apart**2 * self.count * share
+        self.mean = self.mean + apart * share
+        self.count = total
+
+    def normalize(self, by_function: Tensor) -> Tensor:
+        """Mean 0 and standard deviation 1 by the moments so far, (batch, functions). A function that has always said
+        the same keeps its scale."""
+        std = (self.squares / self.count.clamp(min=1)).sqrt()
+        std = torch.where(std > 1e-8, std, torch.ones_like(std))
+        return ((by_function.double() - self.mean) / std).to(by_function.dtype)
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """The three sums, as plain numbers."""
+        return {"count": self.count.tolist(), "mean": self.mean.tolist(), "squares": self.squares.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            ValueError: it belongs to another number of reward functions.
+        """
+        if len(state["mean"]) != len(self.mean):
+            raise ValueError(
+                f"The saved reward moments are of {len(state['mean'])} reward functions, but the run has "
+                f"{len(self.mean)}: resume with the same reward_funcs."
+            )
+        self.count, self.mean, self.squares = (
+            torch.tensor(state[name], dtype=torch.float64) for name in ("count", "mean", "squares")
+        )
+
+
+class Combination:
+    """One score a completion: sum over functions of weight times (normalised) score, clipped.
+
+    Args:
+        weights: one a function.
+        normalization: "none", "running" or "reference", as in PPOConfig.
+        clip_range: least and greatest total; None: any.
+    """
+
+    def __init__(
+        self, weights: Sequence[float], normalization: str = "none", clip_range: Sequence[float] | None = None
+    ) -> None:
+        self.weights = torch.tensor(list(weights))
+        self.normalization, self.clip_range = normalization, clip_range
+        self.moments = ScoreMoments(len(weights))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the moments must be made from the reference's answers first."""
+        return self.normalization == "reference" and not bool(self.moments.count.any())
+
+    def __call__(self, by_function: Tensor, training: bool = True) -> Tensor:
+        """Totals (batch,) of `by_function` (batch, functions), those of all processes; NaN where no function spoke.
+
+        Args:
+            training: let running moments take these scores in.
+        """
+        if self.normalization == "running" and training:
+            self.moments.update(by_function)
+        if self.normalization != "none":
+            by_function = self.moments.normalize(by_function)
+        total = weighted_total(by_function, self.weights)
+        return total if self.clip_range is None else total.clamp(*self.clip_range)
+
+
+def weighted_total(by_function: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum over the functions that gave a number, (batch,); NaN where none did.
+
+    Args:
+        by_function: (batch, functions), NaN for None. weights: (functions,).
+    """
+    total = (by_function * weights).nansum(dim=1)
+    return total.masked_fill(by_function.isnan().all(dim=1), float("nan"))
+
+
+def correlations(by_function: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Pearson correlation of each two functions over the completions that both scored, by "a~b"; 0 where undefined."""
+    found = {}
+    for i, first in enumerate(names):
+        for j in range(i + 1, len(names)):
+            both = ~by_function[:, [i, j]].isnan().any(dim=1)
+            x, y = (by_function[both, k].double() for k in (i, j))
+            defined = len(x) > 1 and float(x.std()) > 0 and float(y.std()) > 0
+            found[f"{first}~{names[j]}"] = float(torch.corrcoef(torch.stack([x, y]))[0, 1]) if defined else 0.0
+    return found

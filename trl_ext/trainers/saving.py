@@ -1,0 +1,65 @@
+"""What a PPO run writes and reads: the trained roles, and checkpoints to go on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from trl_ext.roles.saving import load_trained_roles, save_roles
+from trl_ext.trainers.state import load_experience, load_numbers, save_experience, save_numbers
+
+
+class Checkpoints:
+    """Files of a PPOTrainer; mixed into it, before the base trainer."""
+
+    args: Any
+    base: Any
+    collector: Any
+    updater: Any
+    metrics: Any
+    state: Any
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The policy as a plain PEFT adapter in `output_dir`; value/, reward/ and reference/ beside it."""
+        folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        save_roles(self.base, folder, policy_folder="")
+        self.processing_class.save_pretrained(str(folder))  # type: ignore[attr-defined]
+        (folder / "ppo_config.json").write_text(self.args.to_json_string(), encoding="utf-8")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        numbers = self._numbers()  # every process takes part
+        if self.args.should_save and self.experience is not None:
+            save_experience(self.experience, Path(output_dir))
+            save_numbers(numbers, Path(output_dir))
+
+    def _numbers(self) -> dict[str, Any]:
+        return {
+            "updater": self.updater.state_dict(),
+            "reward_moments": self.collector.combination.moments.state_dict(),
+            "metrics": self.metrics.state_dict(),
+            "rollout_metrics": self.rollout_metrics,
+        }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        load_trained_roles(self.base, folder)
+        self.experience = load_experience(folder)
+        numbers = load_numbers(folder)
+        if numbers:
+            self.updater.load_state_dict(numbers["updater"])
+            self.collector.combination.moments.load_state_dict(numbers["reward_moments"])
+            self.metrics.load_state_dict(numbers["metrics"], keep=self.args.process_index == 0)
+            self.rollout_metrics = numbers["rollout_metrics"]
+
+    def _load_best_model(self) -> None:
+        load_trained_roles(self.base, Path(str(self.state.best_model_checkpoint)))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.create_model_card()  # type: ignore[attr-defined]
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
