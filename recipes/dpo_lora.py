@@ -41,6 +41,7 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.save_state()
     del trainer
 
     trained = launch.load_shared_base(model_args, value="head", policy=args.output_dir)
@@ -53,7 +54,7 @@ def main() -> None:
         "memory": launch.megabytes(trained),
         "saved in": args.output_dir,
     }
-    launch.show("Result", outcome)
+    launch.report("Result", outcome, args.output_dir)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from transformers import AutoTokenizer
 from trl import ModelConfig
 
-from trl_ext import PPOConfig, PPOTrainer, demo, launch
+from trl_ext import AdaptiveKLCallback, AdaptiveKLController, PPOConfig, PPOTrainer, demo, launch
 
 
 @dataclass
@@ -33,6 +33,13 @@ class PPOArguments(launch.DataArguments):
     policy_adapter: str | None = field(
         default=None, metadata={"help": "A saved adapter to start from; None: a new one."}
     )
+    kl_target: float | None = field(
+        default=None, metadata={"help": "KL to hold, nats an answer: kl_coef adapts, beginning where it is set."}
+    )
+    kl_horizon: float = field(default=1000, metadata={"help": "Episodes over which kl_coef adapts."})
+    ptx_dataset: str | None = field(
+        default=None, metadata={"help": "Texts (column 'text') for the pretraining term, see ptx_coef."}
+    )
 
 
 def main() -> None:
@@ -47,7 +54,14 @@ def main() -> None:
         roles["policy"] = script.policy_adapter
     tokenizer = AutoTokenizer.from_pretrained(launch.model_name(model_args))
     base = launch.load_shared_base(model_args, trust_remote_code=args.trust_remote_code, **roles)
-    trainer = PPOTrainer(base, functions, args, train, test, processing_class=tokenizer)
+    callbacks = []
+    if script.kl_target is not None:
+        controller = AdaptiveKLController(args.kl_coef, script.kl_target, script.kl_horizon)
+        callbacks.append(AdaptiveKLCallback(controller))
+    texts = launch.load_texts(script.ptx_dataset) if script.ptx_dataset else None
+    trainer = PPOTrainer(
+        base, functions, args, train, test, processing_class=tokenizer, callbacks=callbacks, ptx_dataset=texts
+    )
 
     launch.show(
         "PPO with LoRA",
@@ -67,13 +81,14 @@ def main() -> None:
         outcome["exam before"] = demo.run_exam(base, tokenizer)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.save_state()
 
     launch.show_before_after(prompts, before, launch.answers(base, tokenizer, prompts, args.max_completion_length))
     if script.dataset == "demo":
         outcome["exam after"] = demo.run_exam(base, tokenizer)
     kl = launch.kl_to_reference(base, tokenizer, test["prompt"][:64], args.max_completion_length)
     outcome |= {"KL to the reference": f"{kl:.2f} nats an answer", "saved in": args.output_dir}
-    launch.show("Result", outcome)
+    launch.report("Result", outcome, args.output_dir)
 
 
 if __name__ == "__main__":

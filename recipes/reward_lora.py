@@ -36,10 +36,11 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     after = trainer.evaluate()
     trainer.save_model()
+    trainer.save_state()
 
     base: SharedBase = launch.load_shared_base(model_args, policy=None, value="head", reward=args.output_dir)
     launch.show_scored_pairs(base, trainer.processing_class, test.select(range(6)))
-    launch.show(
+    launch.report(
         "Result",
         {
             "held-out pair accuracy before": f"{before['eval_accuracy']:.1%}",
@@ -47,6 +48,7 @@ def main() -> None:
             "memory": launch.megabytes(base),
             "saved in": f"{args.output_dir} (use it with recipes/ppo_lora.py --reward_adapter {args.output_dir})",
         },
+        args.output_dir,
     )
 
 

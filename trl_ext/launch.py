@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -54,9 +55,13 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Say what is wrong with the input in one sentence and exit with status 2. TRL_EXT_TRACEBACK=1 shows where."""
+    """Say what is wrong with the input in one sentence and exit with status 1, or with 130 after Ctrl-C.
+    TRL_EXT_TRACEBACK=1 shows where."""
     try:
         yield
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("TRL_EXT_TRACEBACK"):
             raise
@@ -95,19 +100,9 @@ def load_rows(data: DataArguments, name: str) -> tuple[Dataset, Dataset]:
     """
     if data.dataset == "demo":
         return demo.load(name, "train"), demo.load(name, "test")
-    suffix = Path(data.dataset).suffix
-    if suffix in READERS:
-        if not Path(data.dataset).is_file():
-            raise FileNotFoundError(f"The dataset file {data.dataset!r} does not exist.")
-        try:
-            rows = load_dataset(READERS[suffix], data_files=data.dataset, split="train")
-        except (StopIteration, DatasetsError) as error:
-            reason = " ".join(str(error.__cause__ or error).split()) or "it holds no rows"
-            raise ValueError(f"The dataset file {data.dataset!r} cannot be read: {reason:.200}") from error
-    else:
-        rows = load_dataset(data.dataset, split=data.train_split)
-        if data.eval_split is not None:
-            return rows, load_dataset(data.dataset, split=data.eval_split)
+    rows = _read(data.dataset, data.train_split)
+    if data.eval_split is not None and Path(data.dataset).suffix not in READERS:
+        return rows, _read(data.dataset, data.eval_split)
     if len(rows) <= data.eval_rows:
         raise ValueError(
             f"The dataset {data.dataset!r} has {len(rows)} rows, and eval_rows={data.eval_rows} of them are held out: "
@@ -115,6 +110,28 @@ def load_rows(data: DataArguments, name: str) -> tuple[Dataset, Dataset]:
         )
     split = rows.train_test_split(test_size=data.eval_rows, seed=0)
     return split["train"], split["test"]
+
+
+def load_texts(dataset: str) -> Dataset:
+    """Rows of a file or a dataset on the Hub, split "train".
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it cannot be read.
+    """
+    return _read(dataset, "train")
+
+
+def _read(dataset: str, split: str) -> Dataset:
+    suffix = Path(dataset).suffix
+    if suffix not in READERS:
+        return load_dataset(dataset, split=split)
+    if not Path(dataset).is_file():
+        raise FileNotFoundError(f"The dataset file {dataset!r} does not exist.")
+    try:
+        return load_dataset(READERS[suffix], data_files=dataset, split="train")
+    except (StopIteration, DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split()) or "it holds no rows"
+        raise ValueError(f"The dataset file {dataset!r} cannot be read: {reason:.200}") from error
 
 
 def model_name(model_args: ModelConfig) -> str:
@@ -187,6 +204,14 @@ def show(title: str, rows: dict[str, Any]) -> None:
     for name, value in rows.items():
         table.add_row(name, Text(str(value)))
     _print(table)
+
+
+def report(title: str, rows: dict[str, Any], output_dir: str) -> None:
+    """Print a run's outcome, and keep it as result.json in its folder."""
+    show(title, rows)
+    if PartialState().is_main_process:
+        text = json.dumps({name: str(value) for name, value in rows.items()}, indent=2, ensure_ascii=False)
+        Path(output_dir, "result.json").write_text(text + "\n", encoding="utf-8")
 
 
 def megabytes(base: SharedBase) -> str:

@@ -73,7 +73,7 @@ def test_recipes_are_thin() -> None:
         ("ppo", ["--learning_rat", "1"], "learning_rat"),
         ("ppo", ["--dataset", "missing.jsonl"], "'missing.jsonl' does not exist"),
         ("ppo", ["--reward_funcs", "no_such_module.reward"], "cannot be imported"),
-        ("ppo", ["--kl_estimator", "k4"], "choose k1, k2 or k3"),
+        ("ppo", ["--kl_estimator", "k4"], "choose one of k1, k2, k3"),
         ("ppo", ["--config", "missing.yaml"], "missing.yaml"),
         ("reward", ["--dataset", "missing.csv"], "'missing.csv' does not exist"),
         ("dpo", ["--dataset", "missing.parquet"], "'missing.parquet' does not exist"),

@@ -18,7 +18,18 @@ PACKAGE = "trl_ext"
 SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 
-LOGIC = {"types", "core", "roles", "generation", "rewards", "feedback", "controllers", "callbacks", "diagnostics"}
+LOGIC = {
+    "types",
+    "core",
+    "roles",
+    "generation",
+    "generation_vllm",
+    "rewards",
+    "feedback",
+    "controllers",
+    "callbacks",
+    "diagnostics",
+}
 
 # room -> rooms that it may import. A room is a folder or a file directly under trl_ext/.
 ARROWS: dict[str, set[str]] = {
@@ -26,6 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "core": {"types"},
     "controllers": set(),
     "generation": {"core", "types", "_trl"},
+    "generation_vllm": set(),
     "rewards": {"core", "types"},
     "feedback": {"core", "types"},
     "roles": {"core", "types", "_trl"},

@@ -112,7 +112,9 @@ def test_value(batch: Experience, said: dict[str, Tensor], args: PPOConfig) -> N
 def test_a_step_down_the_gradient_makes_good_tokens_likelier(batch: Experience, args: PPOConfig) -> None:
     """At the start of an update, where new and old are equal, the slope is -advantage / tokens."""
     logprobs = batch.score_pass.logprobs.clone().requires_grad_()
-    loss, _ = policy_loss(batch, {"logprobs": logprobs, "entropy": logprobs.detach()}, torch.tensor(NUM_TOKENS), args, PENALTY)
+    loss, _ = policy_loss(
+        batch, {"logprobs": logprobs, "entropy": logprobs.detach()}, torch.tensor(NUM_TOKENS), args, PENALTY
+    )
     loss.backward()
     assert logprobs.grad is not None
     expected = [-a / NUM_TOKENS for a in batch.advantages[batch.loss_mask].tolist()]

@@ -143,7 +143,7 @@ BAD: list[tuple[str, Any, str]] = [
     *(("top_p", value, f"top_p is {value}: it must be positive and at most 1.") for value in (0.0, -1.0, 1.1)),
     *(("total_episodes", value, f"total_episodes is {value}: it must be at least 1.") for value in (0, -1)),
     ("temperature", None, "temperature is None: it must be positive."),
-    *(("kl_estimator", value, f"kl_estimator is {value!r}: choose k1, k2 or k3.") for value in ("k4", None)),
+    *(("kl_estimator", value, f"kl_estimator is {value!r}: choose one of k1, k2, k3.") for value in ("k4", None)),
     ("auto_find_batch_size", True, "auto_find_batch_size would change"),
 ]  # fmt: skip
 

@@ -2,8 +2,8 @@
 
 import asyncio
 import math
-import threading
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -300,9 +300,9 @@ def test_a_model_scores_prompt_and_completion() -> None:
     expected = [direct(model, [7, 9, 12]), direct(model, [8, 10]), direct(model, [7, 9, 7, 9, 12, 12])]
     assert len({round(score, 3) for score in expected}) == 3
     scorer = Scorer([model.train()], tokenizers=[tokenizer])
-    total = scorer(
-        texts(["the cat", "a", "the cat the"], [" sat", " dog", " cat sat sat"]), {"column": [1, 2, 3]}
-    )[:, 0]
+    total = scorer(texts(["the cat", "a", "the cat the"], [" sat", " dog", " cat sat sat"]), {"column": [1, 2, 3]})[
+        :, 0
+    ]
     assert total.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())

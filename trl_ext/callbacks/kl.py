@@ -1,4 +1,4 @@
-"""Adaptive KL in every trainer that has a KL penalty: ours, TRL 1.12's PPOTrainer, today's GRPOTrainer and RLOOTrainer."""
+"""Adaptive KL in every trainer with a KL penalty: ours, TRL 1.12's PPOTrainer, today's GRPOTrainer and RLOOTrainer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from transformers import TrainerState, TrainingArguments
 
 from trl_ext.callbacks.rollout import RolloutCallback
 from trl_ext.controllers import AdaptiveKLController, KLController
-from trl_ext.core import masked_sum
-from trl_ext.types import Shaped
+from trl_ext.types import Experience
 
 # Not the class's name: Transformers would rebuild a callback of that name from its saved state, without its controller.
 STATE_KEY = "trl_ext.adaptive_kl"
@@ -40,7 +39,7 @@ class AdaptiveKLCallback(RolloutCallback):
                 "load_state_dict(state)."
             )
         self._trainer = trainer
-        self._hears_rollouts = False
+        self._in_trl_ext = False
         self._seen = 0.0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -50,10 +49,11 @@ class AdaptiveKLCallback(RolloutCallback):
             ValueError: this trainer's KL penalty cannot be reached: a controller without effect would be a silent
                 error.
         """
-        if self._trainer is None and not hasattr(args, "kl_coef"):
+        samples = hasattr(args, "num_generations") and hasattr(args, "beta")  # GRPOTrainer, RLOOTrainer
+        if not hasattr(args, "kl_coef") and not (samples and self._trainer is not None):
             needs = (
                 "it copies args.beta when it is built, so pass AdaptiveKLCallback(..., trainer=trainer)"
-                if hasattr(args, "beta") and hasattr(args, "num_generations")
+                if samples
                 else "it has no KL penalty on sampled answers to control"
             )
             raise ValueError(f"AdaptiveKLCallback cannot act in a trainer with {type(args).__name__}: {needs}.")
@@ -62,17 +62,18 @@ class AdaptiveKLCallback(RolloutCallback):
                 f"AdaptiveKLCallback cannot act: the {type(self._trainer).__name__} was built with beta=0 and computes "
                 "no KL; set beta in its config to the controller's initial value."
             )
+        self._in_trl_ext = hasattr(args, "steps_per_rollout")
         saved = state.stateful_callbacks.get(STATE_KEY)
         if saved:
             self.controller.load_state_dict(saved["controller"])
             self._seen = float(saved["seen"])
         self._write(args, state)
 
-    def on_rewards(self, args: Any, state: TrainerState, control: Any, shaped: Shaped) -> None:
-        """trl_ext's PPOTrainer: the KL of this very rollout decides the next one's coefficient."""
-        self._hears_rollouts = True
-        kl = masked_sum(shaped.score_pass.logprobs - shaped.score_pass.ref_logprobs, shaped.rollout.completion_mask, 1)
-        self.controller.update(float(kl.mean()), len(kl))
+    def on_update_end(
+        self, args: Any, state: TrainerState, control: Any, experience: Experience, metrics: dict[str, float]
+    ) -> None:
+        """trl_ext's PPOTrainer: the KL of this rollout decides the next one's coefficient."""
+        self.controller.update(metrics["objective/kl"], len(experience.kl))
         self._write(args, state)
 
     def on_log(
@@ -80,8 +81,8 @@ class AdaptiveKLCallback(RolloutCallback):
     ) -> None:
         """TRL's trainers: the KL is read from what they log."""
         logs = logs or {}
-        if self._hears_rollouts:
-            return
+        if self._in_trl_ext:
+            return  # on_update_end knows better
         if "objective/kl" in logs:
             kl, seen = float(logs["objective/kl"]), float(logs.get("episode", 0))
         elif "kl" in logs and "completions/mean_length" in logs:

@@ -56,16 +56,14 @@ class RolloutCallback(TrainerCallback):
     Every event gets `args` (PPOConfig), `state` (TrainerState), `control` (PPOControl) and frozen records (see
     `trl_ext.types`, which gives every shape). An event that comes with a record may return another in its place, made
     with `dataclasses.replace`; the next callback in the list and everything after it see the new one. None changes
-    nothing. Set `control.should_update_stop` to end the epochs of this update, `control.should_training_stop` to end the
-    training after the optimizer step under way.
+    nothing. Set `control.should_update_stop` to end the epochs of this update, `control.should_training_stop` to end
+    the training after the optimizer step under way.
 
     With several processes, `on_rollout_end` sees this process's answers; all later events see those of all
     processes, alike on each, and must come to the same result on each.
     """
 
-    def on_rollout_end(
-        self, args: Any, state: TrainerState, control: PPOControl, rollout: Rollout
-    ) -> Rollout | None:
+    def on_rollout_end(self, args: Any, state: TrainerState, control: PPOControl, rollout: Rollout) -> Rollout | None:
         """The policy has answered; nobody has judged yet."""
 
     def on_scores(self, args: Any, state: TrainerState, control: PPOControl, judged: Judged) -> Judged | None:
@@ -130,8 +128,8 @@ def _check_same(before: Any, after: Any, where: str, path: str = "") -> None:
     """Refuse a returned record that is of another class, or holds tensors of other shapes or lists of other lengths."""
     if type(after) is not type(before):
         raise TypeError(
-            f"{where} returned {path or 'a record'} of type {type(after).__name__}, not {type(before).__name__}: return "
-            "dataclasses.replace(...) of what it was given, or None."
+            f"{where} returned {path or 'a record'} of type {type(after).__name__}, not {type(before).__name__}: "
+            "return dataclasses.replace(...) of what it was given, or None."
         )
     if isinstance(before, Tensor):
         if after.shape != before.shape or after.dtype != before.dtype:

@@ -64,7 +64,9 @@ def rewards_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
     return _gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)
 
 
-def batch_baseline(returns: Tensor, scored: Tensor, leave_one_out: bool = False, groups: Tensor | None = None) -> Tensor:
+def batch_baseline(
+    returns: Tensor, scored: Tensor, leave_one_out: bool = False, groups: Tensor | None = None
+) -> Tensor:
     """What an average answer got, to compare each answer with, (batch,).
 
         mean:           b_i = mean_j R_j

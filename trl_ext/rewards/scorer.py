@@ -174,8 +174,8 @@ def _named(name: str, timeout: float | None) -> Iterator[None]:
         ) from error
     except Exception as error:
         raise RewardError(
-            f"Reward function {name!r} raised {type(error).__name__}: {error}. Let it return None for a completion that "
-            "it cannot judge."
+            f"Reward function {name!r} raised {type(error).__name__}: {error}. Let it return None for a completion "
+            "that it cannot judge."
         ) from error
 
 

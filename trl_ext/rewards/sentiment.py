@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from trl_ext.rewards.texts import as_text
+
 
 @cache
 def _analyzer() -> Any:
@@ -21,5 +23,4 @@ def vader_sentiment(completions: list[Any], **_: Any) -> list[float]:
     The compound score of C.J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
     Social Media Text" (ICWSM 2014), by the package vaderSentiment.
     """
-    texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
-    return [_analyzer().polarity_scores(text)["compound"] for text in texts]
+    return [_analyzer().polarity_scores(as_text(completion))["compound"] for completion in completions]

@@ -47,8 +47,8 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, args: PPOConfig) -> No
     check_prompts(train_dataset, "train_dataset")
     if args.rollout_batch_size % args.num_generations:
         raise ValueError(
-            f"num_generations is {args.num_generations}, which does not divide the {args.rollout_batch_size} answers of "
-            "a rollout: choose a divisor."
+            f"num_generations is {args.num_generations}, which does not divide the {args.rollout_batch_size} answers "
+            "of a rollout: choose a divisor."
         )
     prompts = args.rollout_batch_size // args.num_generations
     if len(train_dataset) < prompts:

@@ -17,7 +17,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl_ext.callbacks import RolloutEvents
 from trl_ext.generation import answer_suffix, generate
-from trl_ext.rewards import Combination, Scorer
+from trl_ext.generation_vllm import VLLMGenerator
+from trl_ext.rewards import Combination, RewardError, Scorer
 from trl_ext.roles import Role, SharedBase
 from trl_ext.trainers.batching import permutation
 from trl_ext.trainers.metrics import Metrics
@@ -51,6 +52,11 @@ class Collector:
         self.base, self.tokenizer, self.scorer = base, tokenizer, scorer
         self.args, self.accelerator, self.metrics, self.events = args, accelerator, metrics, events
         self.generation_config = sampling_config(args, base, tokenizer)
+        self.generator: Any = base
+        if args.use_vllm:
+            memory, limit = args.vllm_gpu_memory_utilization, args.vllm_max_model_length
+            seed = args.seed + accelerator.process_index
+            self.generator = VLLMGenerator(base, base.config.name_or_path, memory, limit, seed)
         self.score_names = scorer.names if scorer is not None else ["reward_role"]
         weights = args.reward_weights or [1.0] * len(self.score_names)
         self.combination = Combination(weights, args.score_normalization, args.reward_clip_range)
@@ -72,7 +78,16 @@ class Collector:
         Returns:
             Rollout, scores and score pass of all processes, the same on each, on the CPU.
         """
-        return self._combined([self._judge(inputs, trainer_state, listen=True)], training=True)
+        part, failure = None, None
+        try:
+            part = self._judge(inputs, trainer_state, listen=True)
+        except RewardError as error:
+            failure = error
+        # All processes stop together, or the others would wait for ever.
+        failures = [message for message in gather_object([None if failure is None else str(failure)]) if message]
+        if failures or part is None:
+            raise RewardError(failures[0]) from (failure and failure.__cause__)
+        return self._combined([part], training=True)
 
     def all_of(self, dataloader: DataLoader[Any], trainer_state: Any) -> Judged:
         """Answer and judge every prompt of `dataloader` once, always with the same random numbers, and without moving
@@ -90,7 +105,9 @@ class Collector:
         et al. 2019, arXiv:1909.08593, section 2.1.
         """
         count = min(self.args.normalization_samples, len(dataset))
-        mine = permutation(len(dataset), self.args.seed)[:count].tolist()[self.accelerator.process_index :: self.accelerator.num_processes]
+        mine = permutation(len(dataset), self.args.seed)[:count].tolist()[
+            self.accelerator.process_index :: self.accelerator.num_processes
+        ]
         with self._apart(self.args.seed):
             batches = [dataset.select(mine[i : i + self._batch]).to_list() for i in range(0, len(mine), self._batch)]
             parts = [self._judge(rows, trainer_state, role="reference")[1] for rows in batches]
@@ -103,7 +120,7 @@ class Collector:
         self.extra = defaultdict(list)
         with self._timed("generate"), self.accelerator.autocast():
             rollout = generate(
-                self.base,
+                self.generator,
                 [row["prompt"] for row in inputs],
                 self.tokenizer,
                 self.generation_config,
@@ -124,6 +141,11 @@ class Collector:
         everyone = [part for one in parts for part in gather_object([one])]
         rollouts, by_function, passes = zip(*everyone, strict=True)
         together = torch.cat(by_function)
+        if bool(together.isnan().all()):
+            raise RewardError(
+                f"No reward function ({', '.join(self.score_names)}) scored any of {len(together)} completions: all "
+                "returned None."
+            )
         scores = Scores(total=self.combination(together, training), by_function=together)
         return Judged(concatenate(rollouts, pad), scores, concatenate(passes, pad))
 
@@ -155,9 +177,7 @@ class Collector:
             parts.append(ScorePass(logprobs, said["entropy"], said["ref_logprobs"], values, scores).to("cpu"))
         return concatenate(parts, pad_token_id=0).rows(order.argsort())
 
-    def score(
-        self, rollout: Rollout, pass_: ScorePass, inputs: list[dict[str, Any]], trainer_state: Any
-    ) -> Tensor:
+    def score(self, rollout: Rollout, pass_: ScorePass, inputs: list[dict[str, Any]], trainer_state: Any) -> Tensor:
         """Scores (batch, functions) of this process's completions, from the reward functions or the reward role."""
         if self.scorer is None:
             return pass_.reward_scores.unsqueeze(1)

@@ -41,6 +41,7 @@ _BOUNDS = {
     "penalty_coef": (_ABOVE_ZERO, _FINITE),
     "penalty_target": (_ABOVE_ZERO, _FINITE),
     "reward_timeout": (_ABOVE_ZERO, _FINITE),
+    "vllm_gpu_memory_utilization": (_ABOVE_ZERO, 1.0),
 }
 _OPTIONAL = (
     "min_p",
@@ -118,6 +119,9 @@ class PPOConfig(BaseConfig):
     top_k: int = _f(0, "Sample among so many tokens only; 0: all. See top_p.")
     min_p: float | None = _f(None, "Least probability of a token, relative to the likeliest. See top_p.")
     repetition_penalty: float = _f(1.0, "Above 1: repeated tokens become less likely. See top_p.")
+    use_vllm: bool = _f(False, "Let vLLM answer, with a copy of the base of its own on this GPU.")
+    vllm_gpu_memory_utilization: float = _f(0.3, "Share of the GPU's memory for vLLM.")
+    vllm_max_model_length: int | None = _f(None, "Most tokens of prompt and answer in vLLM; None: the model's limit.")
     generation_kwargs: dict[str, Any] | str | None = _f(None, "Further fields of transformers.GenerationConfig.")
     chat_template_kwargs: dict[str, Any] | str | None = _f(None, "Arguments of the chat template.")
     shuffle_dataset: bool = _f(True, "Shuffle the prompts, anew each epoch.")
@@ -163,7 +167,9 @@ class PPOConfig(BaseConfig):
     whiten_advantages: bool = _f(True, "Scale the advantages of a rollout to mean 0 and variance 1.")
 
     # Guards
-    max_approx_kl: float | None = _f(None, "End an update's epochs when a minibatch's approxkl (nats a token) is above.")
+    max_approx_kl: float | None = _f(
+        None, "End an update's epochs when a minibatch's approxkl (nats a token) is above."
+    )
     max_ratio: float | None = _f(None, "Do not step on a minibatch whose mean ratio is above it or below its inverse.")
     value_warmup_rollouts: int = _f(0, "Rollouts at the start on which the value role alone is trained.")
 
@@ -192,9 +198,7 @@ class PPOConfig(BaseConfig):
     @property
     def uses_value(self) -> bool:
         """Whether the objective has a critic."""
-        return self.objective in ("clip", "kl_penalty") or (
-            self.objective == "reinforce" and self.baseline == "value"
-        )
+        return self.objective in ("clip", "kl_penalty") or (self.objective == "reinforce" and self.baseline == "value")
 
     @property
     def mini_batch_size(self) -> int:
@@ -228,9 +232,11 @@ class PPOConfig(BaseConfig):
             )
         if self.value_warmup_rollouts and not self.uses_value:
             raise ValueError(
-                f"value_warmup_rollouts is {self.value_warmup_rollouts}, but objective {self.objective!r} has no critic "
-                "here: leave it out."
+                f"value_warmup_rollouts is {self.value_warmup_rollouts}, but objective {self.objective!r} has no "
+                "critic here: leave it out."
             )
+        if self.use_vllm and self.generation_kwargs:
+            raise ValueError("generation_kwargs are Transformers' and would not reach vLLM: unset them, or use_vllm.")
         clip = self.reward_clip_range
         if clip is not None and (len(clip) != 2 or not clip[0] < clip[1]):
             raise ValueError(f"reward_clip_range is {clip}: give the least and the greatest score, as in [-1, 1].")

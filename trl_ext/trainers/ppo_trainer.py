@@ -23,6 +23,7 @@ from trl_ext.trainers.building import build_base, build_scorer, check_model, def
 from trl_ext.trainers.collector import Collector
 from trl_ext.trainers.completions import completions_frame, print_completions, save_completions
 from trl_ext.trainers.experience import estimate, make_experience, shape, summarize
+from trl_ext.trainers.interrupts import Interrupts
 from trl_ext.trainers.metrics import Metrics
 from trl_ext.trainers.ppo_config import PPOConfig
 from trl_ext.trainers.pretraining import PretrainMix
@@ -108,7 +109,7 @@ class PPOTrainer(Checkpoints, BaseTrainer):
         tokenizer = checks.check_tokenizer(processing_class, train_dataset)
         if bool(args.ptx_coef) != (ptx_dataset is not None):
             raise ValueError(
-                f"ptx_coef is {args.ptx_coef}, and ptx_dataset {'is missing' if ptx_dataset is None else 'is given'}: the "
+                f"ptx_coef is {args.ptx_coef} and ptx_dataset is {'missing' if ptx_dataset is None else 'given'}: the "
                 "pretraining term needs both."
             )
         mix = PretrainMix(ptx_dataset, tokenizer, args.ptx_max_length, args.seed) if ptx_dataset is not None else None
@@ -146,7 +147,16 @@ class PPOTrainer(Checkpoints, BaseTrainer):
         self.updater = Updater(self, mix)
         self.experience: Experience | None = None
         self.rollout_metrics: dict[str, float] = {}
+        self.interrupts = Interrupts()
         set_seed(args.seed, device_specific=True)  # processes sample different answers
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers' `Trainer.train`. Ctrl-C and SIGTERM take effect after the optimizer step under way, with a
+        checkpoint written; so does a reward function that fails."""
+        with self.interrupts:
+            output = super().train(*args, **kwargs)
+        self.interrupts.raise_received()
+        return output
 
     # One update -------------------------------------------------------------------------------------------------------
 
@@ -173,7 +183,9 @@ class PPOTrainer(Checkpoints, BaseTrainer):
         self.control.should_update_stop = False
         if self.collector.combination.needs_reference:
             self.collector.normalize_by_reference(self.train_dataset, self.state)
-        judged = self.events.replace("on_scores", self.collector(inputs, self.state))
+        with self._saved_on_failure():
+            judged = self.collector(inputs, self.state)
+        judged = self.events.replace("on_scores", judged)
         shaped = self.events.replace("on_rewards", shape(judged, self.args))
         experience = self.events.replace("on_advantages", estimate(shaped, self.args))
         self.rollout_metrics = summarize(experience, self.args, self.collector.score_names)
@@ -198,6 +210,8 @@ class PPOTrainer(Checkpoints, BaseTrainer):
                 self.metrics.add_value("policy/penalty_coef", self.updater.penalty.value)
             self.updater.end_update()
             self.events.tell("on_update_end", self.experience, self.rollout_metrics)
+        if any(gather_object([self.interrupts.received is not None])):
+            self.control.should_save = self.control.should_training_stop = True
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         stepping = self.accelerator.gradient_state.sync_gradients

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
+from trl_ext.rewards import RewardError
 from trl_ext.roles.saving import load_trained_roles, save_roles
 from trl_ext.trainers.state import load_experience, load_numbers, save_experience, save_numbers
+
+
+class RandomState:
+    """The random numbers to come, of Python, NumPy and torch, as they were when this was made."""
+
+    def __init__(self) -> None:
+        self._python, self._numpy, self._cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def restore(self) -> None:
+        """Go back to them."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._cpu)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
 
 
 class Checkpoints:
@@ -56,6 +78,24 @@ class Checkpoints:
             self.collector.combination.moments.load_state_dict(numbers["reward_moments"])
             self.metrics.load_state_dict(numbers["metrics"], keep=self.args.process_index == 0)
             self.rollout_metrics = numbers["rollout_metrics"]
+
+    @contextmanager
+    def _saved_on_failure(self) -> Iterator[None]:
+        """Write a checkpoint when a reward function fails: what has been trained is not lost, and a run that goes on
+        from it draws the same answers again."""
+        before = RandomState()
+        try:
+            yield
+        except RewardError as error:
+            if self.state.global_step == 0:
+                raise
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            if not folder.exists():
+                before.restore()
+                self._save_checkpoint(self.model, trial=None)  # type: ignore[attr-defined]
+            raise RewardError(
+                f"{error} All {self.state.global_step} steps before are saved in {str(folder)!r}: resume from there."
+            ) from error.__cause__
 
     def _load_best_model(self) -> None:
         load_trained_roles(self.base, Path(str(self.state.best_model_checkpoint)))

@@ -209,6 +209,7 @@ class Updater:
         """-ptx_coef * mean_t log pi(x_t | x_<t) of some texts: the second term of Ouyang et al. 2022, arXiv:2203.02155,
         equation 2, a mean over the minibatch's texts as the policy's loss is over its completions."""
         args, accelerator = self.args, self.trainer.accelerator
+        assert self.pretrain_mix is not None
         done = self.trainer.state.global_step * args.gradient_accumulation_steps + len(self._queue)
         ids, mask = self.pretrain_mix(rows, done * accelerator.num_processes + accelerator.process_index)
         ids, mask = ids.to(self.base.device), mask.to(self.base.device)

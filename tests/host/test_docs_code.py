@@ -1,0 +1,107 @@
+"""The code of the documentation's pages runs as it stands there."""
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from tests.helpers import prompt_dataset, tiny_llama, word_tokenizer
+from trl_ext import PPOConfig, SharedBase
+
+DOCS = Path(__file__).parents[2] / "docs"
+HAS_TRL_PPO = importlib.util.find_spec("trl.experimental.ppo") is not None
+QUIET: dict[str, Any] = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "bf16": False}
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def names(tmp_path: Path) -> dict[str, Any]:
+    """What the pages take for granted: a model, data, settings."""
+    folder, tokenizer = str(tmp_path / "model"), word_tokenizer()
+    tiny_llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    judge = SharedBase.from_pretrained(folder)
+    judge.save_pretrained(tmp_path / "judge")
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    return {
+        "model": folder,
+        "reward_funcs": lambda completions, **_: [float(text.count("cat")) for text in completions],
+        "args": PPOConfig(
+            str(tmp_path / "ppo"), per_device_train_batch_size=4, total_episodes=8, max_completion_length=6, **QUIET
+        ),
+        "train_dataset": prompt_dataset(16),
+        "tokenizer": tokenizer,
+        "output_dir": str(tmp_path / "rloo"),
+        "rloo_settings": {
+            "per_device_train_batch_size": 4,
+            "num_generations": 2,
+            "max_steps": 2,
+            "logging_steps": 1,
+            "max_completion_length": 6,
+            **QUIET,
+        },
+        "rloo_model": lambda: get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora),
+        "base": SharedBase.from_pretrained(folder, policy=lora, reward=str(tmp_path / "judge" / "value")),
+        "tokenized_dataset": Dataset.from_dict({"input_ids": [[5 + i % 9, 6, 7] for i in range(32)]}),
+    }
+
+
+def trl_settings(tmp_path: Path) -> Any:
+    from trl.experimental.ppo import PPOConfig as TRLPPOConfig
+
+    return TRLPPOConfig(
+        str(tmp_path / "trl_ppo"),
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        total_episodes=24,
+        response_length=6,
+        num_ppo_epochs=1,
+        num_sample_generations=0,
+        gradient_checkpointing=False,
+        **QUIET,
+    )
+
+
+@pytest.mark.host
+def test_callbacks_page(tmp_path: Path) -> None:
+    namespace, trainers, skipped = names(tmp_path), [], 0
+    for block in blocks("callbacks.md"):
+        if block.startswith("# TRL 1.12 only"):
+            if not HAS_TRL_PPO:
+                skipped += 1
+                continue
+            namespace["trl_args"] = trl_settings(tmp_path)
+        exec(compile(block, "callbacks.md", "exec"), namespace)
+        if "trainer" in block:
+            trainers.append(namespace["trainer"])
+    assert len(trainers) + skipped == 4
+    curriculum, held, rloo = trainers[:3]
+    assert curriculum.state.global_step > 0
+    assert {type(c).__name__ for c in curriculum.callback_handler.callbacks} >= {"ShortAnswers", "Enough"}
+    assert held.args.kl_coef != 0.1, "the controller has acted"
+    assert rloo.beta != 0.05, "the controller has acted"
+    assert [row for row in rloo.state.log_history if "objective/kl_coef" in row]
+    if HAS_TRL_PPO:
+        assert trainers[3].args.kl_coef != 0.05, "the controller has acted"
+
+
+def test_every_worked_callback_is_short() -> None:
+    worked = [block for block in blocks("callbacks.md") if "RolloutCallback)" in block]
+    assert len(worked) == 3
+    assert all(len(block.splitlines()) < 30 for block in worked)
+
+
+def test_rewards_page() -> None:
+    namespace: dict[str, Any] = {}
+    for block in blocks("rewards.md"):
+        exec(compile(block, "rewards.md", "exec"), namespace)
+        if "limited" in block:
+            texts = ["The capital is Paris.", "Paris, stupid"]
+            assert namespace["reward"](completions=texts, completion_ids=[[1] * 4, [1] * 3]) == [1.0, -2.0]

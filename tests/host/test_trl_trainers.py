@@ -1,0 +1,115 @@
+"""Our callbacks and reward functions in TRL's own trainers of today, really training."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
+
+from tests.helpers import prompt_dataset, tiny_llama, word_tokenizer
+from trl_ext import AdaptiveKLCallback, AdaptiveKLController, PIKLController, SharedBase
+from trl_ext.rewards.models import fluency, reward_role
+from trl_ext.rewards.texts import forbidden, keywords, length_penalty, limited, matches, repetition_penalty
+
+pytestmark = pytest.mark.host
+
+QUIET: dict[str, Any] = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "bf16": False}
+LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def saved_model(folder: Path) -> str:
+    tiny_llama().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def judged_base(tmp_path: Path, model: str) -> SharedBase:
+    SharedBase.from_pretrained(model).save_pretrained(tmp_path / "judge")
+    return SharedBase.from_pretrained(model, reward=str(tmp_path / "judge" / "value"))
+
+
+@pytest.mark.parametrize(("trainer_class", "config_class"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
+def test_online_trainers(tmp_path: Path, trainer_class: Any, config_class: Any) -> None:
+    model = saved_model(tmp_path / "model")
+    base, tokenizer = judged_base(tmp_path, model), word_tokenizer()
+    rewards = [
+        length_penalty(2, 6),
+        repetition_penalty(2),
+        matches(".*cat.*"),
+        limited([keywords(["cat", "dog"])], [forbidden(["bird"])], worst=-1.0),
+        fluency(base, tokenizer),
+        reward_role(base, tokenizer),
+    ]
+    settings = config_class(
+        str(tmp_path / "out"),
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_steps=3,
+        logging_steps=1,
+        max_completion_length=6,
+        learning_rate=1e-2,
+        beta=0.05,
+        **QUIET,
+    )
+    trainer = trainer_class(model, rewards, settings, prompt_dataset(16), peft_config=LORA)
+    controller = PIKLController(init=0.05, target=2.0)
+    trainer.add_callback(AdaptiveKLCallback(controller, trainer=trainer))
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "kl" in row]
+    assert len(logs) == 3
+    expected = PIKLController(init=0.05, target=2.0)
+    for row in logs:
+        expected.update(row["kl"] * row["completions/mean_length"], 4)
+        assert row["objective/kl_coef"] == pytest.approx(expected.value, rel=1e-6)
+    assert trainer.beta == controller.value != 0.05
+    for name in ("length_penalty", "matches", "limited", "fluency", "reward_role"):
+        assert f"rewards/{name}/mean" in logs[0]
+    assert -20 < logs[0]["rewards/fluency/mean"] < 0
+
+
+def offline_trainer(kind: str, tmp_path: Path, **how: Any) -> Any:
+    model = saved_model(tmp_path / "model")
+    pairs = Dataset.from_dict({"prompt": ["the cat"] * 8, "chosen": [" sat on"] * 8, "rejected": [" ran"] * 8})
+    shared = {"per_device_train_batch_size": 4, "max_steps": 2, **QUIET}
+    if kind == "dpo":
+        return DPOTrainer(
+            model, args=DPOConfig(str(tmp_path / "out"), **shared), train_dataset=pairs, peft_config=LORA, **how
+        )
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS")
+    return RewardTrainer(
+        model, args=RewardConfig(str(tmp_path / "out"), **shared), train_dataset=pairs, peft_config=lora, **how
+    )
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward"])
+def test_a_controller_that_cannot_act_says_so_before_training(tmp_path: Path, kind: str) -> None:
+    trainer = offline_trainer(kind, tmp_path)
+    for callback in (AdaptiveKLCallback(), AdaptiveKLCallback(trainer=trainer)):
+        trainer.add_callback(callback)
+        with pytest.raises(ValueError, match=r"^AdaptiveKLCallback cannot act in a trainer with \w+: it has no KL"):
+            trainer.train()
+        trainer.remove_callback(callback)
+    assert trainer.state.global_step == 0
+
+
+def test_a_controller_without_the_trainer_or_without_beta_says_so(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "model")
+
+    def trainer_with(beta: float) -> Any:
+        settings = RLOOConfig(
+            str(tmp_path / "out"), per_device_train_batch_size=4, num_generations=2, max_steps=1, beta=beta, **QUIET
+        )
+        return RLOOTrainer(model, keywords(["cat"]), settings, prompt_dataset(8), peft_config=LORA)
+
+    trainer = trainer_with(0.05)
+    trainer.add_callback(AdaptiveKLCallback(AdaptiveKLController()))
+    with pytest.raises(
+        ValueError, match=r"RLOOConfig: it copies args\.beta .* pass AdaptiveKLCallback\(\.\.\., trainer=trainer\)"
+    ):
+        trainer.train()
+    trainer = trainer_with(0.0)
+    trainer.add_callback(AdaptiveKLCallback(AdaptiveKLController(), trainer=trainer))
+    with pytest.raises(ValueError, match="built with beta=0 and computes no KL"):
+        trainer.train()

@@ -1,0 +1,57 @@
+"""Ctrl-C and SIGTERM in the middle of a run: saved, stopped, resumed as if nothing had happened."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from tests.integration.test_ppo_trainer import trained_state, trainer_for
+
+
+class Signal(TrainerCallback):
+    """Sends this process a signal during the given optimizer step."""
+
+    def __init__(self, number: int, step: int) -> None:
+        self.number, self.step = number, step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)], ids=["INT", "TERM"]
+)
+def test_a_signal_saves_and_stops(tmp_path: Path, number: int, expected: type[BaseException]) -> None:
+    before = signal.getsignal(number)
+    trainer = trainer_for(tmp_path, total_episodes=32)
+    trainer.add_callback(Signal(number, step=3))
+    with pytest.raises(expected) as raised:
+        trainer.train()
+    assert trainer.state.global_step == 3
+    if number == signal.SIGTERM:
+        assert raised.value.code == 143  # type: ignore[attr-defined]
+    assert signal.getsignal(number) is before
+    resumed = trainer_for(tmp_path, total_episodes=32)
+    resumed.train(resume_from_checkpoint=True)
+    whole = trainer_for(tmp_path / "whole", total_episodes=32)
+    whole.train()
+    expected_state = trained_state(whole)
+    assert all(torch.equal(tensor, expected_state[name]) for name, tensor in trained_state(resumed).items())
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    class Twice(Signal):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = trainer_for(tmp_path)
+    trainer.add_callback(Twice(signal.SIGINT, 1))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 0

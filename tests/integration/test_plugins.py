@@ -1,0 +1,443 @@
+"""Callbacks, KL controllers, guards and objectives in real training runs on a tiny model."""
+
+import copy
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from tests.helpers import prompt_dataset, word_tokenizer
+from tests.integration.test_ppo_trainer import LORA, cats, config, rows_with, saved_model, trained_state, trainer_for
+from trl_ext import (
+    AdaptiveKLCallback,
+    AdaptiveKLController,
+    PIKLController,
+    PPOTrainer,
+    RolloutCallback,
+    SharedBase,
+)
+from trl_ext.rewards import RewardError
+
+# Events --------------------------------------------------------------------------------------------------------------
+
+
+class Recorder(RolloutCallback):
+    """Writes down which event came, and what it saw."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, Any]] = []
+
+    def on_rollout_end(self, args: Any, state: Any, control: Any, rollout: Any) -> None:
+        self.events.append(("rollout", rollout))
+
+    def on_scores(self, args: Any, state: Any, control: Any, judged: Any) -> None:
+        self.events.append(("scores", judged))
+
+    def on_rewards(self, args: Any, state: Any, control: Any, shaped: Any) -> None:
+        self.events.append(("rewards", shaped))
+
+    def on_advantages(self, args: Any, state: Any, control: Any, experience: Any) -> None:
+        self.events.append(("advantages", experience))
+
+    def on_ppo_epoch_end(self, args: Any, state: Any, control: Any, experience: Any, stats: Any) -> None:
+        self.events.append(("epoch", stats))
+
+    def on_update_end(self, args: Any, state: Any, control: Any, experience: Any, metrics: Any) -> None:
+        self.events.append(("update", metrics))
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.events]
+
+
+def test_events_come_in_the_order_of_the_sentence(tmp_path: Path) -> None:
+    trainer, recorder = trainer_for(tmp_path, num_mini_batches=2, total_episodes=32), Recorder()
+    trainer.add_callback(recorder)
+    trainer.train()
+    a_rollout = ["rollout", "scores", "rewards", "advantages", "epoch", "epoch", "update"]
+    assert recorder.names == a_rollout * 2
+    stats = [what for name, what in recorder.events if name == "epoch"]
+    assert [s.epoch for s in stats] == [0, 1, 0, 1]
+    assert [s.skipped for s in stats] == [0] * 4
+    assert stats[0].ratio == pytest.approx(1.0, abs=0.2)
+    assert stats[1].approxkl > 0
+    metrics = [what for name, what in recorder.events if name == "update"]
+    assert [m["objective/scores"] for m in metrics] == [r["objective/scores"] for r in rows_with(trainer, "eps")]
+
+
+def test_each_pass_averages_its_own_minibatches(tmp_path: Path) -> None:
+    trainer, recorder = trainer_for(tmp_path, num_mini_batches=2, logging_steps=2), Recorder()
+    trainer.add_callback(recorder)
+    trainer.train()
+    stats = [what for name, what in recorder.events if name == "epoch"]
+    logged = rows_with(trainer, "policy/approxkl_avg")
+    assert len(stats) == len(logged) == 2
+    for stat, row in zip(stats, logged, strict=True):
+        assert stat.approxkl == pytest.approx(row["policy/approxkl_avg"], rel=1e-9)
+        assert stat.value_loss == pytest.approx(row["loss/value_avg"], rel=1e-9)
+
+
+class ShorterIsBetter(RolloutCallback):
+    def on_scores(self, args: Any, state: Any, control: Any, judged: Any) -> Any:
+        scores = replace(judged.scores, total=judged.scores.total - 0.5 * judged.rollout.lengths)
+        return replace(judged, scores=scores)
+
+
+def test_what_a_callback_changed_is_seen_by_the_next_and_by_the_losses(tmp_path: Path) -> None:
+    before, after = Recorder(), Recorder()
+    trainer = trainer_for(tmp_path, total_episodes=8, kl_coef=0.0)
+    for callback in (before, ShorterIsBetter(), after):
+        trainer.add_callback(callback)
+    trainer.train()
+    seen, changed = dict(before.events)["scores"], dict(after.events)["scores"]
+    expected = seen.scores.total - 0.5 * seen.rollout.lengths
+    assert torch.equal(changed.scores.total, expected)
+    assert torch.equal(dict(after.events)["advantages"].rewards.sum(dim=1), expected)
+    assert rows_with(trainer, "objective/scores")[0]["objective/scores"] == pytest.approx(float(expected.mean()))
+
+
+@pytest.mark.parametrize("event", ["on_rollout_end", "on_rewards", "on_advantages"])
+def test_every_record_can_be_replaced(tmp_path: Path, event: str) -> None:
+    def change(args: Any, state: Any, control: Any, record: Any) -> Any:
+        if event == "on_rollout_end":
+            return replace(record, completions=["cat cat"] * len(record.completions))
+        name = {"on_rewards": "rewards", "on_advantages": "advantages"}[event]
+        return replace(record, **{name: torch.zeros_like(getattr(record, name))})
+
+    callback = RolloutCallback()
+    setattr(callback, event, change)
+    trainer = trainer_for(tmp_path, total_episodes=8, num_ppo_epochs=1)
+    trainer.add_callback(callback)
+    before = trained_state(trainer)
+    trainer.train()
+    row = rows_with(trainer, "objective/scores")[0]
+    if event == "on_rollout_end":
+        assert row["objective/scores"] == 2.0
+    elif event == "on_advantages":
+        assert row["loss/policy_avg"] == 0.0
+        after = trained_state(trainer)
+        assert all(torch.equal(before[name], after[name]) for name in before if ".policy." in name)
+    else:
+        assert row["loss/value_avg"] == 0.0, "no reward, and a value that starts at 0"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda judged: judged.scores, r"returned a record of type Scores, not Judged"),
+        (
+            lambda judged: replace(judged, scores=replace(judged.scores, total=torch.zeros(3))),
+            r"returned scores\.total as \(3,\) torch\.float32, not \(8,\) torch\.float32",
+        ),
+        (
+            lambda judged: replace(judged, scores=replace(judged.scores, total=judged.scores.total / 0)),
+            r"returned scores\.total with a number that is not finite in row \d",
+        ),
+        (
+            lambda judged: replace(judged, rollout=replace(judged.rollout, prompts=[])),
+            r"returned 0 rollout\.prompts, not 8",
+        ),
+    ],
+)
+def test_a_callback_that_returns_something_else_is_named(tmp_path: Path, changed: Any, message: str) -> None:
+    class Careless(RolloutCallback):
+        def on_scores(self, args: Any, state: Any, control: Any, judged: Any) -> Any:
+            return changed(judged)
+
+    trainer = trainer_for(tmp_path)
+    trainer.add_callback(Careless())
+    with pytest.raises((TypeError, ValueError), match=rf"^Careless\.on_scores {message}"):
+        trainer.train()
+
+
+class StopAfterFirstEpoch(RolloutCallback):
+    def on_ppo_epoch_end(self, args: Any, state: Any, control: Any, experience: Any, stats: Any) -> None:
+        control.should_update_stop = stats.epoch == 0
+
+
+def test_a_callback_can_end_the_epochs_of_an_update(tmp_path: Path) -> None:
+    """Three epochs of which two are passed over end where one epoch ends."""
+    short = trainer_for(tmp_path / "short", num_ppo_epochs=1, total_episodes=24, weight_decay=0.1)
+    short.train()
+    stopped = trainer_for(tmp_path / "stopped", num_ppo_epochs=3, total_episodes=24, weight_decay=0.1)
+    recorder = Recorder()
+    stopped.add_callback(StopAfterFirstEpoch())
+    stopped.add_callback(recorder)
+    stopped.train()
+    assert stopped.state.global_step == 9
+    assert recorder.names.count("epoch") == recorder.names.count("update") == 3
+    expected = trained_state(short)
+    for name, tensor in trained_state(stopped).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_callback_can_end_the_training(tmp_path: Path) -> None:
+    class Enough(RolloutCallback):
+        def on_update_end(self, args: Any, state: Any, control: Any, experience: Any, metrics: Any) -> None:
+            control.should_training_stop = True
+
+    trainer = trainer_for(tmp_path, total_episodes=80)
+    trainer.add_callback(Enough())
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+# Guards --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_update_that_goes_too_far_ends_without_its_last_step(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, num_ppo_epochs=4, total_episodes=8, max_approx_kl=1e-3, learning_rate=0.05)
+    steps: list[dict[str, torch.Tensor]] = []
+
+    class Watch(RolloutCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            steps.append(trained_state(trainer))
+
+    recorder = Recorder()
+    trainer.add_callback(Watch())
+    trainer.add_callback(recorder)
+    trainer.train()
+    assert len(steps) == 4
+    assert any(not torch.equal(steps[0][n], torch.zeros_like(steps[0][n])) for n in steps[0])
+    for later in steps[1:]:
+        assert all(torch.equal(later[name], steps[0][name]) for name in later)
+    stats = [what for name, what in recorder.events if name == "epoch"]
+    assert [s.skipped for s in stats] == [0, 1]
+    assert stats[1].approxkl > 1e-3
+    assert rows_with(trainer, "eps")[0]["policy/skipped_minibatches"] == 0.5
+
+
+def test_a_minibatch_whose_ratio_explodes_is_skipped_and_the_others_are_not(tmp_path: Path) -> None:
+    class Explode(RolloutCallback):
+        """Old log-probs of half the rows far too low."""
+
+        def on_advantages(self, args: Any, state: Any, control: Any, experience: Any) -> Any:
+            pass_ = experience.score_pass
+            logprobs = pass_.logprobs.clone()
+            logprobs[0] -= 20.0
+            return replace(experience, score_pass=replace(pass_, logprobs=logprobs))
+
+    trainer, recorder = trainer_for(tmp_path, num_mini_batches=2, total_episodes=16, max_ratio=10.0), Recorder()
+    trainer.add_callback(Explode())
+    trainer.add_callback(recorder)
+    trainer.train()
+    assert [what.skipped for name, what in recorder.events if name == "epoch"] == [1, 1]
+    assert trainer.state.global_step == 4
+    assert all(bool(t.isfinite().all()) for t in trained_state(trainer).values())
+
+
+@pytest.mark.parametrize("value", ["adapter", "head"])
+def test_value_warm_up_leaves_the_policy_alone(tmp_path: Path, value: str) -> None:
+    base = SharedBase.from_pretrained(saved_model(tmp_path / "model"), policy=LORA, value=value)
+    trainer = trainer_for(tmp_path, model=base, total_episodes=24, value_warmup_rollouts=2)
+    states: list[dict[str, torch.Tensor]] = [trained_state(trainer)]
+
+    class Watch(RolloutCallback):
+        def on_update_end(self, args: Any, state: Any, control: Any, experience: Any, metrics: Any) -> None:
+            states.append(trained_state(trainer))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    moved = [
+        {name for name in before if not torch.equal(before[name], after[name])} for before, after in pairwise(states)
+    ]
+    policy = {name for name in states[0] if ".policy." in name}
+    assert policy
+    assert not moved[0] & policy and not moved[1] & policy
+    assert "heads.value.weight" in moved[0] and "heads.value.weight" in moved[1]
+    assert moved[2] & policy
+    assert all(parameter.requires_grad for parameter in base.trainable_parameters("policy"))
+
+
+def test_the_pretraining_term_makes_its_texts_likelier(tmp_path: Path) -> None:
+    texts = Dataset.from_dict({"text": ["the red bird flew over the house", "a small dog ran"] * 4})
+    losses = []
+    for coefficient in (1.0, 1e-9):
+        trainer = PPOTrainer(
+            saved_model(tmp_path / "model"),
+            lambda completions, **_: [0.0] * len(completions),
+            config(tmp_path / str(coefficient), total_episodes=80, ptx_coef=coefficient),
+            prompt_dataset(32),
+            processing_class=word_tokenizer(),
+            peft_config=LORA,
+            ptx_dataset=texts,
+        )
+        trainer.train()
+        losses.append([row["loss/ptx"] for row in rows_with(trainer, "loss/ptx")])
+    assert losses[0][-1] < losses[0][0] - 0.5
+    assert abs(losses[1][-1] - losses[1][0]) < 0.3
+
+
+def test_an_entropy_bonus_keeps_the_entropy_up(tmp_path: Path) -> None:
+    ends = []
+    for coefficient in (0.0, 1.0):
+        trainer = trainer_for(
+            tmp_path / str(coefficient),
+            entropy_coef=coefficient,
+            total_episodes=400,
+            kl_coef=0.0,
+            whiten_advantages=False,
+        )
+        trainer.train()
+        ends.append(rows_with(trainer, "policy/entropy_avg")[-1]["policy/entropy_avg"])
+    assert ends[1] > ends[0] + 0.1
+
+
+# Objectives ----------------------------------------------------------------------------------------------------------
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "kl_penalty": {"objective": "kl_penalty"},
+    "sequence": {"objective": "sequence"},
+    "reinforce-mean": {"objective": "reinforce", "baseline": "mean", "num_ppo_epochs": 1},
+    "reinforce-leave_one_out": {"objective": "reinforce", "num_ppo_epochs": 1, "num_generations": 4},
+    "reinforce-value": {"objective": "reinforce", "baseline": "value", "num_ppo_epochs": 1},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_learns_what_is_rewarded(tmp_path: Path, name: str) -> None:
+    settings = {"total_episodes": 30 * 32, "per_device_train_batch_size": 32, "kl_coef": 0.01, **OBJECTIVES[name]}
+    trainer = trainer_for(tmp_path, **settings)
+    value_before = {n: t for n, t in trained_state(trainer).items() if ".policy." not in n}
+    trainer.train()
+    logs = rows_with(trainer, "objective/scores")
+    first, last = (sum(row["objective/scores"] for row in part) / 5 for part in (logs[:5], logs[-5:]))
+    assert last > first + 0.5
+    value_after = trained_state(trainer)
+    if name in ("sequence", "reinforce-mean", "reinforce-leave_one_out"):
+        assert all(torch.equal(value_after[n], t) for n, t in value_before.items()), "no critic"
+        assert "loss/value_avg" not in logs[-1]
+    if name == "kl_penalty":
+        assert len({row["policy/penalty_coef"] for row in logs}) > 1
+
+
+def test_answers_to_one_prompt_are_compared_with_each_other(tmp_path: Path) -> None:
+    recorder = Recorder()
+    trainer = trainer_for(
+        tmp_path, objective="reinforce", num_ppo_epochs=1, num_generations=4, total_episodes=8, whiten_advantages=False
+    )
+    trainer.add_callback(recorder)
+    trainer.train()
+    experience = dict(recorder.events)["advantages"]
+    worth = experience.rewards.sum(dim=1)
+    assert len(set(experience.rollout.prompts[:4])) == len(set(experience.rollout.prompts[4:])) == 1
+    for row in range(8):
+        others = [i for i in range(row // 4 * 4, row // 4 * 4 + 4) if i != row]
+        expected = float(worth[row] - worth[others].mean())
+        mask = experience.rollout.completion_mask[row]
+        assert experience.advantages[row][mask].tolist() == pytest.approx([expected] * int(mask.sum()), abs=1e-5)
+
+
+# KL controllers ------------------------------------------------------------------------------------------------------
+
+
+def test_the_controller_decides_the_next_rollouts_coefficient(tmp_path: Path) -> None:
+    controller = AdaptiveKLController(init=0.1, target=0.5, horizon=100)
+    trainer = trainer_for(tmp_path, total_episodes=40, learning_rate=0.05)
+    trainer.add_callback(AdaptiveKLCallback(controller))
+    trainer.train()
+    logs = rows_with(trainer, "objective/kl")
+    expected = AdaptiveKLController(init=0.1, target=0.5, horizon=100)
+    for row in logs:
+        assert row["objective/kl_coef"] == pytest.approx(expected.value, rel=1e-6)
+        expected.update(row["objective/kl"], 8)
+    assert len({row["objective/kl_coef"] for row in logs}) == 5
+    assert trainer.args.kl_coef == controller.value
+
+
+def test_the_controllers_state_survives_resuming(tmp_path: Path) -> None:
+    settings = {"total_episodes": 48, "save_strategy": "steps", "save_steps": 3, "learning_rate": 0.05}
+
+    def run(checkpoint: str | None) -> tuple[PPOTrainer, PIKLController]:
+        controller = PIKLController(init=0.1, target=0.5, horizon=50)
+        trainer = trainer_for(tmp_path, **settings)
+        trainer.add_callback(AdaptiveKLCallback(controller))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer, controller
+
+    whole, first = run(None)
+    resumed, second = run(str(tmp_path / "out" / "checkpoint-3"))
+    assert second.state_dict() == first.state_dict()
+    expected = trained_state(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained_state(resumed).items())
+
+
+# Normalised scores ---------------------------------------------------------------------------------------------------
+
+
+def test_reference_normalisation(tmp_path: Path) -> None:
+    recorder = Recorder()
+
+    def lengths(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [100.0 + 10 * len(ids) for ids in completion_ids]
+
+    trainer = trainer_for(
+        tmp_path, lengths, score_normalization="reference", normalization_samples=32, total_episodes=64, kl_coef=0.0,
+        per_device_train_batch_size=32, learning_rate=0.0,
+    )  # fmt: skip
+    trainer.add_callback(recorder)
+    trainer.train()
+    moments = trainer.collector.combination.moments
+    assert moments.count.item() == 32
+    totals = [what.scores.total for name, what in recorder.events if name == "scores"]
+    raw = [what.scores.by_function[:, 0] for name, what in recorder.events if name == "scores"]
+    assert abs(float(totals[0].mean())) < 1.0 and 0.5 < float(totals[0].std()) < 2.0
+    std = (moments.squares / moments.count).sqrt()
+    torch.testing.assert_close(totals[1], ((raw[1] - moments.mean) / std).float())
+
+
+def test_running_moments_survive_resuming(tmp_path: Path) -> None:
+    settings = {
+        "total_episodes": 32,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "score_normalization": "running",
+    }
+    whole = trainer_for(tmp_path, **settings)
+    whole.train()
+    resumed = trainer_for(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    states = [t.collector.combination.moments.state_dict() for t in (whole, resumed)]
+    assert states[0] == states[1]
+    assert states[0]["count"] == [32.0]
+
+
+# What goes wrong -----------------------------------------------------------------------------------------------------
+
+
+def test_a_reward_function_that_fails_late_loses_nothing(tmp_path: Path) -> None:
+    """The run ends with one sentence and a checkpoint from which it goes on as if nothing had happened."""
+    calls = []
+
+    def sometimes(completions: list[str], **_: Any) -> list[float]:
+        calls.append(None)
+        if len(calls) == 3:
+            raise RuntimeError("server on fire")
+        return cats(completions)
+
+    settings = {"total_episodes": 32}
+    trainer = trainer_for(tmp_path, sometimes, **settings)
+    with pytest.raises(
+        RewardError, match=r"^Reward function 'sometimes' raised RuntimeError: server on fire.*All 4 steps"
+    ):
+        trainer.train()
+    checkpoint = tmp_path / "out" / "checkpoint-4"
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 4
+    resumed = trainer_for(tmp_path, cats, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    whole = trainer_for(tmp_path / "whole", cats, **settings)
+    whole.train()
+    expected = trained_state(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained_state(resumed).items())
+
+
+def test_nobody_gave_a_score(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, lambda completions, **_: [None] * len(completions))
+    with pytest.raises(RewardError, match=r"^No reward function \(<lambda>\) scored any of 8 completions"):
+        trainer.train()
+    assert copy.copy(trainer.state.global_step) == 0

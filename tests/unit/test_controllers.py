@@ -1,0 +1,128 @@
+"""KL controllers: against hand arithmetic, and in a loop with a KL that answers."""
+
+import math
+from typing import Any
+
+import pytest
+
+from trl_ext.controllers import (
+    AdaptiveKLController,
+    FixedKLController,
+    KLController,
+    PenaltyController,
+    PIKLController,
+)
+
+
+def test_fixed() -> None:
+    controller = FixedKLController(0.05)
+    controller.update(100.0, 64)
+    assert controller.value == 0.05
+
+
+@pytest.mark.parametrize(
+    ("kl", "n", "expected"),
+    [
+        (6.0, 256, 0.15),  # on target
+        (6.6, 256, 0.15 * (1 + 0.1 * 256 / 10_000)),
+        (60.0, 256, 0.15 * (1 + 0.2 * 256 / 10_000)),  # clipped
+        (0.0, 256, 0.15 * (1 - 0.2 * 256 / 10_000)),
+        (-1.0, 100, 0.15 * (1 - 0.2 * 100 / 10_000)),
+    ],
+)
+def test_ziegler_by_hand(kl: float, n: int, expected: float) -> None:
+    controller = AdaptiveKLController()
+    controller.update(kl, n)
+    assert controller.value == pytest.approx(expected, rel=1e-12)
+
+
+def test_pi_by_hand() -> None:
+    controller = PIKLController(init=0.1, target=2.0, gain=0.5, horizon=100)
+    controller.update(4.0, 50)  # error log 2, integral log 2 / 2
+    assert controller.value == pytest.approx(0.1 * math.exp(0.5 * math.log(2) + 0.5 * math.log(2)), rel=1e-12)
+    controller.update(2.0, 50)  # on target: the integral stays
+    assert controller.value == pytest.approx(0.1 * math.sqrt(2), rel=1e-12)
+    controller.update(-3.0, 100)  # an estimate below 0 is far under the target
+    assert controller.value == pytest.approx(0.1 * math.exp(-0.5 + 0.5 * math.log(2) - 1), rel=1e-12)
+
+
+@pytest.mark.parametrize(("kl", "expected"), [(0.01, 1.0), (0.006, 0.5), (0.007, 1.0), (0.014, 1.0), (0.016, 2.0)])
+def test_penalty_by_hand(kl: float, expected: float) -> None:
+    controller = PenaltyController(1.0, 0.01)
+    controller.update(kl, 1)
+    assert controller.value == expected
+
+
+def test_the_penalty_never_becomes_0() -> None:
+    controller = PenaltyController()
+    for _ in range(2000):
+        controller.update(0.0, 1)
+    assert controller.value > 0
+
+
+def make(name: str) -> Any:
+    return {
+        "adaptive": AdaptiveKLController(0.1, 3.0, 300),
+        "pi": PIKLController(0.1, 3.0),
+        "penalty": PenaltyController(),
+        "fixed": FixedKLController(0.1),
+    }[name]
+
+
+NAMES = ["fixed", "adaptive", "pi", "penalty"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_goes_on(name: str) -> None:
+    first, whole = make(name), make(name)
+    for kl in (1.0, 5.0, 4.0):
+        first.update(kl, 64)
+        whole.update(kl, 64)
+    second = make(name)
+    second.load_state_dict(first.state_dict())
+    for controller in (second, whole):
+        controller.update(7.0, 64)
+    assert second.state_dict() == whole.state_dict()
+    assert isinstance(second, KLController)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kl", [float("nan"), float("inf"), -float("inf")])
+def test_a_kl_that_is_no_number_changes_nothing(name: str, kl: float) -> None:
+    controller = make(name)
+    before = controller.state_dict()
+    controller.update(kl, 64)
+    controller.update(1.0, 0)
+    assert controller.state_dict() == before
+
+
+@pytest.mark.parametrize("name", ["adaptive", "pi"])
+def test_holds_its_target(name: str) -> None:
+    """A policy whose KL is 0.6 / coefficient, reached with a lag."""
+    controller, kl = make(name), 0.0
+    for _ in range(200):
+        kl += 0.3 * (0.6 / controller.value - kl)
+        controller.update(kl, 64)
+    assert kl == pytest.approx(3.0, rel=0.02)
+
+
+def test_another_controllers_state_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"has \['value'\], but a PIKLController needs \['integral', 'value'\]"):
+        PIKLController().load_state_dict(FixedKLController(0.1).state_dict())
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: AdaptiveKLController(init=0.0),
+        lambda: AdaptiveKLController(target=-1.0),
+        lambda: AdaptiveKLController(horizon=0),
+        lambda: FixedKLController(-0.1),
+        lambda: FixedKLController(float("nan")),
+        lambda: PIKLController(gain=-1.0),
+        lambda: PenaltyController(target=0.0),
+    ],
+)
+def test_bad_settings(build: Any) -> None:
+    with pytest.raises(ValueError, match="it must be a"):
+        build()

@@ -1,0 +1,79 @@
+"""The calls to vLLM, against a stand-in that answers from a list: vLLM itself needs a GPU."""
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from tests.helpers import tiny_llama, word_tokenizer
+from trl_ext import SharedBase
+from trl_ext.generation import generate
+from trl_ext.generation_vllm import VLLMGenerator
+
+CONFIG = GenerationConfig(
+    max_new_tokens=5, do_sample=True, temperature=0.7, top_p=1.0, top_k=0, pad_token_id=0, eos_token_id=[1]
+)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    made: list[Any] = []
+
+    class LLM:
+        def __init__(self, **settings: Any) -> None:
+            made.append(settings)
+
+        def generate(self, prompts: Any, sampling: Any, lora_request: Any, use_tqdm: bool) -> Any:
+            files = sorted(path.name for path in Path(lora_request.path).iterdir()) if lora_request else []
+            made.append((prompts, sampling, lora_request, files))
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids)]) for ids in ([7, 1], [8, 9, 10])]
+
+    def request(name: str, number: int, path: str) -> Any:
+        return SimpleNamespace(name=name, number=number, path=path)
+
+    vllm, lora, requests = ModuleType("vllm"), ModuleType("vllm.lora"), ModuleType("vllm.lora.request")
+    vllm.LLM, vllm.SamplingParams, requests.LoRARequest = LLM, dict, request  # type: ignore[attr-defined]
+    for module in (vllm, lora, requests):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return made
+
+
+def test_answers_come_back_as_a_rollout(calls: list[Any], tmp_path: Path) -> None:
+    base = SharedBase.from_model(tiny_llama())
+    generator = VLLMGenerator(base, "some/model", memory=0.4, max_length=64, seed=3)
+    assert calls[0] == {
+        "model": "some/model",
+        "enable_lora": True,
+        "max_lora_rank": 16,
+        "gpu_memory_utilization": 0.4,
+        "max_model_len": 64,
+        "seed": 3,
+    }
+    for number in (1, 2):
+        rollout = generate(generator, ["the cat", "a"], word_tokenizer(), CONFIG, batch_size=2)
+        prompts, sampling, request, files = calls[number]
+        assert prompts == [{"prompt_token_ids": [7, 9]}, {"prompt_token_ids": [8]}]
+        assert sampling["stop_token_ids"] == [1] and sampling["top_k"] == -1 and sampling["temperature"] == 0.7
+        assert sampling["max_tokens"] == 5
+        assert request.number == number and request.name == f"policy-{number}", "a new adapter each rollout"
+        assert "adapter_model.safetensors" in files and "adapter_config.json" in files
+    assert rollout.completion_ids.tolist() == [[7, 1, 0], [8, 9, 10]]
+    assert rollout.has_eos.tolist() == [True, False]
+    assert rollout.prompt_mask.tolist() == [[True, True], [False, True]]
+
+
+def test_the_bare_base_needs_no_adapter(calls: list[Any]) -> None:
+    generator = VLLMGenerator(SharedBase.from_model(tiny_llama()), "m", 0.3, None, 0)
+    ids = torch.tensor([[5, 6], [7, 8]])
+    generator.generate(ids, torch.ones_like(ids), CONFIG, role="reference")
+    assert calls[1][2] is None
+
+
+def test_without_vllm_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ImportError, match=r"^use_vllm is set, but vLLM is not installed"):
+        VLLMGenerator(SharedBase.from_model(tiny_llama()), "m", 0.3, None, 0)

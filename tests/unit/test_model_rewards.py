@@ -1,0 +1,72 @@
+"""Rewards that models give, against the models asked directly."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import CHAT_TEMPLATE, tiny_classifier, tiny_llama, word_tokenizer
+from trl_ext import SharedBase
+from trl_ext.rewards.models import classifier, fluency, reward_role
+
+TEXTS = ["the cat sat", "a dog"]
+
+
+def saved(folder: Path, **changes: Any) -> str:
+    tiny_classifier(**changes).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_classifier_with_labels(tmp_path: Path) -> None:
+    from tests.helpers import _config
+    from transformers import LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    config = _config(num_labels=3)
+    config.id2label, config.label2id = {0: "bad", 1: "fair", 2: "good"}, {"bad": 0, "fair": 1, "good": 2}
+    model = LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = word_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    scores = classifier(str(tmp_path), label="good", batch_size=1)(completions=TEXTS)
+    for text, score in zip(TEXTS, scores, strict=True):
+        logits = model(**tokenizer(text, return_tensors="pt")).logits[0]
+        assert score == pytest.approx(logits.softmax(-1)[2].item(), rel=1e-4)
+    with pytest.raises(ValueError, match="has no label 'great': choose one of bad, fair, good"):
+        classifier(str(tmp_path), label="great")
+    with pytest.raises(ValueError, match="has several labels: choose one"):
+        classifier(str(tmp_path))
+
+
+def test_classifier_with_one_label_reads_with_its_own_tokenizer(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "judge")
+    together = classifier(folder)(completions=TEXTS)
+    apart = [classifier(folder)(completions=[text])[0] for text in TEXTS]
+    assert together == pytest.approx(apart, rel=1e-4)
+
+
+def test_fluency_is_the_references_mean_log_probability() -> None:
+    base, tokenizer = SharedBase.from_model(tiny_llama()), word_tokenizer()
+    prompts, answers = ["the red", "a"], [[9, 12, 1], [10]]
+    got = fluency(base, tokenizer)(prompts=prompts, completion_ids=answers)
+    for prompt, answer, score in zip(prompts, answers, got, strict=True):
+        ids = torch.tensor([[*tokenizer(prompt)["input_ids"], *answer]])
+        logprobs = tiny_llama()(ids).logits[0].log_softmax(-1)
+        start = ids.shape[1] - len(answer)
+        expected = [logprobs[t - 1, ids[0, t]].item() for t in range(start, ids.shape[1])]
+        assert score == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+
+
+def test_reward_role_reads_conversations(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer(CHAT_TEMPLATE)
+    judge = SharedBase.from_model(tiny_llama())
+    torch.nn.init.normal_(judge.heads["value"].weight)
+    judge.save_pretrained(tmp_path / "judge")
+    base = SharedBase.from_model(tiny_llama(), reward=str(tmp_path / "judge" / "value"))
+    chat = [[{"role": "user", "content": "the cat"}]]
+    got = reward_role(base, tokenizer)(prompts=chat, completion_ids=[[12, 1]])
+    asked = tokenizer.apply_chat_template(chat[0], add_generation_prompt=True, tokenize=True, return_dict=True)
+    ids = torch.tensor([[*asked["input_ids"], 12, 1]])
+    assert got == pytest.approx([float(base.scores(ids, torch.ones_like(ids)))], rel=1e-5)

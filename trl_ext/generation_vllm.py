@@ -1,0 +1,87 @@
+"""Answers by vLLM, which loads the policy's adapter anew for each rollout.
+
+vLLM keeps a copy of the base's weights of its own on the GPU: memory that one shared base saves, given back for speed.
+Not run on a GPU by this project's tests, which check the calls against a stand-in.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+
+class VLLMGenerator:
+    """`SharedBase.generate` through vLLM, for `trl_ext.generation.generate`.
+
+    Args:
+        base: the `SharedBase`; its policy adapter is written to a temporary folder before each rollout.
+        model: name or folder of the base model.
+        memory: share of the GPU's memory that vLLM may use, 0 to 1.
+        max_length: most tokens of prompt and answer; None: the model's own limit.
+        seed: of vLLM's sampling.
+
+    Raises:
+        ImportError: vLLM is not installed.
+        ValueError: the policy's LoRA is of a kind that vLLM cannot load.
+    """
+
+    def __init__(self, base: Any, model: str, memory: float, max_length: int | None, seed: int) -> None:
+        try:
+            import vllm
+            from vllm.lora.request import LoRARequest
+        except ImportError as error:
+            raise ImportError("use_vllm is set, but vLLM is not installed: pip install vllm, or unset it.") from error
+        config = base.model.peft_config[base.adapters["policy"]]
+        if config.use_dora or config.lora_bias:
+            raise ValueError("vLLM loads plain LoRA only: leave out use_dora and lora_bias, or use_vllm.")
+        self.base, self._vllm, self._request = base, vllm, LoRARequest
+        self._rollouts = 0
+        self._llm = vllm.LLM(
+            model=model,
+            enable_lora=True,
+            max_lora_rank=max(8, config.r),
+            gpu_memory_utilization=memory,
+            max_model_len=max_length,
+            seed=seed,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids come from and go to."""
+        return torch.device("cpu")
+
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, generation_config: GenerationConfig, role: str = "policy"
+    ) -> Tensor:
+        """As `SharedBase.generate`: ids (batch, prompt + new tokens), padded on the right."""
+        config = generation_config
+        sampling = self._vllm.SamplingParams(
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k or -1,  # 0 here, -1 there: all tokens
+            min_p=config.min_p or 0.0,
+            repetition_penalty=config.repetition_penalty,
+            max_tokens=config.max_new_tokens,
+            stop_token_ids=config.eos_token_id,
+        )
+        prompts = [
+            {"prompt_token_ids": ids[kept.bool()].tolist()} for ids, kept in zip(input_ids, attention_mask, strict=True)
+        ]
+        adapter = self.base.adapters[role]
+        with tempfile.TemporaryDirectory() as folder:
+            request = None
+            if adapter is not None:
+                self.base.model.save_pretrained(folder, selected_adapters=[adapter])
+                nested = Path(folder) / adapter  # where PEFT puts an adapter that is not called "default"
+                self._rollouts += 1
+                path = str(nested if nested.is_dir() else folder)
+                request = self._request(f"{adapter}-{self._rollouts}", self._rollouts, path)
+            outputs = self._llm.generate(prompts, sampling, lora_request=request, use_tqdm=False)
+        answers = [torch.tensor(output.outputs[0].token_ids) for output in outputs]
+        padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=config.pad_token_id)
+        return torch.cat([input_ids.cpu(), padded], dim=1)

@@ -1,0 +1,163 @@
+"""Scores that follow from an answer's text alone: its length, repetitions, form, words.
+
+Each function here makes a reward function in TRL's calling convention, good for trl_ext's PPOTrainer and for TRL's
+GRPOTrainer and RLOOTrainer alike.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+Reward = Callable[..., "list[float | None]"]
+
+
+def as_text(completion: Any) -> str:
+    """A completion as text: itself, or the content of its last message."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def length_penalty(soft: int, hard: int) -> Reward:
+    """0 up to `soft` tokens, then falling in a straight line to -1 at `hard` tokens and beyond.
+
+    Source: the soft overlong punishment of Yu et al. 2025, "DAPO: An Open-Source LLM Reinforcement Learning System at
+    Scale", arXiv:2503.14476, equation 13.
+
+    Raises:
+        ValueError: not 0 <= soft < hard.
+    """
+    if not 0 <= soft < hard:
+        raise ValueError(f"length_penalty needs 0 <= soft < hard, not soft {soft} and hard {hard}.")
+
+    def length_penalty(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float | None]:
+        return [-min(max(len(ids) - soft, 0) / (hard - soft), 1.0) for ids in completion_ids]
+
+    return length_penalty
+
+
+def repetition_penalty(ngram: int = 3) -> Reward:
+    """Minus the share of an answer's word n-grams that occurred in it before: 0 none, towards -1 all the same."""
+    if ngram < 1:
+        raise ValueError(f"repetition_penalty needs ngram of at least 1, not {ngram}.")
+
+    def repetition_penalty(completions: Sequence[Any], **_: Any) -> list[float | None]:
+        return [-_repeated(as_text(completion).lower().split(), ngram) for completion in completions]
+
+    return repetition_penalty
+
+
+def _repeated(words: Sequence[str], n: int) -> float:
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def matches(pattern: str, flags: int = 0) -> Reward:
+    """1 where the regular expression `pattern` matches the whole answer (surrounding space aside), else 0.
+
+    Raises:
+        ValueError: no regular expression.
+    """
+    try:
+        compiled = re.compile(pattern, flags)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}.") from error
+
+    def matches(completions: Sequence[Any], **_: Any) -> list[float | None]:
+        return [float(compiled.fullmatch(as_text(completion).strip()) is not None) for completion in completions]
+
+    return matches
+
+
+def json_schema(schema: dict[str, Any]) -> Reward:
+    """1 for an answer that is JSON and follows `schema`, 0.5 for other JSON, 0 for anything else.
+
+    Raises:
+        ValueError: no JSON schema.
+        ImportError: the package jsonschema is missing.
+    """
+    try:
+        import jsonschema
+    except ImportError as error:
+        raise ImportError("The JSON schema reward needs jsonschema: pip install 'trl-ext[rewards]'.") from error
+    cls = jsonschema.validators.validator_for(schema)
+    try:
+        cls.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise ValueError(f"The schema is no JSON schema: {error.message}.") from error
+    validator = cls(schema)
+
+    def json_schema(completions: Sequence[Any], **_: Any) -> list[float | None]:
+        scores: list[float | None] = []
+        for completion in completions:
+            try:
+                scores.append(1.0 if validator.is_valid(json.loads(as_text(completion))) else 0.5)
+            except (ValueError, RecursionError):
+                scores.append(0.0)
+        return scores
+
+    return json_schema
+
+
+def keywords(wanted: Iterable[str]) -> Reward:
+    """Share of the `wanted` words or phrases that occur in an answer, as whole words, upper and lower case alike."""
+    patterns = [_whole_words(word) for word in wanted]
+    if not patterns:
+        raise ValueError("keywords needs at least one word to look for.")
+
+    def keywords(completions: Sequence[Any], **_: Any) -> list[float | None]:
+        texts = map(as_text, completions)
+        return [sum(pattern.search(text) is not None for pattern in patterns) / len(patterns) for text in texts]
+
+    return keywords
+
+
+def forbidden(words: Iterable[str]) -> Reward:
+    """1 where none of `words` (words or phrases, case aside) occurs in an answer, 0 where one does: a limit for
+    `limited`."""
+    patterns = [_whole_words(word) for word in words]
+    if not patterns:
+        raise ValueError("forbidden needs at least one word to look for.")
+
+    def forbidden(completions: Sequence[Any], **_: Any) -> list[float | None]:
+        texts = map(as_text, completions)
+        return [float(not any(pattern.search(text) for pattern in patterns)) for text in texts]
+
+    return forbidden
+
+
+def _whole_words(phrase: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\w){re.escape(phrase)}(?!\w)", re.IGNORECASE)
+
+
+def limited(
+    rewards: Sequence[Reward], limits: Sequence[Reward], worst: float, weights: Sequence[float] | None = None
+) -> Reward:
+    """The weighted sum of `rewards`, unless an answer breaks one of the `limits`: then `worst`, come what may.
+
+    A limit is a reward function itself; an answer breaks it where it scores 0 or less. Give the result as the only
+    reward function, so that nothing is added to the worst score.
+
+    Args:
+        rewards: sync reward functions. None of all of them leaves the answer without a score.
+        limits: sync reward functions; None breaks nothing.
+        worst: the score of an answer that breaks a limit.
+        weights: one a reward; None: all 1.
+    """
+    factors = list(weights) if weights is not None else [1.0] * len(rewards)
+    if len(factors) != len(rewards):
+        raise ValueError(f"limited got {len(factors)} weights for {len(rewards)} rewards: give one each.")
+
+    def limited(**given: Any) -> list[float | None]:
+        columns = [reward(**given) for reward in rewards]
+        broken = [limit(**given) for limit in limits]
+        scores: list[float | None] = []
+        for row in range(len(given["completions"])):
+            said = [(w, column[row]) for w, column in zip(factors, columns, strict=True) if column[row] is not None]
+            total = sum(w * float(value) for w, value in said if value is not None) if said else None
+            is_broken = any((verdict := limit[row]) is not None and verdict <= 0 for limit in broken)
+            scores.append(worst if is_broken else total)
+        return scores
+
+    return limited

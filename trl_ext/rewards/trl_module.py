@@ -1,0 +1,60 @@
+"""A Python reward function in the shape of the reward model that TRL 1.12's PPOTrainer asks for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from trl_ext.rewards.scorer import Scorer
+from trl_ext.types import Rollout
+
+
+class _Backbone(nn.Module):
+    """Reads ids as text, asks the function, and says the score at every position."""
+
+    def __init__(self, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, response_length: int) -> None:
+        super().__init__()
+        self._scorer, self._tokenizer, self._response_length = scorer, tokenizer, response_length
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> Any:
+        start = input_ids.shape[1] - self._response_length
+        ids, mask = input_ids.cpu(), attention_mask.bool().cpu()
+        rollout = Rollout(
+            prompts=self._texts(ids[:, :start], mask[:, :start]),
+            completions=self._texts(ids[:, start:], mask[:, start:]),
+            prompt_ids=ids[:, :start],
+            prompt_mask=mask[:, :start],
+            completion_ids=ids[:, start:],
+            completion_mask=mask[:, start:],
+            has_eos=(ids[:, start:] == self._tokenizer.eos_token_id).any(dim=1),
+        )
+        scores = self._scorer(rollout, {})[:, 0].nan_to_num(0.0)
+        hidden = scores.view(-1, 1, 1).expand(-1, input_ids.shape[1], 1).to(input_ids.device)
+        return SimpleNamespace(hidden_states=(hidden,))
+
+    def _texts(self, ids: Tensor, mask: Tensor) -> list[str]:
+        rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+        return list(self._tokenizer.batch_decode(rows, skip_special_tokens=True))
+
+
+class RewardModule(nn.Module):
+    """A reward function as TRL 1.12's `PPOTrainer(reward_model=...)`.
+
+    That trainer knows ids only, and the last `response_length` of them are the answer, so the function gets texts
+    without further columns, and an abstention counts as a score of 0.
+
+    Args:
+        function: as TRL's GRPOTrainer calls it.
+        tokenizer: of the policy.
+        response_length: as in TRL's PPOConfig.
+    """
+
+    base_model_prefix = "backbone"
+
+    def __init__(self, function: Any, tokenizer: PreTrainedTokenizerBase, response_length: int) -> None:
+        super().__init__()
+        self.backbone = _Backbone(Scorer([function]), tokenizer, response_length)
+        self.score = nn.Identity()
