@@ -13,8 +13,6 @@ def main() -> None:
     script, args, model_args = launch.parse(__file__, launch.DataArguments, RewardConfig, ModelConfig)
     train, test = launch.load_pairs(script)
     model_args.lora_task_type = "SEQ_CLS"
-    if model_args.load_in_4bit:
-        args = launch.in_bfloat16(args)  # TRL keeps adapters and score head in it then, and needs autocast around them
     args.model_init_kwargs = launch.model_kwargs(model_args)
     launch.show(
         "Reward model with LoRA",
@@ -32,6 +30,7 @@ def main() -> None:
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
+    launch.match_precision(trainer, model_args)
     before = trainer.evaluate()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     after = trainer.evaluate()

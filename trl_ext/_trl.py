@@ -1,6 +1,17 @@
 """The one door to what TRL does not promise: every name that is not in `trl.__all__` is imported here, nowhere else."""
 
+from typing import Any
+
+import torch
 from trl.trainer.base_config import _BaseConfig as BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer as BaseTrainer
 
-__all__ = ["BaseConfig", "BaseTrainer"]
+__all__ = ["BaseConfig", "BaseTrainer", "train_in_float32"]
+
+
+def train_in_float32(model: Any) -> None:
+    """Take back that TRL holds adapters and score head over a quantised base in bfloat16, which needs autocast around
+    them and is slow on a CPU: what trains becomes float32."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)

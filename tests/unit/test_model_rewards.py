@@ -20,8 +20,9 @@ def saved(folder: Path, **changes: Any) -> str:
 
 
 def test_classifier_with_labels(tmp_path: Path) -> None:
-    from tests.helpers import _config
     from transformers import LlamaForSequenceClassification
+
+    from tests.helpers import _config
 
     torch.manual_seed(0)
     config = _config(num_labels=3)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
+from trl_ext._trl import train_in_float32
 from trl_ext.demo.store import DONE, build, load
 
 SETTINGS = {
@@ -67,17 +67,6 @@ def _train(folder: Path, demo: Path, cache_dir: str | Path | None, load_in_4bit:
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS"),
             quantization_config=nf4 if load_in_4bit else None,
         )
-        # Over a quantised base TRL holds adapters and score head in bfloat16, for bfloat16 autocast. A CPU is slow at
-        # that, and autocast would outlive this training, so they are float32 while they train and stored as TRL would.
-        if load_in_4bit:
-            _cast_trained(trainer.model, torch.float32)
+        train_in_float32(trainer.model)
         trainer.train()
-        if load_in_4bit:
-            _cast_trained(trainer.model, torch.bfloat16)
         trainer.save_model()
-
-
-def _cast_trained(model: Any, dtype: Any) -> None:
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)

@@ -1,30 +1,23 @@
-"""What the recipes share: settings in, data in, a plan on the screen, answers before and after."""
+"""Settings in, data in, models in: what a recipe begins with."""
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainingArguments
 from trl import ModelConfig, TrlParser, extract_prompt, get_peft_config, get_quantization_config
 
 from trl_ext import demo
-from trl_ext.core import masked_sum
-from trl_ext.generation import generate
+from trl_ext._trl import train_in_float32
 from trl_ext.roles import SharedBase
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -151,9 +144,10 @@ def model_kwargs(model_args: ModelConfig) -> dict[str, Any]:
     }
 
 
-def in_bfloat16(args: TrainingArguments) -> TrainingArguments:
-    """The same settings with bfloat16 autocast, also on a CPU."""
-    return replace(args, bf16=True, use_cpu=args.use_cpu or not torch.accelerator.is_available())
+def match_precision(trainer: Any, model_args: ModelConfig) -> None:
+    """Over a 4-bit base that computes in float32, train in float32 too: see `train_in_float32`."""
+    if model_args.load_in_4bit and model_args.dtype == "float32":
+        train_in_float32(trainer.model)
 
 
 def load_shared_base(model_args: ModelConfig, **roles: Any) -> SharedBase:
@@ -196,105 +190,3 @@ def _import(path: str) -> Any:
         raise ImportError(
             f"The reward function {path!r} cannot be imported ({error}): check the dotted path."
         ) from error
-
-
-def show(title: str, rows: dict[str, Any]) -> None:
-    """Print names and values as a small table, on the main process."""
-    table = Table(title=title, show_header=False, title_justify="left")
-    for name, value in rows.items():
-        table.add_row(name, Text(str(value)))
-    _print(table)
-
-
-def report(title: str, rows: dict[str, Any], output_dir: str) -> None:
-    """Print a run's outcome, and keep it as result.json in its folder."""
-    show(title, rows)
-    if PartialState().is_main_process:
-        text = json.dumps({name: str(value) for name, value in rows.items()}, indent=2, ensure_ascii=False)
-        Path(output_dir, "result.json").write_text(text + "\n", encoding="utf-8")
-
-
-def megabytes(base: SharedBase) -> str:
-    """The base's memory by role, in MiB."""
-    return ", ".join(f"{part} {size / 2**20:.2f}" for part, size in base.memory().items()) + " MiB"
-
-
-def answers(
-    base: SharedBase, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], max_new_tokens: int
-) -> list[str]:
-    """The policy's greedy answers."""
-    rollout = generate(base, prompts, tokenizer, _config(tokenizer, max_new_tokens, do_sample=False), len(prompts))
-    return [_text(item) for item in rollout.completions]
-
-
-def show_before_after(prompts: Sequence[Any], before: Sequence[str], after: Sequence[str]) -> None:
-    """Print the same prompts' answers before and after training."""
-    table = Table(title="Before and after (greedy answers)", show_lines=True, title_justify="left")
-    for column in ("Prompt", "Before", "After"):
-        table.add_column(column)
-    for prompt, old, new in zip(prompts, before, after, strict=True):
-        table.add_row(Text(_text(prompt)), Text(old), Text(new))
-    _print(table)
-
-
-@torch.no_grad()
-def show_scored_pairs(base: SharedBase, tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> None:
-    """Print some preference pairs with the scores that the reward role gives them."""
-    table = Table(title="What the reward model makes of held-out pairs", show_lines=True, title_justify="left")
-    for column in ("Prompt", "Chosen", "Score", "Rejected", "Score"):
-        table.add_column(column, justify="right" if column == "Score" else "left")
-    for pair in pairs:
-        row = [Text(_text(pair["prompt"]))]
-        for side in ("chosen", "rejected"):
-            ids = _ids(tokenizer, pair["prompt"], pair[side]).to(base.device)
-            row += [Text(_text(pair[side])), Text(f"{float(base.scores(ids, torch.ones_like(ids))):.2f}")]
-        table.add_row(*row)
-    _print(table)
-
-
-def distinct_prompts(pairs: Dataset) -> list[Any]:
-    """The prompts of `pairs`, each once, in their order."""
-    return list({_text(prompt): prompt for prompt in pairs["prompt"]}.values())
-
-
-@torch.no_grad()
-def kl_to_reference(
-    base: SharedBase, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], max_new_tokens: int, seed: int = 0
-) -> float:
-    """Mean over sampled answers of log p_policy - log p_reference, nats an answer (k1, temperature 1)."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        rollout = generate(base, prompts, tokenizer, _config(tokenizer, max_new_tokens, do_sample=True), len(prompts))
-    rollout = rollout.to(base.device)
-    said = base(
-        rollout.input_ids, rollout.attention_mask, rollout.completion_ids.shape[1], roles=("policy", "reference")
-    )
-    return float(masked_sum(said["logprobs"] - said["ref_logprobs"], rollout.completion_mask, dim=1).mean())
-
-
-def _config(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, do_sample: bool) -> GenerationConfig:
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=do_sample,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        eos_token_id=[tokenizer.eos_token_id],
-        top_k=0 if do_sample else None,
-        use_cache=True,
-    )
-
-
-def _text(item: Any) -> str:
-    return item if isinstance(item, str) else str(item[-1]["content"])
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, answer: Any) -> torch.Tensor:
-    if isinstance(prompt, str):
-        return tokenizer(prompt + answer + tokenizer.eos_token, return_tensors="pt")["input_ids"]
-    return tokenizer.apply_chat_template(prompt + answer, tokenize=True, return_dict=True, return_tensors="pt")[
-        "input_ids"
-    ]
-
-
-def _print(table: Table) -> None:
-    if PartialState().is_main_process:
-        Console().print(table)

@@ -1,0 +1,47 @@
+"""What the recipes share."""
+
+from trl_ext.launch.screen import (
+    answers,
+    distinct_prompts,
+    kl_to_reference,
+    megabytes,
+    report,
+    show,
+    show_before_after,
+    show_scored_pairs,
+)
+from trl_ext.launch.settings import (
+    DataArguments,
+    import_functions,
+    load_pairs,
+    load_rows,
+    load_shared_base,
+    load_texts,
+    match_precision,
+    model_kwargs,
+    model_name,
+    parse,
+    user_errors,
+)
+
+__all__ = [
+    "DataArguments",
+    "answers",
+    "distinct_prompts",
+    "import_functions",
+    "kl_to_reference",
+    "load_pairs",
+    "load_rows",
+    "load_shared_base",
+    "load_texts",
+    "match_precision",
+    "megabytes",
+    "model_kwargs",
+    "model_name",
+    "parse",
+    "report",
+    "show",
+    "show_before_after",
+    "show_scored_pairs",
+    "user_errors",
+]
