@@ -12,10 +12,10 @@ from trl_ext._trl import train_in_float32
 from trl_ext.demo.store import DONE, build, load
 
 SETTINGS = {
-    "num_train_epochs": 3,
+    "num_train_epochs": 4,
     "per_device_train_batch_size": 16,
-    "learning_rate": 1e-3,
-    "center_rewards_coefficient": 0.01,
+    "learning_rate": 3e-3,
+    "center_rewards_coefficient": 0.001,
 }
 
 
