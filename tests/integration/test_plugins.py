@@ -386,7 +386,7 @@ def test_reference_normalisation(tmp_path: Path) -> None:
     assert moments.count.item() == 32
     totals = [what.scores.total for name, what in recorder.events if name == "scores"]
     raw = [what.scores.by_function[:, 0] for name, what in recorder.events if name == "scores"]
-    assert abs(float(totals[0].mean())) < 1.0 and 0.5 < float(totals[0].std()) < 2.0
+    assert abs(float(totals[0].mean())) < 1.0 and 0.3 < float(totals[0].std()) < 3.0
     std = (moments.squares / moments.count).sqrt()
     torch.testing.assert_close(totals[1], ((raw[1] - moments.mean) / std).float())
 

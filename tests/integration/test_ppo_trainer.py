@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from tests.helpers import CHAT_TEMPLATE, prompt_dataset, tiny_classifier, tiny_llama, word_tokenizer
 from trl_ext import PPOConfig, PPOTrainer, SharedBase
+from trl_ext.trainers.batching import mini_batch
 
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -197,12 +198,27 @@ def test_reward_functions_get_columns_may_be_async_abstain_and_are_weighted(tmp_
 
 
 def test_rows_without_any_score_are_counted_and_not_trained_on(tmp_path: Path) -> None:
-    trainer = trainer_for(tmp_path, lambda completions, **_: [None] * len(completions), total_episodes=8)
+    """One minibatch of two has no score at all, and moves nothing."""
+    scored_rows = mini_batch(8, 0, 2, 42, 0).tolist()
+
+    def some(completions: list[str], **_: Any) -> list[float | None]:
+        return [1.0 if row in scored_rows else None for row in range(len(completions))]
+
+    trainer = trainer_for(
+        tmp_path, some, total_episodes=8, per_device_train_batch_size=4, num_mini_batches=2, num_ppo_epochs=1, seed=42
+    )
     torch.nn.init.normal_(trainer.base.heads["value"].weight)  # values other than 0, which training on 0 would move
-    before = trained_state(trainer)
+    norms: list[float] = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            gradients = [p.grad.abs().sum() for p in trainer.base.parameters() if p.grad is not None]
+            norms.append(float(sum(gradients)))
+
+    trainer.add_callback(Watch())
     trainer.train()
-    assert rows_with(trainer, "objective/unscored")[0]["objective/unscored"] == 8
-    assert all(torch.equal(tensor, before[name]) for name, tensor in trained_state(trainer).items())
+    assert rows_with(trainer, "objective/unscored")[0]["objective/unscored"] == 4
+    assert norms[0] > 0 and norms[1] == 0.0
 
 
 def test_a_sequence_classifier_scores_answers(tmp_path: Path) -> None:

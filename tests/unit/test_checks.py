@@ -99,7 +99,8 @@ def test_too_few_prompts_names_the_numbers() -> None:
     check_datasets(prompt_dataset(24), None, args)
     assert refused(lambda: check_datasets(prompt_dataset(23), None, args), ValueError) == (
         "train_dataset has 23 prompts, but one rollout takes 24 (per_device_train_batch_size 2 x "
-        "gradient_accumulation_steps 3 x num_mini_batches 4 x 1 processes): give more prompts or lower one of them."
+        "gradient_accumulation_steps 3 x num_mini_batches 4 x 1 processes / num_generations 1): give "
+        "more prompts or lower one of them."
     )
 
 

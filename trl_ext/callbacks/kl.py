@@ -89,10 +89,11 @@ class AdaptiveKLCallback(RolloutCallback):
             kl, seen = float(logs["kl"]) * float(logs["completions/mean_length"]), _completions(args, state)
         else:
             return
+        for row in (logs, *state.log_history[-1:]):
+            row["objective/kl_coef"] = self.controller.value
         self.controller.update(kl, round(seen - self._seen))
         self._seen = seen
         self._write(args, state)
-        logs["objective/kl_coef"] = self.controller.value
 
     def _write(self, args: Any, state: TrainerState) -> None:
         state.stateful_callbacks[STATE_KEY] = {"controller": self.controller.state_dict(), "seen": self._seen}

@@ -144,7 +144,8 @@ class PPOConfig(BaseConfig):
     # Objective
     objective: str = _f(
         "clip",
-        "'clip': PPO's clipped surrogate; 'kl_penalty': PPO's penalty on the KL from the sampling policy, adaptive; "
+        "What the policy is trained on. 'clip': PPO's clipped surrogate; "
+        "'kl_penalty': PPO's penalty on the KL from the sampling policy, adaptive; "
         "'reinforce': the plain policy gradient with a baseline; 'sequence': clipped, one advantage a completion, no "
         "critic.",
     )
