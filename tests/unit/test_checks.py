@@ -72,9 +72,23 @@ def test_no_dataset_of_prompts(dataset: Any, error: type[Exception], sentence: s
     "prompt", [7, None, [1, 2], [], ["a"], [{"content": "no role"}], {"role": "user"}], ids=lambda prompt: repr(prompt)
 )
 def test_prompts_of_the_wrong_kind(prompt: Any) -> None:
-    sentence = refused(lambda: check_prompts(rows(prompt=[prompt]), "D"), ValueError)
-    assert sentence.startswith("The first prompt of D is ")
+    good = (
+        [{"role": "user", "content": "a"}]
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict)
+        else None
+    )
+    sentence = refused(
+        lambda: check_prompts(rows(prompt=[prompt] if good is None else [good, prompt]), "D"), ValueError
+    )
+    assert sentence.startswith(f"The prompt in row {0 if good is None else 1} of D is ")
     assert '{"role": "user", "content": "..."}' in sentence
+
+
+def test_an_empty_prompt_needs_a_tokenizer_that_begins_texts() -> None:
+    prompts = Dataset.from_dict({"prompt": ["the cat", ""]})
+    sentence = refused(lambda: check_tokenizer(word_tokenizer(), prompts), ValueError)
+    assert sentence.startswith("The prompt in row 1 of train_dataset is empty, and the tokenizer adds no token")
+    check_tokenizer(word_tokenizer(), Dataset.from_dict({"prompt": ["the cat"]}))
 
 
 def test_a_long_bad_prompt_is_not_quoted_in_full() -> None:

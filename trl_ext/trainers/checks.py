@@ -18,7 +18,7 @@ def check_prompts(dataset: Any, name: str) -> None:
 
     Raises:
         TypeError: not a `datasets.Dataset`.
-        ValueError: empty, without a prompt column, or with prompts that are neither text nor conversations.
+        ValueError: empty, without a prompt column, or with a prompt that is neither text nor conversation.
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(f"{name} must be a datasets.Dataset with a 'prompt' column, not {type(dataset).__name__}.")
@@ -27,13 +27,16 @@ def check_prompts(dataset: Any, name: str) -> None:
         raise ValueError(f"{name} has no 'prompt' column, only {dataset.column_names}: rename yours to 'prompt'{hint}.")
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: it needs at least one prompt.")
-    prompt = dataset[0]["prompt"]
-    is_chat = isinstance(prompt, list) and bool(prompt) and all(isinstance(m, dict) and "role" in m for m in prompt)
-    if not isinstance(prompt, str) and not is_chat:
-        raise ValueError(
-            f"The first prompt of {name} is {prompt!r:.80}: a prompt is a text, or a list of messages like "
-            '{"role": "user", "content": "..."}.'
-        )
+    for row, prompt in enumerate(dataset["prompt"]):
+        if not isinstance(prompt, str) and not _is_chat(prompt):
+            raise ValueError(
+                f"The prompt in row {row} of {name} is {prompt!r:.80}: a prompt is a text, or a list of messages like "
+                '{"role": "user", "content": "..."}.'
+            )
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, dict) and m.get("role") for m in prompt)
 
 
 def check_datasets(train_dataset: Any, eval_dataset: Any, args: PPOConfig) -> None:
@@ -79,6 +82,11 @@ def check_tokenizer(tokenizer: Any, train_dataset: Dataset) -> PreTrainedTokeniz
         tokenizer.pad_token = tokenizer.eos_token
     if not isinstance(train_dataset[0]["prompt"], str):
         check_chat_template(tokenizer)
+    elif not tokenizer("")["input_ids"] and "" in (prompts := list(train_dataset["prompt"])):
+        raise ValueError(
+            f"The prompt in row {prompts.index('')} of train_dataset is empty, and the tokenizer adds no token of its "
+            "own: give it some text, or drop the row."
+        )
     return tokenizer
 
 
