@@ -69,6 +69,31 @@ def test_online_trainers(tmp_path: Path, trainer_class: Any, config_class: Any) 
     assert -20 < logs[0]["rewards/fluency/mean"] < 0
 
 
+def test_the_controllers_state_survives_resuming_in_trls_trainers(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "model")
+
+    def run(checkpoint: str | None) -> dict[str, float]:
+        settings = RLOOConfig(
+            str(tmp_path / "out"),
+            per_device_train_batch_size=4,
+            num_generations=2,
+            max_steps=4,
+            logging_steps=1,
+            max_completion_length=6,
+            learning_rate=1e-2,
+            beta=0.05,
+            **{**QUIET, "save_strategy": "steps", "save_steps": 2},
+        )
+        trainer = RLOOTrainer(model, keywords(["cat"]), settings, prompt_dataset(16), peft_config=LORA)
+        controller = PIKLController(init=0.05, target=2.0, horizon=20)
+        trainer.add_callback(AdaptiveKLCallback(controller, trainer=trainer))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return controller.state_dict()
+
+    whole = run(None)
+    assert run(str(tmp_path / "out" / "checkpoint-2")) == pytest.approx(whole, rel=1e-4)
+
+
 def offline_trainer(kind: str, tmp_path: Path, **how: Any) -> Any:
     model = saved_model(tmp_path / "model")
     pairs = Dataset.from_dict({"prompt": ["the cat"] * 8, "chosen": [" sat on"] * 8, "rejected": [" ran"] * 8})

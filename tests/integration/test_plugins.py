@@ -21,6 +21,7 @@ from trl_ext import (
     RolloutCallback,
     SharedBase,
 )
+from trl_ext.callbacks import CallbackError
 from trl_ext.rewards import RewardError
 
 # Events --------------------------------------------------------------------------------------------------------------
@@ -151,8 +152,22 @@ def test_a_callback_that_returns_something_else_is_named(tmp_path: Path, changed
 
     trainer = trainer_for(tmp_path)
     trainer.add_callback(Careless())
-    with pytest.raises((TypeError, ValueError), match=rf"^Careless\.on_scores {message}"):
+    with pytest.raises(CallbackError, match=rf"^Careless\.on_scores {message}"):
         trainer.train()
+
+
+def test_a_callback_that_fails_late_loses_nothing(tmp_path: Path) -> None:
+    class Careless(RolloutCallback):
+        def on_advantages(self, args: Any, state: Any, control: Any, experience: Any) -> Any:
+            if state.global_step == 2:
+                raise KeyError("prompt")
+
+    trainer = trainer_for(tmp_path)
+    trainer.add_callback(Careless())
+    expected = r"^Careless\.on_advantages raised KeyError: 'prompt'\. All 2 steps before are saved in"
+    with pytest.raises(CallbackError, match=expected):
+        trainer.train()
+    assert (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").is_file()
 
 
 class StopAfterFirstEpoch(RolloutCallback):

@@ -1,10 +1,12 @@
 """Ready-made reward functions, on answers whose scores can be counted by hand."""
 
 import json
+from collections import Counter
 from typing import Any
 
 import pytest
 
+from trl_ext.rewards.similarity import chrf
 from trl_ext.rewards.texts import forbidden, json_schema, keywords, length_penalty, limited, matches, repetition_penalty
 
 CHAT = [[{"role": "assistant", "content": "yes"}], [{"role": "assistant", "content": "no"}]]
@@ -75,3 +77,30 @@ def test_names_for_trls_trainers() -> None:
     ]
     names = ["length_penalty", "repetition_penalty", "matches", "keywords", "forbidden", "json_schema"]
     assert [f.__name__ for f in made] == names
+
+
+def test_chrf_against_its_definition() -> None:
+    """chrF, Popovic 2015: F score (beta 2) of mean precision and recall over character 1- to 6-grams, spaces aside."""
+
+    def grams(text: str, n: int) -> Counter[str]:
+        text = text.replace(" ", "")
+        return Counter(text[i : i + n] for i in range(len(text) - n + 1))
+
+    def by_hand(answer: str, reference: str) -> float:
+        precisions, recalls = [], []
+        for n in range(1, 7):
+            a, r = grams(answer, n), grams(reference, n)
+            if a and r:
+                same = sum((a & r).values())
+                precisions.append(same / sum(a.values()))
+                recalls.append(same / sum(r.values()))
+        p, r_ = sum(precisions) / len(precisions), sum(recalls) / len(recalls)
+        return 5 * p * r_ / (4 * p + r_) if p + r_ else 0.0
+
+    answers, references = ["the cat sat down", "a big red dog", "anything"], ["the cat sat on it", "a big red dog", ""]
+    got = chrf("target")(completions=answers, target=references)
+    assert got[:2] == pytest.approx([by_hand(a, r) for a, r in zip(answers[:2], references[:2], strict=True)], rel=1e-6)
+    assert got[1] == pytest.approx(1.0)
+    assert got[2] is None
+    with pytest.raises(ValueError, match="no column 'target'"):
+        chrf("target")(completions=answers)

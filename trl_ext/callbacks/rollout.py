@@ -88,6 +88,10 @@ class RolloutCallback(TrainerCallback):
         """The last pass is through. `metrics` describe the rollout, under the names that are logged."""
 
 
+class CallbackError(ValueError):
+    """A callback raised, or returned something unusable; the message names it, and what to do."""
+
+
 class RolloutEvents:
     """Hands PPO's events to those callbacks of a trainer that listen.
 
@@ -102,7 +106,7 @@ class RolloutEvents:
         """Let each callback see `record`, the one after it what it returned, and give back the last.
 
         Raises:
-            TypeError, ValueError: a callback returned something that is no such record, or of another shape.
+            CallbackError: a callback raised, or returned something that is no such record, or of another shape.
         """
         for callback in self._listening():
             returned = self._call(callback, event, record)
@@ -112,7 +116,11 @@ class RolloutEvents:
         return record
 
     def tell(self, event: str, *what: Any) -> None:
-        """Let each callback see `what`."""
+        """Let each callback see `what`.
+
+        Raises:
+            CallbackError: a callback raised.
+        """
         for callback in self._listening():
             self._call(callback, event, *what)
 
@@ -121,28 +129,31 @@ class RolloutEvents:
 
     def _call(self, callback: RolloutCallback, event: str, *what: Any) -> Any:
         args: TrainingArguments = self._trainer.args
-        return getattr(callback, event)(args, self._trainer.state, self._trainer.control, *what)
+        try:
+            return getattr(callback, event)(args, self._trainer.state, self._trainer.control, *what)
+        except Exception as error:
+            raise CallbackError(f"{type(callback).__name__}.{event} raised {type(error).__name__}: {error}.") from error
 
 
 def _check_same(before: Any, after: Any, where: str, path: str = "") -> None:
     """Refuse a returned record that is of another class, or holds tensors of other shapes or lists of other lengths."""
     if type(after) is not type(before):
-        raise TypeError(
+        raise CallbackError(
             f"{where} returned {path or 'a record'} of type {type(after).__name__}, not {type(before).__name__}: "
             "return dataclasses.replace(...) of what it was given, or None."
         )
     if isinstance(before, Tensor):
         if after.shape != before.shape or after.dtype != before.dtype:
-            raise ValueError(
+            raise CallbackError(
                 f"{where} returned {path} as {tuple(after.shape)} {after.dtype}, not {tuple(before.shape)} "
                 f"{before.dtype}: keep shape and type."
             )
         if after.dtype.is_floating_point and bool((~after.isfinite() & before.isfinite()).any()):
             row = int((~after.isfinite() & before.isfinite()).nonzero()[0, 0])
-            raise ValueError(f"{where} returned {path} with a number that is not finite in row {row}.")
+            raise CallbackError(f"{where} returned {path} with a number that is not finite in row {row}.")
     elif isinstance(before, list):
         if len(after) != len(before):
-            raise ValueError(f"{where} returned {len(after)} {path}, not {len(before)}: keep one entry a row.")
+            raise CallbackError(f"{where} returned {len(after)} {path}, not {len(before)}: keep one entry a row.")
     else:
         for f in fields(before):
             _check_same(getattr(before, f.name), getattr(after, f.name), where, f"{path}.{f.name}" if path else f.name)

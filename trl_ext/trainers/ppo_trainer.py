@@ -184,10 +184,9 @@ class PPOTrainer(Checkpoints, BaseTrainer):
         if self.collector.combination.needs_reference:
             self.collector.normalize_by_reference(self.train_dataset, self.state)
         with self._saved_on_failure():
-            judged = self.collector(inputs, self.state)
-        judged = self.events.replace("on_scores", judged)
-        shaped = self.events.replace("on_rewards", shape(judged, self.args))
-        experience = self.events.replace("on_advantages", estimate(shaped, self.args))
+            judged = self.events.replace("on_scores", self.collector(inputs, self.state))
+            shaped = self.events.replace("on_rewards", shape(judged, self.args))
+            experience = self.events.replace("on_advantages", estimate(shaped, self.args))
         self.rollout_metrics = summarize(experience, self.args, self.collector.score_names)
         self.metrics.add_rollout(self.rollout_metrics)
         self.state.num_input_tokens_seen += int(experience.rollout.attention_mask.sum())

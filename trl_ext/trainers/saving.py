@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from trl_ext.callbacks import CallbackError
 from trl_ext.rewards import RewardError
 from trl_ext.roles.saving import load_trained_roles, save_roles
 from trl_ext.trainers.state import load_experience, load_numbers, save_experience, save_numbers
@@ -81,19 +82,19 @@ class Checkpoints:
 
     @contextmanager
     def _saved_on_failure(self) -> Iterator[None]:
-        """Write a checkpoint when a reward function fails: what has been trained is not lost, and a run that goes on
-        from it draws the same answers again."""
+        """Write a checkpoint when a reward function or a callback fails: what has been trained is not lost, and a run
+        that goes on from it draws the same answers again."""
         before = RandomState()
         try:
             yield
-        except RewardError as error:
+        except (RewardError, CallbackError) as error:
             if self.state.global_step == 0:
                 raise
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             if not folder.exists():
                 before.restore()
                 self._save_checkpoint(self.model, trial=None)  # type: ignore[attr-defined]
-            raise RewardError(
+            raise type(error)(
                 f"{error} All {self.state.global_step} steps before are saved in {str(folder)!r}: resume from there."
             ) from error.__cause__
 
