@@ -7,6 +7,24 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+import threading
+from collections.abc import Iterator
+
+import pytest
 import torch
 
+from tests.reward_server import Server
+
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose a lot on a busy machine
+
+
+@pytest.fixture
+def reward_server() -> Iterator[Server]:
+    """A running one; its `url` takes what `trl_ext.rewards.remote` sends."""
+    running = Server()
+    thread = threading.Thread(target=running.serve_forever, daemon=True)
+    thread.start()
+    yield running
+    running.shutdown()
+    running.server_close()
+    thread.join()

@@ -8,10 +8,22 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
-from tests.helpers import prompt_dataset, tiny_llama, word_tokenizer
+from tests.helpers import prompt_dataset, tiny_classifier, tiny_llama, word_tokenizer
+from tests.reward_server import Server
 from trl_ext import AdaptiveKLCallback, AdaptiveKLController, PIKLController, SharedBase
-from trl_ext.rewards.models import fluency, reward_role
-from trl_ext.rewards.texts import forbidden, keywords, length_penalty, limited, matches, repetition_penalty
+from trl_ext.rewards.models import classifier, fluency, reward_role
+from trl_ext.rewards.remote import remote
+from trl_ext.rewards.sentiment import vader_sentiment
+from trl_ext.rewards.similarity import chrf
+from trl_ext.rewards.texts import (
+    forbidden,
+    json_schema,
+    keywords,
+    length_penalty,
+    limited,
+    matches,
+    repetition_penalty,
+)
 
 pytestmark = pytest.mark.host
 
@@ -25,13 +37,20 @@ def saved_model(folder: Path) -> str:
     return str(folder)
 
 
+def judge_model(folder: Path) -> str:
+    tiny_classifier().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 def judged_base(tmp_path: Path, model: str) -> SharedBase:
     SharedBase.from_pretrained(model).save_pretrained(tmp_path / "judge")
     return SharedBase.from_pretrained(model, reward=str(tmp_path / "judge" / "value"))
 
 
 @pytest.mark.parametrize(("trainer_class", "config_class"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
-def test_online_trainers(tmp_path: Path, trainer_class: Any, config_class: Any) -> None:
+def test_online_trainers(tmp_path: Path, reward_server: Server, trainer_class: Any, config_class: Any) -> None:
+    """Every ready-made reward function, and a KL controller."""
     model = saved_model(tmp_path / "model")
     base, tokenizer = judged_base(tmp_path, model), word_tokenizer()
     rewards = [
@@ -39,8 +58,13 @@ def test_online_trainers(tmp_path: Path, trainer_class: Any, config_class: Any) 
         repetition_penalty(2),
         matches(".*cat.*"),
         limited([keywords(["cat", "dog"])], [forbidden(["bird"])], worst=-1.0),
+        json_schema({"type": "object"}),
+        chrf("animal"),
+        vader_sentiment,
+        classifier(judge_model(tmp_path / "classifier")),
         fluency(base, tokenizer),
         reward_role(base, tokenizer),
+        remote(reward_server.url),
     ]
     settings = config_class(
         str(tmp_path / "out"),
@@ -64,8 +88,10 @@ def test_online_trainers(tmp_path: Path, trainer_class: Any, config_class: Any) 
         assert row["objective/kl_coef"] == pytest.approx(expected.value, rel=1e-6), "what was in force"
         expected.update(row["kl"] * row["completions/mean_length"], 4)
     assert trainer.beta == controller.value != 0.05
-    for name in ("length_penalty", "matches", "limited", "fluency", "reward_role"):
-        assert f"rewards/{name}/mean" in logs[0]
+    names = [reward.__name__ for reward in rewards]
+    assert len(set(names)) == len(rewards)
+    assert all(f"rewards/{name}/mean" in logs[0] for name in names)
+    assert len(reward_server.requests) == 3
     assert -20 < logs[0]["rewards/fluency/mean"] < 0
 
 
