@@ -69,9 +69,8 @@ def test_a_server_that_is_gone_is_one_clear_failure(reward_server: Server) -> No
     url = reward_server.url
     reward_server.shutdown()
     reward_server.server_close()
-        with pytest.raises(
-        RewardError, match=rf"^Reward function 'remote' raised ConnectionError: {url} gave no answer in 3 attempts"
-    ):
+    expected = rf"^Reward function 'remote' raised ConnectionError: {url} gave no answer in 3 attempts"
+    with pytest.raises(RewardError, match=expected):
         Scorer([remote(url, retries=2, backoff=0.01)])(rollout([2, 1], [True, True]), {})
 
 
