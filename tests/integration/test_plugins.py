@@ -191,6 +191,23 @@ def test_a_callback_can_end_the_epochs_of_an_update(tmp_path: Path) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.parametrize("settings", [{}, {"objective": "kl_penalty"}], ids=["clip", "kl_penalty"])
+def test_an_update_that_was_ended_stays_ended_on_resuming(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Checkpoints in the first update after its end, and in the second, after the penalty has moved."""
+
+    def run(checkpoint: str | None) -> dict[str, torch.Tensor]:
+        steps = {"num_ppo_epochs": 3, "total_episodes": 24, "save_strategy": "steps", "save_steps": 2}
+        trainer = trainer_for(tmp_path, **steps, **settings)
+        trainer.add_callback(StopAfterFirstEpoch())
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trained_state(trainer)
+
+    whole = run(None)
+    for step in (2, 4):
+        resumed = run(str(tmp_path / "out" / f"checkpoint-{step}"))
+        assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items()), step
+
+
 def test_a_callback_can_end_the_training(tmp_path: Path) -> None:
     class Enough(RolloutCallback):
         def on_update_end(self, args: Any, state: Any, control: Any, experience: Any, metrics: Any) -> None:

@@ -1,0 +1,66 @@
+"""The `trl-ext` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from trl_ext import feedback
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (None: this process's) and give back the exit status."""
+    parser = argparse.ArgumentParser(prog="trl-ext", description="RLHF with PPO on one GPU.")
+    rooms = parser.add_subparsers(required=True, metavar="COMMAND")
+    about = rooms.add_parser("feedback", help="human feedback").add_subparsers(required=True, metavar="COMMAND")
+    check = about.add_parser("check", help="look at a file of feedback before training on it")
+    check.add_argument("file", help="ratings, rankings, pairs or labels: .jsonl, .json, .csv, .tsv or .parquet")
+    check.add_argument("--form", choices=feedback.FORMS, help="told from the columns where it is not given")
+    check.add_argument("--column", action="append", default=[], metavar="THEIRS=OURS", help="rename a column")
+    check.add_argument("--held-out", metavar="FILE", help="feedback kept for evaluation, to look for shared prompts")
+    check.add_argument("--picture", type=Path, metavar="FILE", help="draw the histogram of ratings (.png, .svg, .pdf)")
+    check.add_argument("--strict", action="store_true", help="stop at the first record that cannot be used")
+    check.set_defaults(run=_check)
+    chosen = parser.parse_args(arguments)
+    try:
+        return int(chosen.run(chosen))
+    except (ValueError, OSError, ImportError) as error:
+        print(f"trl-ext: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def _check(chosen: argparse.Namespace) -> int:
+    columns = {}
+    for pair in chosen.column:
+        theirs, equals, ours = pair.partition("=")
+        if not (theirs and equals and ours):
+            raise ValueError(f"--column {pair!r} is not of the kind THEIRS=OURS, as in text=completion.")
+        columns[theirs] = ours
+    on_error = "raise" if chosen.strict else "drop"
+    data = feedback.read(chosen.file, chosen.form, columns, on_error)
+    held_out = feedback.read(chosen.held_out, chosen.form, columns, on_error) if chosen.held_out else None
+    report = feedback.check(data, held_out)
+    console, table = Console(), Table(title=chosen.file, show_header=False, title_justify="left")
+    for name, value in report.facts.items():
+        table.add_row(name, Text(f"{value:,}" if isinstance(value, int) else str(value)))
+    console.print(table)
+    for problem in data.dropped[:20]:
+        console.print(Text(f"dropped: {problem}"))
+    if len(data.dropped) > 20:
+        console.print(Text(f"... and {len(data.dropped) - 20} more"))
+    for sentence in report.advice or ["Nothing stands out."]:
+        console.print(Text(f"- {sentence}"))
+    if chosen.picture:
+        feedback.draw_ratings(report, chosen.picture)
+        console.print(Text(f"drawn into {chosen.picture}"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Human feedback in every form: read, looked at, converted to what trainers take."""
+
+from trl_ext.feedback.checking import Report, agreement_alpha, check, draw_ratings
+from trl_ext.feedback.converting import (
+    agreement,
+    split_by_prompt,
+    to_preference,
+    to_prompts,
+    to_rankings,
+    to_ratings,
+    to_unpaired,
+)
+from trl_ext.feedback.reading import FORMS, Feedback, FeedbackError, read
+from trl_ext.feedback.records import Label, Pair, Problem, Ranking, Rating, Record
+
+__all__ = [
+    "FORMS",
+    "Feedback",
+    "FeedbackError",
+    "Label",
+    "Pair",
+    "Problem",
+    "Ranking",
+    "Rating",
+    "Record",
+    "Report",
+    "agreement",
+    "agreement_alpha",
+    "check",
+    "draw_ratings",
+    "read",
+    "split_by_prompt",
+    "to_preference",
+    "to_prompts",
+    "to_rankings",
+    "to_ratings",
+    "to_unpaired",
+]
