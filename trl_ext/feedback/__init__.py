@@ -10,7 +10,8 @@ from trl_ext.feedback.converting import (
     to_ratings,
     to_unpaired,
 )
-from trl_ext.feedback.reading import FORMS, Feedback, FeedbackError, read
+from trl_ext.feedback.files import FeedbackError
+from trl_ext.feedback.reading import FORMS, Feedback, read
 from trl_ext.feedback.records import Label, Pair, Problem, Ranking, Rating, Record
 
 __all__ = [

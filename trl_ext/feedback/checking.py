@@ -13,7 +13,8 @@ from typing import Any
 from datasets import Dataset
 
 from trl_ext.feedback.converting import to_preference
-from trl_ext.feedback.reading import Feedback, FeedbackError
+from trl_ext.feedback.files import FeedbackError
+from trl_ext.feedback.reading import Feedback
 from trl_ext.feedback.records import key_of, text_of
 
 # Alpha below which conclusions are not even tentative, and below which they are: Krippendorff 2004, "Content Analysis",

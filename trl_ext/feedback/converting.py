@@ -16,7 +16,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from trl_ext.feedback.reading import Feedback, FeedbackError
+from trl_ext.feedback.files import FeedbackError
+from trl_ext.feedback.reading import Feedback
 from trl_ext.feedback.records import Label, Pair, Ranking, Rating, key_of
 
 
