@@ -3,7 +3,7 @@
 python tests/benchmarks/kl_control.py            # prints a table and draws docs/images/kl_control.svg
 
 For each target: a run with `AdaptiveKLController`, and one with a fixed coefficient, the value that the controller
-began with. "Held" is the mean distance of the KL from the target over the last third of the run.
+began with. The table has the mean KL of each run's last third, and how far from the target the mean of any quarter of it is.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
     curves = {"fixed": run(common)}
     for target in TARGETS:
         curves[f"target {target:g}"] = run([*common, "--kl_target", str(target), "--kl_horizon", arguments.horizon])
-    print("| run | mean KL, last third | largest distance of a tenth's mean from the target, last third |")
+    print("| run | mean KL of the last third | farthest that a quarter of it is from the target |")
     print("|---|---|---|")
     for name, rows in curves.items():
         last = [kl for _, kl, _ in rows[-(len(rows) // 3) :]]
