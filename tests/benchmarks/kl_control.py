@@ -3,7 +3,8 @@
 python tests/benchmarks/kl_control.py            # prints a table and draws docs/images/kl_control.svg
 
 For each target: a run with `AdaptiveKLController`, and one with a fixed coefficient, the value that the controller
-began with. The table has the mean KL of each run's last third, and how far from the target the mean of any quarter of it is.
+began with. The table has the mean KL of each run's last third, and how far from the target the mean of any quarter of
+it is.
 """
 
 import argparse

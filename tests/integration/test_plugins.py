@@ -208,6 +208,26 @@ def test_an_update_that_was_ended_stays_ended_on_resuming(tmp_path: Path, settin
         assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items()), step
 
 
+def test_a_callback_can_pass_over_a_whole_rollout(tmp_path: Path) -> None:
+    class NotThisOne(RolloutCallback):
+        def on_advantages(self, args: Any, state: Any, control: Any, experience: Any) -> None:
+            control.should_update_stop = state.global_step == 0
+
+    trainer, recorder = trainer_for(tmp_path, total_episodes=16), Recorder()
+    states = [trained_state(trainer)]
+
+    class Watch(RolloutCallback):
+        def on_update_end(self, args: Any, state: Any, control: Any, experience: Any, metrics: Any) -> None:
+            states.append(trained_state(trainer))
+
+    for callback in (NotThisOne(), recorder, Watch()):
+        trainer.add_callback(callback)
+    trainer.train()
+    assert recorder.names.count("epoch") == 2 and recorder.names.count("update") == 2
+    assert all(torch.equal(states[1][name], states[0][name]) for name in states[0])
+    assert any(not torch.equal(states[2][name], states[1][name]) for name in states[0])
+
+
 def test_a_callback_can_end_the_training(tmp_path: Path) -> None:
     class Enough(RolloutCallback):
         def on_update_end(self, args: Any, state: Any, control: Any, experience: Any, metrics: Any) -> None:
@@ -466,6 +486,21 @@ def test_a_reward_function_that_fails_late_loses_nothing(tmp_path: Path) -> None
     whole.train()
     expected = trained_state(whole)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in trained_state(resumed).items())
+
+
+def test_a_reward_function_that_fails_in_evaluation_loses_nothing(tmp_path: Path) -> None:
+    calls = []
+
+    def sometimes(completions: list[str], **_: Any) -> list[float]:
+        calls.append(len(completions))
+        if len(completions) == 5:  # the evaluation's prompts
+            raise RuntimeError("server on fire")
+        return cats(completions)
+
+    trainer = trainer_for(tmp_path, sometimes, eval_strategy="steps", eval_steps=3, total_episodes=32)
+    with pytest.raises(RewardError, match=r"server on fire.*All 3 steps before are saved"):
+        trainer.train()
+    assert (tmp_path / "out" / "checkpoint-3" / "trainer_state.json").is_file()
 
 
 def test_nobody_gave_a_score(tmp_path: Path) -> None:

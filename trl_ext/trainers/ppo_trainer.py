@@ -190,7 +190,7 @@ class PPOTrainer(Checkpoints, BaseTrainer):
         self.rollout_metrics = summarize(experience, self.args, self.collector.score_names)
         self.metrics.add_rollout(self.rollout_metrics)
         self.state.num_input_tokens_seen += int(experience.rollout.attention_mask.sum())
-        self.updater.begin_rollout()
+        self.updater.begin_rollout(stopped=self.control.should_update_stop)
         return experience
 
     def _after_step(self) -> None:
@@ -270,7 +270,9 @@ class PPOTrainer(Checkpoints, BaseTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Answer every prompt once, always with the same random numbers, and report the rollout's metrics."""
-        experience = make_experience(self.collector.all_of(dataloader, self.state), self.args)
+        with self._saved_on_failure():
+            judged = self.collector.all_of(dataloader, self.state)
+        experience = make_experience(judged, self.args)
         metrics = summarize(experience, self.args, self.collector.score_names)
         metrics["completions/eos_rate"] = 1.0 - metrics["completions/clipped_ratio"]
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}

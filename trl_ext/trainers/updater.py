@@ -74,9 +74,9 @@ class Updater:
         """Whether the next micro-batch begins a new minibatch."""
         return not self._queue
 
-    def begin_rollout(self) -> None:
-        """Nothing has been trained on yet."""
-        self.progress = Progress()
+    def begin_rollout(self, stopped: bool = False) -> None:
+        """Nothing has been trained on yet; `stopped`: nor will it be."""
+        self.progress = Progress(stopped=stopped)
 
     def __call__(self, model: nn.Module, experience: Experience) -> Tensor:
         """Forward, loss and backward of the next micro-batch.
