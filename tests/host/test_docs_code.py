@@ -1,6 +1,7 @@
 """The code of the documentation's pages runs as it stands there."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,17 @@ def test_every_worked_callback_is_short() -> None:
     worked = [block for block in blocks("callbacks.md") if "RolloutCallback)" in block]
     assert len(worked) == 3
     assert all(len(block.splitlines()) < 30 for block in worked)
+
+
+def test_feedback_page(tmp_path: Path) -> None:
+    path = tmp_path / "ratings.jsonl"
+    rows = [{"prompt": f"p{i % 10}", "text": f"answer {i}", "ratings": [i % 5, (i + 1) % 5]} for i in range(60)]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    namespace: dict[str, Any] = {"ratings_file": str(path)}
+    for block in blocks("feedback.md"):
+        exec(compile(block, "feedback.md", "exec"), namespace)
+    assert {"chosen", "rejected", "margin", "agreement"} <= set(namespace["pairs"].column_names)
+    assert len(namespace["labels"]) > 0
 
 
 def test_rewards_page() -> None:
