@@ -3,11 +3,13 @@
 from trl_ext.callbacks import AdaptiveKLCallback, RolloutCallback
 from trl_ext.controllers import AdaptiveKLController, FixedKLController, PIKLController
 from trl_ext.roles import SharedBase
-from trl_ext.trainers import PPOConfig, PPOTrainer
+from trl_ext.trainers import FeedbackRewardConfig, FeedbackRewardTrainer, PPOConfig, PPOTrainer
 
 __all__ = [
     "AdaptiveKLCallback",
     "AdaptiveKLController",
+    "FeedbackRewardConfig",
+    "FeedbackRewardTrainer",
     "FixedKLController",
     "PIKLController",
     "PPOConfig",

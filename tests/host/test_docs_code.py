@@ -101,7 +101,9 @@ def test_every_worked_callback_is_short() -> None:
 
 def test_feedback_page(tmp_path: Path) -> None:
     path = tmp_path / "ratings.jsonl"
-    rows = [{"prompt": f"p{i % 10}", "text": f"answer {i}", "ratings": [i // 10 % 5, (i // 10 + 1) % 5]} for i in range(60)]
+    rows = [
+        {"prompt": f"p{i % 10}", "text": f"answer {i}", "ratings": [i // 10 % 5, (i // 10 + 1) % 5]} for i in range(60)
+    ]
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     namespace: dict[str, Any] = {"ratings_file": str(path)}
     for block in blocks("feedback.md"):

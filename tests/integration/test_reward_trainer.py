@@ -1,0 +1,133 @@
+"""Reward models from every form of feedback: really trained, saved by TRL, loaded as the reward role."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+
+from tests.helpers import tiny_llama, word_tokenizer
+from trl_ext import FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, feedback
+
+ANSWERS = [" dog", " bird", " tree", " cat"]  # from bad to good
+OBJECTIVES = ["pairwise", "regression", "binary", "ranking", "all_pairs", "probe"]
+
+
+def rated() -> feedback.Feedback:
+    prompts = ["the red", "the blue", "a small", "a big"]
+    records = [
+        feedback.Rating(prompt, answer, (1.0 + worth, 1.5 + worth))
+        for prompt in prompts
+        for worth, answer in enumerate(ANSWERS)
+    ]
+    return feedback.Feedback("ratings", records, "here")
+
+
+def rows_for(objective: str) -> Dataset:
+    makers: dict[str, Any] = {
+        "pairwise": feedback.to_preference,
+        "regression": feedback.to_ratings,
+        "probe": feedback.to_ratings,
+        "binary": feedback.to_unpaired,
+        "ranking": feedback.to_rankings,
+        "all_pairs": feedback.to_rankings,
+    }
+    rows = makers[objective](rated())
+    keep = [c for c in rows.column_names if c not in ("agreement", "margin")]
+    return rows.select_columns(keep)
+
+
+def train(objective: str, tmp_path: Path, **changes: Any) -> FeedbackRewardTrainer:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 30,
+        "learning_rate": 2e-2,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "logging_steps": 4,
+    }
+    args = FeedbackRewardConfig(str(tmp_path / "out"), objective=objective, **{**settings, **changes})
+    trainer = FeedbackRewardTrainer(
+        str(tmp_path / "model"),
+        args,
+        rows_for(objective),
+        rows_for(objective),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS"),
+    )
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+def scores_of(base: SharedBase, prompt: str) -> list[float]:
+    tokenizer = word_tokenizer()
+    ids = [tokenizer(prompt + answer + tokenizer.eos_token, return_tensors="pt")["input_ids"] for answer in ANSWERS]
+    return [float(base.scores(row, torch.ones_like(row))) for row in ids]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_gives_a_reward_role_that_knows_better_from_worse(objective: str, tmp_path: Path) -> None:
+    trainer = train(objective, tmp_path)
+    base = SharedBase.from_pretrained(str(tmp_path / "model"), reward=str(tmp_path / "out"))
+    right = total = 0
+    with torch.no_grad():
+        for prompt in ("the red", "a big"):
+            scores = scores_of(base, prompt)
+            for better in range(4):
+                for worse in range(better):
+                    right += scores[better] > scores[worse]
+                    total += 1
+    assert right / total >= (0.8 if objective in ("binary", "probe") else 1.0), (right, total)
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0]
+    assert "eval_loss" in trainer.evaluate()
+
+
+def test_the_probe_leaves_the_trunk_alone(tmp_path: Path) -> None:
+    trainer = train("probe", tmp_path, num_train_epochs=1)
+    lora_b = [parameter for name, parameter in trainer.model.named_parameters() if "lora_B" in name]
+    assert lora_b and all(not parameter.any() for parameter in lora_b)
+
+
+def test_padding_and_order_do_not_matter_to_the_loss(tmp_path: Path) -> None:
+    """A batch's loss is the same whether its rows come with longer ones or not."""
+    trainer = train("regression", tmp_path, num_train_epochs=1)
+    rows = [trainer.train_dataset[i] for i in range(3)]
+    alone = trainer.data_collator(rows)
+    wide = {key: value.clone() for key, value in alone.items()}
+    fill = torch.full((3, 5), 0)  # the pad token
+    wide["input_ids"] = torch.cat([wide["input_ids"], fill], dim=1)
+    wide["attention_mask"] = torch.cat([wide["attention_mask"], fill], dim=1)
+    trainer.model.eval()
+    with torch.no_grad():
+        losses = [float(trainer.compute_loss(trainer.model, batch)) for batch in (alone, wide)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "rows", "message"),
+    [
+        ("regression", {"prompt": ["a"], "completion": ["b"]}, "train_dataset has no 'rating' column"),
+        ("ranking", {"prompt": ["a"], "completion": ["b"]}, "no 'completions' and no 'ranks' column"),
+        ("regression", {"completion": ["a", "b"], "rating": [2, 2]}, "Every rating is 2: nothing can be learned"),
+        ("binary", {"completion": ["a", "b"], "label": [True, True]}, "Every label is 1: nothing can be learned"),
+        ("regression", {"completion": [" cat" * 50, " dog" * 50], "rating": [1, 2]}, "longer than max_length 8"),
+    ],
+)
+def test_bad_feedback_is_one_sentence(objective: str, rows: dict[str, Any], message: str, tmp_path: Path) -> None:
+    args = FeedbackRewardConfig(str(tmp_path), objective=objective, max_length=8, use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match=message):
+        FeedbackRewardTrainer(str(tmp_path), args, Dataset.from_dict(rows), processing_class=word_tokenizer())
+
+
+def test_an_unknown_objective() -> None:
+    with pytest.raises(ValueError, match="objective is 'hinge': choose one of pairwise, regression"):
+        FeedbackRewardConfig("out", objective="hinge")
