@@ -1,28 +1,30 @@
 """A reward model as a LoRA adapter, by TRL's RewardTrainer: the reward role that recipes/ppo_lora.py loads.
 
-accelerate launch recipes/reward_lora.py                    # the embedded default, see reward_lora.yaml
-accelerate launch recipes/reward_lora.py --load_in_4bit     # for a policy over the same 4-bit base
+accelerate launch recipes/reward_lora.py                          # the embedded default, see reward_lora.yaml
+accelerate launch recipes/reward_lora.py --load_in_4bit           # for a policy over the same 4-bit base
+accelerate launch recipes/reward_lora.py --objective regression   # from ratings instead of pairs
 """
 
-from trl import ModelConfig, RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from trl_ext import SharedBase, launch
+from trl_ext import FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, launch
 
 
 def main() -> None:
-    script, args, model_args = launch.parse(__file__, launch.DataArguments, RewardConfig, ModelConfig)
-    train, test = launch.load_pairs(script)
+    script, args, model_args = launch.parse(__file__, launch.DataArguments, FeedbackRewardConfig, ModelConfig)
+    train, test, pairs = launch.load_feedback(script, args.objective)
     model_args.lora_task_type = "SEQ_CLS"
     args.model_init_kwargs = launch.model_kwargs(model_args)
     launch.show(
         "Reward model with LoRA",
         {
             "model": f"{model_args.model_name_or_path}{' in 4 bits' if model_args.load_in_4bit else ''}",
-            "data": f"{len(train)} pairs of {script.dataset!r}, {len(test)} held out",
+            "objective": args.objective,
+            "data": f"{len(train)} rows of {script.dataset!r}, {len(test)} held out",
             "LoRA": f"rank {model_args.lora_r} on {model_args.lora_target_modules}",
         },
     )
-    trainer = RewardTrainer(
+    trainer = FeedbackRewardTrainer(
         model=launch.model_name(model_args),
         args=args,
         train_dataset=train,
@@ -31,19 +33,18 @@ def main() -> None:
         quantization_config=get_quantization_config(model_args),
     )
     launch.match_precision(trainer, model_args)
-    before = trainer.evaluate()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    after = trainer.evaluate()
+    evaluation = trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
 
     base: SharedBase = launch.load_shared_base(model_args, policy=None, value="head", reward=args.output_dir)
-    launch.show_scored_pairs(base, trainer.processing_class, test.select(range(6)))
+    launch.show_scored_pairs(base, trainer.processing_class, pairs.select(range(min(6, len(pairs)))))
     launch.report(
         "Result",
         {
-            "held-out pair accuracy before": f"{before['eval_accuracy']:.1%}",
-            "held-out pair accuracy after": f"{after['eval_accuracy']:.1%}",
+            "held-out pair accuracy": f"{launch.pair_accuracy(base, trainer.processing_class, pairs):.1%}",
+            "held-out loss": f"{evaluation['eval_loss']:.3f}",
             "memory": launch.megabytes(base),
             "saved in": f"{args.output_dir} (use it with recipes/ppo_lora.py --reward_adapter {args.output_dir})",
         },

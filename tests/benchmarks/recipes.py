@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 OUTCOMES = {
-    "reward": ["held-out pair accuracy before", "held-out pair accuracy after"],
+    "reward": ["held-out pair accuracy"],
     "ppo": ["exam before", "exam after", "KL to the reference"],
     "dpo": ["exam before", "exam after", "KL to the reference"],
 }
@@ -46,9 +46,9 @@ def main() -> None:
         for four_bit in (False, True):
             for seed in arguments.seeds:
                 outcomes, seconds = run(recipe, seed, four_bit)
-                before, after, *kl = outcomes
-                base, kl_text = "NF4" if four_bit else "float32", kl[0] if kl else ""
-                print(f"| {recipe} | {base} | {seed} | {before} | {after} | {kl_text} | {seconds:.0f} |", flush=True)
+                before, after, kl = outcomes if len(outcomes) == 3 else ("", *outcomes, "")
+                base = "NF4" if four_bit else "float32"
+                print(f"| {recipe} | {base} | {seed} | {before} | {after} | {kl} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import AutoPeftModelForCausalLM
-from trl import DPOConfig, ModelConfig, RewardConfig
+from trl import DPOConfig, ModelConfig
 
-from trl_ext import PPOConfig, SharedBase, demo, launch
+from trl_ext import FeedbackRewardConfig, PPOConfig, SharedBase, demo, launch
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPTS = {"ppo": RECIPES / "ppo_lora.py", "reward": RECIPES / "reward_lora.py", "dpo": RECIPES / "dpo_lora.py"}
@@ -27,7 +27,7 @@ QUICK = {
 def types_of(recipe: str) -> tuple[Any, ...]:
     if recipe == "ppo":
         return (runpy.run_path(str(SCRIPTS["ppo"]))["PPOArguments"], PPOConfig, ModelConfig)
-    return (launch.DataArguments, {"reward": RewardConfig, "dpo": DPOConfig}[recipe], ModelConfig)
+    return (launch.DataArguments, {"reward": FeedbackRewardConfig, "dpo": DPOConfig}[recipe], ModelConfig)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, recipe: str, *arguments: str) -> None:

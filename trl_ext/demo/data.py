@@ -13,7 +13,7 @@ Pair = tuple[str, str]
 T = TypeVar("T")
 
 ANSWERS_A_PHRASING = 20  # corpus: answers a country and phrasing
-RATED_A_QUESTION = 4
+RATED_A_QUESTION = 8
 TRAIN_PAIRS_A_QUESTION = 16  # drawn; about half are too close to call
 TEST_PAIRS_A_QUESTION = 4
 WITHHELD = 0.1  # share of a country's possible (answer, answer) pairs that only the test split may have

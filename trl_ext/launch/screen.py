@@ -60,6 +60,17 @@ def show_before_after(prompts: Sequence[Any], before: Sequence[str], after: Sequ
 
 
 @torch.no_grad()
+def pair_accuracy(base: SharedBase, tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> float:
+    """Share of preference pairs of which the reward role scores the chosen answer higher."""
+    right = 0
+    for pair in pairs:
+        ids = [_ids(tokenizer, pair["prompt"], pair[side]).to(base.device) for side in ("chosen", "rejected")]
+        chosen, rejected = (float(base.scores(row, torch.ones_like(row))) for row in ids)
+        right += chosen > rejected
+    return right / len(pairs)
+
+
+@torch.no_grad()
 def show_scored_pairs(base: SharedBase, tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> None:
     """Print some preference pairs with the scores that the reward role gives them."""
     table = Table(title="What the reward model makes of held-out pairs", show_lines=True, title_justify="left")

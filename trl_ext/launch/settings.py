@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from trl import ModelConfig, TrlParser, extract_prompt, get_peft_config, get_quantization_config
 
-from trl_ext import demo
+from trl_ext import demo, feedback
 from trl_ext._trl import train_in_float32
 from trl_ext.roles import SharedBase
 
@@ -79,6 +79,39 @@ def load_pairs(data: DataArguments) -> tuple[Dataset, Dataset]:
     train, test = (rows if "prompt" in rows.column_names else rows.map(extract_prompt) for rows in both)
     columns = [column for column in ("prompt", "chosen", "rejected", "margin") if column in train.column_names]
     return train.select_columns(columns), test.select_columns(columns)
+
+
+CONVERTERS: dict[str, Callable[[feedback.Feedback], Dataset]] = {
+    "regression": feedback.to_ratings,
+    "probe": feedback.to_ratings,
+    "binary": feedback.to_unpaired,
+    "ranking": feedback.to_rankings,
+    "all_pairs": feedback.to_rankings,
+}
+
+
+def load_feedback(data: DataArguments, objective: str) -> tuple[Dataset, Dataset, Dataset]:
+    """Rows to train on and to evaluate on, in the columns of `objective`, and held-out pairs to judge the result by.
+
+    Raises:
+        FeedbackError: a record that cannot be used, with its line and column; and what `load_rows` raises.
+    """
+    if objective == "pairwise":
+        train, test = load_pairs(data)
+        return train, test, test
+    convert = CONVERTERS[objective]
+    if data.dataset == "demo":
+        parts = [feedback.read(demo.load("ratings", split), "ratings") for split in ("train", "test")]
+        return convert(parts[0]), convert(parts[1]), load_pairs(data)[1]
+    is_file = Path(data.dataset).suffix in READERS or Path(data.dataset).suffix == ".tsv"
+    given = feedback.read(data.dataset if is_file else load_dataset(data.dataset, split=data.train_split))
+    if len(given.records) <= data.eval_rows:
+        raise ValueError(
+            f"The dataset {data.dataset!r} has {len(given.records)} records, and eval_rows={data.eval_rows} of them "
+            "are held out: give more records or lower eval_rows."
+        )
+    kept, held_out = feedback.split_by_prompt(given, data.eval_rows / len(given.records))
+    return convert(kept), convert(held_out), feedback.to_preference(held_out, pairs_per_answer=10)
 
 
 def load_rows(data: DataArguments, name: str) -> tuple[Dataset, Dataset]:
