@@ -1,0 +1,184 @@
+"""How good a reward model is: its scores beside what people said, on answers that it was not trained on."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean, pstdev
+
+import pandas as pd
+
+from trl_ext.feedback.files import FeedbackError
+
+BINS = 10
+MOST_PAIRS = 200_000
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One held-out answer.
+
+    Attributes:
+        prompt: answers with an equal one are compared.
+        worth: what people gave it: a mean rating, minus a rank, 1 or 0.
+        score: what the reward model gave it.
+        length: its characters or tokens.
+    """
+
+    prompt: str
+    worth: float
+    score: float
+    length: int
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The figures. What cannot be computed is NaN (null in JSON).
+
+    Attributes:
+        answers, pairs: how many were looked at.
+        pair_accuracy: share of pairs of answers to one prompt that the scores put in people's order, equal scores
+            counting half.
+        accuracy_by_strength: the same for the weakest to the strongest quarter of the pairs, each with the least
+            difference in worth that it holds.
+        spearman: rank correlation of score and worth over all answers.
+        expected_calibration_error: mean distance of sigmoid(score difference) from the share of pairs that people order
+            so, over ten bins, weighed by their pairs (Guo et al. 2017, arXiv:1706.04599).
+        reliability: per bin: mean prediction, share that came true, pairs.
+        length_correlation: rank correlation of score and length; `length_correlation_of_people` that of worth and
+            length, to compare it with.
+        mean, std: of the scores; PPO's value role starts at 0, so a mean near 0 and a std near 1 suit it.
+    """
+
+    answers: int
+    pairs: int
+    pair_accuracy: float
+    accuracy_by_strength: list[tuple[float, float]]
+    spearman: float
+    expected_calibration_error: float
+    reliability: list[tuple[float, float, int]]
+    length_correlation: float
+    length_correlation_of_people: float
+    mean: float
+    std: float
+
+
+def judge(answers: Sequence[Judged], seed: int = 0) -> Judgement:
+    """Compare scores with what people said.
+
+    Args:
+        answers: held-out ones.
+        seed: of the choice of pairs where there are more than can be looked at.
+
+    Raises:
+        FeedbackError: fewer than two answers.
+    """
+    if len(answers) < 2:
+        raise FeedbackError(f"A reward model is judged on two answers or more, not {len(answers)}.")
+    pairs = _pairs(answers, random.Random(seed))
+    right = [1.0 if d > 0 else 0.5 if d == 0 else 0.0 for _, d in pairs]
+    reliability = _reliability([difference for _, difference in pairs])
+    scores = [answer.score for answer in answers]
+    return Judgement(
+        answers=len(answers),
+        pairs=len(pairs),
+        pair_accuracy=fmean(right) if pairs else math.nan,
+        accuracy_by_strength=_by_strength([gap for gap, _ in pairs], right),
+        spearman=rank_correlation(scores, [answer.worth for answer in answers]),
+        expected_calibration_error=(
+            sum(count * abs(predicted - true) for predicted, true, count in reliability) / len(pairs)
+            if pairs
+            else math.nan
+        ),
+        reliability=reliability,
+        length_correlation=rank_correlation(scores, [float(answer.length) for answer in answers]),
+        length_correlation_of_people=rank_correlation(
+            [answer.worth for answer in answers], [float(answer.length) for answer in answers]
+        ),
+        mean=fmean(scores),
+        std=pstdev(scores),
+    )
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's rank correlation, ties sharing their mean rank; NaN where one side is constant."""
+    ranks = pd.DataFrame({"x": x, "y": y}).rank()
+    return float(ranks["x"].corr(ranks["y"])) if ranks["x"].std() > 0 and ranks["y"].std() > 0 else math.nan
+
+
+def _pairs(answers: Sequence[Judged], rng: random.Random) -> list[tuple[float, float]]:
+    """(difference in worth, above 0; difference in score) of pairs of answers to one prompt."""
+    groups: defaultdict[str, list[Judged]] = defaultdict(list)
+    for answer in answers:
+        groups[answer.prompt].append(answer)
+    total = sum(len(group) * (len(group) - 1) // 2 for group in groups.values())
+    found = []
+    for group in groups.values():
+        if total <= MOST_PAIRS:
+            chosen = list(combinations(group, 2))
+        else:
+            count = max(1, round(MOST_PAIRS * len(group) * (len(group) - 1) / 2 / total))
+            chosen = [tuple(rng.sample(group, 2)) for _ in range(count)] if len(group) > 1 else []  # type: ignore[misc]
+        for a, b in chosen:
+            if a.worth != b.worth:
+                better, worse = (a, b) if a.worth > b.worth else (b, a)
+                found.append((better.worth - worse.worth, better.score - worse.score))
+    return found
+
+
+def _by_strength(gaps: list[float], right: list[float]) -> list[tuple[float, float]]:
+    order = sorted(range(len(gaps)), key=gaps.__getitem__)
+    quarters = [order[len(order) * i // 4 : len(order) * (i + 1) // 4] for i in range(4)]
+    return [(gaps[part[0]], fmean(right[i] for i in part)) for part in quarters if part]
+
+
+def _reliability(differences: list[float]) -> list[tuple[float, float, int]]:
+    """Predictions of the answer that the model prefers, 0.5 to 1, against how often people prefer it too."""
+    bins: defaultdict[int, list[tuple[float, float]]] = defaultdict(list)
+    for difference in differences:
+        confidence = 1 / (1 + math.exp(-min(abs(difference), 700.0)))
+        came_true = 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
+        bins[min(BINS - 1, int((confidence - 0.5) * 2 * BINS))].append((confidence, came_true))
+    return [(fmean(c for c, _ in bins[i]), fmean(t for _, t in bins[i]), len(bins[i])) for i in sorted(bins)]
+
+
+def save_judgement(judgement: Judgement, folder: Path, answers: Sequence[Judged] = ()) -> None:
+    """Write judgement.json and, where matplotlib is there, judgement.png: the reliability plot, accuracy by strength,
+    and score against worth."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in asdict(judgement).items()
+    }
+    (folder / "judgement.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    reliable, strong, scattered = figure.subplots(1, 3)
+    reliable.plot([0.5, 1], [0.5, 1], color="#999999", linewidth=0.8, linestyle="--")
+    reliable.plot(*zip(*[(p, t) for p, t, _ in judgement.reliability], strict=True), color="#0072b2", marker="o", ms=4)
+    reliable.set_xlabel("predicted chance")
+    reliable.set_ylabel("share that came true")
+    reliable.set_title(f"ECE {judgement.expected_calibration_error:.3f}", fontsize=10)
+    names = [f"from {least:.2g}" for least, _ in judgement.accuracy_by_strength]
+    strong.bar(range(len(names)), [share for _, share in judgement.accuracy_by_strength], color="#0072b2")
+    strong.set_xticks(range(len(names)), names)
+    strong.set_ylim(0, 1)
+    strong.set_xlabel("difference in worth, by quarters")
+    strong.set_ylabel("pair accuracy")
+    strong.set_title(f"{judgement.pair_accuracy:.1%} of {judgement.pairs:,} pairs", fontsize=10)
+    scattered.scatter([a.worth for a in answers], [a.score for a in answers], s=4, alpha=0.4, color="#0072b2")
+    scattered.set_xlabel("worth")
+    scattered.set_ylabel("score")
+    scattered.set_title(f"Spearman {judgement.spearman:.2f}", fontsize=10)
+    for axis in (reliable, strong, scattered):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(folder / "judgement.png", dpi=120)
