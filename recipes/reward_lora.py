@@ -39,12 +39,16 @@ def main() -> None:
     trainer.save_state()
 
     base: SharedBase = launch.load_shared_base(model_args, policy=None, value="head", reward=args.output_dir)
+    judged = launch.judge_reward_role(base, trainer.processing_class, test, args.output_dir)
     launch.show_scored_pairs(base, trainer.processing_class, pairs.select(range(min(6, len(pairs)))))
     launch.report(
         "Result",
         {
             "held-out pair accuracy": f"{launch.pair_accuracy(base, trainer.processing_class, pairs):.1%}",
             "held-out loss": f"{evaluation['eval_loss']:.3f}",
+            "rank correlation with people": f"{judged.spearman:.2f}",
+            "calibration error": f"{judged.expected_calibration_error:.3f} (see judgement.json and judgement.png)",
+            "rank correlation with length": f"{judged.length_correlation:.2f}",
             "memory": launch.megabytes(base),
             "saved in": f"{args.output_dir} (use it with recipes/ppo_lora.py --reward_adapter {args.output_dir})",
         },

@@ -1,5 +1,6 @@
 """The recipes: their YAML files, what they say to wrong input, and that each runs to its end on the demo."""
 
+import json
 import os
 import runpy
 import sys
@@ -122,6 +123,8 @@ def test_a_recipe_runs_end_to_end(
         base = SharedBase.from_pretrained(demo.model_path(), value="head", reward=out)
         assert base.has_role("reward")
         assert "held-out pair accuracy" in said
+        judged = json.loads((out / "judgement.json").read_text(encoding="utf-8"))
+        assert judged["pairs"] > 100 and 0 <= judged["expected_calibration_error"] <= 1
     else:
         assert "exam before" in said
         assert "exam after" in said

@@ -11,6 +11,7 @@ from trl_ext.feedback.converting import (
     to_unpaired,
 )
 from trl_ext.feedback.files import FeedbackError
+from trl_ext.feedback.judging import Judged, Judgement, judge, save_judgement
 from trl_ext.feedback.reading import FORMS, Feedback, read
 from trl_ext.feedback.records import Label, Pair, Problem, Ranking, Rating, Record
 
@@ -18,6 +19,8 @@ __all__ = [
     "FORMS",
     "Feedback",
     "FeedbackError",
+    "Judged",
+    "Judgement",
     "Label",
     "Pair",
     "Problem",
@@ -29,7 +32,9 @@ __all__ = [
     "agreement_alpha",
     "check",
     "draw_ratings",
+    "judge",
     "read",
+    "save_judgement",
     "split_by_prompt",
     "to_preference",
     "to_prompts",

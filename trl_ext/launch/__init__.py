@@ -1,5 +1,6 @@
 """What the recipes share."""
 
+from trl_ext.launch.judging import judge_reward_role
 from trl_ext.launch.screen import (
     answers,
     distinct_prompts,
@@ -31,6 +32,7 @@ __all__ = [
     "answers",
     "distinct_prompts",
     "import_functions",
+    "judge_reward_role",
     "kl_to_reference",
     "load_feedback",
     "load_pairs",

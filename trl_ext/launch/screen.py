@@ -64,7 +64,7 @@ def pair_accuracy(base: SharedBase, tokenizer: PreTrainedTokenizerBase, pairs: D
     """Share of preference pairs of which the reward role scores the chosen answer higher."""
     right = 0
     for pair in pairs:
-        ids = [_ids(tokenizer, pair["prompt"], pair[side]).to(base.device) for side in ("chosen", "rejected")]
+        ids = [answer_ids(tokenizer, pair["prompt"], pair[side]).to(base.device) for side in ("chosen", "rejected")]
         chosen, rejected = (float(base.scores(row, torch.ones_like(row))) for row in ids)
         right += chosen > rejected
     return right / len(pairs)
@@ -79,7 +79,7 @@ def show_scored_pairs(base: SharedBase, tokenizer: PreTrainedTokenizerBase, pair
     for pair in pairs:
         row = [Text(_text(pair["prompt"]))]
         for side in ("chosen", "rejected"):
-            ids = _ids(tokenizer, pair["prompt"], pair[side]).to(base.device)
+            ids = answer_ids(tokenizer, pair["prompt"], pair[side]).to(base.device)
             row += [Text(_text(pair[side])), Text(f"{float(base.scores(ids, torch.ones_like(ids))):.2f}")]
         table.add_row(*row)
     _print(table)
@@ -120,7 +120,8 @@ def _text(item: Any) -> str:
     return item if isinstance(item, str) else str(item[-1]["content"])
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, answer: Any) -> torch.Tensor:
+def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, answer: Any) -> torch.Tensor:
+    """Ids (1, tokens) of a prompt and its finished answer, as a reward model reads them."""
     if isinstance(prompt, str):
         return tokenizer(prompt + answer + tokenizer.eos_token, return_tensors="pt")["input_ids"]
     return tokenizer.apply_chat_template(prompt + answer, tokenize=True, return_dict=True, return_tensors="pt")[
