@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,17 @@ import torch
 from transformers import TrainerCallback
 
 from tests.integration.test_ppo_trainer import trained_state, trainer_for
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Python's usual handlers, also where the tests were started in the background, which ignores Ctrl-C."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class Signal(TrainerCallback):
@@ -59,3 +71,11 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trainer = trainer_for(tmp_path)
+    trainer.add_callback(Signal(signal.SIGINT, 1))
+    trainer.train()
+    assert trainer.state.global_step == 4

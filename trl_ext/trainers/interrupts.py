@@ -13,7 +13,7 @@ HANDLED = (signal.SIGINT, signal.SIGTERM)
 class Interrupts:
     """Within `with`, remembers the first signal instead of dying of it; a second one has its usual effect.
 
-    Outside of the main thread, where Python lets nobody handle signals, it does nothing.
+    A signal that the process ignores, as one in a script's background ignores Ctrl-C, stays ignored. Outside of the main thread, where Python lets nobody handle signals, it does nothing.
 
     Attributes:
         received: the signal's number, or None.
@@ -26,7 +26,8 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         self.received = None
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._remember) for number in HANDLED}
+            heard = [number for number in HANDLED if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._remember) for number in heard}
         return self
 
     def __exit__(self, *error: Any) -> None:
