@@ -13,7 +13,8 @@ HANDLED = (signal.SIGINT, signal.SIGTERM)
 class Interrupts:
     """Within `with`, remembers the first signal instead of dying of it; a second one has its usual effect.
 
-    A signal that the process ignores, as one in a script's background ignores Ctrl-C, stays ignored. Outside of the main thread, where Python lets nobody handle signals, it does nothing.
+    A signal that the process ignores, as one in a script's background ignores Ctrl-C, stays ignored. Outside of the
+    main thread, where Python lets nobody handle signals, it does nothing.
 
     Attributes:
         received: the signal's number, or None.
