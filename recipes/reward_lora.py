@@ -5,9 +5,11 @@ accelerate launch recipes/reward_lora.py --load_in_4bit           # for a policy
 accelerate launch recipes/reward_lora.py --objective regression   # from ratings instead of pairs
 """
 
+from pathlib import Path
+
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from trl_ext import FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, launch
+from trl_ext import FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, feedback, launch
 
 
 def main() -> None:
@@ -39,15 +41,19 @@ def main() -> None:
     trainer.save_state()
 
     base: SharedBase = launch.load_shared_base(model_args, policy=None, value="head", reward=args.output_dir)
-    judged = launch.judge_reward_role(base, trainer.processing_class, test, args.output_dir)
+    answers = launch.scored_answers(base, trainer.processing_class, test)
+    judged = feedback.judge(answers)
+    feedback.save_judgement(judged, Path(args.output_dir), answers)
+    # The pairs are the test rows themselves where the objective is pairwise.
+    on_pairs = judged if pairs is test else feedback.judge(launch.scored_answers(base, trainer.processing_class, pairs))
     launch.show_scored_pairs(base, trainer.processing_class, pairs.select(range(min(6, len(pairs)))))
     launch.report(
         "Result",
         {
-            "held-out pair accuracy": f"{launch.pair_accuracy(base, trainer.processing_class, pairs):.1%}",
+            "held-out pair accuracy": f"{on_pairs.pair_accuracy:.1%}",
             "held-out loss": f"{evaluation['eval_loss']:.3f}",
             "rank correlation with people": f"{judged.spearman:.2f}",
-            "calibration error": f"{judged.expected_calibration_error:.3f} (see judgement.json and judgement.png)",
+            "calibration error": f"{judged.expected_calibration_error:.3f} (see judgement.json)",
             "rank correlation with length": f"{judged.length_correlation:.2f}",
             "memory": launch.megabytes(base),
             "saved in": f"{args.output_dir} (use it with recipes/ppo_lora.py --reward_adapter {args.output_dir})",

@@ -1,5 +1,6 @@
 """Small things that several tests stand on: a word-level tokenizer, tiny Llamas, a few prompts. No downloads."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ WORDS = [
     "on", "under", "over", "mat", "tree", "house", "red", "blue", "small", "big",
 ]
 # fmt: on
+# For trainers in tests: on the CPU, writing and reporting nothing by themselves.
+QUIET: dict[str, Any] = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "bf16": False}
+
 PAD, EOS, UNK, START, NEWLINE = "<pad>", "<eos>", "<unk>", "<start>", "\n"
 
 # As ChatML: a turn is "<start>role\ncontent<eos>\n", so a newline follows the answer's EOS.
@@ -62,6 +66,13 @@ def tiny_classifier(seed: int = 0, **changes: Any) -> LlamaForSequenceClassifica
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForSequenceClassification(_config(num_labels=1, **changes)).eval()
+
+
+def saved_model(folder: Path) -> str:
+    """`tiny_llama` and its tokenizer in `folder`, and that folder's name."""
+    tiny_llama().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 def prompt_dataset(rows: int = 8, chat: bool = False) -> Dataset:

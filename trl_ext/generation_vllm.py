@@ -1,6 +1,6 @@
 """Answers by vLLM, which loads the policy's adapter anew for each rollout.
 
-vLLM keeps a copy of the base's weights of its own on the GPU: memory that one shared base saves, given back for speed.
+vLLM keeps a copy of the base's weights of its own on the GPU.
 Not run on a GPU by this project's tests, which check the calls against a stand-in.
 """
 

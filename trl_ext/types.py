@@ -156,6 +156,11 @@ class Experience(Shaped):
     returns: Tensor
 
 
+def as_text(item: Any) -> str:
+    """A prompt or completion as text: itself, or the content of its last message."""
+    return item if isinstance(item, str) else str(item[-1]["content"]) if item else ""
+
+
 def concatenate(records: Sequence[_Record], pad_token_id: int) -> _Record:
     """One record out of several, row after row; narrower ones are padded on the side where their padding lies.
 

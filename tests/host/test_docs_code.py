@@ -11,12 +11,11 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import prompt_dataset, tiny_llama, word_tokenizer
+from tests.helpers import QUIET, prompt_dataset, saved_model, word_tokenizer
 from trl_ext import PPOConfig, SharedBase
 
 DOCS = Path(__file__).parents[2] / "docs"
 HAS_TRL_PPO = importlib.util.find_spec("trl.experimental.ppo") is not None
-QUIET: dict[str, Any] = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "bf16": False}
 
 
 def blocks(page: str) -> list[str]:
@@ -25,9 +24,7 @@ def blocks(page: str) -> list[str]:
 
 def names(tmp_path: Path) -> dict[str, Any]:
     """What the pages take for granted: a model, data, settings."""
-    folder, tokenizer = str(tmp_path / "model"), word_tokenizer()
-    tiny_llama().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    folder, tokenizer = saved_model(tmp_path / "model"), word_tokenizer()
     judge = SharedBase.from_pretrained(folder)
     judge.save_pretrained(tmp_path / "judge")
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")

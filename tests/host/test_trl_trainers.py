@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
-from tests.helpers import prompt_dataset, tiny_classifier, tiny_llama, word_tokenizer
+from tests.helpers import QUIET, prompt_dataset, saved_model, tiny_classifier, word_tokenizer
 from tests.reward_server import Server
 from trl_ext import AdaptiveKLCallback, AdaptiveKLController, PIKLController, SharedBase
 from trl_ext.rewards.models import classifier, fluency, reward_role
@@ -27,14 +27,18 @@ from trl_ext.rewards.texts import (
 
 pytestmark = pytest.mark.host
 
-QUIET: dict[str, Any] = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "bf16": False}
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def saved_model(folder: Path) -> str:
-    tiny_llama().save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return str(folder)
+ONLINE: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "num_generations": 2,
+    "logging_steps": 1,
+    "max_completion_length": 6,
+    "learning_rate": 1e-2,
+    "beta": 0.05,
+    **QUIET,
+}
 
 
 def judge_model(folder: Path) -> str:
@@ -66,17 +70,7 @@ def test_online_trainers(tmp_path: Path, reward_server: Server, trainer_class: A
         reward_role(base, tokenizer),
         remote(reward_server.url),
     ]
-    settings = config_class(
-        str(tmp_path / "out"),
-        per_device_train_batch_size=4,
-        num_generations=2,
-        max_steps=3,
-        logging_steps=1,
-        max_completion_length=6,
-        learning_rate=1e-2,
-        beta=0.05,
-        **QUIET,
-    )
+    settings = config_class(str(tmp_path / "out"), max_steps=3, **ONLINE)
     trainer = trainer_class(model, rewards, settings, prompt_dataset(16), peft_config=LORA)
     controller = PIKLController(init=0.05, target=2.0)
     trainer.add_callback(AdaptiveKLCallback(controller, trainer=trainer))
@@ -99,17 +93,8 @@ def test_the_controllers_state_survives_resuming_in_trls_trainers(tmp_path: Path
     model = saved_model(tmp_path / "model")
 
     def run(checkpoint: str | None) -> dict[str, float]:
-        settings = RLOOConfig(
-            str(tmp_path / "out"),
-            per_device_train_batch_size=4,
-            num_generations=2,
-            max_steps=4,
-            logging_steps=1,
-            max_completion_length=6,
-            learning_rate=1e-2,
-            beta=0.05,
-            **{**QUIET, "save_strategy": "steps", "save_steps": 2},
-        )
+        saving = {"save_strategy": "steps", "save_steps": 2}
+        settings = RLOOConfig(str(tmp_path / "out"), max_steps=4, **{**ONLINE, **saving})
         trainer = RLOOTrainer(model, keywords(["cat"]), settings, prompt_dataset(16), peft_config=LORA)
         controller = PIKLController(init=0.05, target=2.0, horizon=20)
         trainer.add_callback(AdaptiveKLCallback(controller, trainer=trainer))

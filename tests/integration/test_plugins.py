@@ -11,8 +11,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from tests.helpers import prompt_dataset, word_tokenizer
-from tests.integration.test_ppo_trainer import LORA, cats, config, rows_with, saved_model, trained_state, trainer_for
+from tests.helpers import prompt_dataset, saved_model, word_tokenizer
+from tests.integration.test_ppo_trainer import LORA, cats, config, rows_with, trained_state, trainer_for
 from trl_ext import (
     AdaptiveKLCallback,
     AdaptiveKLController,

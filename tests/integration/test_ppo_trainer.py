@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
-from tests.helpers import CHAT_TEMPLATE, prompt_dataset, tiny_classifier, tiny_llama, word_tokenizer
+from tests.helpers import CHAT_TEMPLATE, prompt_dataset, saved_model, tiny_classifier, tiny_llama, word_tokenizer
 from trl_ext import PPOConfig, PPOTrainer, SharedBase
 from trl_ext.trainers.batching import mini_batch
 
@@ -60,12 +60,6 @@ def config(output_dir: Path, **changes: Any) -> PPOConfig:
         "save_strategy": "no",
     }
     return PPOConfig(**{**settings, **changes})
-
-
-def saved_model(folder: Path) -> str:
-    tiny_llama().save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 def trainer_for(tmp_path: Path, reward: Any = cats, rows: int = 32, model: Any = None, **changes: Any) -> PPOTrainer:

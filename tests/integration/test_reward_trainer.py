@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from tests.helpers import tiny_llama, word_tokenizer
+from tests.helpers import saved_model, word_tokenizer
 from trl_ext import FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, feedback
 
 ANSWERS = [" dog", " bird", " tree", " cat"]  # from bad to good
@@ -40,8 +40,7 @@ def rows_for(objective: str) -> Dataset:
 
 
 def train(objective: str, tmp_path: Path, **changes: Any) -> FeedbackRewardTrainer:
-    tiny_llama().save_pretrained(tmp_path / "model")
-    word_tokenizer().save_pretrained(tmp_path / "model")
+    saved_model(tmp_path / "model")
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 4,
         "num_train_epochs": 30,

@@ -228,12 +228,12 @@ def test_without_learning_every_ratio_is_one(tmp_path: Path, family: str, value:
     lengths: set[tuple[int, int]] = set()
     add_tokens = trainer.metrics.add_tokens
 
-    def watch(values: dict[str, Tensor], mask: Tensor) -> None:
+    def watch(values: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
         if "val/ratio" in values:
             ratios.append(values["val/ratio"][mask])
         rollout = trainer.experience.rollout
         lengths.update(zip(rollout.prompt_mask.sum(1).tolist(), rollout.completion_mask.sum(1).tolist(), strict=True))
-        add_tokens(values, mask)
+        return add_tokens(values, mask)
 
     trainer.metrics.add_tokens = watch  # type: ignore[method-assign]
     trainer.train()

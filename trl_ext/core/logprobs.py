@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Numbers in one tile of logits. A CPU wants the tile in its cache (2**20 float32 numbers are 4 MiB), an accelerator
-# wants few large products.
+# Numbers in one tile of logits. A CPU wants the tile in its cache (2**20 float32 numbers are 4 MiB); an accelerator's
+# is larger, to launch fewer kernels, and has not been measured.
 TILE_ELEMENTS = {"cpu": 2**20, "accelerator": 2**24}
 
 
@@ -53,7 +53,7 @@ class _RunningSoftmax:
 
     def __init__(self, hidden: Tensor, targets: Tensor, gradients: int) -> None:
         zeros = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        self.hidden, self.targets = hidden, targets
+        self.targets = targets
         self.largest = torch.full_like(zeros, -torch.inf)
         self.chosen, self.total, self.moment = zeros, zeros, zeros
         self.sums = [torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) for _ in range(gradients)]

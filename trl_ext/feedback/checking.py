@@ -10,12 +10,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from datasets import Dataset
-
 from trl_ext.feedback.converting import to_preference
 from trl_ext.feedback.files import FeedbackError
 from trl_ext.feedback.reading import Feedback
-from trl_ext.feedback.records import key_of, text_of
+from trl_ext.feedback.records import key_of
+from trl_ext.types import as_text
 
 # Alpha below which conclusions are not even tentative, and below which they are: Krippendorff 2004, "Content Analysis",
 # chapter 11.
@@ -123,7 +122,7 @@ def _look_at_pairs(feedback: Feedback, facts: dict[str, Any], advice: list[str])
     for pair in pairs:
         chosen, rejected = key_of(pair["chosen"]), key_of(pair["rejected"])
         won[key_of(pair["prompt"]), chosen, rejected] += 1
-        lengths = len(text_of(pair["chosen"])), len(text_of(pair["rejected"]))
+        lengths = len(as_text(pair["chosen"])), len(as_text(pair["rejected"]))
         unequal += lengths[0] != lengths[1]
         longer += lengths[0] > lengths[1]
     contradictions = sum((prompt, b, a) in won for prompt, a, b in won) // 2
@@ -193,8 +192,3 @@ def draw_ratings(report: Report, picture: Path) -> None:
     axis.set_ylabel("ratings")
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture)
-
-
-def as_dataset(feedback: Feedback) -> Dataset:
-    """The records as they were read, a column an attribute."""
-    return Dataset.from_list([dict(vars(record)) for record in feedback.records])

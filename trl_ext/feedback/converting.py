@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from trl_ext.feedback.files import FeedbackError
 from trl_ext.feedback.reading import Feedback
-from trl_ext.feedback.records import Label, Pair, Ranking, Rating, key_of
+from trl_ext.feedback.records import Label, Ranking, Rating, key_of
 
 
 def to_preference(
@@ -233,15 +233,3 @@ def _ranked(prompt: Any, completions: Sequence[Any], worth: Sequence[float]) -> 
     """Ranks 1, 2, ... of what is worth most, second most, ...; equal worth, equal rank."""
     order = sorted(set(worth), reverse=True)
     return {"prompt": prompt, "completions": list(completions), "ranks": [order.index(w) + 1 for w in worth]}
-
-
-__all__ = [
-    "Pair",
-    "agreement",
-    "split_by_prompt",
-    "to_preference",
-    "to_prompts",
-    "to_rankings",
-    "to_ratings",
-    "to_unpaired",
-]

@@ -86,8 +86,3 @@ class Problem:
 def key_of(item: Any) -> str:
     """Prompts and answers as something that can be compared and looked up."""
     return item if isinstance(item, str) else json.dumps(item, sort_keys=True, ensure_ascii=False)
-
-
-def text_of(item: Any) -> str:
-    """What a person reads: the text, or the content of the last message."""
-    return item if isinstance(item, str) else str(item[-1]["content"]) if item else ""

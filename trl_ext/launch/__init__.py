@@ -1,12 +1,11 @@
 """What the recipes share."""
 
-from trl_ext.launch.judging import judge_reward_role
+from trl_ext.launch.judging import scored_answers
 from trl_ext.launch.screen import (
     answers,
     distinct_prompts,
     kl_to_reference,
     megabytes,
-    pair_accuracy,
     report,
     show,
     show_before_after,
@@ -32,7 +31,6 @@ __all__ = [
     "answers",
     "distinct_prompts",
     "import_functions",
-    "judge_reward_role",
     "kl_to_reference",
     "load_feedback",
     "load_pairs",
@@ -43,9 +41,9 @@ __all__ = [
     "megabytes",
     "model_kwargs",
     "model_name",
-    "pair_accuracy",
     "parse",
     "report",
+    "scored_answers",
     "show",
     "show_before_after",
     "show_scored_pairs",

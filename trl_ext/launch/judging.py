@@ -1,27 +1,24 @@
-"""A reward role judged on held-out feedback, whatever its form."""
+"""Held-out feedback, whatever its form, beside a reward role's scores."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from trl_ext.feedback import Judged, Judgement, judge, save_judgement
-from trl_ext.feedback.records import key_of, text_of
-from trl_ext.launch.screen import answer_ids
+from trl_ext.feedback import Judged
+from trl_ext.feedback.records import key_of
 from trl_ext.roles import SharedBase
+from trl_ext.trainers.reward_trainer import sequence_ids
+from trl_ext.types import as_text
 
 
 @torch.no_grad()
-def judge_reward_role(
-    base: SharedBase, tokenizer: PreTrainedTokenizerBase, rows: Dataset, output_dir: str
-) -> Judgement:
-    """Score the answers of `rows` with the reward role, compare with what people said, and write judgement.json and
-    judgement.png into `output_dir`.
+def scored_answers(base: SharedBase, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> list[Judged]:
+    """The answers of `rows` with what people gave them and the reward role's score, for `trl_ext.feedback.judge`.
 
     Args:
         rows: with the columns of any objective: chosen and rejected, completion and rating or label, completions and
@@ -29,12 +26,10 @@ def judge_reward_role(
     """
     answers = []
     for prompt, answer, worth, group in _answers(rows):
-        ids = answer_ids(tokenizer, prompt, answer).to(base.device)
+        ids = torch.tensor([sequence_ids(tokenizer, prompt, answer)], device=base.device)
         score = float(base.scores(ids, torch.ones_like(ids)))
-        answers.append(Judged(group, worth, score, len(text_of(answer))))
-    judgement = judge(answers)
-    save_judgement(judgement, Path(output_dir), answers)
-    return judgement
+        answers.append(Judged(group, worth, score, len(as_text(answer))))
+    return answers
 
 
 def _answers(rows: Dataset) -> Iterator[tuple[Any, Any, float, str]]:

@@ -18,6 +18,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl_ext.core import masked_sum
 from trl_ext.generation import generate
 from trl_ext.roles import SharedBase
+from trl_ext.trainers.reward_trainer import sequence_ids
+from trl_ext.types import as_text
 
 
 def show(title: str, rows: dict[str, Any]) -> None:
@@ -46,7 +48,7 @@ def answers(
 ) -> list[str]:
     """The policy's greedy answers."""
     rollout = generate(base, prompts, tokenizer, _config(tokenizer, max_new_tokens, do_sample=False), len(prompts))
-    return [_text(item) for item in rollout.completions]
+    return [as_text(item) for item in rollout.completions]
 
 
 def show_before_after(prompts: Sequence[Any], before: Sequence[str], after: Sequence[str]) -> None:
@@ -55,19 +57,8 @@ def show_before_after(prompts: Sequence[Any], before: Sequence[str], after: Sequ
     for column in ("Prompt", "Before", "After"):
         table.add_column(column)
     for prompt, old, new in zip(prompts, before, after, strict=True):
-        table.add_row(Text(_text(prompt)), Text(old), Text(new))
+        table.add_row(Text(as_text(prompt)), Text(old), Text(new))
     _print(table)
-
-
-@torch.no_grad()
-def pair_accuracy(base: SharedBase, tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> float:
-    """Share of preference pairs of which the reward role scores the chosen answer higher."""
-    right = 0
-    for pair in pairs:
-        ids = [answer_ids(tokenizer, pair["prompt"], pair[side]).to(base.device) for side in ("chosen", "rejected")]
-        chosen, rejected = (float(base.scores(row, torch.ones_like(row))) for row in ids)
-        right += chosen > rejected
-    return right / len(pairs)
 
 
 @torch.no_grad()
@@ -77,17 +68,17 @@ def show_scored_pairs(base: SharedBase, tokenizer: PreTrainedTokenizerBase, pair
     for column in ("Prompt", "Chosen", "Score", "Rejected", "Score"):
         table.add_column(column, justify="right" if column == "Score" else "left")
     for pair in pairs:
-        row = [Text(_text(pair["prompt"]))]
+        row = [Text(as_text(pair["prompt"]))]
         for side in ("chosen", "rejected"):
-            ids = answer_ids(tokenizer, pair["prompt"], pair[side]).to(base.device)
-            row += [Text(_text(pair[side])), Text(f"{float(base.scores(ids, torch.ones_like(ids))):.2f}")]
+            ids = torch.tensor([sequence_ids(tokenizer, pair["prompt"], pair[side])], device=base.device)
+            row += [Text(as_text(pair[side])), Text(f"{float(base.scores(ids, torch.ones_like(ids))):.2f}")]
         table.add_row(*row)
     _print(table)
 
 
 def distinct_prompts(pairs: Dataset) -> list[Any]:
     """The prompts of `pairs`, each once, in their order."""
-    return list({_text(prompt): prompt for prompt in pairs["prompt"]}.values())
+    return list({as_text(prompt): prompt for prompt in pairs["prompt"]}.values())
 
 
 @torch.no_grad()
@@ -114,19 +105,6 @@ def _config(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, do_sample: 
         top_k=0 if do_sample else None,
         use_cache=True,
     )
-
-
-def _text(item: Any) -> str:
-    return item if isinstance(item, str) else str(item[-1]["content"])
-
-
-def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, answer: Any) -> torch.Tensor:
-    """Ids (1, tokens) of a prompt and its finished answer, as a reward model reads them."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt + answer + tokenizer.eos_token, return_tensors="pt")["input_ids"]
-    return tokenizer.apply_chat_template(prompt + answer, tokenize=True, return_dict=True, return_tensors="pt")[
-        "input_ids"
-    ]
 
 
 def _print(table: Table) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from trl_ext.core import masked_mean
-from trl_ext.rewards.texts import Reward, as_text
+from trl_ext.rewards.texts import Reward
+from trl_ext.types import as_text
 
 
 def classifier(

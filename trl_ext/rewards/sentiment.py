@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from trl_ext.rewards.texts import as_text
+from trl_ext.types import as_text
 
 
 @cache

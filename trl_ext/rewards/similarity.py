@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from trl_ext.rewards.texts import Reward, as_text
+from trl_ext.rewards.texts import Reward
+from trl_ext.types import as_text
 
 
 def chrf(column: str = "reference") -> Reward:

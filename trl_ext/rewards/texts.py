@@ -11,12 +11,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from trl_ext.types import as_text
+
 Reward = Callable[..., "list[float | None]"]
-
-
-def as_text(completion: Any) -> str:
-    """A completion as text: itself, or the content of its last message."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 def length_penalty(soft: int, hard: int) -> Reward:

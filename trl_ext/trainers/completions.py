@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trl_ext.core import masked_sum
-from trl_ext.types import Experience
+from trl_ext.types import Experience, as_text
 
 
 def completions_frame(
@@ -62,8 +62,3 @@ def print_completions(frame: pd.DataFrame, rows: int, title: str) -> None:
     for row in frame.head(rows).itertuples():
         table.add_row(Text(row.prompt), Text(row.completion), f"{row.score:.2f}", f"{row.kl:.2f}")
     Console().print(table)
-
-
-def as_text(item: Any) -> str:
-    """A prompt or completion as one text: the last message of a conversation, or the text itself."""
-    return item if isinstance(item, str) else str(item[-1]["content"])

@@ -23,11 +23,16 @@ class Metrics:
         self._local: dict[str, Tensor] = {}
         self._rollouts: defaultdict[str, list[float]] = defaultdict(list)
 
-    def add_tokens(self, values: dict[str, Tensor], mask: Tensor) -> None:
-        """Add per-token `values` (batch, tokens) each at the real positions of `mask`."""
+    def add_tokens(self, values: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+        """Add per-token `values` (batch, tokens) each at the real positions of `mask`; gives back what was added, (sum,
+        count) by name."""
         count = mask.sum().double()
-        for name, value in values.items():
-            self._add(name, torch.stack([masked_sum(value.detach().double(), mask), count]))
+        added = {
+            name: torch.stack([masked_sum(value.detach().double(), mask), count]) for name, value in values.items()
+        }
+        for name, entry in added.items():
+            self._add(name, entry)
+        return added
 
     def add_value(self, name: str, value: float) -> None:
         """Add one number of this process."""

@@ -143,7 +143,7 @@ def encode(
     rows: list[dict[str, Any]] = []
     for row in dataset:
         answers = row["completions"] if "completions" in COLUMNS[args.objective] else [row["completion"]]
-        sequences = [_ids(tokenizer, row.get("prompt", ""), answer) for answer in answers]
+        sequences = [sequence_ids(tokenizer, row.get("prompt", ""), answer) for answer in answers]
         if args.objective in ("ranking", "all_pairs"):
             targets = [float(rank) for rank in row["ranks"]]
         elif args.objective == "binary":
@@ -179,7 +179,7 @@ def _scale(dataset: Dataset, objective: str) -> tuple[float, float]:
     return (float(values.mean()), float(values.std())) if column == "rating" else (0.0, 1.0)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, answer: Any) -> list[int]:
+def sequence_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, answer: Any) -> list[int]:
     """As TRL's RewardTrainer tokenises: the chat template, or the text with an EOS at its end."""
     if isinstance(answer, str):
         text = (prompt or "") + answer

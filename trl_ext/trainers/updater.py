@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trl_ext.callbacks import EpochStats
 from trl_ext.controllers import PenaltyController
-from trl_ext.core import masked_mean, masked_sum
+from trl_ext.core import masked_mean
 from trl_ext.roles import Role
 from trl_ext.trainers.batching import micro_batches, mini_batch
 from trl_ext.trainers.objective import Watched, policy_loss, value_loss
@@ -220,8 +220,5 @@ class Updater:
         return -args.ptx_coef * likelihood / args.gradient_accumulation_steps
 
     def _watch(self, watched: Watched, mask: Tensor) -> None:
-        self.trainer.metrics.add_tokens(watched, mask)
-        count = mask.sum().double()
-        for name, value in watched.items():
-            entry = torch.stack([masked_sum(value.double(), mask), count])
+        for name, entry in self.trainer.metrics.add_tokens(watched, mask).items():
             self._sums[name] = self._sums[name] + entry if name in self._sums else entry
