@@ -65,12 +65,13 @@ def to_unpaired(feedback: Feedback, threshold: float | None = None) -> Dataset:
 
     Args:
         feedback: any form but rankings' middle ranks: of a ranking, the better half is good.
-        threshold: ratings: above it is good, below it bad, on it neither; None: the mean of all ratings. The weight is
-            the share of an answer's raters on its side.
+        threshold: ratings: above it is good, below it bad, on it neither; None: the middle of the scale, between the
+            lowest and the highest number that any rater gave. The weight is the share of an answer's raters on its
+            side.
     """
     rows = []
     if feedback.form == "ratings":
-        limit = fmean(record.mean for record in feedback.records) if threshold is None else threshold
+        limit = _middle(feedback.records) if threshold is None else threshold
         for record in feedback.records:
             if record.mean != limit:
                 good = record.mean > limit
@@ -166,6 +167,11 @@ def split_by_prompt(feedback: Feedback, held_out: float, seed: int = 0) -> tuple
     second = set(keys[: round(len(keys) * held_out)])
     parts = ([r for r in feedback.records if key(r) not in second], [r for r in feedback.records if key(r) in second])
     return tuple(Feedback(feedback.form, part, feedback.source) for part in parts)  # type: ignore[return-value]
+
+
+def _middle(records: Sequence[Rating]) -> float:
+    every = [rating for record in records for rating in record.ratings if rating == rating]
+    return (min(every) + max(every)) / 2
 
 
 def _by_prompt(records: Sequence[Any]) -> list[list[Any]]:
