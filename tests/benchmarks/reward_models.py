@@ -27,17 +27,16 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "recipes" / "reward.md"
 START, END = "<!-- real ratings: begin -->", "<!-- real ratings: end -->"
 HELD_OUT = 1_000
-SENTENCES = 4  # a step of a device
-ACCUMULATED = 4
+SENTENCES = 16  # a step
 # Times that every sentence is read: with few of them, more often.
-PASSES = {200: 8, 1_000: 4, 6_000: 2}
+PASSES = {200: 6, 1_000: 3, 6_000: 1}
 LORA = ("pairwise", "regression", "binary", "ranking", "all_pairs")
 OBJECTIVES = (*LORA, "probe")
 BASELINES = ("VADER lexicon", "bag of words, ridge")
 
 
 def training_rows(train: Feedback, objective: str) -> tuple[Dataset, int, float]:
-    """(rows, rows a step of a device, passes over them for one over the sentences)."""
+    """(rows, rows a step, passes over them for one over the sentences)."""
     if objective == "pairwise":
         return feedback.to_preference(train, pairs_per_answer=2), SENTENCES // 2, 0.5
     if objective == "probe":
@@ -54,9 +53,10 @@ def trained(args: argparse.Namespace, train: Feedback, test: Feedback, objective
     config = FeedbackRewardConfig(
         str(folder),
         objective=objective,
-        num_train_epochs=PASSES.get(len(train.records), 2) * share,
+        num_train_epochs=PASSES.get(len(train.records), 1) * share,
         per_device_train_batch_size=batch,
-        gradient_accumulation_steps=ACCUMULATED,
+        gradient_accumulation_steps=1,
+        train_sampling_strategy="group_by_length",
         learning_rate=args.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=10,

@@ -29,7 +29,7 @@ def rows_for(objective: str) -> Dataset:
     makers: dict[str, Any] = {
         "pairwise": feedback.to_preference,
         "regression": feedback.to_ratings,
-        "probe": feedback.to_ratings,
+        "probe": feedback.to_preference,
         "binary": feedback.to_unpaired,
         "ranking": feedback.to_rankings,
         "all_pairs": feedback.to_rankings,

@@ -83,7 +83,7 @@ def load_pairs(data: DataArguments) -> tuple[Dataset, Dataset]:
 
 CONVERTERS: dict[str, Callable[[feedback.Feedback], Dataset]] = {
     "regression": feedback.to_ratings,
-    "probe": feedback.to_ratings,
+    "probe": feedback.to_preference,
     "binary": feedback.to_unpaired,
     "ranking": feedback.to_rankings,
     "all_pairs": feedback.to_rankings,

@@ -11,9 +11,12 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput
 from trl import RewardConfig, RewardTrainer
 
+from trl_ext.core.probe import choose_penalty, fit_probe
 from trl_ext.core.reward_losses import all_pairs_loss, binary_loss, plackett_luce_loss, regression_loss
+from trl_ext.trainers.probing import probe_data, score_head
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +27,11 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "binary": ("completion", "label"),
     "ranking": ("completions", "ranks"),
     "all_pairs": ("completions", "ranks"),
-    "probe": ("completion", "rating"),
+    "probe": ("chosen", "rejected"),
 }
+ON_PAIRS = ("pairwise", "probe")  # TRL's own rows and loss
 LOSSES: dict[str, Callable[[Tensor, dict[str, Tensor]], Tensor]] = {
     "regression": lambda scores, given: regression_loss(scores, given["targets"], given["weights"]),
-    "probe": lambda scores, given: regression_loss(scores, given["targets"], given["weights"]),
     "binary": lambda scores, given: binary_loss(scores, given["targets"], given["weights"]),
     "ranking": lambda scores, given: plackett_luce_loss(scores, given["targets"], given["groups"]),
     "all_pairs": lambda scores, given: all_pairs_loss(scores, given["targets"], given["groups"]),
@@ -43,8 +46,8 @@ class FeedbackRewardConfig(RewardConfig):
         default="pairwise",
         metadata={
             "help": "'pairwise' (TRL's own), 'regression' on ratings, 'binary' on good and bad, 'ranking' "
-            "(Plackett-Luce), 'all_pairs' of a ranking (InstructGPT), or 'probe': regression by the score head alone, "
-            "over the frozen base."
+            "(Plackett-Luce), 'all_pairs' of a ranking (InstructGPT), or 'probe': pairwise by the score head alone, "
+            "solved exactly over the frozen base."
         },
     )
 
@@ -57,8 +60,8 @@ class FeedbackRewardConfig(RewardConfig):
 class FeedbackRewardTrainer(RewardTrainer):
     """TRL's RewardTrainer for every form of feedback; saving, PEFT, 4 bits and evaluation are TRL's.
 
-    Rows have a `prompt` (text or messages) and, by objective: pairwise `chosen`, `rejected` (`margin`); regression and
-    probe `completion`, `rating` (`weight`); binary `completion`, `label` (`weight`); ranking and all_pairs
+    Rows have a `prompt` (text or messages) and, by objective: pairwise and probe `chosen`, `rejected` (`margin`);
+    regression `completion`, `rating` (`weight`); binary `completion`, `label` (`weight`); ranking and all_pairs
     `completions`, `ranks`. `trl_ext.feedback` makes them of any form of feedback. Ratings are brought to mean 0 and
     standard deviation 1 of the training set.
 
@@ -82,7 +85,7 @@ class FeedbackRewardTrainer(RewardTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
-        if args.objective != "pairwise":
+        if args.objective not in ON_PAIRS:
             if processing_class is None:
                 name = model if isinstance(model, str) else model.config.name_or_path
                 processing_class = AutoTokenizer.from_pretrained(name)
@@ -90,8 +93,8 @@ class FeedbackRewardTrainer(RewardTrainer):
             train_dataset = encode(train_dataset, "train_dataset", processing_class, args, scale)
             if eval_dataset is not None:
                 eval_dataset = encode(eval_dataset, "eval_dataset", processing_class, args, scale)
-            args.remove_unused_columns = False
             kwargs["data_collator"] = _Collator(processing_class)
+        args.remove_unused_columns = False  # neither collator minds further columns
         super().__init__(
             model=model,
             args=args,
@@ -100,16 +103,35 @@ class FeedbackRewardTrainer(RewardTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        if args.objective == "probe":
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(".score." in name and parameter.requires_grad)
+        self.train_dataset = _with_lengths(self.train_dataset, args.length_column_name)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL trains; the probe reads the training set once and solves for its head."""
+        if self.args.objective != "probe":
+            return super().train(*args, **kwargs)
+        self.model.eval()
+        data = probe_data(self.model, self.train_dataset)
+        penalty = choose_penalty(data.features, data.pairs, data.margins)
+        weights = fit_probe(data.differences, data.margins, penalty)
+        (head,) = [weight for weight in score_head(self.model).parameters() if weight.requires_grad]
+        with torch.no_grad():
+            head.copy_(weights.unsqueeze(0))
+        gaps = data.differences @ weights
+        metrics = {
+            "train_loss": float(-torch.nn.functional.logsigmoid(gaps - data.margins).mean()),
+            "train_accuracy": float((gaps > 0).double().mean()),
+            "penalty": penalty,
+        }
+        self.state.global_step = 1
+        self.log(dict(metrics))
+        return TrainOutput(1, metrics["train_loss"], metrics)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The objective's loss, and `center_rewards_coefficient` times the mean squared score."""
         objective = self.args.objective
-        if objective == "pairwise":
+        if objective in ON_PAIRS:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         scores = outputs.logits.squeeze(-1).float()
@@ -164,13 +186,21 @@ def encode(
     return Dataset.from_list(kept)
 
 
+def _with_lengths(rows: Dataset, name: str) -> Dataset:
+    """The rows with their longest sequence's tokens, by which `train_sampling_strategy: group_by_length` goes."""
+    if not isinstance(rows, Dataset) or name in rows.column_names:
+        return rows
+    pairs = zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)
+    return rows.add_column(name, [max(len(chosen), len(rejected)) for chosen, rejected in pairs])
+
+
 def _scale(dataset: Dataset, objective: str) -> tuple[float, float]:
     """Mean and standard deviation of the ratings; (0, 1) where there are none.
 
     Raises:
         ValueError: all ratings, or all labels, are the same.
     """
-    column = {"regression": "rating", "probe": "rating", "binary": "label"}.get(objective)
+    column = {"regression": "rating", "binary": "label"}.get(objective)
     if column is None or column not in dataset.column_names:
         return 0.0, 1.0
     values = torch.tensor([float(value) for value in dataset[column]], dtype=torch.float64)
