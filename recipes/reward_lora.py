@@ -14,7 +14,7 @@ from trl_ext import FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, fee
 
 def main() -> None:
     script, args, model_args = launch.parse(__file__, launch.DataArguments, FeedbackRewardConfig, ModelConfig)
-    train, test, pairs = launch.load_feedback(script, args.objective)
+    data = launch.load_feedback(script, args.objective)
     model_args.lora_task_type = "SEQ_CLS"
     args.model_init_kwargs = launch.model_kwargs(model_args)
     launch.show(
@@ -22,15 +22,15 @@ def main() -> None:
         {
             "model": f"{model_args.model_name_or_path}{' in 4 bits' if model_args.load_in_4bit else ''}",
             "objective": args.objective,
-            "data": f"{len(train)} rows of {script.dataset!r}, {len(test)} held out",
+            "data": f"{len(data.train)} rows of {script.dataset!r}, {len(data.test)} held out",
             "LoRA": f"rank {model_args.lora_r} on {model_args.lora_target_modules}",
         },
     )
     trainer = FeedbackRewardTrainer(
         model=launch.model_name(model_args),
         args=args,
-        train_dataset=train,
-        eval_dataset=test,
+        train_dataset=data.train,
+        eval_dataset=data.test,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
@@ -41,12 +41,14 @@ def main() -> None:
     trainer.save_state()
 
     base: SharedBase = launch.load_shared_base(model_args, policy=None, value="head", reward=args.output_dir)
-    answers = launch.scored_answers(base, trainer.processing_class, test)
-    judged = feedback.judge(answers)
-    feedback.save_judgement(judged, Path(args.output_dir), answers)
-    # The pairs are the test rows themselves where the objective is pairwise.
-    on_pairs = judged if pairs is test else feedback.judge(launch.scored_answers(base, trainer.processing_class, pairs))
-    launch.show_scored_pairs(base, trainer.processing_class, pairs.select(range(min(6, len(pairs)))))
+    answers = launch.scored_answers(base, trainer.processing_class, data.judged)
+    reference = launch.reference_scores(base, trainer.processing_class, launch.distinct_prompts(data.pairs)[:64])
+    judged = feedback.judge(answers, reference_scores=reference)
+    feedback.save_judgement(judged, Path(args.output_dir), answers, reference)
+    on_pairs = judged
+    if data.pairs is not data.judged:
+        on_pairs = feedback.judge(launch.scored_answers(base, trainer.processing_class, data.pairs))
+    launch.show_scored_pairs(base, trainer.processing_class, data.pairs.select(range(min(6, len(data.pairs)))))
     launch.report(
         "Result",
         {
@@ -54,6 +56,7 @@ def main() -> None:
             "held-out loss": f"{evaluation['eval_loss']:.3f}",
             "rank correlation with people": f"{judged.spearman:.2f}",
             "calibration error": f"{judged.expected_calibration_error:.3f} (see judgement.json)",
+            "mean score": f"{judged.mean:.2f}, of the reference's answers {judged.reference_mean:.2f}",
             "rank correlation with length": f"{judged.length_correlation:.2f}",
             "memory": launch.megabytes(base),
             "saved in": f"{args.output_dir} (use it with recipes/ppo_lora.py --reward_adapter {args.output_dir})",

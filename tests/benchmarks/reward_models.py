@@ -17,7 +17,6 @@ from pathlib import Path
 
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer
 
 from trl_ext import FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, feedback
 from trl_ext.feedback import Feedback, Judged, judge
@@ -130,9 +129,7 @@ def run(args: argparse.Namespace) -> None:
             if (folder / "cell.json").is_file():
                 continue
             started = time.perf_counter()
-            answers = (
-                baseline(name, train, test) if name in BASELINES else trained(args, train, test, name, folder)
-            )
+            answers = baseline(name, train, test) if name in BASELINES else trained(args, train, test, name, folder)
             figures = judge(answers)
             feedback.save_judgement(figures, folder, answers)
             cell = {"objective": name, "size": size, "seconds": time.perf_counter() - started}

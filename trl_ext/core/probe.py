@@ -44,7 +44,7 @@ def fit_probe(differences: Tensor, margins: Tensor, penalty: float, start: Tenso
         return value
 
     with torch.enable_grad():
-        solver.step(loss)  # type: ignore[arg-type]
+        solver.step(loss)
     return weights.detach() / scale
 
 

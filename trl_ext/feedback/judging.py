@@ -54,6 +54,9 @@ class Judgement:
         length_correlation: rank correlation of score and length; `length_correlation_of_people` that of worth and
             length, to compare it with.
         mean, std: of the scores; PPO's value role starts at 0, so a mean near 0 and a std near 1 suit it.
+        reference_mean, reference_std: the same of samples of the reference, NaN where none were scored. PPO starts
+            there: `score_normalization="reference"` subtracts and divides by them.
+        centred_mean: `mean` less `reference_mean`: above 0, people's answers score above those that PPO starts from.
     """
 
     answers: int
@@ -67,14 +70,18 @@ class Judgement:
     length_correlation_of_people: float
     mean: float
     std: float
+    reference_mean: float
+    reference_std: float
+    centred_mean: float
 
 
-def judge(answers: Sequence[Judged], seed: int = 0) -> Judgement:
+def judge(answers: Sequence[Judged], seed: int = 0, reference_scores: Sequence[float] = ()) -> Judgement:
     """Compare scores with what people said.
 
     Args:
         answers: held-out ones.
         seed: of the choice of pairs where there are more than can be looked at.
+        reference_scores: of samples of the reference.
 
     Raises:
         FeedbackError: fewer than two answers.
@@ -85,6 +92,7 @@ def judge(answers: Sequence[Judged], seed: int = 0) -> Judgement:
     right = [1.0 if d > 0 else 0.5 if d == 0 else 0.0 for _, d in pairs]
     reliability = _reliability([difference for _, difference in pairs])
     scores = [answer.score for answer in answers]
+    reference_mean = fmean(reference_scores) if reference_scores else math.nan
     return Judgement(
         answers=len(answers),
         pairs=len(pairs),
@@ -103,6 +111,9 @@ def judge(answers: Sequence[Judged], seed: int = 0) -> Judgement:
         ),
         mean=fmean(scores),
         std=pstdev(scores),
+        reference_mean=reference_mean,
+        reference_std=pstdev(reference_scores) if reference_scores else math.nan,
+        centred_mean=fmean(scores) - reference_mean,
     )
 
 
@@ -148,9 +159,11 @@ def _reliability(differences: list[float]) -> list[tuple[float, float, int]]:
     return [(fmean(c for c, _ in bins[i]), fmean(t for _, t in bins[i]), len(bins[i])) for i in sorted(bins)]
 
 
-def save_judgement(judgement: Judgement, folder: Path, answers: Sequence[Judged] = ()) -> None:
+def save_judgement(
+    judgement: Judgement, folder: Path, answers: Sequence[Judged], reference_scores: Sequence[float] = ()
+) -> None:
     """Write judgement.json and, where matplotlib is there, judgement.png: the reliability plot, accuracy by strength,
-    and score against worth."""
+    score against worth, and the scores beside the reference's."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = {
         name: None if isinstance(value, float) and math.isnan(value) else value
@@ -161,8 +174,8 @@ def save_judgement(judgement: Judgement, folder: Path, answers: Sequence[Judged]
         from matplotlib.figure import Figure
     except ImportError:
         return
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    reliable, strong, scattered = figure.subplots(1, 3)
+    figure = Figure(figsize=(13, 3.2), layout="constrained")
+    reliable, strong, scattered, centred = figure.subplots(1, 4)
     reliable.plot([0.5, 1], [0.5, 1], color="#999999", linewidth=0.8, linestyle="--")
     reliable.plot(*zip(*[(p, t) for p, t, _ in judgement.reliability], strict=True), color="#0072b2", marker="o", ms=4)
     reliable.set_xlabel("predicted chance")
@@ -179,6 +192,14 @@ def save_judgement(judgement: Judgement, folder: Path, answers: Sequence[Judged]
     scattered.set_xlabel("worth")
     scattered.set_ylabel("score")
     scattered.set_title(f"Spearman {judgement.spearman:.2f}", fontsize=10)
-    for axis in (reliable, strong, scattered):
+    middle = judgement.reference_mean if reference_scores else 0.0
+    centred.hist([a.score - middle for a in answers], bins=30, density=True, color="#0072b2", alpha=0.6, label="judged")
+    if reference_scores:
+        drawn = [score - middle for score in reference_scores]
+        centred.hist(drawn, bins=15, density=True, histtype="step", color="#d55e00", label="reference")
+    centred.set_xlabel("score, 0: the reference's mean" if reference_scores else "score")
+    centred.set_yticks([])
+    centred.legend(frameon=False, fontsize=8)
+    for axis in (reliable, strong, scattered, centred):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(folder / "judgement.png", dpi=120)

@@ -1,6 +1,6 @@
 """What the recipes share."""
 
-from trl_ext.launch.judging import scored_answers
+from trl_ext.launch.judging import reference_scores, scored_answers
 from trl_ext.launch.screen import (
     answers,
     distinct_prompts,
@@ -42,6 +42,7 @@ __all__ = [
     "model_kwargs",
     "model_name",
     "parse",
+    "reference_scores",
     "report",
     "scored_answers",
     "show",

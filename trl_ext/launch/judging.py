@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_ext.feedback import Judged
 from trl_ext.feedback.records import key_of
+from trl_ext.generation import generate
+from trl_ext.launch.screen import sampling_config
 from trl_ext.roles import SharedBase
 from trl_ext.trainers.reward_trainer import sequence_ids
 from trl_ext.types import as_text
@@ -30,6 +32,22 @@ def scored_answers(base: SharedBase, tokenizer: PreTrainedTokenizerBase, rows: D
         score = float(base.scores(ids, torch.ones_like(ids)))
         answers.append(Judged(group, worth, score, len(as_text(answer))))
     return answers
+
+
+@torch.no_grad()
+def reference_scores(
+    base: SharedBase,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    max_new_tokens: int = 48,
+    seed: int = 0,
+) -> list[float]:
+    """The reward role's scores of one sample of the bare base for each prompt, at temperature 1."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = sampling_config(tokenizer, max_new_tokens, do_sample=True)
+        rollout = generate(base, prompts, tokenizer, config, len(prompts)).to(base.device)
+    return [float(score) for score in base.scores(rollout.input_ids, rollout.attention_mask)]
 
 
 def _answers(rows: Dataset) -> Iterator[tuple[Any, Any, float, str]]:

@@ -47,7 +47,9 @@ def answers(
     base: SharedBase, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], max_new_tokens: int
 ) -> list[str]:
     """The policy's greedy answers."""
-    rollout = generate(base, prompts, tokenizer, _config(tokenizer, max_new_tokens, do_sample=False), len(prompts))
+    rollout = generate(
+        base, prompts, tokenizer, sampling_config(tokenizer, max_new_tokens, do_sample=False), len(prompts)
+    )
     return [as_text(item) for item in rollout.completions]
 
 
@@ -88,7 +90,9 @@ def kl_to_reference(
     """Mean over sampled answers of log p_policy - log p_reference, nats an answer (k1, temperature 1)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        rollout = generate(base, prompts, tokenizer, _config(tokenizer, max_new_tokens, do_sample=True), len(prompts))
+        rollout = generate(
+            base, prompts, tokenizer, sampling_config(tokenizer, max_new_tokens, do_sample=True), len(prompts)
+        )
     rollout = rollout.to(base.device)
     said = base(
         rollout.input_ids, rollout.attention_mask, rollout.completion_ids.shape[1], roles=("policy", "reference")
@@ -96,7 +100,8 @@ def kl_to_reference(
     return float(masked_sum(said["logprobs"] - said["ref_logprobs"], rollout.completion_mask, dim=1).mean())
 
 
-def _config(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, do_sample: bool) -> GenerationConfig:
+def sampling_config(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, do_sample: bool) -> GenerationConfig:
+    """Greedy, or sampling at temperature 1 from all tokens."""
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=do_sample,

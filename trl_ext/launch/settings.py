@@ -82,36 +82,68 @@ def load_pairs(data: DataArguments) -> tuple[Dataset, Dataset]:
 
 
 CONVERTERS: dict[str, Callable[[feedback.Feedback], Dataset]] = {
-    "regression": feedback.to_ratings,
+    "pairwise": feedback.to_preference,
     "probe": feedback.to_preference,
+    "regression": feedback.to_ratings,
     "binary": feedback.to_unpaired,
     "ranking": feedback.to_rankings,
     "all_pairs": feedback.to_rankings,
 }
 
 
-def load_feedback(data: DataArguments, objective: str) -> tuple[Dataset, Dataset, Dataset]:
-    """Rows to train on and to evaluate on, in the columns of `objective`, and held-out pairs to judge the result by.
+@dataclass(frozen=True)
+class RewardData:
+    """Rows for a reward model.
+
+    Attributes:
+        train, test: in the columns of the objective.
+        judged: the held-out feedback as people gave it: ratings where there are some, else as `test`.
+        pairs: held-out preference pairs, whatever the form.
+    """
+
+    train: Dataset
+    test: Dataset
+    judged: Dataset
+    pairs: Dataset
+
+
+def load_feedback(data: DataArguments, objective: str) -> RewardData:
+    """Feedback of any form, in the columns of `objective`, split by prompt. The demo's pairs are its own for
+    "pairwise"; its other rows come from its ratings.
 
     Raises:
         FeedbackError: a record that cannot be used, with its line and column; and what `load_rows` raises.
     """
-    if objective == "pairwise":
+    if objective == "pairwise" and _holds_pairs(data):
         train, test = load_pairs(data)
-        return train, test, test
-    convert = CONVERTERS[objective]
+        return RewardData(train, test, test, test)
     if data.dataset == "demo":
-        parts = [feedback.read(demo.load("ratings", split), "ratings") for split in ("train", "test")]
-        return convert(parts[0]), convert(parts[1]), load_pairs(data)[1]
-    is_file = Path(data.dataset).suffix in READERS or Path(data.dataset).suffix == ".tsv"
+        kept, held_out = (feedback.read(demo.load("ratings", split), "ratings") for split in ("train", "test"))
+        pairs = load_pairs(data)[1]
+    else:
+        kept, held_out = _split_feedback(data)
+        pairs = feedback.to_preference(held_out, pairs_per_answer=10)
+    convert = CONVERTERS[objective]
+    test = convert(held_out)
+    judged = feedback.to_ratings(held_out) if held_out.form == "ratings" else test
+    return RewardData(convert(kept), test, judged, pairs)
+
+
+def _holds_pairs(data: DataArguments) -> bool:
+    if data.dataset == "demo":
+        return True
+    return Path(data.dataset).suffix != ".tsv" and "chosen" in _read(data.dataset, data.train_split).column_names
+
+
+def _split_feedback(data: DataArguments) -> tuple[feedback.Feedback, feedback.Feedback]:
+    is_file = Path(data.dataset).suffix in (*READERS, ".tsv")
     given = feedback.read(data.dataset if is_file else load_dataset(data.dataset, split=data.train_split))
     if len(given.records) <= data.eval_rows:
         raise ValueError(
             f"The dataset {data.dataset!r} has {len(given.records)} records, and eval_rows={data.eval_rows} of them "
             "are held out: give more records or lower eval_rows."
         )
-    kept, held_out = feedback.split_by_prompt(given, data.eval_rows / len(given.records))
-    return convert(kept), convert(held_out), feedback.to_preference(held_out, pairs_per_answer=10)
+    return feedback.split_by_prompt(given, data.eval_rows / len(given.records))
 
 
 def load_rows(data: DataArguments, name: str) -> tuple[Dataset, Dataset]:

@@ -103,7 +103,7 @@ class FeedbackRewardTrainer(RewardTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self.train_dataset = _with_lengths(self.train_dataset, args.length_column_name)
+        self.train_dataset: Any = _with_lengths(self.train_dataset, args.length_column_name)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL trains; the probe reads the training set once and solves for its head."""
