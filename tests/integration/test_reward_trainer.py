@@ -127,6 +127,7 @@ def test_padding_and_order_do_not_matter_to_the_loss(tmp_path: Path) -> None:
         ("ranking", {"prompt": ["a"], "completion": ["b"]}, "no 'completions' and no 'ranks' column"),
         ("regression", {"completion": ["a", "b"], "rating": [2, 2]}, "Every rating is 2: nothing can be learned"),
         ("binary", {"completion": ["a", "b"], "label": [True, True]}, "Every label is 1: nothing can be learned"),
+        ("ranking", {"completions": [["a", "b"]], "ranks": [[1, 1]]}, "Every ranking is one tie: nothing can be"),
         ("regression", {"completion": [" cat" * 50, " dog" * 50], "rating": [1, 2]}, "longer than max_length 8"),
     ],
 )
@@ -139,3 +140,11 @@ def test_bad_feedback_is_one_sentence(objective: str, rows: dict[str, Any], mess
 def test_an_unknown_objective() -> None:
     with pytest.raises(ValueError, match="objective is 'hinge': choose one of pairwise, regression"):
         FeedbackRewardConfig("out", objective="hinge")
+
+
+def test_rows_of_like_length_are_batched_together(tmp_path: Path) -> None:
+    """`train_sampling_strategy: group_by_length` finds lengths in rows of every objective."""
+    for objective in ("pairwise", "regression"):
+        trainer = train(objective, tmp_path / objective, num_train_epochs=1, train_sampling_strategy="group_by_length")
+        longest = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in trainer.train_dataset]
+        assert list(trainer.train_dataset["length"]) == longest

@@ -109,6 +109,7 @@ BAD: list[tuple[dict[str, Any] | str, str]] = [
     ({"completions": ["a", "b"], "ranks": [1, 1.5]}, "column 'ranks': [1, 1.5] are no whole numbers from 1"),
     ({"completions": "a, b", "ranks": [1, 2]}, "column 'completions': 'a, b' is no list"),
     ({"chosen": "a", "rejected": ""}, "column 'rejected': empty"),
+    ({"chosen": "a", "rejected": "b\ud800"}, "column 'rejected': half of a surrogate pair"),
     ({"chosen": "a", "rejected": "b", "strength": -1}, "column 'strength': -1 is not above 0"),
     ({"completion": "a", "label": "meh"}, "column 'label': 'meh' is neither good nor bad"),
     ("{broken", "no JSON ("),
@@ -261,6 +262,9 @@ def test_to_unpaired() -> None:
     rows = {row["completion"]: (row["label"], row["weight"]) for row in feedback.to_unpaired(RATED, threshold=2.0)}
     # a: mean 1.5, one rater of two below 2; b: one of two above; c: its one rater; d: its one.
     assert rows == {"a": (False, 0.5), "b": (True, 0.5), "c": (False, 1.0), "d": (True, 1.0)}
+    scale = feedback.Feedback("ratings", [feedback.Rating("p", "a", (1.0, 4.0)), feedback.Rating("p", "b", (5.0,))], "")
+    # The middle of 1 to 5 is 3: a's mean of 2.5 is below it.
+    assert [(r["completion"], r["label"]) for r in feedback.to_unpaired(scale)] == [("a", False), ("b", True)]
     assert [(r["completion"], r["label"]) for r in feedback.to_unpaired(PAIRED)] == [
         ("a", True), ("b", False), ("c", True), ("d", False),
     ]  # fmt: skip

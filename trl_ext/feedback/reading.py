@@ -166,6 +166,8 @@ def _said(row: Row, column: str) -> Any:
     value = row.get(column)
     if value is None and column == "prompt":
         return ""
+    if _has_half_a_character(value):
+        raise Unusable(column, "half of a surrogate pair (\\ud800 to \\udfff), which is no character: mend the escapes")
     if isinstance(value, str) and (column == "prompt" or value.strip()):
         return value
     if (
@@ -176,6 +178,15 @@ def _said(row: Row, column: str) -> Any:
         return value
     shown = "missing" if value is None else "empty" if value in ("", []) or not str(value).strip() else f"{value!r:.60}"
     raise Unusable(column, f"{shown}: give a text, or a list of messages with role and content")
+
+
+def _has_half_a_character(value: Any) -> bool:
+    """JSON's escapes can spell what no UTF-8 text can hold, and no tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _list(row: Row, column: str) -> list[Any]:

@@ -44,7 +44,7 @@ def probe_data(model: Any, dataset: Dataset) -> ProbeData:
     """
     numbers: dict[tuple[int, ...], int] = {}
     features: list[Tensor] = []
-    pairs = []
+    pairs: list[list[int]] = []
     # What the head is given is what it can read, whatever the architecture does before it.
     hook = score_head(model).register_forward_pre_hook(lambda _, given: features.append(given[0][0, -1].double()))
     try:

@@ -198,10 +198,14 @@ def _scale(dataset: Dataset, objective: str) -> tuple[float, float]:
     """Mean and standard deviation of the ratings; (0, 1) where there are none.
 
     Raises:
-        ValueError: all ratings, or all labels, are the same.
+        ValueError: all ratings, all labels, or all ranks of every ranking are the same.
     """
-    column = {"regression": "rating", "binary": "label"}.get(objective)
-    if column is None or column not in dataset.column_names:
+    column = {"regression": "rating", "binary": "label"}.get(objective, "ranks")
+    if column not in dataset.column_names:
+        return 0.0, 1.0
+    if column == "ranks":
+        if all(len(set(ranks)) == 1 for ranks in dataset["ranks"]):
+            raise ValueError("Every ranking is one tie: nothing can be learned from answers that are all alike.")
         return 0.0, 1.0
     values = torch.tensor([float(value) for value in dataset[column]], dtype=torch.float64)
     if len(values.unique()) == 1:
