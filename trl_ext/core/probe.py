@@ -35,7 +35,9 @@ def fit_probe(differences: Tensor, margins: Tensor, penalty: float, start: Tenso
     scaled = differences / scale
     first = torch.zeros_like(scale) if start is None else start.double() * scale
     weights = first.clone().requires_grad_()
-    solver = torch.optim.LBFGS([weights], max_iter=500, tolerance_grad=1e-8, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS(
+        [weights], max_iter=500, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> Tensor:
         solver.zero_grad()
