@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tests.helpers import rollout
-from trl_ext.trainers.experience import explained_variance, make_experience, summarize
+from trl_ext.trainers.experience import make_experience
 from trl_ext.trainers.ppo_config import PPOConfig
+from trl_ext.trainers.summary import explained_variance, repetition, sampling_gap, summarize
 from trl_ext.types import Judged, Rollout, ScorePass, Scores
 
 NAN, INF = float("nan"), float("inf")
@@ -142,6 +143,9 @@ def test_no_row_has_a_score(judged: Judged, tmp_path: Path) -> None:
 # Metrics -------------------------------------------------------------------------------------------------------------
 
 
+GAPS = [1.0 - 77.0, 2.0 - 77.0, 0.5 - 77.0, 3.0 - 77.0]  # -log-prob less entropy of each token
+
+
 def by_hand(folder: Path, **changes: Any) -> dict[str, float]:
     """Three answers: cut off after two tokens, ended after one, ended after one and without a score."""
     answers = rollout([2, 1, 1], [False, True, True])
@@ -164,6 +168,7 @@ def test_summary_by_hand(tmp_path: Path) -> None:
     returns, errors = [0.55, 0.6, 2.95], [0.55 - 0.5, 0.6 - 1.0, 2.95 - 0.25]
     expected = {
         "objective/kl": -1 / 3,
+        "objective/kl_std": statistics.pstdev([-0.5, 0.5, -1.0]),
         "objective/entropy": (3.0 + 0.5 + 3.0) / 3,
         "objective/non_score_reward": 0.1 / 3,
         "objective/scores": 1.75,
@@ -177,6 +182,14 @@ def test_summary_by_hand(tmp_path: Path) -> None:
         "completions/min_length": 1,
         "completions/max_length": 2,
         "completions/clipped_ratio": 1 / 3,
+        "completions/repetition": 0,  # none has three tokens
+        "completions/distinct": 1,
+        "completions/score_length_correlation": 0,  # of two rows
+        "prompts/mean_length": 2,
+        "prompts/at_max_length": 1,
+        "prompts/distinct": 1,
+        "val/sampling_gap": sum(GAPS) / 4,
+        "val/sampling_gap_z": sum(GAPS) / math.sqrt(sum(gap**2 for gap in GAPS)),
         "rewards/first/mean": 2,
         "rewards/first/std": 1,
         "rewards/second/mean": 2,
@@ -193,6 +206,32 @@ def test_the_kl_that_is_reported_is_k1_and_the_one_that_is_paid_is_the_configure
     # k2 a row: (0.25 + 1) / 2, 0.25 / 2, 1 / 2; mean 1.25 / 3.
     assert metrics["objective/non_score_reward"] == pytest.approx(-0.1 * 1.25 / 3, rel=1e-5)
     assert metrics["objective/rlhf_reward"] == pytest.approx(2.0 - 0.1 * 1.25 / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sharper", "expected"),
+    [(1.0, "same"), (2.0, "below"), (0.5, "above")],
+)
+def test_the_sampling_gap_tells_other_sampling_from_scoring(sharper: float, expected: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 10, 20, generator=generator, dtype=torch.float64)
+    drawn = torch.distributions.Categorical(logits=sharper * logits)
+    scored = torch.distributions.Categorical(logits=logits)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        tokens = drawn.sample()
+    logprobs = scored.log_prob(tokens)
+    pass_ = ScorePass(logprobs, scored.entropy(), logprobs, logprobs, logprobs[:, 0])
+    z = sampling_gap(pass_, torch.ones(64, 10, dtype=torch.bool))["val/sampling_gap_z"]
+    assert {"same": abs(z) < 3, "below": z < -6, "above": z > 6}[expected], z
+
+
+def test_repetition_counts_trigrams() -> None:
+    answers = rollout([5, 6, 2], [True, True, True])
+    ids = torch.zeros_like(answers.completion_ids)
+    ids[0, :5] = torch.tensor([1, 2, 3, 4, 5])  # three trigrams, all new
+    ids[1, :6] = torch.tensor([1, 2, 1, 2, 1, 2])  # 121, 212, 121, 212: half of them repeated
+    assert repetition(replace(answers, completion_ids=ids)) == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections import defaultdict
 from typing import Any
 
@@ -71,3 +73,10 @@ class Metrics:
 
     def _add(self, name: str, entry: Tensor) -> None:
         self._local[name] = self._local[name] + entry if name in self._local else entry
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes so far: allocated on the accelerator, or resident on the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -22,12 +22,13 @@ from trl_ext.trainers.batching import RolloutSampler
 from trl_ext.trainers.building import build_base, build_scorer, check_model, default_config, without_dropout
 from trl_ext.trainers.collector import Collector
 from trl_ext.trainers.completions import completions_frame, print_completions, save_completions
-from trl_ext.trainers.experience import estimate, make_experience, shape, summarize
+from trl_ext.trainers.experience import estimate, make_experience, shape
 from trl_ext.trainers.interrupts import Interrupts
-from trl_ext.trainers.metrics import Metrics
+from trl_ext.trainers.metrics import Metrics, peak_memory
 from trl_ext.trainers.ppo_config import PPOConfig
 from trl_ext.trainers.pretraining import PretrainMix
 from trl_ext.trainers.saving import Checkpoints
+from trl_ext.trainers.summary import summarize
 from trl_ext.trainers.updater import Updater
 from trl_ext.types import Experience
 
@@ -251,6 +252,7 @@ class PPOTrainer(Checkpoints, BaseTrainer):
                 done = episodes * (1 - self._initial_global_step / max(self.state.global_step, 1))
                 logs["eps"] = done / (time.time() - start_time)
             logs |= {f"time/{phase}": seconds for phase, seconds in self.collector.seconds.items()}
+            logs["memory/peak_gib"] = peak_memory(self.accelerator.device) / 2**30
             self.collector.seconds.clear()
         super().log(logs, start_time)
         if "loss" in logs and self.args.log_completions and self.experience is not None:

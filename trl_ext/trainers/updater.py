@@ -67,6 +67,10 @@ class Updater:
         self._queue: list[Tensor] = []
         self._sums: dict[str, Tensor] = {}
         self._num_tokens = torch.zeros(())
+        self._parameters: dict[Role, list[nn.Parameter]] = {
+            "policy": self.base.trainable_parameters("policy"),
+            "value": self.base.trainable_parameters("value") if self.args.uses_value else [],
+        }
         self._own_trunk = self.base.adapters["value"] != self.base.adapters["policy"]
 
     @property
@@ -96,6 +100,7 @@ class Updater:
         """Take stock after a minibatch's last micro-batch: whether the optimizer may step. Every process must call."""
         if self.progress.stopped:
             return False
+        self._watch_gradients()
         sums = {name: entry.tolist() for name, entry in self._sums.items()}
         self._sums = {}
         totals: dict[str, list[float]] = {}
@@ -201,6 +206,10 @@ class Updater:
             for role in roles:
                 part, watched = LOSSES[role](batch, said, self._num_tokens, args, self.penalty.value)
                 self._watch(watched, batch.loss_mask)
+                if role == "policy" and self.trainer.state.global_step % args.steps_per_rollout == 0:
+                    # Nothing was stepped on since the rollout was scored: policy and sampling policy are the same.
+                    first = {"policy/first_approxkl": watched["policy/approxkl_avg"]}
+                    self.trainer.metrics.add_tokens(first, batch.loss_mask)
                 # DDP averages gradients over processes; the loss is a sum over them.
                 loss = loss + part * self.trainer.accelerator.num_processes
         return loss
@@ -218,6 +227,16 @@ class Updater:
             likelihood = masked_mean(said["logprobs"][:, 1:], mask[:, 1:])  # nothing predicts a text's first token
         self.trainer.metrics.add_value("loss/ptx", -float(likelihood.detach()))
         return -args.ptx_coef * likelihood / args.gradient_accumulation_steps
+
+    def _watch_gradients(self) -> None:
+        """Each role's gradient norm, before it is clipped."""
+        scaler = getattr(self.trainer.accelerator, "scaler", None)
+        scale = scaler.get_scale() if scaler is not None else 1.0
+        for role, parameters in self._parameters.items():
+            if parameters and (role, self._warming_up) != ("policy", True):
+                given = [parameter.grad for parameter in parameters if parameter.grad is not None]
+                norm = float(nn.utils.get_total_norm(given)) / scale if given else 0.0
+                self.trainer.metrics.add_value(f"grad_norm/{role}", norm)
 
     def _watch(self, watched: Watched, mask: Tensor) -> None:
         for name, entry in self.trainer.metrics.add_tokens(watched, mask).items():

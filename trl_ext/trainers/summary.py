@@ -1,0 +1,118 @@
+"""The numbers that describe a rollout: what is logged, and what problems are told from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trl_ext.core import masked_mean, masked_sum, penalize_missing_eos
+from trl_ext.rewards import correlations
+from trl_ext.trainers.ppo_config import PPOConfig
+from trl_ext.types import Experience, Rollout, ScorePass, as_text
+
+NGRAM = 3
+
+
+def summarize(experience: Experience, args: PPOConfig, names: list[str]) -> dict[str, float]:
+    """The rollout's metrics, under TRL's names.
+
+    Each `objective/` number is a mean over completions, over the scored ones where scores enter: `kl` (k1, summed
+    over tokens, nats), `entropy` (-log-prob, summed over tokens, nats), `scores`, `non_score_reward`, `rlhf_reward`;
+    `kl_std` and `scores_std` are standard deviations over completions.
+
+    Args:
+        names: the reward functions' names, one a column of `scores.by_function`.
+    """
+    rollout, pass_, total = experience.rollout, experience.score_pass, experience.scores.total
+    mask, scored, lengths = rollout.completion_mask, ~total.isnan(), rollout.lengths.float()
+    final = penalize_missing_eos(total.nan_to_num(0.0), rollout.has_eos, args.missing_eos_penalty)
+    score = masked_mean(final, scored)
+    kl = masked_sum(pass_.logprobs - pass_.ref_logprobs, mask, dim=1)
+    non_score = -args.kl_coef * masked_sum(experience.kl, mask, dim=1).mean()
+    metrics: dict[str, Tensor | float] = {
+        "objective/kl": kl.mean(),
+        "objective/kl_std": kl.std(unbiased=False),
+        "objective/entropy": masked_sum(-pass_.logprobs, mask, dim=1).mean(),
+        "objective/non_score_reward": non_score,
+        "objective/rlhf_reward": score + non_score,
+        "objective/scores": score,
+        "objective/scores_std": final[scored].std(unbiased=False) if bool(scored.any()) else 0.0,
+        "objective/kl_coef": args.kl_coef,
+        "objective/unscored": (~scored).float().sum(),
+        "val/num_eos_tokens": rollout.has_eos.float().sum(),
+        "val/explained_variance": explained_variance(pass_.values, experience.returns, experience.loss_mask),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": (~rollout.has_eos).float().mean(),
+        "completions/repetition": repetition(rollout),
+        "completions/distinct": distinct(rollout.completions),
+        "completions/score_length_correlation": correlation(final[scored], lengths[scored]),
+        "prompts/mean_length": rollout.prompt_mask.sum(dim=1).float().mean(),
+        "prompts/at_max_length": share_at_longest(rollout),
+        "prompts/distinct": distinct(rollout.prompts),
+    }
+    for i, name in enumerate(names):
+        column = experience.scores.by_function[:, i]
+        given = ~column.isnan()
+        metrics[f"rewards/{name}/mean"] = masked_mean(column, given)
+        metrics[f"rewards/{name}/std"] = column[given].std(unbiased=False) if bool(given.any()) else 0.0
+    metrics |= sampling_gap(pass_, mask)
+    found = {f"rewards/correlation/{pair}": r for pair, r in correlations(experience.scores.by_function, names).items()}
+    return found | {key: float(value) for key, value in metrics.items()}
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """Share of the returns' variance that the values predict: 1 - Var(R - V) / Var(R); 1 perfect, 0 useless."""
+    kept_returns, kept_values = returns[mask], values[mask]
+    variance = kept_returns.var(unbiased=False) if kept_returns.numel() else kept_returns.new_zeros(())
+    if float(variance) == 0.0:
+        return 0.0
+    return float(1 - (kept_returns - kept_values).var(unbiased=False) / variance)
+
+
+def sampling_gap(pass_: ScorePass, mask: Tensor) -> dict[str, float]:
+    """Whether the answers were drawn from the distribution that they are scored under.
+
+    For a token drawn from pi, -log pi(token) has the mean H(pi): summed over a rollout, -log pi - H is a martingale,
+    and its sum over the root of its squares' sum is about standard normal. Below 0 the sampling was sharper than the
+    scoring (top_k, a lower temperature, a repetition penalty taking tokens away), above 0 it was forced elsewhere.
+
+    Returns:
+        `val/sampling_gap`, nats a token, and `val/sampling_gap_z`, in standard errors.
+    """
+    gap = ((-pass_.logprobs - pass_.entropy) * mask).double()
+    spread = float(gap.pow(2).sum().sqrt())
+    return {
+        "val/sampling_gap": float(gap.sum() / mask.sum().clamp(min=1)),
+        "val/sampling_gap_z": float(gap.sum()) / spread if spread > 0 else 0.0,
+    }
+
+
+def repetition(rollout: Rollout) -> float:
+    """Share of a completion's trigrams of tokens that it has had before, a mean over completions of three tokens and
+    more; 0 where there are none."""
+    shares = []
+    for ids, length in zip(rollout.completion_ids.tolist(), rollout.lengths.tolist(), strict=True):
+        grams = [tuple(ids[i : i + NGRAM]) for i in range(length - NGRAM + 1)]
+        if grams:
+            shares.append(1 - len(set(grams)) / len(grams))
+    return sum(shares) / len(shares) if shares else 0.0
+
+
+def distinct(items: list[object]) -> float:
+    """Different prompts, or completions, over all of them; 1 where none occurs twice."""
+    return len({as_text(item) for item in items}) / max(len(items), 1)
+
+
+def share_at_longest(rollout: Rollout) -> float:
+    """Share of the prompts that are exactly as long as the longest one: near 1 where something cut them."""
+    lengths = rollout.prompt_mask.sum(dim=1)
+    return float((lengths == lengths.max()).float().mean())
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    """Pearson's; 0 where one side is constant or there are fewer than three."""
+    if len(x) < 3 or float(x.double().std()) == 0.0 or float(y.double().std()) == 0.0:
+        return 0.0
+    return float(torch.corrcoef(torch.stack([x.double(), y.double()]))[0, 1])
