@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trl_ext import feedback
+from trl_ext import diagnostics, feedback
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,12 +29,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument("--picture", type=Path, metavar="FILE", help="draw the histogram of ratings (.png, .svg, .pdf)")
     check.add_argument("--strict", action="store_true", help="stop at the first record that cannot be used")
     check.set_defaults(run=_check)
+    doctor = rooms.add_parser("doctor", help="what is wrong with a run, and what cures it")
+    doctor.add_argument("run_dir", help="output folder of a trainer of ours or TRL's, with trainer_state.json")
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.add_argument("--strict", action="store_true", help="exit with status 2 where there is a problem")
+    doctor.set_defaults(run=_doctor)
     chosen = parser.parse_args(arguments)
     try:
         return int(chosen.run(chosen))
     except (ValueError, OSError, ImportError) as error:
         print(f"trl-ext: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+
+
+def _doctor(chosen: argparse.Namespace) -> int:
+    log = diagnostics.read_run(chosen.run_dir)
+    findings = diagnostics.diagnose(log)
+    if chosen.json:
+        print(json.dumps([{**asdict(f), "page": f.page} for f in findings], indent=2))
+    else:
+        _print_findings(log, findings)
+    problems = any(finding.severity == "problem" for finding in findings)
+    return 2 if chosen.strict and problems else 0
+
+
+def _print_findings(log: diagnostics.RunLog, findings: Sequence[diagnostics.Finding]) -> None:
+    console = Console()
+    console.print(Text(f"{log.kind} run, {len(log.rows)} logs, steps {log.steps[0]} to {log.steps[1]}"))
+    if not findings:
+        console.print("Nothing stands out.")
+    for finding in findings:
+        table = Table(title=f"{finding.severity}: {finding.title}", show_header=False, title_justify="left")
+        for name in ("evidence", "cause", "remedy", "page"):
+            table.add_row(name, Text(str(getattr(finding, name))))
+        table.add_row("steps", f"{finding.steps[0]} to {finding.steps[1]}")
+        for sample in finding.samples:
+            table.add_row(f"score {sample.score:.2f}", Text(f"{sample.prompt} -> {sample.completion}"))
+        console.print(table)
 
 
 def _check(chosen: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from trl_ext.feedback.checking import Report, agreement_alpha, check, draw_ratings
 from trl_ext.feedback.converting import (
     agreement,
+    balance_lengths,
     split_by_prompt,
     to_preference,
     to_prompts,
@@ -30,6 +31,7 @@ __all__ = [
     "Report",
     "agreement",
     "agreement_alpha",
+    "balance_lengths",
     "check",
     "draw_ratings",
     "judge",

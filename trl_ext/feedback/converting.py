@@ -19,6 +19,7 @@ from datasets import Dataset
 from trl_ext.feedback.files import FeedbackError
 from trl_ext.feedback.reading import Feedback
 from trl_ext.feedback.records import Label, Ranking, Rating, key_of
+from trl_ext.types import as_text
 
 
 def to_preference(
@@ -58,6 +59,26 @@ def to_preference(
     if feedback.form == "pairs" and any("margin" in row for row in rows):
         rows = [{"margin": 0.0} | row for row in rows]
     return Dataset.from_list(rows)
+
+
+def balance_lengths(pairs: Dataset, seed: int = 0) -> Dataset:
+    """As many pairs whose chosen answer is the longer one as pairs whose chosen answer is the shorter one; those of
+    equal length stay. What is too many is drawn at random and left out.
+
+    Args:
+        pairs: with the columns chosen and rejected, texts or messages.
+
+    Raises:
+        FeedbackError: all pairs lean one way, so nothing would be left.
+    """
+    gaps = [len(as_text(row["chosen"])) - len(as_text(row["rejected"])) for row in pairs]
+    longer, shorter = ([i for i, gap in enumerate(gaps) if sign * gap > 0] for sign in (1, -1))
+    if bool(longer) != bool(shorter):
+        which = "longer" if longer else "shorter"
+        raise FeedbackError(f"In every pair the {which} answer was chosen: collect pairs in which it was not.")
+    rng, count = random.Random(seed), min(len(longer), len(shorter))
+    level = [i for i, gap in enumerate(gaps) if gap == 0]
+    return pairs.select(sorted([*rng.sample(longer, count), *rng.sample(shorter, count), *level]))
 
 
 def to_unpaired(feedback: Feedback, threshold: float | None = None) -> Dataset:

@@ -1,0 +1,166 @@
+"""The doctor at work while a run goes on, in our PPOTrainer and in TRL's own trainers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState
+
+from trl_ext.callbacks.rollout import RolloutCallback
+from trl_ext.diagnostics import Finding, Limits, Rule, RunLog, Sample, diagnose
+from trl_ext.types import Experience, as_text
+
+logger = logging.getLogger(__name__)
+
+ACTIONS = ("warn", "stop", "act")
+# Settings that PPO reads anew at every rollout or step, so that changing them changes the run.
+LIVE = ("kl_coef", "entropy_coef", "vf_coef", "missing_eos_penalty")
+PACKAGES = ("trl-ext", "trl", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "torch")
+MOST_PAIRS = 5_000
+
+Yardstick = Callable[..., Sequence[float | None]]
+
+
+class DiagnosticsCallback(RolloutCallback):
+    """Diagnoses the run at every log, says what it finds once, and writes `run.json` (settings and versions) into the
+    output folder for `trl-ext doctor` and `trl-ext report`.
+
+    Args:
+        on_problem: what a finding of severity "problem" leads to. "warn": a warning. "stop": and the run is saved and
+            ends. "act": and those of the remedy's settings that a run in progress can take are changed (in PPO kl_coef,
+            entropy_coef, vf_coef, missing_eos_penalty; everywhere the learning rate).
+        yardstick: a reward function that is not trained on, called with `prompts` and `completions` of every rollout of
+            our PPOTrainer; its mean is logged as `yardstick/<name>`. What the score stands for: a better judge than the
+            one that is trained on, exact answers, or people's verdicts.
+        limits: thresholds; None: the documented ones.
+        rules: None: the catalogue's.
+        samples: completions of each rollout that are kept for findings and reports.
+    """
+
+    def __init__(
+        self,
+        on_problem: str = "warn",
+        yardstick: Yardstick | None = None,
+        limits: Limits | None = None,
+        rules: Sequence[Rule] | None = None,
+        samples: int = 8,
+    ) -> None:
+        if on_problem not in ACTIONS:
+            raise ValueError(f"on_problem is {on_problem!r}: choose one of {', '.join(ACTIONS)}.")
+        self.on_problem, self.yardstick, self.limits, self.rules = on_problem, yardstick, limits, rules
+        self.findings: list[Finding] = []
+        """What was found, each once, as it was first seen."""
+        self._keep = samples
+        self._samples: list[Sample] = []
+        self._measured: dict[str, list[float]] = {}
+        self._config: dict[str, Any] = {}
+
+    def log_of(self, state: TrainerState) -> RunLog:
+        """The run so far, as the rules see it."""
+        return RunLog.of(state.log_history, self._config, self._samples)
+
+    # Events -----------------------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Note the settings."""
+        self.findings, self._samples, self._measured = [], [], {}
+        self._config = {**args.to_dict(), "rollout_batch_size": getattr(args, "rollout_batch_size", None)}
+        share = _longer_chosen(kwargs.get("train_dataloader"))
+        if share is not None:
+            self._measured["data/longer_chosen"] = [share]
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            known = {"settings": self._config, "versions": versions()}
+            (folder / "run.json").write_text(json.dumps(known, indent=2, default=str) + "\n", encoding="utf-8")
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Have the first step logged: DPO's tells whether the reference is right."""
+        if state.global_step == 1 and not hasattr(args, "steps_per_rollout"):
+            control.should_log = True
+
+    def on_update_end(
+        self, args: Any, state: TrainerState, control: Any, experience: Experience, metrics: dict[str, float]
+    ) -> None:
+        """Keep some completions, and have the yardstick judge all of them."""
+        rollout, scores = experience.rollout, experience.scores.total.tolist()
+        pass_ = experience.score_pass
+        kl = ((pass_.logprobs - pass_.ref_logprobs) * rollout.completion_mask).sum(dim=1).tolist()
+        rows = zip(rollout.prompts, rollout.completions, scores, kl, rollout.lengths.tolist(), strict=True)
+        for prompt, completion, score, nats, length in islice(rows, self._keep):
+            sample = Sample(state.global_step, as_text(prompt), as_text(completion), score, nats, length)
+            self._samples.append(sample)
+        if self.yardstick is not None:
+            name = getattr(self.yardstick, "__name__", type(self.yardstick).__name__)
+            given = self.yardstick(prompts=rollout.prompts, completions=rollout.completions)
+            values = [float(value) for value in given if value is not None]
+            if values:
+                self._measured.setdefault(f"yardstick/{name}", []).append(sum(values) / len(values))
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Diagnose."""
+        if not logs or not state.log_history:
+            return
+        if not any(name.startswith("eval_") for name in logs):
+            for row in (logs, state.log_history[-1]):
+                row.update({name: sum(values) / len(values) for name, values in self._measured.items()})
+            self._measured = {}
+        known = {finding.name for finding in self.findings}
+        for finding in diagnose(self.log_of(state), self.limits, self.rules):
+            if finding.name not in known:
+                self.findings.append(finding)
+                if state.is_world_process_zero:
+                    logger.warning("%s", finding)
+                if finding.severity == "problem":
+                    self._do(finding, args, control, kwargs)
+
+    # What a problem leads to ------------------------------------------------------------------------------------------
+
+    def _do(self, finding: Finding, args: Any, control: Any, kwargs: dict[str, Any]) -> None:
+        if self.on_problem == "stop":
+            control.should_save = control.should_training_stop = True
+        elif self.on_problem == "act":
+            for name, value in finding.remedy.changes.items():
+                if name in LIVE and hasattr(args, name):
+                    logger.warning("%s: %s changes from %s to %s.", finding.name, name, getattr(args, name), value)
+                    setattr(args, name, value)
+                elif name == "learning_rate" and kwargs.get("lr_scheduler") is not None:
+                    scale_learning_rate(kwargs["optimizer"], kwargs["lr_scheduler"], value / args.learning_rate)
+                    logger.warning("%s: learning_rate is multiplied by %.3g.", finding.name, value / args.learning_rate)
+
+
+def scale_learning_rate(optimizer: Any, scheduler: Any, factor: float) -> None:
+    """Multiply the learning rate, now and in the rest of its schedule."""
+    schedule = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
+    schedule.base_lrs = [rate * factor for rate in schedule.base_lrs]
+    for group in optimizer.param_groups:
+        group["lr"] *= factor
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that make the numbers."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _longer_chosen(dataloader: Any) -> float | None:
+    """Share of a reward model's training pairs whose longer side was chosen, of those of unequal length."""
+    dataset: Any = getattr(dataloader, "dataset", None)
+    if not {"chosen_ids", "rejected_ids"} <= set(getattr(dataset, "column_names", None) or []):
+        return None
+    gaps = [len(row["chosen_ids"]) - len(row["rejected_ids"]) for row in islice(dataset, MOST_PAIRS)]
+    unequal = [gap for gap in gaps if gap]
+    return sum(gap > 0 for gap in unequal) / len(unequal) if unequal else None

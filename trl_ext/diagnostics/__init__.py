@@ -1,0 +1,9 @@
+"""The doctor: training problems named, with evidence and the fix. Pure functions of a run's log; no trainer inside."""
+
+from trl_ext.diagnostics.catalogue import RULES, diagnose
+from trl_ext.diagnostics.finding import Finding, Remedy, Rule
+from trl_ext.diagnostics.limits import Limits
+from trl_ext.diagnostics.log import RunLog, Sample
+from trl_ext.diagnostics.reading import read_run
+
+__all__ = ["RULES", "Finding", "Limits", "Remedy", "Rule", "RunLog", "Sample", "diagnose", "read_run"]

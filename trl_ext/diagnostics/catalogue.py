@@ -1,0 +1,66 @@
+"""Which rules look at which runs, causes before their symptoms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from trl_ext.diagnostics import kl, preferences, scores, updates
+from trl_ext.diagnostics.finding import SEVERITIES, Finding, Rule
+from trl_ext.diagnostics.limits import Limits
+from trl_ext.diagnostics.log import RunLog
+
+ON_SAMPLES: tuple[Rule, ...] = (
+    updates.bad_gradients,
+    kl.sampling_differs,
+    kl.first_ratio,
+    scores.constant_scores,
+    scores.prompts_truncated,
+    updates.steps_too_small,
+    scores.score_scale,
+    scores.functions_at_odds,
+    scores.over_optimisation,
+    scores.repetition_exploitation,
+    scores.length_exploitation,
+    scores.mode_collapse,
+    scores.truncation,
+    kl.kl_drowns_score,
+    updates.value_loss_explodes,
+    updates.clipping_saturated,
+    kl.negative_kl,
+    kl.entropy_collapse,
+    kl.kl_runs_away,
+    updates.value_not_learning,
+)
+RULES: dict[str, tuple[Rule, ...]] = {
+    "ppo": ON_SAMPLES,
+    "online": ON_SAMPLES,
+    "reward": (
+        updates.bad_gradients,
+        preferences.length_bias,
+        preferences.chance_level,
+        preferences.overfit,
+        preferences.saturated,
+        preferences.uncentred,
+    ),
+    "dpo": (
+        updates.bad_gradients,
+        preferences.reference_mismatch,
+        preferences.chance_level,
+        preferences.margins_explode,
+        preferences.likelihood_displacement,
+    ),
+    "other": (updates.bad_gradients,),
+}
+
+
+def diagnose(log: RunLog, limits: Limits | None = None, rules: Sequence[Rule] | None = None) -> list[Finding]:
+    """What is wrong with a run, problems before warnings, causes before symptoms.
+
+    Args:
+        log: the run, see `RunLog.of` and `read_run`.
+        limits: thresholds; None: the documented ones.
+        rules: functions of (log, limits); None: those of the catalogue for this kind of run.
+    """
+    limits = limits if limits is not None else Limits()
+    found = [rule(log, limits) for rule in (rules if rules is not None else RULES[log.kind])]
+    return sorted((f for f in found if f is not None), key=lambda finding: SEVERITIES.index(finding.severity))

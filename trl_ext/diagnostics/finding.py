@@ -1,0 +1,72 @@
+"""What the doctor says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl_ext.diagnostics.limits import Limits
+from trl_ext.diagnostics.log import RunLog, Sample
+
+SEVERITIES = ("problem", "warning")
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What cures it.
+
+    Attributes:
+        text: one or two sentences.
+        changes: config fields and their new values, exact; empty where the cure is not a setting.
+        code: lines of code, where the cure is not a setting.
+    """
+
+    text: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    code: str = ""
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.changes.items())
+        return " ".join(part for part in (self.text, settings and f"Set {settings}.", self.code) if part)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A problem, named.
+
+    Attributes:
+        name: of the catalogue, as in "kl_runs_away"; its page is docs/diagnostics/<name>.md.
+        severity: "problem": the run is not doing what it is meant to; "warning": look at it.
+        title: the same in words.
+        steps: optimizer steps between which the evidence was seen.
+        evidence: one sentence with the figures.
+        figures: the same by name.
+        samples: completions, where they tell more.
+        cause: the likely one.
+        remedy: what cures it.
+    """
+
+    name: str
+    severity: str
+    title: str
+    steps: tuple[int, int]
+    evidence: str
+    figures: dict[str, float]
+    cause: str
+    remedy: Remedy
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def page(self) -> str:
+        """The page of the docs that explains it."""
+        return f"docs/diagnostics/{self.name}.md"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.severity}: {self.title} (steps {self.steps[0]} to {self.steps[1]}). {self.evidence} "
+            f"Likely cause: {self.cause} Remedy: {self.remedy} See {self.page}."
+        )
+
+
+Rule = Callable[[RunLog, Limits], Finding | None]

@@ -1,0 +1,86 @@
+"""Every threshold of the doctor, once, with where it comes from."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Thresholds. "Measured" means: between healthy and induced runs of tests/benchmarks/doctor.py.
+
+    Attributes:
+        least_rows: logs (rollouts in PPO) before trends are judged.
+        sampling_gap_z: standard errors that sampling may stray from scoring, over a whole run: the gap is a martingale
+            with mean 0, so 6 is out of reach of chance.
+        sampling_gap: and nats a token that it must stray at least: bfloat16 alone makes differences of 1e-3.
+        negative_kl: nats an answer below 0; the k1 estimate is unbiased and its truth is never negative.
+        first_approxkl: nats a token before the first optimizer step on a rollout. Exactly 0 in theory; bfloat16 rounds
+            log-probabilities of 10 nats by 0.03, which makes 5e-4.
+        kl_per_token: nats a token. Healthy runs here end below 0.2, those that hacked their reward above 0.6
+            (measured).
+        budget_per_token: nats a token that an answer may well spend; kl_coef is suggested so that the penalty for it
+            equals the spread of the scores. It gives within a factor of 2 what the recipes use.
+        drowned: times the suggested kl_coef from which the penalty leaves the score nothing to say.
+        entropy_left: share of the entropy at the start.
+        entropy: nats a token.
+        clipfrac: share of tokens; PPO's papers and TRL's docs see 0.1 to 0.3 in healthy runs.
+        tiny_approxkl: nats a token that an update moves the policy; healthy updates make 1e-3 to 1e-1 (measured).
+        score_std: spread of scores beyond which values, which start at 0, take long to arrive.
+        score_drift: factor by which that spread may grow.
+        explained_variance: below it the value role says nothing; a useful one reaches 0.5 and more.
+        value_loss_growth: times its start.
+        truncated: share of answers cut at the length limit.
+        length_growth: times its start.
+        length_correlation: of score and length.
+        repetition: share of an answer's trigrams that it has had before; ordinary prose of 100 tokens stays below 0.1.
+        distinct: different answers to different prompts.
+        noticeable: standard errors from which a rise or a fall counts.
+        fighting: correlation of two reward functions below which they pull apart.
+        dominates: times that one function's weighted spread exceeds every other's.
+        gradient_growth: times the median of the gradient norms so far.
+        prompts_at_max_length: share of prompts exactly as long as the longest.
+        overfit_accuracy: training accuracy less held-out accuracy.
+        overfit_loss: times its lowest that the held-out loss rises to.
+        chance: distance of an accuracy from one half.
+        uncentred: mean score in units of the mean margin.
+        saturated_margin: margin at which sigmoid leaves no gradient (exp(-10) = 5e-5).
+        length_bias: share of pairs whose longer answer wins, or a rank correlation of score and length beyond people's.
+        displacement: nats a chosen answer that its log-probability may fall.
+        dpo_margin: DPO's margin (in units of beta times nats) at which its loss leaves no gradient.
+        reference_gap: DPO's first rewards: 0 in theory.
+    """
+
+    least_rows: int = 6
+    sampling_gap_z: float = 6.0
+    sampling_gap: float = 0.005
+    negative_kl: float = 0.1
+    first_approxkl: float = 2e-3
+    kl_per_token: float = 0.4
+    budget_per_token: float = 0.25
+    drowned: float = 5.0
+    entropy_left: float = 0.1
+    entropy: float = 0.02
+    clipfrac: float = 0.4
+    tiny_approxkl: float = 2e-5
+    score_std: float = 10.0
+    score_drift: float = 5.0
+    explained_variance: float = 0.05
+    value_loss_growth: float = 10.0
+    truncated: float = 0.5
+    length_growth: float = 1.4
+    length_correlation: float = 0.5
+    repetition: float = 0.3
+    distinct: float = 0.2
+    noticeable: float = 3.0
+    fighting: float = -0.3
+    dominates: float = 10.0
+    gradient_growth: float = 100.0
+    prompts_at_max_length: float = 0.5
+    overfit_accuracy: float = 0.15
+    overfit_loss: float = 1.2
+    chance: float = 0.06
+    uncentred: float = 3.0
+    saturated_margin: float = 10.0
+    length_bias: float = 0.65
+    displacement: float = 2.0
+    dpo_margin: float = 10.0
+    reference_gap: float = 0.05

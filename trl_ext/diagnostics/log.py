@@ -1,0 +1,181 @@
+"""A run as the doctor sees it: what was logged, under one set of names whatever the trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, pstdev
+from typing import Any
+
+# The doctor's name to the names that trainers log it under, the first one that is there counts.
+NAMES: dict[str, tuple[str, ...]] = {
+    "score": ("objective/scores", "reward"),
+    "score_std": ("objective/scores_std", "reward_std"),
+    "kl": ("objective/kl", "kl"),
+    "kl_coef": ("objective/kl_coef",),
+    "entropy": ("policy/entropy_avg", "entropy"),
+    "approxkl": ("policy/approxkl_avg",),
+    "clipfrac": ("policy/clipfrac_avg", "clip_ratio/region_mean"),
+    "length": ("completions/mean_length",),
+    "truncated": ("completions/clipped_ratio",),
+    "value_loss": ("loss/value_avg",),
+    "margin": ("rewards/margins", "margin"),
+    "accuracy": ("rewards/accuracies", "accuracy"),
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion. `kl` in nats, `tokens` counted with the EOS; NaN and -1 where unknown."""
+
+    step: int
+    prompt: str
+    completion: str
+    score: float
+    kl: float = math.nan
+    tokens: int = -1
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric over a run, its finite and its other values.
+
+    Attributes:
+        steps: optimizer steps.
+        values: as many.
+    """
+
+    steps: list[int]
+    values: list[float]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def start(self, count: int = 3) -> float:
+        """Mean of the first `count` values; NaN where there are none."""
+        return fmean(self.values[:count]) if self.values else math.nan
+
+    def recent(self, count: int = 4) -> float:
+        """Mean of the last `count` values; NaN where there are none."""
+        return fmean(self.values[-count:]) if self.values else math.nan
+
+    def best(self, count: int = 4) -> float:
+        """The highest mean of `count` values in a row."""
+        means = [fmean(self.values[i : i + count]) for i in range(max(1, len(self) - count + 1))]
+        return max(means) if self.values else math.nan
+
+    def noise(self) -> float:
+        """Standard deviation of one value about its neighbours: root mean square of successive differences, over the
+        root of 2 (von Neumann 1941), which a trend hardly touches."""
+        gaps = [b - a for a, b in zip(self.values, self.values[1:], strict=False)]
+        return math.sqrt(fmean(gap * gap for gap in gaps) / 2) if gaps else math.nan
+
+    def rise(self, count: int = 4) -> tuple[float, float]:
+        """The recent mean less that of the start, and the same in standard errors of such a difference."""
+        gained, spread = self.recent(count) - self.start(count), self.noise()
+        error = spread * math.sqrt(2 / count)
+        return gained, gained / error if error > 0 else math.copysign(math.inf, gained) if gained else 0.0
+
+    def spread(self) -> float:
+        """Standard deviation of the values."""
+        return pstdev(self.values) if self.values else math.nan
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """What a run logged.
+
+    Attributes:
+        kind: "ppo" (trl_ext's or TRL 1.12's), "online" (GRPOTrainer, RLOOTrainer), "reward", "dpo" or "other".
+        rows: training logs in order, each with its `step`.
+        evals: evaluation logs in order, each with its `step`; names without the prefix "eval_".
+        config: the trainer's settings, as far as they are known.
+        samples: completions, as far as they are known.
+    """
+
+    kind: str
+    rows: list[dict[str, Any]]
+    evals: list[dict[str, Any]] = field(default_factory=list)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        history: Iterable[Mapping[str, Any]],
+        config: Mapping[str, Any] | None = None,
+        samples: Sequence[Sample] = (),
+    ) -> RunLog:
+        """From a Trainer's `state.log_history`."""
+        rows, evals = [], []
+        for entry in history:
+            step = int(entry.get("step", 0))
+            numbers = {name: _number(value) for name, value in entry.items() if name != "step"}
+            known = {name: value for name, value in numbers.items() if value is not None}
+            looked = {name.removeprefix("eval_"): value for name, value in known.items() if name.startswith("eval_")}
+            trained = {name: value for name, value in known.items() if not name.startswith("eval_")}
+            if looked:
+                evals.append({"step": step, **looked})
+            elif "train_runtime" not in trained:
+                rows.append({"step": step, **trained})
+        return cls(kind_of(rows, evals), rows, evals, dict(config or {}), list(samples))
+
+    def series(self, name: str, evals: bool = False) -> Series:
+        """A metric by the doctor's name or by the logged one; empty where it was not logged."""
+        rows = self.evals if evals else self.rows
+        for key in NAMES.get(name, (name,)):
+            found = [(row["step"], row[key]) for row in rows if key in row]
+            if found:
+                if key == "kl" and self.kind == "online":  # logged a token
+                    found = [
+                        (row["step"], row["kl"] * row.get("completions/mean_length", 1.0)) for row in rows if key in row
+                    ]
+                return Series([step for step, _ in found], [value for _, value in found])
+        return Series([], [])
+
+    def names(self, prefix: str, suffix: str = "") -> list[str]:
+        """What stands between `prefix` and `suffix` in logged names, each once, in order."""
+        found: dict[str, None] = {}
+        for row in self.rows:
+            for name in row:
+                if name.startswith(prefix) and name.endswith(suffix) and len(name) > len(prefix) + len(suffix):
+                    found[name[len(prefix) : len(name) - len(suffix)]] = None
+        return list(found)
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        """A field of the config; `default` where it is unknown or None."""
+        value = self.config.get(name)
+        return default if value is None else value
+
+    def last_samples(self, count: int = 3) -> list[Sample]:
+        """Of the last step with any, the completions with the highest scores."""
+        if not self.samples:
+            return []
+        last = max(sample.step for sample in self.samples)
+        latest = [sample for sample in self.samples if sample.step == last]
+        return sorted(latest, key=lambda sample: -sample.score if sample.score == sample.score else math.inf)[:count]
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """The first and the last step that was logged."""
+        return (self.rows[0]["step"], self.rows[-1]["step"]) if self.rows else (0, 0)
+
+
+def kind_of(rows: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Told from the names that were logged."""
+    seen = {name for row in [*rows, *evals] for name in row}
+    if "objective/kl" in seen:
+        return "ppo"
+    if "logps/chosen" in seen:
+        return "dpo"
+    if "reward_std" in seen and "completions/mean_length" in seen:
+        return "online"
+    return "reward" if {"accuracy", "mean_reward"} & seen else "other"
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None

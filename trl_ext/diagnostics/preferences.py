@@ -1,0 +1,197 @@
+"""Rules for reward models and for DPO."""
+
+from __future__ import annotations
+
+from trl_ext.diagnostics.finding import Finding, Remedy
+from trl_ext.diagnostics.limits import Limits
+from trl_ext.diagnostics.log import RunLog
+
+# Reward models -------------------------------------------------------------------------------------------------------
+
+
+def overfit(log: RunLog, limits: Limits) -> Finding | None:
+    """Held-out pairs get worse while those in training get better."""
+    accuracy, held_out = log.series("accuracy"), log.series("accuracy", evals=True)
+    loss = log.series("loss", evals=True)
+    gap = accuracy.recent() - held_out.recent(1) if accuracy and held_out else 0.0
+    growth = loss.values[-1] / max(min(loss.values), 1e-6) if len(loss) >= 2 else 1.0
+    if gap < limits.overfit_accuracy and not (growth > limits.overfit_loss and gap > limits.overfit_accuracy / 3):
+        return None
+    return Finding(
+        "overfit",
+        "problem",
+        "It learns its pairs by heart",
+        log.steps,
+        f"Training accuracy {accuracy.recent():.0%}, held-out {held_out.recent(1):.0%}; held-out loss "
+        f"{min(loss.values):.3f} at its best and {loss.values[-1]:.3f} now.",
+        {"gap": gap, "growth": growth},
+        "too many epochs over too few pairs.",
+        Remedy("Fewer epochs, or more pairs.", {"num_train_epochs": 1}),
+    )
+
+
+def chance_level(log: RunLog, limits: Limits) -> Finding | None:
+    """It orders pairs no better than a coin."""
+    held_out, trained = log.series("accuracy", evals=True), log.series("accuracy")
+    accuracy = held_out if held_out else trained
+    if len(trained) < limits.least_rows or abs(accuracy.recent() - 0.5) > limits.chance:
+        return None
+    if abs(trained.recent() - 0.5) > 2 * limits.chance:
+        return None  # it learns its pairs, so this is overfitting
+    dpo = log.kind == "dpo"
+    return Finding(
+        "chance_level",
+        "problem",
+        "Accuracy stays at one half",
+        log.steps,
+        f"{accuracy.recent():.0%} of the pairs are in order, and {trained.recent():.0%} of those in training.",
+        {"accuracy": accuracy.recent()},
+        "steps too small to learn, pairs whose two sides were mixed up, or answers cut before they differ.",
+        Remedy(
+            "Raise the learning rate, then look at a few pairs" + ("." if dpo else " with `trl-ext feedback check`."),
+            {"learning_rate": float(f"{30 * float(log.setting('learning_rate')):.1g}")}
+            if log.setting("learning_rate")
+            else {},
+        ),
+    )
+
+
+def uncentred(log: RunLog, limits: Limits) -> Finding | None:
+    """Scores are far from 0, where PPO's value role starts."""
+    mean, margin = log.series("mean_reward"), log.series("margin")
+    if len(mean) < 3 or not margin:
+        return None
+    if abs(mean.recent()) < limits.uncentred * max(abs(margin.recent()), 0.5):
+        return None
+    return Finding(
+        "uncentred",
+        "warning",
+        "Scores are far from 0",
+        log.steps,
+        f"Their mean is {mean.recent():.2f}, the margin between chosen and rejected {margin.recent():.2f}.",
+        {"mean": mean.recent(), "margin": margin.recent()},
+        "the pairwise loss does not care about an offset, so it drifts.",
+        Remedy("Keep the scores around 0 while training.", {"center_rewards_coefficient": 0.01}),
+    )
+
+
+def saturated(log: RunLog, limits: Limits) -> Finding | None:
+    """Margins so large that nothing is learned from them."""
+    margin = log.series("margin", evals=True) or log.series("margin")
+    if not margin or margin.recent() < limits.saturated_margin:
+        return None
+    return Finding(
+        "saturated",
+        "problem",
+        "Scores are saturated",
+        log.steps,
+        f"The mean margin between chosen and rejected is {margin.recent():.1f}.",
+        {"margin": margin.recent()},
+        "too large steps or too many epochs; PPO would exploit scores of such a scale.",
+        Remedy("Smaller steps and centred scores.", {**_lower(log, 10), "center_rewards_coefficient": 0.01}),
+    )
+
+
+def length_bias(log: RunLog, limits: Limits) -> Finding | None:
+    """The longer answer wins, whatever it says."""
+    share = log.series("data/longer_chosen").recent(1)
+    score, people = log.setting("length_correlation"), log.setting("length_correlation_of_people")
+    biased = share == share and max(share, 1 - share) > limits.length_bias
+    learned = score is not None and people is not None and abs(score) - abs(people) > limits.length_bias - 0.5
+    if not biased and not learned:
+        return None
+    evidence = []
+    if biased:
+        which = "longer" if share > 0.5 else "shorter"
+        evidence.append(f"The {which} answer was chosen in {max(share, 1 - share):.0%} of the pairs.")
+    if learned:
+        evidence.append(f"Score and length correlate at {score:.2f}, people's verdict and length at {people:.2f}.")
+    return Finding(
+        "length_bias",
+        "problem",
+        "The reward model is taught length",
+        log.steps,
+        " ".join(evidence),
+        {"longer_chosen": share},
+        "pairs in which one side is longer throughout, as when raters or the collecting models favour length.",
+        Remedy(
+            "Balance the pairs: as many in which the shorter answer was chosen.",
+            code="trl_ext.feedback.balance_lengths(pairs)",
+        ),
+    )
+
+
+# DPO -----------------------------------------------------------------------------------------------------------------
+
+
+def reference_mismatch(log: RunLog, limits: Limits) -> Finding | None:
+    """Before the first step policy and reference are the same, and DPO's rewards 0; here they are not."""
+    if not log.rows or log.rows[0]["step"] > 1:
+        return None
+    first = [abs(log.rows[0].get(f"rewards/{side}", 0.0)) for side in ("chosen", "rejected")]
+    if max(first) < limits.reference_gap:
+        return None
+    return Finding(
+        "reference_mismatch",
+        "problem",
+        "The reference is not where training starts",
+        (log.rows[0]["step"], log.rows[0]["step"]),
+        f"At the first step the rewards are {log.rows[0].get('rewards/chosen', 0.0):+.2f} and "
+        f"{log.rows[0].get('rewards/rejected', 0.0):+.2f}, which should be 0.",
+        {"reward": max(first)},
+        "another reference model than the one that training starts from, a merged or missing adapter, or dropout.",
+        Remedy(
+            "Leave ref_model out: TRL then takes the starting policy.", code="DPOTrainer(model, ref_model=None, ...)"
+        ),
+    )
+
+
+def likelihood_displacement(log: RunLog, limits: Limits) -> Finding | None:
+    """The chosen answers become less likely too."""
+    chosen, rejected = log.series("logps/chosen"), log.series("logps/rejected")
+    if len(chosen) < limits.least_rows:
+        return None
+    fell = chosen.start() - chosen.recent()
+    if (
+        fell < limits.displacement
+        or rejected.start() - rejected.recent() < fell
+        or chosen.rise()[1] > -limits.noticeable
+    ):
+        return None
+    return Finding(
+        "likelihood_displacement",
+        "problem",
+        "Chosen answers become less likely along with rejected ones",
+        (chosen.steps[0], chosen.steps[-1]),
+        f"Log-probability of chosen answers {chosen.start():.1f} to {chosen.recent():.1f} nats, of rejected ones "
+        f"{rejected.start():.1f} to {rejected.recent():.1f}.",
+        {"fell": fell},
+        "DPO's loss sees the difference alone (Razin et al. 2024, arXiv:2410.08847): probability moves to answers that "
+        "nobody looked at.",
+        Remedy(
+            "Add the likelihood of the chosen answers to the loss.",
+            {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]},
+        ),
+    )
+
+
+def margins_explode(log: RunLog, limits: Limits) -> Finding | None:
+    """DPO's margins leave its loss no gradient, and the policy no reference."""
+    margin = log.series("margin")
+    if len(margin) < 3 or margin.recent() < limits.dpo_margin:
+        return None
+    return Finding(
+        "margins_explode",
+        "problem",
+        "DPO's margins explode",
+        (margin.steps[0], margin.steps[-1]),
+        f"From {margin.start():.1f} to {margin.recent():.1f}, in units of beta times nats.",
+        {"margin": margin.recent()},
+        "too large steps, or too many epochs over the same pairs.",
+        Remedy("Take smaller steps.", _lower(log, 10)),
+    )
+
+
+def _lower(log: RunLog, times: float) -> dict[str, float]:
+    rate = log.setting("learning_rate")
+    return {"learning_rate": float(f"{float(rate) / times:.1g}")} if rate else {}

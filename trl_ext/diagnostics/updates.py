@@ -1,0 +1,150 @@
+"""Rules about optimizer steps: their size, their gradients, and the value role."""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+
+from trl_ext.diagnostics.finding import Finding, Remedy
+from trl_ext.diagnostics.limits import Limits
+from trl_ext.diagnostics.log import RunLog
+
+
+def bad_gradients(log: RunLog, limits: Limits) -> Finding | None:
+    """Gradients that are not finite, explode, or never arrive at a role."""
+    for name in ("grad_norm", "grad_norm/policy", "grad_norm/value"):
+        norms = log.series(name)
+        broken = [step for step, value in zip(norms.steps, norms.values, strict=True) if not math.isfinite(value)]
+        if broken:
+            return _gradients(
+                "gradients_not_finite",
+                "Gradients are not finite",
+                (broken[0], broken[-1]),
+                f"{name} is NaN or infinite in {len(broken)} logs, first at step {broken[0]}.",
+                {"logs": float(len(broken))},
+                "an overflow in half precision, a division by 0 in a reward function, or steps so large that weights "
+                "blew up.",
+                Remedy("Lower the learning rate; in fp16 change to bf16.", _lower(log, 10)),
+            )
+    for role in ("policy", "value"):
+        norms = log.series(f"grad_norm/{role}")
+        if len(norms) >= 3 and max(norms.values[-3:]) == 0.0 and log.series("score_std").recent(3) != 0.0:
+            return _gradients(
+                "gradients_absent",
+                f"No gradient reaches the {role} role",
+                (norms.steps[-3], norms.steps[-1]),
+                f"grad_norm/{role} has been exactly 0 in the last three logs.",
+                {"grad_norm": 0.0},
+                f"the {role}'s adapter or head is frozen, its loss has weight 0, or it is still warming up.",
+                Remedy(
+                    f"Let trainer.base.trainable_parameters({role!r}) require gradients, and give its loss a weight.",
+                    {"vf_coef": 0.1} if role == "value" else {"value_warmup_rollouts": 0},
+                ),
+            )
+    norms = log.series("grad_norm")
+    if len(norms) >= limits.least_rows:
+        usual = median(norms.values)
+        if min(norms.values[-2:]) > limits.gradient_growth * max(usual, 1e-8):
+            return _gradients(
+                "gradients_explode",
+                "Gradients explode",
+                (norms.steps[-2], norms.steps[-1]),
+                f"The gradient norm is {norms.recent(2):.3g}, its median so far {usual:.3g}.",
+                {"grad_norm": norms.recent(2), "median": usual},
+                "too large a learning rate, or scores of another scale than before.",
+                Remedy("Lower the learning rate and clip gradients.", {**_lower(log, 10), "max_grad_norm": 1.0}),
+            )
+    return None
+
+
+def _gradients(name, title, steps, evidence, figures, cause, remedy) -> Finding:  # type: ignore[no-untyped-def]
+    return Finding(name, "problem", title, steps, evidence, figures, cause, remedy)
+
+
+def clipping_saturated(log: RunLog, limits: Limits) -> Finding | None:
+    """So many tokens are clipped that most of each update is thrown away."""
+    clipped, approxkl = log.series("clipfrac"), log.series("approxkl")
+    if len(clipped) < 3 or clipped.recent(3) < limits.clipfrac:
+        return None
+    return Finding(
+        "clipping_saturated",
+        "problem",
+        "The clip fraction is saturated",
+        (clipped.steps[-3], clipped.steps[-1]),
+        f"{clipped.recent(3):.0%} of the tokens are clipped, and an update moves the policy {approxkl.recent(3):.2g} "
+        "nats a token.",
+        {"clipfrac": clipped.recent(3), "approxkl": approxkl.recent(3)},
+        "steps are too large, or too many are taken on one rollout.",
+        Remedy("Take smaller steps; or fewer epochs, or an end to them at max_approx_kl.", _lower(log, 5)),
+    )
+
+
+def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
+    """Updates hardly change the policy."""
+    approxkl, score = log.series("approxkl"), log.series("score")
+    if len(approxkl) < limits.least_rows or approxkl.recent() > limits.tiny_approxkl:
+        return None
+    if log.series("score_std").recent() == 0.0 or score.rise()[1] > limits.noticeable:
+        return None
+    rate = float(log.setting("learning_rate", math.nan))
+    return Finding(
+        "steps_too_small",
+        "problem",
+        "Steps are too small to learn",
+        log.steps,
+        f"An update moves the policy {approxkl.recent():.1g} nats a token, and the score does not rise "
+        f"(learning rate {rate:.1g}).",
+        {"approxkl": approxkl.recent(), "learning_rate": rate},
+        "a learning rate that suits full fine-tuning; LoRA wants one 10 to 100 times as large.",
+        Remedy(
+            "Raise the learning rate.", {"learning_rate": float(f"{max(30 * rate, 1e-4):.1g}")} if rate == rate else {}
+        ),
+    )
+
+
+def value_not_learning(log: RunLog, limits: Limits) -> Finding | None:
+    """The value role predicts nothing of the returns."""
+    explained = log.series("val/explained_variance")
+    if len(explained) < 2 * limits.least_rows or log.series("score_std").recent() == 0.0:
+        return None
+    if not log.series("value_loss") or explained.recent() > limits.explained_variance:
+        return None
+    return Finding(
+        "value_not_learning",
+        "problem",
+        "The value role does not learn",
+        log.steps,
+        f"After {len(explained)} logs it explains {explained.recent():.0%} of the returns' variance, and "
+        f"{explained.start():.0%} at the start.",
+        {"explained_variance": explained.recent()},
+        "its loss weighs nothing, its steps are too small, or scores are far from 0, where it starts.",
+        Remedy(
+            "Give it a weight and an adapter of its own; scores at mean 0 and standard deviation 1 are learned sooner.",
+            {"vf_coef": 0.1 if float(log.setting("vf_coef", 0.1)) < 0.1 else 1.0, "score_normalization": "running"},
+        ),
+    )
+
+
+def value_loss_explodes(log: RunLog, limits: Limits) -> Finding | None:
+    """The value role's errors grow beyond what there is to predict."""
+    loss, explained = log.series("value_loss"), log.series("val/explained_variance")
+    if len(loss) < limits.least_rows or loss.recent(2) < limits.value_loss_growth * max(loss.start(), 1e-8):
+        return None
+    if explained and explained.recent(2) > -1.0:
+        return None
+    return Finding(
+        "value_loss_explodes",
+        "problem",
+        "The value loss explodes",
+        (loss.steps[0], loss.steps[-1]),
+        f"From {loss.start():.3g} to {loss.recent(2):.3g}"
+        + (f", and its predictions explain {explained.recent(2):.0%} of the variance." if explained else "."),
+        {"value_loss": loss.recent(2), "start": loss.start()},
+        "too large steps for the value role, or a clip range that does not suit the scale of the scores.",
+        Remedy("Lower the learning rate.", _lower(log, 10)),
+    )
+
+
+def _lower(log: RunLog, times: float) -> dict[str, float]:
+    rate = log.setting("learning_rate")
+    return {"learning_rate": float(f"{float(rate) / times:.1g}")} if rate else {}
