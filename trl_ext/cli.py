@@ -34,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.add_argument("--strict", action="store_true", help="exit with status 2 where there is a problem")
     doctor.set_defaults(run=_doctor)
+    report = rooms.add_parser("report", help="one HTML file about a run, or about two side by side")
+    report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="output folders, as for doctor")
+    report.add_argument("--output", type=Path, metavar="FILE", help="where to; report.html in the first folder")
+    report.set_defaults(run=_report)
     chosen = parser.parse_args(arguments)
     try:
         return int(chosen.run(chosen))
@@ -51,6 +55,11 @@ def _doctor(chosen: argparse.Namespace) -> int:
         _print_findings(log, findings)
     problems = any(finding.severity == "problem" for finding in findings)
     return 2 if chosen.strict and problems else 0
+
+
+def _report(chosen: argparse.Namespace) -> int:
+    print(diagnostics.write_report(chosen.run_dirs, chosen.output))
+    return 0
 
 
 def _print_findings(log: diagnostics.RunLog, findings: Sequence[diagnostics.Finding]) -> None:

@@ -6,13 +6,16 @@ import importlib.metadata
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerState
 
 from trl_ext.callbacks.rollout import RolloutCallback
+from trl_ext.core import masked_sum
 from trl_ext.diagnostics import Finding, Limits, Rule, RunLog, Sample, diagnose
 from trl_ext.types import Experience, as_text
 
@@ -89,19 +92,29 @@ class DiagnosticsCallback(RolloutCallback):
         self, args: Any, state: TrainerState, control: Any, experience: Experience, metrics: dict[str, float]
     ) -> None:
         """Keep some completions, and have the yardstick judge all of them."""
-        rollout, scores = experience.rollout, experience.scores.total.tolist()
-        pass_ = experience.score_pass
-        kl = ((pass_.logprobs - pass_.ref_logprobs) * rollout.completion_mask).sum(dim=1).tolist()
-        rows = zip(rollout.prompts, rollout.completions, scores, kl, rollout.lengths.tolist(), strict=True)
-        for prompt, completion, score, nats, length in islice(rows, self._keep):
-            sample = Sample(state.global_step, as_text(prompt), as_text(completion), score, nats, length)
-            self._samples.append(sample)
+        self._samples += samples_of(experience, state.global_step, self._keep)
+        rollout = experience.rollout
         if self.yardstick is not None:
             name = getattr(self.yardstick, "__name__", type(self.yardstick).__name__)
             given = self.yardstick(prompts=rollout.prompts, completions=rollout.completions)
             values = [float(value) for value in given if value is not None]
             if values:
                 self._measured.setdefault(f"yardstick/{name}", []).append(sum(values) / len(values))
+
+    def on_evaluation_end(
+        self, args: Any, state: TrainerState, control: Any, experience: Experience, metrics: dict[str, float]
+    ) -> None:
+        """Keep the first prompts' answers: the same prompts every time."""
+        self._samples += samples_of(experience, state.global_step, self._keep, watched=True)
+        self._write(args, state)
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Write diagnostics.json."""
+        self._write(args, state)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Write diagnostics.json."""
+        self._write(args, state)
 
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -122,6 +135,13 @@ class DiagnosticsCallback(RolloutCallback):
                 if finding.severity == "problem":
                     self._do(finding, args, control, kwargs)
 
+    def _write(self, args: Any, state: TrainerState) -> None:
+        if state.is_world_process_zero and self._config:
+            findings = [{**asdict(finding), "samples": []} for finding in self.findings]
+            known = {"findings": findings, "samples": [asdict(sample) for sample in self._samples]}
+            path = Path(args.output_dir) / "diagnostics.json"
+            path.write_text(json.dumps(known, default=str) + "\n", encoding="utf-8")
+
     # What a problem leads to ------------------------------------------------------------------------------------------
 
     def _do(self, finding: Finding, args: Any, control: Any, kwargs: dict[str, Any]) -> None:
@@ -135,6 +155,18 @@ class DiagnosticsCallback(RolloutCallback):
                 elif name == "learning_rate" and kwargs.get("lr_scheduler") is not None:
                     scale_learning_rate(kwargs["optimizer"], kwargs["lr_scheduler"], value / args.learning_rate)
                     logger.warning("%s: learning_rate is multiplied by %.3g.", finding.name, value / args.learning_rate)
+
+
+def samples_of(experience: Experience, step: int, count: int, watched: bool = False) -> list[Sample]:
+    """The first completions with score and KL (k1, nats)."""
+    few = experience.rows(torch.arange(min(count, len(experience.kl))))
+    rollout, pass_ = few.rollout, few.score_pass
+    kl = masked_sum(pass_.logprobs - pass_.ref_logprobs, rollout.completion_mask, dim=1)
+    rows = zip(rollout.prompts, rollout.completions, few.scores.total, kl, rollout.lengths, strict=True)
+    return [
+        Sample(step, as_text(prompt), as_text(completion), float(score), float(nats), int(length), watched)
+        for prompt, completion, score, nats, length in rows
+    ]
 
 
 def scale_learning_rate(optimizer: Any, scheduler: Any, factor: float) -> None:

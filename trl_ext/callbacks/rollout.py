@@ -87,6 +87,11 @@ class RolloutCallback(TrainerCallback):
     ) -> None:
         """The last pass is through. `metrics` describe the rollout, under the names that are logged."""
 
+    def on_evaluation_end(
+        self, args: Any, state: TrainerState, control: PPOControl, experience: Experience, metrics: dict[str, float]
+    ) -> None:
+        """The evaluation's prompts have been answered and judged, always with the same random numbers."""
+
 
 class CallbackError(ValueError):
     """A callback raised, or returned something unusable; the message names it, and what to do."""

@@ -27,7 +27,8 @@ NAMES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion. `kl` in nats, `tokens` counted with the EOS; NaN and -1 where unknown."""
+    """One completion. `kl` in nats, `tokens` counted with the EOS; NaN and -1 where unknown. `watched`: its prompt is
+    answered at every evaluation."""
 
     step: int
     prompt: str
@@ -35,6 +36,7 @@ class Sample:
     score: float
     kl: float = math.nan
     tokens: int = -1
+    watched: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pandas as pd
 from trl_ext.diagnostics.log import RunLog, Sample
 from trl_ext.types import as_text
 
-STATE, SETTINGS, JUDGEMENT = "trainer_state.json", "run.json", "judgement.json"
+STATE, SETTINGS, JUDGEMENT, FOUND = "trainer_state.json", "run.json", "judgement.json", "diagnostics.json"
 
 
 def read_run(folder: str | Path) -> RunLog:
@@ -21,7 +21,8 @@ def read_run(folder: str | Path) -> RunLog:
 
     Args:
         folder: with trainer_state.json, or with checkpoints that have one: the one with the most steps counts. Where
-            there are run.json (written by `DiagnosticsCallback`), completions/ and judgement.json they are read too.
+            there are run.json and diagnostics.json (written by `DiagnosticsCallback`), completions/ and judgement.json
+            they are read too.
 
     Raises:
         FileNotFoundError: there is no such folder, or no trainer_state.json in it.
@@ -43,7 +44,10 @@ def read_run(folder: str | Path) -> RunLog:
         config |= _json(folder / SETTINGS).get("settings", {})
     if (folder / JUDGEMENT).is_file():
         config |= _json(folder / JUDGEMENT)
-    return RunLog.of(state.get("log_history", []), config, _samples(folder / "completions"))
+    samples = _samples(folder / "completions")
+    if (folder / FOUND).is_file():
+        samples = [Sample(**one) for one in _json(folder / FOUND).get("samples", [])] + samples
+    return RunLog.of(state.get("log_history", []), config, samples)
 
 
 def read_versions(folder: str | Path) -> dict[str, str]:

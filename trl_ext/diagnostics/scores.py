@@ -97,7 +97,7 @@ def length_exploitation(log: RunLog, limits: Limits) -> Finding | None:
         "a reward that longer answers earn more of.",
         Remedy(
             "Add a penalty on length beyond what an answer needs.",
-            code=f"reward_funcs=[..., trl_ext.rewards.length_penalty(soft={length.start():.0f}, "
+            code=f"reward_funcs=[..., trl_ext.rewards.texts.length_penalty(soft={length.start():.0f}, "
             f"hard={2 * length.start():.0f})]",
         ),
         log.last_samples(),
@@ -119,7 +119,7 @@ def repetition_exploitation(log: RunLog, limits: Limits) -> Finding | None:
         "a reward that counts something that can be said again and again.",
         Remedy(
             "Add a penalty on repetition, or count each thing once.",
-            code="reward_funcs=[..., trl_ext.rewards.repetition_penalty()]",
+            code="reward_funcs=[..., trl_ext.rewards.texts.repetition_penalty()]",
         ),
         log.last_samples(),
     )

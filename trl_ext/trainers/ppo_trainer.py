@@ -277,5 +277,6 @@ class PPOTrainer(Checkpoints, BaseTrainer):
         experience = make_experience(judged, self.args)
         metrics = summarize(experience, self.args, self.collector.score_names)
         metrics["completions/eos_rate"] = 1.0 - metrics["completions/clipped_ratio"]
+        self.events.tell("on_evaluation_end", experience, metrics)
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=prefixed, num_samples=len(experience.kl))

@@ -1,0 +1,230 @@
+"""The doctor, proven: plausible mistakes on the embedded default, found and cured; healthy runs, left alone.
+
+python tests/benchmarks/doctor.py --out runs/doctor              # every case at three seeds, healthy runs; hours
+python tests/benchmarks/doctor.py --out runs/doctor --table      # the confusion matrix of what has been run
+
+Each case (tests/benchmarks/doctor_cases.py) runs with its mistake and again with its remedy, the mistake's data and
+functions otherwise the same. Results are kept one a file, so that the work can be shared by processes and gone on with.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from doctor_cases import CASES, DPO, PPO, REWARD, Case, exact
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from trl_ext import (
+    DiagnosticsCallback,
+    FeedbackRewardConfig,
+    FeedbackRewardTrainer,
+    PPOConfig,
+    PPOTrainer,
+    SharedBase,
+    demo,
+    feedback,
+)
+from trl_ext.diagnostics import Finding, diagnose
+
+ROOT = Path(__file__).parents[2]
+USUAL = {"ppo": PPO, "reward": REWARD, "dpo": DPO}
+ALWAYS = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+# Every variation here is a run in which nothing is wrong.
+HEALTHY: tuple[Case, ...] = (
+    Case("", "ppo", "the recipe"),
+    Case("", "ppo", "kl_penalty", {"objective": "kl_penalty"}),
+    Case(
+        "",
+        "ppo",
+        "reinforce",
+        {
+            "objective": "reinforce",
+            "num_ppo_epochs": 1,
+            "num_mini_batches": 8,
+            "per_device_train_batch_size": 8,
+            "num_generations": 4,
+        },
+    ),
+    Case("", "ppo", "sequence", {"objective": "sequence"}),
+    Case("", "ppo", "exact ratings", functions=(demo.rate,)),
+    Case("", "ppo", "kl_coef 0.8", {"kl_coef": 0.8}),
+    Case("", "ppo", "learning rate 5e-4", {"learning_rate": 5e-4}),
+    Case("", "ppo", "two epochs", {"num_ppo_epochs": 2}),
+    Case("", "ppo", "running normalisation", {"score_normalization": "running"}),
+    Case("", "ppo", "whitened rewards", {"whiten_rewards": True}),
+    Case("", "reward", "the recipe"),
+    Case("", "reward", "regression", {"objective": "regression"}),
+    Case("", "dpo", "the recipe"),
+    Case("", "dpo", "learning rate 2e-4", {"learning_rate": 2e-4}),
+)
+
+
+def run(
+    case: Case, cured: bool, prescribed: dict[str, Any], seed: int, folder: Path
+) -> tuple[list[dict[str, Any]], float]:
+    """One run.
+
+    Args:
+        cured: with the case's cure, or where it has none of its own with the settings `prescribed` by the doctor.
+
+    Returns:
+        What was found, in the order in which it was first seen; and how well the run did: its exam, or its held-out
+        pair accuracy.
+    """
+    settings = USUAL[case.kind] | case.settings
+    if cured:
+        settings = settings | (case.cure if case.cure is not None else prescribed)
+    callback = DiagnosticsCallback(yardstick=exact if case.kind == "ppo" else None)
+    build = {"ppo": _ppo, "reward": _reward, "dpo": _dpo}[case.kind]
+    trainer, well = build(case, cured, settings, seed, folder, callback)
+    trainer.train()
+    trainer.save_state()
+    last = [finding.name for finding in diagnose(callback.log_of(trainer.state))]
+    return [_plain(finding, last) for finding in callback.findings], well(trainer)
+
+
+def _plain(finding: Finding, last: list[str]) -> dict[str, Any]:
+    return {
+        "name": finding.name,
+        "severity": finding.severity,
+        "step": finding.steps[1],
+        "rank_at_end": last.index(finding.name) + 1 if finding.name in last else None,
+        "evidence": finding.evidence,
+        "changes": finding.remedy.changes,
+    }
+
+
+def _lora(**changes: Any) -> LoraConfig:
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", **changes)
+
+
+def _ppo(case: Case, cured: bool, settings: dict, seed: int, folder: Path, callback: Any) -> tuple[Any, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(demo.model_path())
+    functions = case.cured_functions if cured and case.cured_functions is not None else case.functions
+    base = SharedBase.from_pretrained(
+        demo.model_path(),
+        policy=_lora(**case.lora),
+        value="adapter",
+        reward=None if functions else demo.reward_adapter(),
+        dtype="float32",
+    )
+    prompts = demo.load("prompts", "train")
+    if case.prompts is not None and not cured:
+        prompts = case.prompts(prompts)
+    args = PPOConfig(str(folder), seed=seed, **ALWAYS, **settings)
+    trainer = PPOTrainer(base, list(functions) or None, args, prompts, processing_class=tokenizer, callbacks=[callback])
+    return trainer, lambda _: demo.run_exam(base, tokenizer).covered
+
+
+def _reward(case: Case, cured: bool, settings: dict, seed: int, folder: Path, callback: Any) -> tuple[Any, Any]:
+    splits = ("train", "test")
+    if settings.get("objective", "pairwise") == "pairwise":
+        columns = ["prompt", "chosen", "rejected"]
+        rows, held_out = (demo.load("pairs", split).select_columns(columns) for split in splits)
+    else:
+        rated = [feedback.read(demo.load("ratings", split), "ratings") for split in splits]
+        rows, held_out = (feedback.to_ratings(part) for part in rated)
+    change = case.cured_pairs if cured and case.cured_pairs is not None else case.pairs
+    if change is not None:
+        rows = change(rows, seed)
+    float32 = {"model_init_kwargs": {"dtype": "float32"}, "gradient_checkpointing": False}
+    args = FeedbackRewardConfig(str(folder), seed=seed, **float32, **ALWAYS, **settings)
+    lora = _lora(task_type="SEQ_CLS")
+    trainer = FeedbackRewardTrainer(demo.model_path(), args, rows, held_out, peft_config=lora, callbacks=[callback])
+    return trainer, lambda t: t.evaluate().get("eval_accuracy", float("nan"))
+
+
+def _dpo(case: Case, cured: bool, settings: dict, seed: int, folder: Path, callback: Any) -> tuple[Any, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(demo.model_path())
+    model = AutoModelForCausalLM.from_pretrained(demo.model_path(), dtype=torch.float32)
+    settings = {name: value for name, value in settings.items() if value is not None}
+    reference = None
+    if case.arguments.get("ref") == "other" and not cured:
+        reference = AutoModelForCausalLM.from_pretrained(demo.model_path(), dtype=torch.float32)
+        generator = torch.Generator().manual_seed(seed)
+        for weight in reference.parameters():  # an earlier checkpoint, say
+            weight.data.add_(0.02 * torch.randn(weight.shape, generator=generator) * weight.data.std())
+    args = DPOConfig(str(folder), seed=seed, gradient_checkpointing=False, **ALWAYS, **settings)
+    pairs = demo.load("pairs", "train").select_columns(["prompt", "chosen", "rejected"])
+    trainer = DPOTrainer(
+        model,
+        ref_model=reference,
+        args=args,
+        train_dataset=pairs,
+        processing_class=tokenizer,
+        peft_config=None if reference is not None else _lora(task_type="CAUSAL_LM"),
+        callbacks=[callback],
+    )
+    return trainer, lambda t: demo.run_exam(t.model, tokenizer).covered
+
+
+def file_of(out: Path, case: Case, state: str, seed: int) -> Path:
+    """Where a run's result is kept."""
+    name = case.finds or "healthy-" + "".join(c if c.isalnum() else "_" for c in case.note)
+    return out / f"{case.kind}-{name}-{state}-{seed}.json"
+
+
+def do(case: Case, state: str, seed: int, out: Path) -> None:
+    """Run and keep."""
+    path = file_of(out, case, state, seed)
+    if path.is_file():
+        return
+    prescribed: dict[str, Any] = {}
+    if state == "cured" and case.cure is None:
+        mistaken = json.loads(file_of(out, case, "mistaken", seed).read_text(encoding="utf-8"))
+        named = [finding for finding in mistaken["found"] if finding["name"] == case.finds]
+        if not named:
+            return  # nothing was found, so nothing was prescribed
+        prescribed = named[0]["changes"]
+    started = time.perf_counter()
+    folder = out / path.stem
+    try:
+        found, well = run(case, state == "cured", prescribed, seed, folder)
+        result: dict[str, Any] = {"found": found, "well": well}
+    except (ValueError, RuntimeError) as error:  # a run that dies names its own problem
+        result = {"found": [], "well": 0.0, "died": f"{type(error).__name__}: {error}"}
+    result |= {
+        "case": case.finds,
+        "note": case.note,
+        "state": state,
+        "seed": seed,
+        "seconds": time.perf_counter() - started,
+    }
+    path.write_text(json.dumps(result, indent=1, default=str), encoding="utf-8")
+    shutil.rmtree(folder / "completions", ignore_errors=True)
+    names = [f"{f['name']}@{f['step']}" for f in result["found"]]
+    print(
+        f"{path.stem}: {names} well {result['well']:.2f} {result['seconds']:.0f} s {result.get('died', '')}", flush=True
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/doctor"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--only", nargs="*", help="findings, or 'healthy'")
+    parser.add_argument("--states", nargs="+", default=["mistaken", "cured"])
+    parser.add_argument("--kind", choices=("ppo", "reward", "dpo"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("trl_ext").setLevel(logging.ERROR)
+    for seed in args.seeds:
+        for case in CASES:
+            if (not args.only or case.finds in args.only) and args.kind in (None, case.kind):
+                for state in args.states:
+                    do(case, state, seed, args.out)
+        if not args.only or "healthy" in args.only:
+            for case in HEALTHY:
+                if args.kind in (None, case.kind):
+                    do(case, "healthy", seed, args.out)
+
+
+if __name__ == "__main__":
+    main()

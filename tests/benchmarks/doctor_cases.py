@@ -1,0 +1,263 @@
+"""Plausible mistakes on the embedded default, each with its cure: what tests/benchmarks/doctor.py runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+
+from trl_ext import demo, feedback
+from trl_ext.rewards.texts import length_penalty, repetition_penalty
+from trl_ext.types import as_text
+
+Settings = dict[str, Any]
+
+# recipes/ppo_lora.yaml, a third as long.
+PPO: Settings = {
+    "total_episodes": 1280,
+    "per_device_train_batch_size": 32,
+    "num_ppo_epochs": 4,
+    "num_mini_batches": 2,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "max_completion_length": 16,
+    "missing_eos_penalty": 1.0,
+    "score_normalization": "reference",
+    "kl_coef": 0.4,
+    "gradient_checkpointing": False,
+}
+REWARD: Settings = {
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 1e-3,
+    "center_rewards_coefficient": 0.001,
+    "eval_strategy": "steps",
+    "eval_steps": 40,
+    "logging_steps": 10,
+}
+DPO: Settings = {
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 5e-4,
+    "beta": 0.1,
+    "loss_type": ["sigmoid", "sft"],
+    "loss_weights": [1.0, 1.0],
+    "logging_steps": 5,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mistake and its cure.
+
+    Attributes:
+        finds: the finding that the doctor should name.
+        kind: "ppo", "reward" or "dpo".
+        settings: the mistaken ones.
+        cure: settings in their place; None: what the finding's remedy says.
+        functions: reward functions in the mistaken run; empty: the demo's reward role.
+        cured_functions: in the cured run; None: the same.
+        lora: further arguments of the policy's LoraConfig.
+        prompts, pairs: what the mistake does to the data.
+        cured_pairs: what the cure does to the pairs in its place; None: the same as the mistake, or nothing where the
+            cure is to leave it.
+        note: the mistake in words.
+    """
+
+    finds: str
+    kind: str
+    note: str
+    settings: Settings = field(default_factory=dict)
+    cure: Settings | None = None
+    functions: tuple[Any, ...] = ()
+    cured_functions: tuple[Any, ...] | None = None
+    lora: Settings = field(default_factory=dict)
+    prompts: Callable[[Dataset], Dataset] | None = None
+    pairs: Callable[[Dataset, int], Dataset] | None = None
+    cured_pairs: Callable[[Dataset, int], Dataset] | None = None
+    arguments: Settings = field(default_factory=dict)
+
+
+def _texts(completions: list[Any]) -> list[str]:
+    return [as_text(completion) for completion in completions]
+
+
+def never_matches(completions: list[Any], **kwargs: Any) -> list[float]:
+    """Meant to reward answers that end in a full stop; the pattern has an anchor too many."""
+    return [1.0 if re.match(r"\.$", text) else 0.0 for text in _texts(completions)]
+
+
+def in_percent(prompts: list[Any], completions: list[Any], capital: list[str], **kwargs: Any) -> list[float]:
+    """The exact rating, in percent and without bounds."""
+    return [100 * score for score in demo.rate(prompts, completions, capital)]
+
+
+def from_thirty(prompts: list[Any], completions: list[Any], capital: list[str], **kwargs: Any) -> list[float]:
+    """The exact rating, counted from 30."""
+    return [30 + score for score in demo.rate(prompts, completions, capital)]
+
+
+def words(completions: list[Any], **kwargs: Any) -> list[float]:
+    """More words seem more helpful."""
+    return [len(text.split()) / 4 for text in _texts(completions)]
+
+
+def on_topic(completions: list[Any], **kwargs: Any) -> list[float]:
+    """How often the answer stays on the topic of capitals."""
+    return [float(len(re.findall(r"capital|city|is", text))) for text in _texts(completions)]
+
+
+def brevity(completions: list[Any], **kwargs: Any) -> list[float]:
+    """Fewer words are easier to read."""
+    return [-len(text.split()) / 4 for text in _texts(completions)]
+
+
+def paris(completions: list[Any], **kwargs: Any) -> list[float]:
+    """A sentiment model's stand-in: some words please it, whatever was asked."""
+    return [2.0 * ("Paris" in text) for text in _texts(completions)]
+
+
+def exact(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
+    """The demo's exact ratings, told from the prompt alone: what the reward model stands for."""
+    asked = [re.sub(r"[?.]$", "", as_text(prompt)) for prompt in prompts]
+    found = [next((c for name, c in CAPITALS.items() if re.search(rf"\b{name}\b", text)), "") for text in asked]
+    return demo.rate(prompts, completions, found)
+
+
+def cut_prompts(rows: Dataset) -> Dataset:
+    """Only the first 20 characters of each question."""
+    return rows.map(lambda row: {"prompt": [{"role": "user", "content": as_text(row["prompt"])[:20]}]})
+
+
+def longer_wins(pairs: Dataset, seed: int) -> Dataset:
+    """Collected from raters who like long answers: nearly all pairs whose shorter side was chosen are gone."""
+    kept = [
+        i
+        for i, row in enumerate(pairs)
+        if len(as_text(row["chosen"])) > len(as_text(row["rejected"])) or (i + seed) % 10 == 0
+    ]
+    return pairs.select(kept)
+
+
+def balanced(pairs: Dataset, seed: int) -> Dataset:
+    """The cure of `longer_wins`."""
+    return feedback.balance_lengths(longer_wins(pairs, seed), seed)
+
+
+def mixed_up(pairs: Dataset, seed: int) -> Dataset:
+    """Half of the pairs have their two sides exchanged."""
+
+    def turn(row: dict[str, Any], i: int) -> dict[str, Any]:
+        return {"chosen": row["rejected"], "rejected": row["chosen"]} if (i + seed) % 2 else {}
+
+    return pairs.map(turn, with_indices=True)
+
+
+def as_they_are(pairs: Dataset, seed: int) -> Dataset:
+    """The pairs without the mistake."""
+    return pairs
+
+
+def few(pairs: Dataset, seed: int) -> Dataset:
+    """A few pairs only."""
+    return pairs.shuffle(seed=seed).select(range(80))
+
+
+CAPITALS = {row["country"]: row["capital"] for row in demo.load("exam")}
+
+CASES: tuple[Case, ...] = (
+    Case("kl_runs_away", "ppo", "kl_coef 0.02 for scores of standard deviation 1", {"kl_coef": 0.02}),
+    Case("kl_drowns_score", "ppo", "kl_coef 10", {"kl_coef": 10.0}),
+    Case(
+        "sampling_differs",
+        "ppo",
+        "a repetition penalty in generation that log-probs do not know",
+        {"repetition_penalty": 1.3},
+    ),
+    Case("negative_kl", "ppo", "16 tokens forced from every answer", {"generation_kwargs": {"min_new_tokens": 16}}),
+    Case("first_ratio", "ppo", "LoRA dropout 0.1 left on", {"disable_dropout": False}, lora={"lora_dropout": 0.1}),
+    Case(
+        "entropy_collapse",
+        "ppo",
+        "no KL penalty and steps ten times too large",
+        {"kl_coef": 0.0, "learning_rate": 1e-2},
+    ),
+    Case("clipping_saturated", "ppo", "a learning rate ten times too large", {"learning_rate": 1e-2}),
+    Case("steps_too_small", "ppo", "the learning rate of full fine-tuning, 3e-6", {"learning_rate": 3e-6}),
+    Case(
+        "constant_scores",
+        "ppo",
+        "a reward function whose pattern never matches",
+        functions=(never_matches,),
+        cured_functions=(demo.rate,),
+        cure={},
+    ),
+    Case("score_scale", "ppo", "scores in percent", {"score_normalization": "none"}, functions=(in_percent,)),
+    Case("value_not_learning", "ppo", "vf_coef 1e-7", {"vf_coef": 1e-7}),
+    Case("gradients_absent", "ppo", "vf_coef 0", {"vf_coef": 0.0}),
+    Case("gradients_not_finite", "ppo", "a learning rate of 30", {"learning_rate": 30.0}, cure={}),
+    Case("truncation", "ppo", "at most 5 tokens an answer", {"max_completion_length": 5}),
+    Case(
+        "length_exploitation",
+        "ppo",
+        "a reward for every word",
+        {"kl_coef": 0.02, "score_normalization": "none", "missing_eos_penalty": None, "max_completion_length": 32},
+        functions=(words,),
+        cured_functions=(words, length_penalty(soft=8, hard=16)),
+        cure={"reward_weights": [1.0, 10.0]},
+    ),
+    Case(
+        "repetition_exploitation",
+        "ppo",
+        "a reward for every mention of the topic",
+        {"kl_coef": 0.02, "score_normalization": "none", "missing_eos_penalty": None, "max_completion_length": 32},
+        functions=(on_topic,),
+        cured_functions=(on_topic, repetition_penalty()),
+        cure={"reward_weights": [1.0, 10.0]},
+    ),
+    Case("mode_collapse", "ppo", "a reward that does not look at the prompt", {"kl_coef": 0.01}, functions=(paris,)),
+    Case("over_optimisation", "ppo", "kl_coef 0.05 for a reward model that can be fooled", {"kl_coef": 0.05}),
+    Case(
+        "functions_at_odds",
+        "ppo",
+        "one reward for words, one for few words",
+        {"score_normalization": "none"},
+        functions=(words, brevity),
+    ),
+    Case("prompts_truncated", "ppo", "prompts cut to 20 characters", prompts=cut_prompts, cure={}),
+    Case("overfit", "reward", "80 pairs, 40 epochs", {"num_train_epochs": 40, "eval_steps": 20}, pairs=few),
+    Case(
+        "length_bias",
+        "reward",
+        "pairs of raters who like long answers",
+        pairs=longer_wins,
+        cured_pairs=balanced,
+        cure={},
+    ),
+    Case("chance_level", "reward", "half of the pairs turned round", pairs=mixed_up, cured_pairs=as_they_are, cure={}),
+    Case("saturated", "reward", "a learning rate ten times too large", {"learning_rate": 1e-2}),
+    Case("uncentred", "reward", "nothing that keeps the scores centred", {"center_rewards_coefficient": None}),
+    Case(
+        "likelihood_displacement",
+        "dpo",
+        "DPO's sigmoid loss alone",
+        {"loss_type": ["sigmoid"], "loss_weights": None, "learning_rate": 1e-3},
+    ),
+    Case("chance_level", "dpo", "a learning rate of 1e-8", {"learning_rate": 1e-8}),
+    Case(
+        "margins_explode",
+        "dpo",
+        "a learning rate ten times too large",
+        {"learning_rate": 5e-3, "loss_type": ["sigmoid"], "loss_weights": None},
+    ),
+    Case(
+        "reference_mismatch",
+        "dpo",
+        "a reference that is not where training starts",
+        arguments={"ref": "other"},
+        cure={},
+    ),
+)
