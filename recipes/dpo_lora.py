@@ -7,7 +7,7 @@ accelerate launch recipes/dpo_lora.py --load_in_4bit
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
-from trl_ext import demo, launch
+from trl_ext import DiagnosticsCallback, demo, launch
 
 
 def main() -> None:
@@ -38,7 +38,9 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
+        callbacks=[DiagnosticsCallback()],
     )
+    launch.show_progress(trainer)
     launch.match_precision(trainer, model_args)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()

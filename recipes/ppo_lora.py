@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from transformers import AutoTokenizer
 from trl import ModelConfig
 
-from trl_ext import AdaptiveKLCallback, AdaptiveKLController, PPOConfig, PPOTrainer, demo, launch
+from trl_ext import AdaptiveKLCallback, AdaptiveKLController, DiagnosticsCallback, PPOConfig, PPOTrainer, demo, launch
 
 
 @dataclass
@@ -54,7 +54,7 @@ def main() -> None:
         roles["policy"] = script.policy_adapter
     tokenizer = AutoTokenizer.from_pretrained(launch.model_name(model_args))
     base = launch.load_shared_base(model_args, trust_remote_code=args.trust_remote_code, **roles)
-    callbacks = []
+    callbacks = [DiagnosticsCallback()]
     if script.kl_target is not None:
         controller = AdaptiveKLController(args.kl_coef, script.kl_target, script.kl_horizon)
         callbacks.append(AdaptiveKLCallback(controller))
@@ -79,6 +79,7 @@ def main() -> None:
     outcome = {}
     if script.dataset == "demo":
         outcome["exam before"] = demo.run_exam(base, tokenizer)
+    launch.show_progress(trainer)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from trl_ext import FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, feedback, launch
+from trl_ext import DiagnosticsCallback, FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, feedback, launch
 
 
 def main() -> None:
@@ -33,7 +33,9 @@ def main() -> None:
         eval_dataset=data.test,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
+        callbacks=[DiagnosticsCallback()],
     )
+    launch.show_progress(trainer)
     launch.match_precision(trainer, model_args)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     evaluation = trainer.evaluate()

@@ -1,6 +1,7 @@
 """What the recipes share."""
 
 from trl_ext.launch.judging import reference_scores, scored_answers
+from trl_ext.launch.progress import show_progress
 from trl_ext.launch.screen import (
     answers,
     distinct_prompts,
@@ -47,6 +48,7 @@ __all__ = [
     "scored_answers",
     "show",
     "show_before_after",
+    "show_progress",
     "show_scored_pairs",
     "user_errors",
 ]

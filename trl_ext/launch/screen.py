@@ -16,6 +16,7 @@ from rich.text import Text
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl_ext.core import masked_sum
+from trl_ext.diagnostics import write_report
 from trl_ext.generation import generate
 from trl_ext.roles import SharedBase
 from trl_ext.trainers.reward_trainer import sequence_ids
@@ -31,11 +32,12 @@ def show(title: str, rows: dict[str, Any]) -> None:
 
 
 def report(title: str, rows: dict[str, Any], output_dir: str) -> None:
-    """Print a run's outcome, and keep it as result.json in its folder."""
-    show(title, rows)
+    """Write report.html and result.json into a run's folder, and print its outcome."""
     if PartialState().is_main_process:
+        rows = rows | {"report": f"{write_report([output_dir])} (open it in a browser)"}
         text = json.dumps({name: str(value) for name, value in rows.items()}, indent=2, ensure_ascii=False)
         Path(output_dir, "result.json").write_text(text + "\n", encoding="utf-8")
+    show(title, rows)
 
 
 def megabytes(base: SharedBase) -> str:
