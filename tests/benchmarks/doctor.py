@@ -167,8 +167,8 @@ def _dpo(case: Case, cured: bool, settings: dict, seed: int, folder: Path, callb
 
 def file_of(out: Path, case: Case, state: str, seed: int) -> Path:
     """Where a run's result is kept."""
-    name = case.finds or "healthy-" + "".join(c if c.isalnum() else "_" for c in case.note)
-    return out / f"{case.kind}-{name}-{state}-{seed}.json"
+    note = "".join(c if c.isalnum() else "_" for c in case.note)
+    return out / f"{case.kind}-{case.finds or 'healthy'}-{note}-{state}-{seed}.json"
 
 
 def do(case: Case, state: str, seed: int, out: Path) -> None:

@@ -186,6 +186,7 @@ CASES: tuple[Case, ...] = (
         {"kl_coef": 0.0, "learning_rate": 1e-2},
     ),
     Case("clipping_saturated", "ppo", "a learning rate ten times too large", {"learning_rate": 1e-2}),
+    Case("clipping_saturated", "ppo", "a clip range ten times too narrow", {"cliprange": 0.02}),
     Case("steps_too_small", "ppo", "the learning rate of full fine-tuning, 3e-6", {"learning_rate": 3e-6}),
     Case(
         "constant_scores",

@@ -74,6 +74,9 @@ class DiagnosticsCallback(RolloutCallback):
         """Note the settings."""
         self.findings, self._samples, self._measured = [], [], {}
         self._config = {**args.to_dict(), "rollout_batch_size": getattr(args, "rollout_batch_size", None)}
+        model = kwargs.get("model")
+        precision = getattr(getattr(model, "causal_lm", model), "dtype", torch.float32)
+        self._config["dtype"] = str(precision).removeprefix("torch.")
         share = _longer_chosen(kwargs.get("train_dataloader"))
         if share is not None:
             self._measured["data/longer_chosen"] = [share]

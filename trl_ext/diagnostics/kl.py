@@ -67,7 +67,8 @@ def _plain_sampling(log: RunLog) -> Remedy:
 def first_ratio(log: RunLog, limits: Limits) -> Finding | None:
     """Before the first step on a rollout the policy is the one that sampled it; the losses say that it is not."""
     first = log.series("policy/first_approxkl")
-    if not first or first.recent() < limits.first_approxkl:
+    half = log.setting("bf16") or log.setting("fp16") or log.setting("dtype", "float32") != "float32"
+    if not first or first.recent() < (limits.first_approxkl_half if half else limits.first_approxkl):
         return None
     return Finding(
         "first_ratio",
@@ -88,7 +89,7 @@ def first_ratio(log: RunLog, limits: Limits) -> Finding | None:
 def suggested_kl_coef(log: RunLog, limits: Limits) -> float:
     """The coefficient at which spending the KL budget costs one standard deviation of the scores; NaN if unknown."""
     spread, length = log.series("score_std"), log.series("length")
-    if not spread or not length:
+    if not spread or not length or spread.start() == 0.0:
         return math.nan
     coefficient = spread.start() / (limits.budget_per_token * max(length.start(), 1.0))
     return float(f"{coefficient:.1g}")

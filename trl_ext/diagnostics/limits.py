@@ -13,8 +13,10 @@ class Limits:
             with mean 0, so 6 is out of reach of chance.
         sampling_gap: and nats a token that it must stray at least: bfloat16 alone makes differences of 1e-3.
         negative_kl: nats an answer below 0; the k1 estimate is unbiased and its truth is never negative.
-        first_approxkl: nats a token before the first optimizer step on a rollout. Exactly 0 in theory; bfloat16 rounds
-            log-probabilities of 10 nats by 0.03, which makes 5e-4.
+        first_approxkl: nats a token before the first optimizer step on a rollout, in float32: 0 in theory, 1e-13 as
+            measured, 1e-4 with LoRA dropout of 0.1.
+        first_approxkl_half: the same in half precision: bfloat16 rounds log-probabilities of 10 nats by 0.03, which
+            makes 5e-4.
         kl_per_token: nats a token. Healthy runs here end below 0.2, those that hacked their reward above 0.6
             (measured).
         budget_per_token: nats a token that an answer may well spend; kl_coef is suggested so that the penalty for it
@@ -23,6 +25,7 @@ class Limits:
         entropy_left: share of the entropy at the start.
         entropy: nats a token.
         clipfrac: share of tokens; PPO's papers and TRL's docs see 0.1 to 0.3 in healthy runs.
+        huge_approxkl: nats a token that an update moves the policy; healthy updates stay below 0.1 (measured).
         tiny_approxkl: nats a token that an update moves the policy; healthy updates make 1e-3 to 1e-1 (measured).
         score_std: spread of scores beyond which values, which start at 0, take long to arrive.
         score_drift: factor by which that spread may grow.
@@ -53,13 +56,15 @@ class Limits:
     sampling_gap_z: float = 6.0
     sampling_gap: float = 0.005
     negative_kl: float = 0.1
-    first_approxkl: float = 2e-3
+    first_approxkl: float = 1e-6
+    first_approxkl_half: float = 2e-3
     kl_per_token: float = 0.4
     budget_per_token: float = 0.25
     drowned: float = 5.0
     entropy_left: float = 0.1
     entropy: float = 0.02
     clipfrac: float = 0.4
+    huge_approxkl: float = 1.0
     tiny_approxkl: float = 2e-5
     score_std: float = 10.0
     score_drift: float = 5.0

@@ -62,20 +62,23 @@ def _gradients(name, title, steps, evidence, figures, cause, remedy) -> Finding:
 
 
 def clipping_saturated(log: RunLog, limits: Limits) -> Finding | None:
-    """So many tokens are clipped that most of each update is thrown away."""
+    """So many tokens are clipped that most of each update is thrown away; or steps too large for clipping to hold."""
     clipped, approxkl = log.series("clipfrac"), log.series("approxkl")
-    if len(clipped) < 3 or clipped.recent(3) < limits.clipfrac:
+    if len(clipped) < 3 or (clipped.recent(3) < limits.clipfrac and not approxkl.recent(3) > limits.huge_approxkl):
         return None
+    narrow = float(log.setting("cliprange", 0.2)) < 0.1
     return Finding(
         "clipping_saturated",
         "problem",
-        "The clip fraction is saturated",
+        "The clip range is too narrow" if narrow else "Updates are too large: the clip range does not hold them",
         (clipped.steps[-3], clipped.steps[-1]),
         f"{clipped.recent(3):.0%} of the tokens are clipped, and an update moves the policy {approxkl.recent(3):.2g} "
         "nats a token.",
         {"clipfrac": clipped.recent(3), "approxkl": approxkl.recent(3)},
-        "steps are too large, or too many are taken on one rollout.",
-        Remedy("Take smaller steps; or fewer epochs, or an end to them at max_approx_kl.", _lower(log, 5)),
+        "the clip range is too narrow." if narrow else "steps are too large, or too many are taken on one rollout.",
+        Remedy("Widen it to the usual one.", {"cliprange": 0.2})
+        if narrow
+        else Remedy("Take smaller steps; or fewer epochs, or an end to them at max_approx_kl.", _lower(log, 10)),
     )
 
 
@@ -86,6 +89,8 @@ def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
         return None
     if log.series("score_std").recent() == 0.0 or score.rise()[1] > limits.noticeable:
         return None
+    if log.series("entropy").recent() < limits.entropy:
+        return None  # nothing moves a policy that is certain of everything
     rate = float(log.setting("learning_rate", math.nan))
     return Finding(
         "steps_too_small",

@@ -1,0 +1,303 @@
+"""The doctor's rules: each on a log in which its problem stands, and on the same log without it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from trl_ext.cli import main
+from trl_ext.diagnostics import Finding, Limits, Remedy, RunLog, Sample, diagnose, read_run
+from trl_ext.diagnostics.log import Series
+
+WIGGLE = [0.03, -0.02, 0.01, -0.03, 0.02, -0.01]
+
+
+def rows(count: int = 16, **metrics: Any) -> list[dict[str, float]]:
+    """Logs of steps 8, 16, ...; a metric is a number (with a little noise), a list, or a function of 0 to 1."""
+    made = []
+    for i in range(count):
+        row: dict[str, float] = {"step": 8 * (i + 1)}
+        for name, value in metrics.items():
+            if callable(value):
+                row[name] = value(i / (count - 1))
+            elif isinstance(value, list):
+                row[name] = value[i]
+            else:
+                row[name] = value * (1 + WIGGLE[i % 6])
+        made.append(row)
+    return made
+
+
+HEALTHY: dict[str, Any] = {
+    "objective/kl": lambda t: 0.1 + 0.8 * t,
+    "objective/kl_std": 1.0,
+    "objective/kl_coef": 0.4,
+    "objective/scores": lambda t: 1.2 * t + 0.05 * math.sin(40 * t),
+    "objective/scores_std": 1.0,
+    "policy/entropy_avg": lambda t: 0.3 - 0.1 * t,
+    "policy/approxkl_avg": 0.01,
+    "policy/first_approxkl": 1e-13,
+    "policy/clipfrac_avg": 0.05,
+    "loss/value_avg": lambda t: 0.5 - 0.3 * t,
+    "val/explained_variance": lambda t: 0.4 * t,
+    "val/sampling_gap": 0.001,
+    "val/sampling_gap_z": lambda t: math.sin(50 * t),
+    "completions/mean_length": 8.0,
+    "completions/clipped_ratio": 0.02,
+    "completions/repetition": 0.0,
+    "completions/distinct": 0.7,
+    "completions/score_length_correlation": 0.1,
+    "prompts/distinct": 0.9,
+    "prompts/at_max_length": 0.2,
+    "prompts/mean_length": 12.0,
+    "grad_norm": 0.5,
+    "grad_norm/policy": 0.4,
+    "grad_norm/value": 0.2,
+    "rewards/judge/mean": lambda t: t,
+    "rewards/judge/std": 1.0,
+}
+CONFIG = {"learning_rate": 1e-3, "max_completion_length": 16, "rollout_batch_size": 64, "kl_coef": 0.4}
+
+SICK: dict[str, dict[str, Any]] = {
+    "sampling_differs": {"val/sampling_gap": -0.05, "val/sampling_gap_z": -4.0},
+    "negative_kl": {"objective/kl": -0.8, "objective/kl_std": 0.5},
+    "first_ratio": {"policy/first_approxkl": 0.01},
+    "kl_runs_away": {"objective/kl": lambda t: 7 * t, "objective/kl_coef": 0.01},
+    "kl_drowns_score": {"objective/kl": 0.001, "objective/kl_coef": 10.0, "objective/scores": 0.1},
+    "entropy_collapse": {"policy/entropy_avg": lambda t: 0.3 * math.exp(-8 * t)},
+    "gradients_not_finite": {"grad_norm": [0.5] * 15 + [math.nan]},
+    "gradients_absent": {"grad_norm/value": 0.0},
+    "gradients_explode": {"grad_norm": [0.5] * 14 + [400.0, 900.0]},
+    "clipping_saturated": {"policy/clipfrac_avg": 0.6},
+    "steps_too_small": {"policy/approxkl_avg": 1e-8, "objective/scores": 0.1},
+    "value_not_learning": {"val/explained_variance": 0.0},
+    "value_loss_explodes": {"loss/value_avg": lambda t: 0.5 * math.exp(5 * t), "val/explained_variance": -4.0},
+    "constant_scores": {"objective/scores_std": 0.0, "objective/scores": 0.0},
+    "score_scale": {"objective/scores_std": 130.0},
+    "truncation": {"completions/clipped_ratio": 0.9},
+    "length_exploitation": {
+        "completions/mean_length": lambda t: 8 + 8 * t + 0.1 * math.sin(40 * t),
+        "completions/score_length_correlation": 0.8,
+    },
+    "repetition_exploitation": {"completions/repetition": lambda t: 0.7 * t},
+    "mode_collapse": {"completions/distinct": lambda t: 0.7 - 0.65 * min(1.0, 2 * t)},
+    "over_optimisation": {
+        "yardstick/exact": lambda t: 3 + t - 3 * max(0.0, t - 0.5) + 0.02 * math.sin(40 * t),
+        "objective/kl": lambda t: 3 * t,
+    },
+    "functions_at_odds": {
+        "rewards/other/mean": 0.0,
+        "rewards/other/std": 1.0,
+        "rewards/correlation/judge~other": -0.8,
+    },
+    "prompts_truncated": {"prompts/at_max_length": 0.97},
+}
+
+
+def log_of(**changes: Any) -> RunLog:
+    return RunLog.of(rows(**{**HEALTHY, **changes}), CONFIG)
+
+
+def test_a_healthy_run_has_no_finding() -> None:
+    assert diagnose(log_of()) == []
+
+
+@pytest.mark.parametrize("name", SICK)
+def test_each_problem_is_named(name: str) -> None:
+    found = diagnose(log_of(**SICK[name]))
+    names = [finding.name for finding in found]
+    assert name in names[:2], names
+    finding = found[names.index(name)]
+    assert finding.evidence.endswith(".") and finding.cause.endswith(".") and str(finding.remedy)
+    assert all(isinstance(value, float) for value in finding.figures.values())
+    assert finding.page == f"docs/diagnostics/{name}.md"
+    json.dumps(finding.remedy.changes)  # an exact setting
+
+
+def test_one_function_may_drown_the_others() -> None:
+    changed = {"rewards/other/mean": 0.0, "rewards/other/std": 0.01, "rewards/correlation/judge~other": 0.0}
+    (finding,) = diagnose(log_of(**changed))
+    assert finding.title == "judge dominates the other reward functions"
+    assert finding.remedy.changes == {"reward_weights": [pytest.approx(0.01, rel=0.2), 1.0]}
+
+
+REWARD: dict[str, Any] = {
+    "loss": lambda t: 0.7 - 0.4 * t,
+    "accuracy": lambda t: 0.55 + 0.35 * t,
+    "margin": lambda t: 2 * t,
+    "mean_reward": 0.1,
+    "min_reward": -2.0,
+    "max_reward": 2.0,
+}
+HELD_OUT: dict[str, Any] = {"eval_loss": lambda t: 0.7 - 0.35 * t, "eval_accuracy": lambda t: 0.55 + 0.33 * t}
+SICK_REWARD: dict[str, dict[str, Any]] = {
+    "overfit": {"eval_loss": lambda t: 0.6 + 0.9 * t, "eval_accuracy": 0.6, "accuracy": lambda t: 0.6 + 0.4 * t},
+    "length_bias": {"data/longer_chosen": [0.9] + [math.nan] * 15},
+    "chance_level": {"accuracy": 0.5, "eval_accuracy": 0.51},
+    "uncentred": {"mean_reward": lambda t: 9 * t},
+    "saturated": {"margin": lambda t: 20 * t, "mean_reward": 0.0},
+}
+DPO: dict[str, Any] = {
+    "loss": lambda t: 0.69 - 0.3 * t,
+    "rewards/chosen": lambda t: 0.5 * t,
+    "rewards/rejected": lambda t: -t,
+    "rewards/margins": lambda t: 1.5 * t,
+    "rewards/accuracies": lambda t: 0.5 + 0.4 * t,
+    "logps/chosen": lambda t: -20 + 3 * t,
+    "logps/rejected": lambda t: -20 - 5 * t,
+}
+SICK_DPO: dict[str, dict[str, Any]] = {
+    "likelihood_displacement": {
+        "logps/chosen": lambda t: -20 - 8 * t + 0.1 * math.sin(40 * t),
+        "logps/rejected": lambda t: -20 - 30 * t,
+    },
+    "chance_level": {"rewards/accuracies": 0.5},
+    "margins_explode": {"rewards/margins": lambda t: 40 * t},
+    "reference_mismatch": {"rewards/chosen": 1.0, "rewards/rejected": 0.9},
+}
+
+
+def preference_log(healthy: dict[str, Any], changes: dict[str, Any]) -> RunLog:
+    """Training and evaluation logs; the first training log is that of step 1."""
+    both = {**healthy, **HELD_OUT, **changes} if healthy is REWARD else {**healthy, **changes}
+    made = rows(**both)
+    made[0]["step"] = 1
+    history = []
+    for row in made:
+        evaluated = {name: value for name, value in row.items() if name.startswith("eval_")}
+        history.append({name: value for name, value in row.items() if name not in evaluated and value == value})
+        if evaluated:
+            history.append({"step": row["step"], **evaluated})
+    return RunLog.of(history, {"learning_rate": 1e-3})
+
+
+@pytest.mark.parametrize("healthy", [REWARD, DPO], ids=["reward", "dpo"])
+def test_healthy_preference_training(healthy: dict[str, Any]) -> None:
+    log = preference_log(healthy, {} if healthy is REWARD else {"rewards/chosen": lambda t: 0.5 * t})
+    assert log.kind == ("reward" if healthy is REWARD else "dpo")
+    assert diagnose(log) == []
+
+
+@pytest.mark.parametrize("name", SICK_REWARD)
+def test_each_problem_of_a_reward_model_is_named(name: str) -> None:
+    found = [finding.name for finding in diagnose(preference_log(REWARD, SICK_REWARD[name]))]
+    assert name in found[:2], found
+
+
+@pytest.mark.parametrize("name", SICK_DPO)
+def test_each_problem_of_dpo_is_named(name: str) -> None:
+    found = [finding.name for finding in diagnose(preference_log(DPO, SICK_DPO[name]))]
+    assert name in found[:2], found
+
+
+def test_trl_s_samplers_are_read_under_their_own_names() -> None:
+    """GRPOTrainer and RLOOTrainer log KL a token, and call the coefficient beta."""
+    made = rows(
+        **{
+            "reward": lambda t: t + 0.05 * math.sin(40 * t),
+            "reward_std": 1.0,
+            "kl": lambda t: 0.9 * t,
+            "entropy": 0.4,
+            "completions/mean_length": 10.0,
+            "completions/clipped_ratio": 0.0,
+        }
+    )
+    log = RunLog.of(made, {"beta": 0.001})
+    assert log.kind == "online"
+    assert log.series("kl").recent(1) == pytest.approx(0.9 * 10.0, rel=0.05)
+    (finding,) = diagnose(log)
+    assert finding.name == "kl_runs_away" and set(finding.remedy.changes) == {"beta"}
+
+
+def test_limits_are_the_users() -> None:
+    log = log_of(**SICK["truncation"])
+    assert diagnose(log, Limits(truncated=0.99)) == []
+
+
+def test_rules_are_the_users() -> None:
+    def too_long(log: RunLog, limits: Limits) -> Finding | None:
+        length = log.series("length").recent()
+        if length < 5:
+            return None
+        return Finding("too_long", "warning", "Too long", log.steps, "Long.", {}, "Words.", Remedy("Fewer."))
+
+    assert [finding.name for finding in diagnose(log_of(), rules=[too_long])] == ["too_long"]
+
+
+def test_noise_is_not_the_trend() -> None:
+    line = Series(list(range(50)), [0.1 * i for i in range(50)])
+    assert line.noise() == pytest.approx(0.1 / math.sqrt(2))
+    gained, errors = line.rise()
+    assert gained == pytest.approx(4.75 - 0.15, abs=1e-9) and errors > 50
+    assert Series([0, 1], [2.0, 2.0]).rise() == (0.0, 0.0)
+
+
+# Folders -------------------------------------------------------------------------------------------------------------
+
+
+def write_run(folder: Path, **changes: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    history = rows(**{**HEALTHY, **changes})
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 128, "log_history": history}))
+    (folder / "run.json").write_text(json.dumps({"settings": CONFIG, "versions": {"trl": "1.16.0"}}))
+    return folder
+
+
+def test_a_run_s_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "run", **SICK["truncation"])
+    (folder / "completions").mkdir()
+    table = pd.DataFrame(
+        {"step": [8, 8], "prompt": ["a", "b"], "completion": ["x", "y"], "score": [0.5, 2.0], "kl": [0.1, 0.2]}
+    )
+    table.to_parquet(folder / "completions" / "completions_00008.parquet")
+    log = read_run(folder)
+    assert log.samples[1] == Sample(8, "b", "y", 2.0, 0.2)
+    assert [finding.samples[0].completion for finding in diagnose(log)] == ["y"]
+    assert main(["doctor", str(folder)]) == 0
+    assert "Answers are cut off before they end" in capsys.readouterr().out
+    assert main(["doctor", str(folder), "--strict", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)[0]["page"] == "docs/diagnostics/truncation.md"
+
+
+def test_trl_s_completions_have_a_column_a_function(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    (folder / "completions").mkdir()
+    table = pd.DataFrame(
+        {"step": [3], "prompt": ["a"], "completion": ["x"], "short": [0.5], "clean": [0.25], "advantage": [9.0]}
+    )
+    table.to_parquet(folder / "completions" / "completions_00003.parquet")
+    (sample,) = read_run(folder).samples
+    assert sample.score == 0.75 and math.isnan(sample.kl)
+
+
+def test_of_several_checkpoints_the_last_one_counts(tmp_path: Path) -> None:
+    for step in (100, 20):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        state = {"global_step": step, "log_history": [{"step": step, "objective/kl": 1.0}]}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+    assert read_run(tmp_path).steps == (100, 100)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "has no trainer_state.json"), ("{", "is no JSON"), ("[]", "holds no JSON object")],
+)
+def test_folders_without_a_run(
+    content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "trainer_state.json").write_text(content)
+    assert main(["doctor", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_missing_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "nowhere"]) == 1
+    assert capsys.readouterr().err == "trl-ext: error: The run folder 'nowhere' does not exist.\n"
