@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from tests.helpers import tiny_llama, word_tokenizer
-from trl_ext import SharedBase
+from trl_ext import DiagnosticsCallback, SharedBase
 
 ppo = pytest.importorskip("trl.experimental.ppo", reason="TRL removed its PPOTrainer in 1.13")
 
@@ -24,6 +24,7 @@ def test_policy_and_value_train_and_the_rest_stays(tmp_path: Path) -> None:
     base = SharedBase.from_pretrained(folder, policy=lora, reward=tmp_path / "judge" / "value")
     torch.nn.init.normal_(base.heads["value"].weight, std=0.1)  # from 0 no gradient reaches the value's adapter
     policy, value_model, reward_model = base.as_trl_models()
+    doctor = DiagnosticsCallback()
 
     trainer = ppo.PPOTrainer(
         args=ppo.PPOConfig(
@@ -49,6 +50,7 @@ def test_policy_and_value_train_and_the_rest_stays(tmp_path: Path) -> None:
         value_model=value_model,
         train_dataset=Dataset.from_dict({"input_ids": [[5 + i % 9, 6, 7] for i in range(32)]}),
         eval_dataset=Dataset.from_dict({"input_ids": [[5, 6, 7]] * 8}),
+        callbacks=[doctor],
     )
     before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
     trainer.train()
@@ -58,3 +60,6 @@ def test_policy_and_value_train_and_the_rest_stays(tmp_path: Path) -> None:
     assert "heads.value.weight" in moved
     assert all(".policy." in name or ".value." in name or name == "heads.value.weight" for name in moved)
     assert trainer.state.log_history[0]["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert doctor.log_of(trainer.state).kind == "ppo"
+    assert len(doctor.log_of(trainer.state).series("kl")) == 3
+    assert (tmp_path / "out" / "run.json").is_file()

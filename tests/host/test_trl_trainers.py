@@ -10,7 +10,8 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, Re
 
 from tests.helpers import QUIET, prompt_dataset, saved_model, tiny_classifier, word_tokenizer
 from tests.reward_server import Server
-from trl_ext import AdaptiveKLCallback, AdaptiveKLController, PIKLController, SharedBase
+from trl_ext import AdaptiveKLCallback, AdaptiveKLController, DiagnosticsCallback, PIKLController, SharedBase
+from trl_ext.diagnostics import diagnose, read_run
 from trl_ext.rewards.models import classifier, fluency, reward_role
 from trl_ext.rewards.remote import remote
 from trl_ext.rewards.sentiment import vader_sentiment
@@ -105,17 +106,16 @@ def test_the_controllers_state_survives_resuming_in_trls_trainers(tmp_path: Path
     assert run(str(tmp_path / "out" / "checkpoint-2")) == pytest.approx(whole, rel=1e-4)
 
 
-def offline_trainer(kind: str, tmp_path: Path, **how: Any) -> Any:
+def offline_trainer(kind: str, tmp_path: Path, pairs: Dataset | None = None, **how: Any) -> Any:
     model = saved_model(tmp_path / "model")
-    pairs = Dataset.from_dict({"prompt": ["the cat"] * 8, "chosen": [" sat on"] * 8, "rejected": [" ran"] * 8})
-    shared = {"per_device_train_batch_size": 4, "max_steps": 2, **QUIET}
+    if pairs is None:
+        pairs = Dataset.from_dict({"prompt": ["the cat"] * 8, "chosen": [" sat on"] * 8, "rejected": [" ran"] * 8})
+    shared = {"per_device_train_batch_size": 4, "max_steps": 2, **QUIET, **how}
     if kind == "dpo":
-        return DPOTrainer(
-            model, args=DPOConfig(str(tmp_path / "out"), **shared), train_dataset=pairs, peft_config=LORA, **how
-        )
+        return DPOTrainer(model, args=DPOConfig(str(tmp_path / "out"), **shared), train_dataset=pairs, peft_config=LORA)
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS")
     return RewardTrainer(
-        model, args=RewardConfig(str(tmp_path / "out"), **shared), train_dataset=pairs, peft_config=lora, **how
+        model, args=RewardConfig(str(tmp_path / "out"), **shared), train_dataset=pairs, peft_config=lora
     )
 
 
@@ -149,3 +149,51 @@ def test_a_controller_without_the_trainer_or_without_beta_says_so(tmp_path: Path
     trainer.add_callback(AdaptiveKLCallback(AdaptiveKLController(), trainer=trainer))
     with pytest.raises(ValueError, match="built with beta=0 and computes no KL"):
         trainer.train()
+
+
+@pytest.mark.parametrize(("trainer_class", "config_class"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
+def test_the_doctor_in_online_trainers(tmp_path: Path, trainer_class: Any, config_class: Any) -> None:
+    """Answers of a random model hardly ever end within six tokens, and this is found in what TRL logs."""
+    model = saved_model(tmp_path / "model")
+    settings = config_class(str(tmp_path / "out"), max_steps=4, **ONLINE)
+    trainer = trainer_class(model, keywords(["cat"]), settings, prompt_dataset(16), peft_config=LORA)
+    callback = DiagnosticsCallback()
+    trainer.add_callback(callback)
+    trainer.train()
+    assert "truncation" in [finding.name for finding in callback.findings]
+    trainer.save_state()
+    assert "truncation" in [finding.name for finding in diagnose(read_run(tmp_path / "out"))]
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("dpo", "chance_level"), ("reward", "chance_level")])
+def test_the_doctor_in_offline_trainers(tmp_path: Path, kind: str, expected: str) -> None:
+    """Pairs whose two sides are exchanged at random teach nothing."""
+    sides = [" sat on", " ran"]
+    rows = {"chosen": [sides[i % 2] for i in range(8)], "rejected": [sides[(i + 1) % 2] for i in range(8)]}
+    pairs = Dataset.from_dict({"prompt": ["the cat"] * 8, **rows})
+    how = {"logging_steps": 1, "max_steps": 10, "learning_rate": 1e-8}
+    trainer = offline_trainer(kind, tmp_path, pairs=pairs, **how)
+    callback = DiagnosticsCallback()
+    trainer.add_callback(callback)
+    trainer.train()
+    names = [finding.name for finding in callback.findings]
+    assert expected in names, names
+    logged = [row["step"] for row in trainer.state.log_history if "loss" in row]
+    assert logged[0] == 1
+
+
+def test_a_bias_for_length_is_seen_in_the_pairs(tmp_path: Path) -> None:
+    pairs = Dataset.from_dict({"prompt": ["the cat"] * 8, "chosen": [" sat on a tree"] * 8, "rejected": [" ran"] * 8})
+    trainer = offline_trainer("reward", tmp_path, pairs=pairs, logging_steps=1)
+    callback = DiagnosticsCallback()
+    trainer.add_callback(callback)
+    trainer.train()
+    (finding,) = [finding for finding in callback.findings if finding.name == "length_bias"]
+    assert finding.figures["longer_chosen"] == 1.0
+
+
+def test_the_first_step_is_logged_whatever_the_interval(tmp_path: Path) -> None:
+    trainer = offline_trainer("dpo", tmp_path, logging_steps=100)
+    trainer.add_callback(DiagnosticsCallback())
+    trainer.train()
+    assert [row["step"] for row in trainer.state.log_history if "rewards/chosen" in row][0] == 1

@@ -1,0 +1,121 @@
+"""The doctor at work in real training runs on a tiny model."""
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.test_ppo_trainer import cats, rows_with, trainer_for
+from trl_ext import DiagnosticsCallback
+from trl_ext.cli import main
+from trl_ext.diagnostics import diagnose, read_run
+
+
+def nothing(completions: list[Any], **kwargs: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def dogs(completions: list[str], **kwargs: Any) -> list[float]:
+    """A judge that is not trained on."""
+    return [float(text.split().count("dog")) for text in completions]
+
+
+def test_a_problem_is_said_once_and_written_down(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = trainer_for(tmp_path, reward=nothing, total_episodes=8 * 6)
+    callback = DiagnosticsCallback()
+    trainer.add_callback(callback)
+    trainer.train()
+    trainer.save_state()
+    # The tiny model's answers hardly ever end.
+    assert [finding.name for finding in callback.findings] == ["constant_scores", "truncation"]
+    said = [record.getMessage() for record in caplog.records if record.name == "trl_ext.callbacks.diagnostics"]
+    assert len(said) == 2 and said[0].startswith("problem: All scores are the same (steps 2 to 6).")
+    log = read_run(tmp_path / "out")
+    assert log.config["num_ppo_epochs"] == 2 and log.config["rollout_batch_size"] == 8
+    assert [finding.name for finding in diagnose(log)] == ["constant_scores", "truncation"]
+    assert len(log.samples) == 6 * 8 and log.samples[0].tokens > 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["versions"]["trl"]
+
+
+def test_the_yardstick_is_logged_and_not_trained_on(tmp_path: Path) -> None:
+    plain = trainer_for(tmp_path / "plain")
+    plain.train()
+    judged = trainer_for(tmp_path / "judged")
+    judged.add_callback(DiagnosticsCallback(yardstick=dogs))
+    judged.train()
+    logged = rows_with(judged, "yardstick/dogs")
+    assert len(logged) == len(rows_with(judged, "objective/kl")) == 2
+    assert all(0 <= row["yardstick/dogs"] <= 6 for row in logged)
+    same = ["objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg"]
+    for ours, theirs in zip(logged, rows_with(plain, "objective/kl"), strict=True):
+        assert [ours[name] for name in same] == [theirs[name] for name in same]
+
+
+def test_stop_saves_and_ends_the_run(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, reward=nothing, total_episodes=8 * 20)
+    trainer.add_callback(DiagnosticsCallback(on_problem="stop"))
+    trainer.train()
+    assert trainer.state.global_step == 6, "three rollouts of two steps show it"
+    assert (tmp_path / "out" / "checkpoint-6" / "trainer_state.json").is_file()
+    assert (tmp_path / "out" / "diagnostics.json").is_file()
+
+
+def test_act_changes_what_a_run_in_progress_can_take(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, total_episodes=16 * 12, per_device_train_batch_size=16, kl_coef=1e-4)
+    callback = DiagnosticsCallback(on_problem="act")
+    trainer.add_callback(callback)
+    trainer.train()
+    (finding,) = [finding for finding in callback.findings if finding.name == "kl_runs_away"]
+    logged = rows_with(trainer, "objective/kl_coef")
+    # The change shows from the rollout after the one that showed the problem.
+    before = [row["objective/kl_coef"] for row in logged if row["step"] <= finding.steps[1]]
+    after = [row["objective/kl_coef"] for row in logged if row["step"] > finding.steps[1]]
+    assert before == [1e-4] * len(before)
+    assert after and after == [finding.remedy.changes["kl_coef"]] * len(after)
+
+
+def test_act_scales_the_learning_rate_of_any_schedule(tmp_path: Path) -> None:
+    settings = {"learning_rate": 1e-7, "lr_scheduler_type": "linear", "total_episodes": 8 * 20}
+    trainer = trainer_for(tmp_path, reward=cats, **settings)
+    trainer.add_callback(DiagnosticsCallback(on_problem="act"))
+    trainer.train()
+    rates = [row["learning_rate"] for row in rows_with(trainer, "learning_rate")]
+    jumps = [b / a for a, b in pairwise(rates) if a > 0 and b > 0]
+    assert sum(jump > 100 for jump in jumps) == 1, "1e-7 to 1e-4, once"
+    assert rates[-1] < max(rates), "and the schedule goes on falling"
+
+
+def test_the_evaluation_s_prompts_are_watched(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, eval_strategy="steps", eval_steps=2, eval_on_start=True)
+    callback = DiagnosticsCallback(samples=3)
+    trainer.add_callback(callback)
+    trainer.train()
+    trainer.save_state()
+    watched = [sample for sample in read_run(tmp_path / "out").samples if sample.watched]
+    assert [sample.step for sample in watched] == [0] * 3 + [2] * 3 + [4] * 3
+    assert len({sample.prompt for sample in watched}) == 3
+    assert all(math.isfinite(sample.kl) for sample in watched)
+    assert main(["report", str(tmp_path / "out")]) == 0
+    assert watched[-1].completion in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_resumed_run_is_diagnosed_from_its_beginning(tmp_path: Path) -> None:
+    settings = {"total_episodes": 8 * 6, "save_strategy": "steps", "save_steps": 4}
+    whole = trainer_for(tmp_path, reward=nothing, **settings)
+    whole.add_callback(DiagnosticsCallback())
+    whole.train()
+    resumed = trainer_for(tmp_path, reward=nothing, **settings)
+    callback = DiagnosticsCallback()
+    resumed.add_callback(callback)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    finding = callback.findings[0]
+    assert finding.name == "constant_scores"
+    assert finding.steps == (2, 6), "three logs, two of them from before"
+
+
+def test_an_unknown_action() -> None:
+    with pytest.raises(ValueError, match="on_problem is 'panic': choose one of warn, stop, act"):
+        DiagnosticsCallback(on_problem="panic")
