@@ -196,4 +196,4 @@ def test_the_first_step_is_logged_whatever_the_interval(tmp_path: Path) -> None:
     trainer = offline_trainer("dpo", tmp_path, logging_steps=100)
     trainer.add_callback(DiagnosticsCallback())
     trainer.train()
-    assert [row["step"] for row in trainer.state.log_history if "rewards/chosen" in row][0] == 1
+    assert next(row["step"] for row in trainer.state.log_history if "rewards/chosen" in row) == 1
