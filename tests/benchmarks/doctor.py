@@ -66,17 +66,15 @@ HEALTHY: tuple[Case, ...] = (
 )
 
 
-def run(
-    case: Case, cured: bool, prescribed: dict[str, Any], seed: int, folder: Path
-) -> tuple[list[dict[str, Any]], float]:
+def run(case: Case, cured: bool, prescribed: dict[str, Any], seed: int, folder: Path) -> dict[str, Any]:
     """One run.
 
     Args:
         cured: with the case's cure, or where it has none of its own with the settings `prescribed` by the doctor.
 
     Returns:
-        What was found, in the order in which it was first seen; and how well the run did: its exam, or its held-out
-        pair accuracy.
+        "found": in the order in which it was first seen; "well": how well the run did, its exam or its held-out pair
+        accuracy; "died": what ended it before its time.
     """
     settings = USUAL[case.kind] | case.settings
     if cured:
@@ -84,10 +82,16 @@ def run(
     callback = DiagnosticsCallback(yardstick=exact if case.kind == "ppo" else None)
     build = {"ppo": _ppo, "reward": _reward, "dpo": _dpo}[case.kind]
     trainer, well = build(case, cured, settings, seed, folder, callback)
-    trainer.train()
+    died = ""
+    try:
+        trainer.train()
+        figure = float(well(trainer))
+    except (ValueError, RuntimeError) as error:  # what was found before still counts
+        died, figure = f"{type(error).__name__}: {error}", 0.0
     trainer.save_state()
     last = [finding.name for finding in diagnose(callback.log_of(trainer.state))]
-    return [_plain(finding, last) for finding in callback.findings], well(trainer)
+    found = [_plain(finding, last) for finding in callback.findings]
+    return {"found": found, "well": figure, "died": died}
 
 
 def _plain(finding: Finding, last: list[str]) -> dict[str, Any]:
@@ -185,13 +189,9 @@ def do(case: Case, state: str, seed: int, out: Path) -> None:
         prescribed = named[0]["changes"]
     started = time.perf_counter()
     folder = out / path.stem
-    try:
-        found, well = run(case, state == "cured", prescribed, seed, folder)
-        result: dict[str, Any] = {"found": found, "well": well}
-    except (ValueError, RuntimeError) as error:  # a run that dies names its own problem
-        result = {"found": [], "well": 0.0, "died": f"{type(error).__name__}: {error}"}
-    result |= {
+    result = run(case, state == "cured", prescribed, seed, folder) | {
         "case": case.finds,
+        "kind": case.kind,
         "note": case.note,
         "state": state,
         "seed": seed,
@@ -200,9 +200,7 @@ def do(case: Case, state: str, seed: int, out: Path) -> None:
     path.write_text(json.dumps(result, indent=1, default=str), encoding="utf-8")
     shutil.rmtree(folder / "completions", ignore_errors=True)
     names = [f"{f['name']}@{f['step']}" for f in result["found"]]
-    print(
-        f"{path.stem}: {names} well {result['well']:.2f} {result['seconds']:.0f} s {result.get('died', '')}", flush=True
-    )
+    print(f"{path.stem}: {names} well {result['well']:.2f} {result['seconds']:.0f} s {result['died']}", flush=True)
 
 
 def main() -> None:

@@ -508,3 +508,20 @@ def test_nobody_gave_a_score(tmp_path: Path) -> None:
     with pytest.raises(RewardError, match=r"^No reward function \(<lambda>\) scored any of 8 completions"):
         trainer.train()
     assert copy.copy(trainer.state.global_step) == 0
+
+
+def test_a_step_on_gradients_that_are_not_finite_is_passed_over(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, total_episodes=24)
+    calls = []
+
+    def overflow(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return gradient * float("nan") if len(calls) == 2 else gradient
+
+    trainer.base.trainable_parameters("policy")[0].register_hook(overflow)
+    trainer.train()
+    skipped = [row["policy/skipped_minibatches"] for row in rows_with(trainer, "policy/skipped_minibatches")]
+    assert sum(skipped) > 0 and skipped[1:] == [0.0, 0.0]
+    assert all(bool(parameter.isfinite().all()) for parameter in trainer.base.parameters())
+    moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    assert moments and all(bool(torch.as_tensor(moment).isfinite().all()) for moment in moments)

@@ -151,5 +151,6 @@ def value_loss_explodes(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def _lower(log: RunLog, times: float) -> dict[str, float]:
+    """A lower learning rate, and one that LoRA can take."""
     rate = log.setting("learning_rate")
-    return {"learning_rate": float(f"{float(rate) / times:.1g}")} if rate else {}
+    return {"learning_rate": float(f"{min(float(rate) / times, 1e-3):.1g}")} if rate else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -100,7 +101,7 @@ class Updater:
         """Take stock after a minibatch's last micro-batch: whether the optimizer may step. Every process must call."""
         if self.progress.stopped:
             return False
-        self._watch_gradients()
+        finite = self._watch_gradients()
         sums = {name: entry.tolist() for name, entry in self._sums.items()}
         self._sums = {}
         totals: dict[str, list[float]] = {}
@@ -117,8 +118,9 @@ class Updater:
         ratio = mean.get(NAMES["ratio"], 1.0)
         exploded = args.max_ratio is not None and not 1 / args.max_ratio <= ratio <= args.max_ratio
         self.progress.stopped = too_far
-        self.progress.skipped += int(too_far or exploded)
-        return not (too_far or exploded)
+        skipped = too_far or exploded or not finite
+        self.progress.skipped += int(skipped)
+        return not skipped
 
     def end_epoch(self, epoch: int) -> EpochStats:
         """What the pass just ended did, and a fresh count."""
@@ -228,8 +230,10 @@ class Updater:
         self.trainer.metrics.add_value("loss/ptx", -float(likelihood.detach()))
         return -args.ptx_coef * likelihood / args.gradient_accumulation_steps
 
-    def _watch_gradients(self) -> None:
-        """Each role's gradient norm, before it is clipped."""
+    def _watch_gradients(self) -> bool:
+        """Log each role's gradient norm, before it is clipped; whether all are finite. A step on those that are not
+        would ruin weights and moments for good, so it is passed over."""
+        finite = True
         scaler = getattr(self.trainer.accelerator, "scaler", None)
         scale = scaler.get_scale() if scaler is not None else 1.0
         for role, parameters in self._parameters.items():
@@ -237,6 +241,9 @@ class Updater:
                 given = [parameter.grad for parameter in parameters if parameter.grad is not None]
                 norm = float(nn.utils.get_total_norm(given)) / scale if given else 0.0
                 self.trainer.metrics.add_value(f"grad_norm/{role}", norm)
+                finite = finite and math.isfinite(norm)
+        # fp16's scaler looks for overflows itself, and needs to see them to lower its scale.
+        return finite or scaler is not None
 
     def _watch(self, watched: Watched, mask: Tensor) -> None:
         for name, entry in self.trainer.metrics.add_tokens(watched, mask).items():
