@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
+from transformers import AutoTokenizer
 
 from trl_ext import demo, feedback
+from trl_ext.rewards.similarity import chrf
 from trl_ext.rewards.texts import length_penalty, repetition_penalty
 from trl_ext.types import as_text
 
@@ -115,9 +117,8 @@ def brevity(completions: list[Any], **kwargs: Any) -> list[float]:
     return [-len(text.split()) / 4 for text in _texts(completions)]
 
 
-def paris(completions: list[Any], **kwargs: Any) -> list[float]:
-    """A sentiment model's stand-in: some words please it, whatever was asked."""
-    return [2.0 * ("Paris" in text) for text in _texts(completions)]
+same_reference = chrf("The capital of France is Paris.")
+"""Similarity to a reference, the same one for every prompt where each should have its own."""
 
 
 def exact(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
@@ -128,8 +129,14 @@ def exact(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[flo
 
 
 def cut_prompts(rows: Dataset) -> Dataset:
-    """Only the first 20 characters of each question."""
-    return rows.map(lambda row: {"prompt": [{"role": "user", "content": as_text(row["prompt"])[:20]}]})
+    """Only the first four tokens of each question."""
+    tokenizer = AutoTokenizer.from_pretrained(demo.model_path())
+
+    def cut(row: dict[str, Any]) -> dict[str, Any]:
+        ids = tokenizer(as_text(row["prompt"]), truncation=True, max_length=4)["input_ids"]
+        return {"prompt": [{"role": "user", "content": tokenizer.decode(ids)}]}
+
+    return rows.map(cut)
 
 
 def longer_wins(pairs: Dataset, seed: int) -> Dataset:
@@ -169,7 +176,7 @@ def few(pairs: Dataset, seed: int) -> Dataset:
 CAPITALS = {row["country"]: row["capital"] for row in demo.load("exam")}
 
 CASES: tuple[Case, ...] = (
-    Case("kl_runs_away", "ppo", "kl_coef 0.02 for scores of standard deviation 1", {"kl_coef": 0.02}),
+    Case("kl_runs_away", "ppo", "no KL penalty", {"kl_coef": 0.0}),
     Case("kl_drowns_score", "ppo", "kl_coef 10", {"kl_coef": 10.0}),
     Case(
         "sampling_differs",
@@ -214,13 +221,24 @@ CASES: tuple[Case, ...] = (
         "repetition_exploitation",
         "ppo",
         "a reward for every mention of the topic",
-        {"kl_coef": 0.02, "score_normalization": "none", "missing_eos_penalty": None, "max_completion_length": 32},
+        {
+            "kl_coef": 0.0,
+            "score_normalization": "none",
+            "missing_eos_penalty": None,
+            "max_completion_length": 32,
+            "total_episodes": 1920,
+        },
         functions=(on_topic,),
         cured_functions=(on_topic, repetition_penalty()),
         cure={"reward_weights": [1.0, 10.0]},
     ),
-    Case("mode_collapse", "ppo", "a reward that does not look at the prompt", {"kl_coef": 0.01}, functions=(paris,)),
-    Case("over_optimisation", "ppo", "kl_coef 0.05 for a reward model that can be fooled", {"kl_coef": 0.05}),
+    Case("mode_collapse", "ppo", "one reference text for all prompts", {"kl_coef": 0.01}, functions=(same_reference,)),
+    Case(
+        "over_optimisation",
+        "ppo",
+        "kl_coef 0.02 for a reward model that can be fooled",
+        {"kl_coef": 0.02, "total_episodes": 1920},
+    ),
     Case(
         "functions_at_odds",
         "ppo",
@@ -228,7 +246,7 @@ CASES: tuple[Case, ...] = (
         {"score_normalization": "none"},
         functions=(words, brevity),
     ),
-    Case("prompts_truncated", "ppo", "prompts cut to 20 characters", prompts=cut_prompts, cure={}),
+    Case("prompts_truncated", "ppo", "prompts cut to four tokens", prompts=cut_prompts, cure={}),
     Case("overfit", "reward", "80 pairs, 40 epochs", {"num_train_epochs": 40, "eval_steps": 20}, pairs=few),
     Case(
         "length_bias",
