@@ -12,9 +12,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import QUIET, prompt_dataset, saved_model, word_tokenizer
+from tests.unit.test_diagnostics import SICK, SICK_DPO, SICK_REWARD
 from trl_ext import PPOConfig, SharedBase
+from trl_ext.diagnostics import RunLog, diagnose
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 HAS_TRL_PPO = importlib.util.find_spec("trl.experimental.ppo") is not None
 
 
@@ -107,6 +110,25 @@ def test_feedback_page(tmp_path: Path) -> None:
         exec(compile(block, "feedback.md", "exec"), namespace)
     assert {"chosen", "rejected", "margin", "agreement"} <= set(namespace["pairs"].column_names)
     assert len(namespace["labels"]) > 0
+
+
+def test_diagnostics_page() -> None:
+    namespace: dict[str, Any] = {}
+    for block in blocks("diagnostics/index.md"):
+        exec(compile(block, "diagnostics/index.md", "exec"), namespace)
+    rows = [{"step": step, "objective/kl": 0.1, "completions/mean_length": 250.0} for step in range(3)]
+    (finding,) = diagnose(RunLog.of(rows), rules=[namespace["too_chatty"]])
+    assert finding.name == "too_chatty" and "250 tokens" in finding.evidence
+
+
+def test_every_problem_has_its_page_and_every_page_its_problem() -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "trl_ext" / "diagnostics").glob("*.py"))
+    pages = {path.stem for path in (DOCS / "diagnostics").glob("*.md")} - {"index"}
+    named = {name for name in re.findall(r'^        "([a-z_]+)",$', source, re.MULTILINE)}
+    assert pages <= named, pages - named
+    assert set(SICK) | set(SICK_REWARD) | set(SICK_DPO) == pages
+    overview = (DOCS / "diagnostics" / "index.md").read_text(encoding="utf-8")
+    assert all(f"]({page}.md)" in overview for page in pages)
 
 
 def test_rewards_page() -> None:
