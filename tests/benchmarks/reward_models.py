@@ -28,7 +28,7 @@ START, END = "<!-- real ratings: begin -->", "<!-- real ratings: end -->"
 HELD_OUT = 1_000
 SENTENCES = 16  # a step
 # Times that every sentence is read: with few of them, more often.
-PASSES = {200: 6, 1_000: 2, 6_000: 1}
+PASSES = {200: 4, 1_000: 2, 6_000: 1}
 LORA = ("pairwise", "regression", "binary", "ranking", "all_pairs")
 OBJECTIVES = (*LORA, "probe")
 BASELINES = ("VADER lexicon", "bag of words, ridge")

@@ -1,6 +1,8 @@
 """The report: whole, self-contained, and harmless whatever a model said."""
 
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from trl_ext.diagnostics import RunLog, Sample, write_report
 from trl_ext.diagnostics.charts import Line, line_chart, number, scatter
 from trl_ext.diagnostics.report import Run, render
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 EVIL = '</td><script>alert(1)</script><img src=x onerror=alert(2)> & "quoted" <b>bold</b>'
 
 
@@ -111,3 +114,16 @@ def test_charts_by_hand() -> None:
 @pytest.mark.parametrize(("value", "text"), [(0.123456, "0.123"), (12345.6, "1.23e4"), (1e-7, "1e-7"), (3.0, "3")])
 def test_numbers_are_short(value: float, text: str) -> None:
     assert number(value) == text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_runs_nothing_that_a_model_said(tmp_path: Path) -> None:
+    """The page's own script sorts tables; one in an answer would change the title."""
+    evil = "<script>document.title = 'taken over'</script><img src=x onerror=\"document.title = 'taken over'\">"
+    samples = [Sample(step, evil, evil, 1.0, 0.1, 5) for step in (8, 64, 128)]
+    page = tmp_path / "report.html"
+    page.write_text(render([run_named("run", samples, **SICK["truncation"])]), encoding="utf-8")
+    command = [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000"]
+    done = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert "<title>run</title>" in done.stdout
+    assert "taken over" in done.stdout, "shown as text"

@@ -81,6 +81,10 @@ class AdaptiveKLCallback(RolloutCallback):
     ) -> None:
         """TRL's trainers: the KL is read from what they log."""
         logs = logs or {}
+        target = getattr(self.controller, "target", None)
+        if target is not None and ("objective/kl" in logs or "kl" in logs):
+            for row in (logs, *state.log_history[-1:]):
+                row["objective/kl_target"] = float(target)
         if self._in_trl_ext:
             return  # on_update_end knows better
         if "objective/kl" in logs:

@@ -19,7 +19,11 @@ from trl_ext.diagnostics.reading import read_run, read_versions
 Chart = tuple[str, str, tuple[tuple[str, str, bool], ...]]
 PPO_CHARTS: tuple[Chart, ...] = (
     ("Score", "mean over completions", (("training", "score", False), ("evaluation", "objective/scores", True))),
-    ("KL to the reference", "nats a completion", (("KL", "kl", False), ("evaluation", "objective/kl", True))),
+    (
+        "KL to the reference",
+        "nats a completion",
+        (("KL", "kl", False), ("target", "objective/kl_target", False), ("evaluation", "objective/kl", True)),
+    ),
     ("KL coefficient", "weight of the penalty", (("kl_coef", "kl_coef", False),)),
     ("Entropy", "nats a token", (("entropy", "entropy", False),)),
     ("Clip fraction", "share of tokens", (("policy", "clipfrac", False), ("value", "val/clipfrac_avg", False))),
@@ -131,12 +135,13 @@ def _charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def _chart(runs: Sequence[Run], title: str, unit: str, metrics: tuple[tuple[str, str, bool], ...]) -> dict[str, Any]:
     lines: list[Line] = []
     for i, run in enumerate(runs):
-        for label, name, evals in metrics:
+        for place, (label, name, evals) in enumerate(metrics):
             series = run.log.series(name, evals=evals)
             if series:
                 named = f"{run.name}: {label}" if len(runs) > 1 else label
                 colour = len(lines) % 6 if len(runs) == 1 else i
-                lines.append(Line(named, series.steps, series.values, colour, dashed=evals))
+                dashed = evals or (len(runs) > 1 and place > 0)
+                lines.append(Line(named, series.steps, series.values, colour, dashed))
     return _entry(title, unit, lines, line_chart(lines, f"{title}, {unit}"))
 
 
