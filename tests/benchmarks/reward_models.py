@@ -1,6 +1,6 @@
 """Reward models from real ratings: every objective beside two baselines, at several amounts of data.
 
-python tests/benchmarks/reward_models.py --model smollm2/ --ratings movie_ratings.tsv     # hours; --table prints again
+python tests/benchmarks/reward_models.py --model smollm2/ --ratings movie_ratings.tsv     # hours; then --table
 
 The file has one text a line with its raters' numbers (columns text and ratings). Sentences are split, never their
 raters. Each cell trains on the first so many sentences of one fixed order and is judged on the same held-out ones; its
@@ -12,15 +12,17 @@ import argparse
 import json
 import random
 import re
+import statistics
 import time
 from pathlib import Path
 
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import AutoTokenizer
 
 from trl_ext import FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, feedback
 from trl_ext.feedback import Feedback, Judged, judge
-from trl_ext.launch import scored_answers
+from trl_ext.launch import reference_scores, scored_answers
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "recipes" / "reward.md"
@@ -138,6 +140,49 @@ def run(args: argparse.Namespace) -> None:
             print(cell, f"Spearman {figures.spearman:.3f}", flush=True)
 
 
+def centre(args: argparse.Namespace, held_out: list) -> None:
+    """Beside each reward model's scores those of what the base says when it goes on from the held-out sentences' first
+    words."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    prompts = [" ".join(record.completion.split()[:6]) for record in held_out[:64]]
+    for path in sorted(args.out.glob("*/judgement.json")):
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        if figures.get("reference_mean") is not None or not (path.parent / "adapter_config.json").is_file():
+            continue
+        base = SharedBase.from_pretrained(
+            args.model, policy=None, value="head", reward=str(path.parent), dtype="float32"
+        )
+        scores = reference_scores(base, tokenizer, prompts, max_new_tokens=24)
+        figures |= {"reference_mean": statistics.fmean(scores), "reference_std": statistics.pstdev(scores)}
+        figures["centred_mean"] = figures["mean"] - figures["reference_mean"]
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def table(out: Path) -> str:
+    """All cells as Markdown, in the order of the objectives, more data to the right."""
+    cells: dict[tuple[str, int], dict] = {}
+    for path in out.glob("*/cell.json"):
+        cell = json.loads(path.read_text(encoding="utf-8"))
+        figures = json.loads((path.parent / "judgement.json").read_text(encoding="utf-8"))
+        cells[cell["objective"], cell["size"]] = cell | figures
+    sizes = sorted({size for _, size in cells})
+    lines = [
+        "| | " + " | ".join(f"{size:,} sentences" for size in sizes) + " | of the most: ECE | length | centred mean |",
+        "|---" * (len(sizes) + 4) + "|",
+    ]
+    for name in (*BASELINES, *OBJECTIVES):
+        found = [cells.get((name, size)) for size in sizes]
+        if not any(found):
+            continue
+        most = [cell for cell in found if cell][-1]
+        columns = [f"{cell['spearman']:.3f}, {cell['apart']:.1%}" if cell else "not measured" for cell in found]
+        centred = most.get("centred_mean")
+        shown = f"{centred / most['reference_std']:+.2f}" if centred is not None else ""
+        rest = [f"{most['expected_calibration_error']:.3f}", f"{most['length_correlation']:+.2f}", shown]
+        lines.append(f"| {name if name in BASELINES else f'`{name}`'} | " + " | ".join([*columns, *rest]) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="name or folder")
@@ -148,8 +193,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/reward_models"))
+    parser.add_argument("--table", action="store_true", help="write what there is into the docs, and train nothing")
     args = parser.parse_args()
-    run(args)
+    if not args.table:
+        run(args)
+        return
+    centre(args, split(args.ratings)[1])
+    before, rest = PAGE.read_text(encoding="utf-8").split(START)
+    page = f"{before}{START}\n{table(args.out)}\n{END}{rest.split(END)[1]}"
+    PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
