@@ -184,7 +184,12 @@ CASES: tuple[Case, ...] = (
         "a repetition penalty in generation that log-probs do not know",
         {"repetition_penalty": 1.3},
     ),
-    Case("negative_kl", "ppo", "16 tokens forced from every answer", {"generation_kwargs": {"min_new_tokens": 16}}),
+    Case(
+        "negative_kl",
+        "ppo",
+        "a hotter temperature in generation_kwargs, unknown to log-probs",
+        {"generation_kwargs": {"temperature": 1.8}},
+    ),
     Case("first_ratio", "ppo", "LoRA dropout 0.1 left on", {"disable_dropout": False}, lora={"lora_dropout": 0.1}),
     Case(
         "entropy_collapse",

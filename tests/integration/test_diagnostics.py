@@ -116,6 +116,18 @@ def test_a_resumed_run_is_diagnosed_from_its_beginning(tmp_path: Path) -> None:
     assert finding.steps == (2, 6), "three logs, two of them from before"
 
 
+def test_what_was_done_before_an_interruption_is_kept_and_not_done_again(tmp_path: Path) -> None:
+    settings = {"learning_rate": 1e-7, "total_episodes": 8 * 12, "save_strategy": "steps", "save_steps": 16}
+    rates = []
+    for checkpoint in (None, str(tmp_path / "out" / "checkpoint-16")):
+        trainer = trainer_for(tmp_path, **settings)
+        trainer.add_callback(DiagnosticsCallback(on_problem="act"))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        rates.append([row["learning_rate"] for row in rows_with(trainer, "learning_rate")])
+    assert rates[0] == rates[1]
+    assert rates[0][0] == 1e-7 and rates[0][-1] == pytest.approx(1e-4)
+
+
 def test_an_unknown_action() -> None:
     with pytest.raises(ValueError, match="on_problem is 'panic': choose one of warn, stop, act"):
         DiagnosticsCallback(on_problem="panic")

@@ -21,6 +21,8 @@ from trl_ext.types import Experience, as_text
 
 logger = logging.getLogger(__name__)
 
+# Not the class's name: Transformers would rebuild a callback of that name from its saved state.
+STATE_KEY = "trl_ext.diagnostics"
 ACTIONS = ("warn", "stop", "act")
 # Settings that PPO reads anew at every rollout or step, so that changing them changes the run.
 LIVE = ("kl_coef", "entropy_coef", "vf_coef", "missing_eos_penalty")
@@ -63,6 +65,9 @@ class DiagnosticsCallback(RolloutCallback):
         self._samples: list[Sample] = []
         self._measured: dict[str, list[float]] = {}
         self._config: dict[str, Any] = {}
+        # Part of the trainer's state: what was said before an interruption is neither said nor acted on again.
+        self._named: list[str] = []
+        self._settings: dict[str, Any] = {}
 
     def log_of(self, state: TrainerState) -> RunLog:
         """The run so far, as the rules see it."""
@@ -73,6 +78,10 @@ class DiagnosticsCallback(RolloutCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Note the settings."""
         self.findings, self._samples, self._measured = [], [], {}
+        saved = state.stateful_callbacks.get(STATE_KEY, {"named": [], "settings": {}})
+        self._named, self._settings = list(saved["named"]), dict(saved["settings"])
+        for name, value in self._settings.items():
+            setattr(args, name, value)
         self._config = {**args.to_dict(), "rollout_batch_size": getattr(args, "rollout_batch_size", None)}
         model = kwargs.get("model")
         precision = getattr(getattr(model, "causal_lm", model), "dtype", torch.float32)
@@ -133,10 +142,13 @@ class DiagnosticsCallback(RolloutCallback):
         for finding in diagnose(self.log_of(state), self.limits, self.rules):
             if finding.name not in known:
                 self.findings.append(finding)
-                if state.is_world_process_zero:
-                    logger.warning("%s", finding)
-                if finding.severity == "problem":
-                    self._do(finding, args, control, kwargs)
+                if finding.name not in self._named:
+                    self._named.append(finding.name)
+                    if state.is_world_process_zero:
+                        logger.warning("%s", finding)
+                    if finding.severity == "problem":
+                        self._do(finding, args, control, kwargs)
+        state.stateful_callbacks[STATE_KEY] = {"named": self._named, "settings": self._settings}
 
     def _write(self, args: Any, state: TrainerState) -> None:
         if state.is_world_process_zero and self._config:
@@ -155,6 +167,7 @@ class DiagnosticsCallback(RolloutCallback):
                 if name in LIVE and hasattr(args, name):
                     logger.warning("%s: %s changes from %s to %s.", finding.name, name, getattr(args, name), value)
                     setattr(args, name, value)
+                    self._settings[name] = value
                 elif name == "learning_rate" and kwargs.get("lr_scheduler") is not None:
                     scale_learning_rate(kwargs["optimizer"], kwargs["lr_scheduler"], value / args.learning_rate)
                     logger.warning("%s: learning_rate is multiplied by %.3g.", finding.name, value / args.learning_rate)

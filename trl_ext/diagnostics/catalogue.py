@@ -9,8 +9,9 @@ from trl_ext.diagnostics.finding import SEVERITIES, Finding, Rule
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
 
+GRADIENTS: tuple[Rule, ...] = (updates.gradients_not_finite, updates.gradients_absent, updates.gradients_explode)
 ON_SAMPLES: tuple[Rule, ...] = (
-    updates.bad_gradients,
+    *GRADIENTS,
     kl.sampling_differs,
     kl.negative_kl,
     kl.first_ratio,
@@ -35,7 +36,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "ppo": ON_SAMPLES,
     "online": ON_SAMPLES,
     "reward": (
-        updates.bad_gradients,
+        *GRADIENTS,
         preferences.length_bias,
         preferences.chance_level,
         preferences.overfit,
@@ -43,13 +44,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
         preferences.uncentred,
     ),
     "dpo": (
-        updates.bad_gradients,
+        *GRADIENTS,
         preferences.reference_mismatch,
         preferences.chance_level,
         preferences.margins_explode,
         preferences.likelihood_displacement,
     ),
-    "other": (updates.bad_gradients,),
+    "other": GRADIENTS,
 }
 
 

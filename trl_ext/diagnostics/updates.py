@@ -10,14 +10,15 @@ from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
 
 
-def bad_gradients(log: RunLog, limits: Limits) -> Finding | None:
-    """Gradients that are not finite, explode, or never arrive at a role."""
+def gradients_not_finite(log: RunLog, limits: Limits) -> Finding | None:
+    """Gradients that are NaN or infinite."""
     for name in ("grad_norm", "grad_norm/policy", "grad_norm/value"):
         norms = log.series(name)
         broken = [step for step, value in zip(norms.steps, norms.values, strict=True) if not math.isfinite(value)]
         if broken:
-            return _gradients(
+            return Finding(
                 "gradients_not_finite",
+                "problem",
                 "Gradients are not finite",
                 (broken[0], broken[-1]),
                 f"{name} is NaN or infinite in {len(broken)} logs, first at step {broken[0]}.",
@@ -26,11 +27,17 @@ def bad_gradients(log: RunLog, limits: Limits) -> Finding | None:
                 "blew up.",
                 Remedy("Lower the learning rate; in fp16 change to bf16.", _lower(log, 10)),
             )
+    return None
+
+
+def gradients_absent(log: RunLog, limits: Limits) -> Finding | None:
+    """Gradients that never arrive at a role."""
     for role in ("policy", "value"):
         norms = log.series(f"grad_norm/{role}")
         if len(norms) >= 3 and max(norms.values[-3:]) == 0.0 and log.series("score_std").recent(3) != 0.0:
-            return _gradients(
+            return Finding(
                 "gradients_absent",
+                "problem",
                 f"No gradient reaches the {role} role",
                 (norms.steps[-3], norms.steps[-1]),
                 f"grad_norm/{role} has been exactly 0 in the last three logs.",
@@ -41,24 +48,27 @@ def bad_gradients(log: RunLog, limits: Limits) -> Finding | None:
                     {"vf_coef": 0.1} if role == "value" else {"value_warmup_rollouts": 0},
                 ),
             )
-    norms = log.series("grad_norm")
-    if len(norms) >= limits.least_rows:
-        usual = median(norms.values)
-        if min(norms.values[-2:]) > limits.gradient_growth * max(usual, 1e-8):
-            return _gradients(
-                "gradients_explode",
-                "Gradients explode",
-                (norms.steps[-2], norms.steps[-1]),
-                f"The gradient norm is {norms.recent(2):.3g}, its median so far {usual:.3g}.",
-                {"grad_norm": norms.recent(2), "median": usual},
-                "too large a learning rate, or scores of another scale than before.",
-                Remedy("Lower the learning rate and clip gradients.", {**_lower(log, 10), "max_grad_norm": 1.0}),
-            )
     return None
 
 
-def _gradients(name, title, steps, evidence, figures, cause, remedy) -> Finding:  # type: ignore[no-untyped-def]
-    return Finding(name, "problem", title, steps, evidence, figures, cause, remedy)
+def gradients_explode(log: RunLog, limits: Limits) -> Finding | None:
+    """Gradients a hundred times as large as usual."""
+    norms = log.series("grad_norm")
+    if len(norms) < limits.least_rows:
+        return None
+    usual = median(norms.values)
+    if min(norms.values[-2:]) < limits.gradient_growth * max(usual, 1e-8):
+        return None
+    return Finding(
+        "gradients_explode",
+        "problem",
+        "Gradients explode",
+        (norms.steps[-2], norms.steps[-1]),
+        f"The gradient norm is {norms.recent(2):.3g}, its median so far {usual:.3g}.",
+        {"grad_norm": norms.recent(2), "median": usual},
+        "too large a learning rate, or scores of another scale than before.",
+        Remedy("Lower the learning rate and clip gradients.", {**_lower(log, 10), "max_grad_norm": 1.0}),
+    )
 
 
 def clipping_saturated(log: RunLog, limits: Limits) -> Finding | None:
