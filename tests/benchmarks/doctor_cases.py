@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from typing import Any
 
 from datasets import Dataset
 from transformers import AutoTokenizer
 
 from trl_ext import demo, feedback
-from trl_ext.rewards.similarity import chrf
 from trl_ext.rewards.texts import length_penalty, repetition_penalty
 from trl_ext.types import as_text
 
@@ -102,6 +102,11 @@ def from_thirty(prompts: list[Any], completions: list[Any], capital: list[str], 
     return [30 + score for score in demo.rate(prompts, completions, capital)]
 
 
+def errors(prompts: list[Any], completions: list[Any], capital: list[str], **kwargs: Any) -> list[float]:
+    """How far the exact rating is from the best one, as a penalty."""
+    return [score - 5 for score in demo.rate(prompts, completions, capital)]
+
+
 def words(completions: list[Any], **kwargs: Any) -> list[float]:
     """More words seem more helpful."""
     return [len(text.split()) / 4 for text in _texts(completions)]
@@ -117,8 +122,10 @@ def brevity(completions: list[Any], **kwargs: Any) -> list[float]:
     return [-len(text.split()) / 4 for text in _texts(completions)]
 
 
-same_reference = chrf("The capital of France is Paris.")
-"""Similarity to a reference, the same one for every prompt where each should have its own."""
+def same_reference(completions: list[Any], **kwargs: Any) -> list[float]:
+    """Similarity to a reference, the same one for every prompt where each should have its own."""
+    reference = "The capital of France is Paris."
+    return [4 * SequenceMatcher(None, reference, text).ratio() for text in _texts(completions)]
 
 
 def exact(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
@@ -187,8 +194,9 @@ CASES: tuple[Case, ...] = (
     Case(
         "negative_kl",
         "ppo",
-        "a hotter temperature in generation_kwargs, unknown to log-probs",
-        {"generation_kwargs": {"temperature": 1.8}},
+        "answers forced on to 16 tokens, and scored by their errors",
+        {"generation_kwargs": {"min_new_tokens": 16}, "score_normalization": "none", "whiten_advantages": False},
+        functions=(errors,),
     ),
     Case("first_ratio", "ppo", "LoRA dropout 0.1 left on", {"disable_dropout": False}, lora={"lora_dropout": 0.1}),
     Case(
@@ -262,7 +270,12 @@ CASES: tuple[Case, ...] = (
         cure={},
     ),
     Case("chance_level", "reward", "half of the pairs turned round", pairs=mixed_up, cured_pairs=as_they_are, cure={}),
-    Case("saturated", "reward", "a learning rate ten times too large", {"learning_rate": 1e-2}),
+    Case(
+        "saturated",
+        "reward",
+        "steps three times too large, five times as many, and nothing that holds the scores",
+        {"learning_rate": 3e-3, "num_train_epochs": 15, "center_rewards_coefficient": None},
+    ),
     Case("uncentred", "reward", "nothing that keeps the scores centred", {"center_rewards_coefficient": None}),
     Case(
         "likelihood_displacement",

@@ -47,6 +47,8 @@ class Limits:
         uncentred: mean score in units of the mean margin.
         saturated_margin: margin at which sigmoid leaves no gradient (exp(-10) = 5e-5).
         length_bias: share of pairs whose longer answer wins, or a rank correlation of score and length beyond people's.
+        still: DPO's margin (in units of beta times nats) up to which the policy has not moved; its accuracy is then the
+            sign of rounding errors.
         displacement: nats a chosen answer that its log-probability may fall.
         dpo_margin: DPO's margin (in units of beta times nats) at which its loss leaves no gradient.
         reference_gap: DPO's first rewards: 0 in theory.
@@ -79,13 +81,14 @@ class Limits:
     fighting: float = -0.3
     dominates: float = 10.0
     gradient_growth: float = 100.0
-    prompts_at_max_length: float = 0.5
+    prompts_at_max_length: float = 0.8
     overfit_accuracy: float = 0.15
     overfit_loss: float = 1.2
     chance: float = 0.06
     uncentred: float = 3.0
     saturated_margin: float = 10.0
     length_bias: float = 0.65
+    still: float = 1e-3
     displacement: float = 2.0
     dpo_margin: float = 10.0
     reference_gap: float = 0.05

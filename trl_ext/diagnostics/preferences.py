@@ -35,17 +35,19 @@ def chance_level(log: RunLog, limits: Limits) -> Finding | None:
     held_out, trained = log.series("accuracy", evals=True), log.series("accuracy")
     accuracy = held_out if held_out else trained
     # Ties count as wrong in TRL's accuracies: a model that has not moved may have fewer than half in order.
-    if len(trained) < limits.least_rows or accuracy.recent() > 0.5 + limits.chance:
+    dpo, margin = log.kind == "dpo", log.series("margin")
+    still = dpo and abs(margin.recent()) < limits.still
+    if len(trained) < limits.least_rows or (accuracy.recent() > 0.5 + limits.chance and not still):
         return None
-    if trained.recent() > 0.5 + 2 * limits.chance:
+    if trained.recent() > 0.5 + 2 * limits.chance and not still:
         return None  # it learns its pairs, so this is overfitting
-    dpo = log.kind == "dpo"
     return Finding(
         "chance_level",
         "problem",
-        "Accuracy stays at one half",
+        "Accuracy stays at one half" if not still else "Margins stay at 0",
         log.steps,
-        f"{accuracy.recent():.0%} of the pairs are in order, and {trained.recent():.0%} of those in training.",
+        f"{accuracy.recent():.0%} of the pairs are in order, and {trained.recent():.0%} of those in training, with a mean "
+        f"margin of {margin.recent():.2g}.",
         {"accuracy": accuracy.recent()},
         "steps too small to learn, pairs whose two sides were mixed up, or answers cut before they differ.",
         Remedy(

@@ -239,8 +239,8 @@ def _weights(names: list[str], weights: dict[str, float], changed: str, factor: 
 
 def prompts_truncated(log: RunLog, limits: Limits) -> Finding | None:
     """Something cut the prompts to one length."""
-    share, prompts = log.series("prompts/at_max_length"), log.series("prompts/distinct")
-    if not share or share.recent() < limits.prompts_at_max_length or prompts.recent() < 0.2:
+    share = log.series("prompts/at_max_length")
+    if not share or share.recent() < limits.prompts_at_max_length:
         return None
     length = log.series("prompts/mean_length").recent()
     return Finding(
