@@ -11,7 +11,9 @@ import argparse
 import json
 import logging
 import shutil
+import statistics
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ from trl_ext import (
 from trl_ext.diagnostics import Finding, diagnose
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "diagnostics" / "index.md"
+START, END = "<!-- confusion: begin -->", "<!-- confusion: end -->"
 USUAL = {"ppo": PPO, "reward": REWARD, "dpo": DPO}
 ALWAYS = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
 # Every variation here is a run in which nothing is wrong.
@@ -203,6 +207,51 @@ def do(case: Case, state: str, seed: int, out: Path) -> None:
     print(f"{path.stem}: {names} well {result['well']:.2f} {result['seconds']:.0f} s {result['died']}", flush=True)
 
 
+# What has been run -----------------------------------------------------------------------------------------------------
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    """Every kept result, with the findings of its last diagnosis in the doctor's order."""
+    kept = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
+    for result in kept:
+        standing = [finding for finding in result["found"] if finding["rank_at_end"]]
+        result["order"] = [f["name"] for f in sorted(standing, key=lambda finding: finding["rank_at_end"])]
+    return kept
+
+
+def table(out: Path) -> str:
+    """Per mistake: how often it was named among the first two, when, and what the remedy did; and the healthy runs."""
+    runs = results(out)
+    lines = [
+        "| mistake | named among the first two | first named at step | other findings | before | after the remedy | gone |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    named = total = 0
+    for case in CASES:
+        mine = [r for r in runs if (r["case"], r["kind"], r["note"]) == (case.finds, case.kind, case.note)]
+        sick = [r for r in mine if r["state"] == "mistaken"]
+        cured = [r for r in mine if r["state"] == "cured"]
+        if not sick:
+            continue
+        hits = [r for r in sick if case.finds in r["order"][:2]]
+        named, total = named + len(hits), total + len(sick)
+        steps = [f["step"] for r in sick for f in r["found"] if f["name"] == case.finds]
+        others = Counter(name for r in sick for name in r["order"] if name != case.finds)
+        gone = sum(case.finds not in [f["name"] for f in r["found"]] for r in cured)
+        wells = [f"{statistics.median(r['well'] for r in part):.0%}" if part else "" for part in (sick, cured)]
+        lines.append(
+            f"| [`{case.finds}`]({case.finds}.md), {case.kind}: {case.note} | {len(hits)} of {len(sick)} | "
+            f"{int(statistics.median(steps)) if steps else ''} | {', '.join(f'{n} {c}' for n, c in others.items())} | "
+            f"{wells[0]} | {wells[1]} | {f'{gone} of {len(cured)}' if cured else ''} |"
+        )
+    healthy = [r for r in runs if r["state"] == "healthy"]
+    false = [f["name"] for r in healthy for f in r["found"] if f["severity"] == "problem"]
+    lines += ["", f"Named among the first two in {named} of {total} runs with a mistake."]
+    shown = f": {', '.join(false)}" if false else ""
+    lines.append(f"{len(false)} findings of severity problem in {len(healthy)} healthy runs{shown}.")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/doctor"))
@@ -210,7 +259,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="findings, or 'healthy'")
     parser.add_argument("--states", nargs="+", default=["mistaken", "cured"])
     parser.add_argument("--kind", choices=("ppo", "reward", "dpo"))
+    parser.add_argument("--table", action="store_true", help="write what has been run into the docs, and run nothing")
     args = parser.parse_args()
+    if args.table:
+        before, rest = PAGE.read_text(encoding="utf-8").split(START)
+        PAGE.write_text(f"{before}{START}\n{table(args.out)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     logging.getLogger("trl_ext").setLevel(logging.ERROR)
     for seed in args.seeds:

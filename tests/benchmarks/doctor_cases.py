@@ -125,7 +125,7 @@ def brevity(completions: list[Any], **kwargs: Any) -> list[float]:
 def same_reference(completions: list[Any], **kwargs: Any) -> list[float]:
     """Similarity to a reference, the same one for every prompt where each should have its own."""
     reference = "The capital of France is Paris."
-    return [4 * SequenceMatcher(None, reference, text).ratio() for text in _texts(completions)]
+    return [8 * SequenceMatcher(None, reference, text).ratio() for text in _texts(completions)]
 
 
 def exact(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
@@ -245,7 +245,13 @@ CASES: tuple[Case, ...] = (
         cured_functions=(on_topic, repetition_penalty()),
         cure={"reward_weights": [1.0, 10.0]},
     ),
-    Case("mode_collapse", "ppo", "one reference text for all prompts", {"kl_coef": 0.01}, functions=(same_reference,)),
+    Case(
+        "mode_collapse",
+        "ppo",
+        "one reference text for all prompts",
+        {"kl_coef": 0.01, "total_episodes": 1920},
+        functions=(same_reference,),
+    ),
     Case(
         "over_optimisation",
         "ppo",
