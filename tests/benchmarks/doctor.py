@@ -207,7 +207,7 @@ def do(case: Case, state: str, seed: int, out: Path) -> None:
     print(f"{path.stem}: {names} well {result['well']:.2f} {result['seconds']:.0f} s {result['died']}", flush=True)
 
 
-# What has been run -----------------------------------------------------------------------------------------------------
+# What has been run ---------------------------------------------------------------------------------------------------
 
 
 def results(out: Path) -> list[dict[str, Any]]:
@@ -223,7 +223,7 @@ def table(out: Path) -> str:
     """Per mistake: how often it was named among the first two, when, and what the remedy did; and the healthy runs."""
     runs = results(out)
     lines = [
-        "| mistake | named among the first two | first named at step | other findings | before | after the remedy | gone |",
+        "| mistake | in first two | at step | other findings | well before | after the remedy | gone |",
         "|---|---|---|---|---|---|---|",
     ]
     named = total = 0

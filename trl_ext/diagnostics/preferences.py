@@ -46,8 +46,8 @@ def chance_level(log: RunLog, limits: Limits) -> Finding | None:
         "problem",
         "Accuracy stays at one half" if not still else "Margins stay at 0",
         log.steps,
-        f"{accuracy.recent():.0%} of the pairs are in order, {trained.recent():.0%} of those in training; the mean margin "
-        f"is {margin.recent():.2g}.",
+        f"{accuracy.recent():.0%} of the pairs are in order, {trained.recent():.0%} of those in training; their "
+        f"mean margin is {margin.recent():.2g}.",
         {"accuracy": accuracy.recent()},
         "steps too small to learn, pairs whose two sides were mixed up, or answers cut before they differ.",
         Remedy(
