@@ -2,7 +2,7 @@
 
 python tests/benchmarks/reward_models.py --model smollm2/ --ratings movie_ratings.tsv     # hours; then --table
 
-Needs `pip install -e ".[sentiment,feedback,benchmarks]"`. The file has one text a line with its raters' numbers (columns
+Needs `pip install -e ".[sentiment,feedback,benchmarks]"`. The file has a text a line with its raters' numbers (columns
 text and ratings). Sentences are split, never their raters. Each cell trains on the first so many sentences of one fixed
 order and is judged on the same held-out ones; its figures are written to the folder at once, and a cell that is there
 already is not trained again, so that several processes, each with its --objectives, can share the work.
