@@ -128,6 +128,20 @@ def test_what_was_done_before_an_interruption_is_kept_and_not_done_again(tmp_pat
     assert rates[0][0] == 1e-7 and rates[0][-1] == pytest.approx(1e-4)
 
 
+def test_a_resumed_run_keeps_its_completions_and_its_yardstick(tmp_path: Path) -> None:
+    settings = {"total_episodes": 8 * 6, "save_strategy": "steps", "save_steps": 6, "logging_steps": 4}
+    kept = []
+    for checkpoint in (None, str(tmp_path / "out" / "checkpoint-6")):
+        trainer = trainer_for(tmp_path, **settings)
+        trainer.add_callback(DiagnosticsCallback(yardstick=dogs))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_state()
+        yardstick = [row["yardstick/dogs"] for row in rows_with(trainer, "yardstick/dogs")]
+        kept.append((yardstick, read_run(tmp_path / "out").samples))
+    assert len(kept[0][0]) == 3 and len(kept[0][1]) == 6 * 8
+    assert kept[0] == kept[1], "the checkpoint lies between two logs"
+
+
 def test_an_unknown_action() -> None:
     with pytest.raises(ValueError, match="on_problem is 'panic': choose one of warn, stop, act"):
         DiagnosticsCallback(on_problem="panic")

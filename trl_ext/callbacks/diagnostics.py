@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import json
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -28,6 +30,7 @@ ACTIONS = ("warn", "stop", "act")
 LIVE = ("kl_coef", "entropy_coef", "vf_coef", "missing_eos_penalty")
 PACKAGES = ("trl-ext", "trl", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "torch")
 MOST_PAIRS = 5_000
+MOST_SAMPLES = 400  # of rollouts; those of evaluations are all kept
 
 Yardstick = Callable[..., Sequence[float | None]]
 
@@ -62,33 +65,35 @@ class DiagnosticsCallback(RolloutCallback):
         self.findings: list[Finding] = []
         """What was found, each once, as it was first seen."""
         self._keep = samples
-        self._samples: list[Sample] = []
-        self._measured: dict[str, list[float]] = {}
+        self._latest: deque[Sample] = deque(maxlen=MOST_SAMPLES)
+        self._watched: list[Sample] = []
         self._config: dict[str, Any] = {}
         # Part of the trainer's state: what was said before an interruption is neither said nor acted on again.
-        self._named: list[str] = []
-        self._settings: dict[str, Any] = {}
+        self._saved: dict[str, Any] = _nothing_yet()
 
     def log_of(self, state: TrainerState) -> RunLog:
         """The run so far, as the rules see it."""
-        return RunLog.of(state.log_history, self._config, self._samples)
+        return RunLog.of(state.log_history, self._config, [*self._watched, *self._latest])
 
     # Events -----------------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Note the settings."""
-        self.findings, self._samples, self._measured = [], [], {}
-        saved = state.stateful_callbacks.get(STATE_KEY, {"named": [], "settings": {}})
-        self._named, self._settings = list(saved["named"]), dict(saved["settings"])
-        for name, value in self._settings.items():
+        """Note the settings; take up what an interrupted run had said, done and seen."""
+        self.findings = []
+        self._saved = copy.deepcopy(state.stateful_callbacks.get(STATE_KEY)) or _nothing_yet()
+        state.stateful_callbacks[STATE_KEY] = self._saved
+        for name, value in self._saved["settings"].items():
             setattr(args, name, value)
+        before = _samples_before(Path(args.output_dir), state.global_step)
+        self._watched = [sample for sample in before if sample.watched]
+        self._latest = deque((sample for sample in before if not sample.watched), MOST_SAMPLES)
         self._config = {**args.to_dict(), "rollout_batch_size": getattr(args, "rollout_batch_size", None)}
         model = kwargs.get("model")
         precision = getattr(getattr(model, "causal_lm", model), "dtype", torch.float32)
         self._config["dtype"] = str(precision).removeprefix("torch.")
         share = _longer_chosen(kwargs.get("train_dataloader"))
         if share is not None:
-            self._measured["data/longer_chosen"] = [share]
+            self._saved["measured"]["data/longer_chosen"] = [share]
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -104,20 +109,20 @@ class DiagnosticsCallback(RolloutCallback):
         self, args: Any, state: TrainerState, control: Any, experience: Experience, metrics: dict[str, float]
     ) -> None:
         """Keep some completions, and have the yardstick judge all of them."""
-        self._samples += samples_of(experience, state.global_step, self._keep)
+        self._latest += samples_of(experience, state.global_step, self._keep)
         rollout = experience.rollout
         if self.yardstick is not None:
             name = getattr(self.yardstick, "__name__", type(self.yardstick).__name__)
             given = self.yardstick(prompts=rollout.prompts, completions=rollout.completions)
             values = [float(value) for value in given if value is not None]
             if values:
-                self._measured.setdefault(f"yardstick/{name}", []).append(sum(values) / len(values))
+                self._saved["measured"].setdefault(f"yardstick/{name}", []).append(sum(values) / len(values))
 
     def on_evaluation_end(
         self, args: Any, state: TrainerState, control: Any, experience: Experience, metrics: dict[str, float]
     ) -> None:
         """Keep the first prompts' answers: the same prompts every time."""
-        self._samples += samples_of(experience, state.global_step, self._keep, watched=True)
+        self._watched += samples_of(experience, state.global_step, self._keep, watched=True)
         self._write(args, state)
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -135,25 +140,26 @@ class DiagnosticsCallback(RolloutCallback):
         if not logs or not state.log_history:
             return
         if not any(name.startswith("eval_") for name in logs):
+            measured = {name: sum(values) / len(values) for name, values in self._saved["measured"].items()}
             for row in (logs, state.log_history[-1]):
-                row.update({name: sum(values) / len(values) for name, values in self._measured.items()})
-            self._measured = {}
+                row.update(measured)
+            self._saved["measured"].clear()
         known = {finding.name for finding in self.findings}
         for finding in diagnose(self.log_of(state), self.limits, self.rules):
             if finding.name not in known:
                 self.findings.append(finding)
-                if finding.name not in self._named:
-                    self._named.append(finding.name)
+                if finding.name not in self._saved["named"]:
+                    self._saved["named"].append(finding.name)
                     if state.is_world_process_zero:
                         logger.warning("%s", finding)
                     if finding.severity == "problem":
                         self._do(finding, args, control, kwargs)
-        state.stateful_callbacks[STATE_KEY] = {"named": self._named, "settings": self._settings}
 
     def _write(self, args: Any, state: TrainerState) -> None:
         if state.is_world_process_zero and self._config:
             findings = [{**asdict(finding), "samples": []} for finding in self.findings]
-            known = {"findings": findings, "samples": [asdict(sample) for sample in self._samples]}
+            samples = [asdict(sample) for sample in (*self._watched, *self._latest)]
+            known = {"findings": findings, "samples": samples}
             path = Path(args.output_dir) / "diagnostics.json"
             path.write_text(json.dumps(known, default=str) + "\n", encoding="utf-8")
 
@@ -167,10 +173,24 @@ class DiagnosticsCallback(RolloutCallback):
                 if name in LIVE and hasattr(args, name):
                     logger.warning("%s: %s changes from %s to %s.", finding.name, name, getattr(args, name), value)
                     setattr(args, name, value)
-                    self._settings[name] = value
+                    self._saved["settings"][name] = value
                 elif name == "learning_rate" and kwargs.get("lr_scheduler") is not None:
                     scale_learning_rate(kwargs["optimizer"], kwargs["lr_scheduler"], value / args.learning_rate)
                     logger.warning("%s: learning_rate is multiplied by %.3g.", finding.name, value / args.learning_rate)
+
+
+def _nothing_yet() -> dict[str, Any]:
+    """Names of findings that were said, settings that were changed, and what was measured since the last log."""
+    return {"named": [], "settings": {}, "measured": {}}
+
+
+def _samples_before(folder: Path, step: int) -> list[Sample]:
+    """What a run that goes on from `step` had kept by then."""
+    path = folder / "diagnostics.json"
+    if step == 0 or not path.is_file():
+        return []
+    kept = [Sample(**sample) for sample in json.loads(path.read_text(encoding="utf-8"))["samples"]]
+    return [sample for sample in kept if sample.step <= step]
 
 
 def samples_of(experience: Experience, step: int, count: int, watched: bool = False) -> list[Sample]:
