@@ -181,9 +181,9 @@ def save_judgement(
     reliable.set_xlabel("predicted chance")
     reliable.set_ylabel("share that came true")
     reliable.set_title(f"ECE {judgement.expected_calibration_error:.3f}", fontsize=10)
-    names = [f"from {least:.2g}" for least, _ in judgement.accuracy_by_strength]
+    names = [f"{least:.1f} and up" for least, _ in judgement.accuracy_by_strength]
     strong.bar(range(len(names)), [share for _, share in judgement.accuracy_by_strength], color="#0072b2")
-    strong.set_xticks(range(len(names)), names)
+    strong.set_xticks(range(len(names)), names, fontsize=8)
     strong.set_ylim(0, 1)
     strong.set_xlabel("difference in worth, by quarters")
     strong.set_ylabel("pair accuracy")
