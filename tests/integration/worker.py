@@ -1,0 +1,73 @@
+"""One process of a PPO run on a tiny model; tests/integration/test_processes.py starts one of it, or two.
+
+python worker.py MODEL OUT      # beside what torchrun sets
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+from tests.helpers import prompt_dataset, word_tokenizer
+from trl_ext import AdaptiveKLCallback, DiagnosticsCallback, PIKLController, PPOConfig, PPOTrainer
+
+
+def cats(completions: list[str], **_: object) -> list[float]:
+    """Say cat; a quarter of the answers is not judged."""
+    return [float(text.split().count("cat")) - 0.1 * len(text) for text in completions]
+
+
+def short(completion_ids: list[list[int]], **_: object) -> list[float | None]:
+    """Short answers, those of even length alone."""
+    return [-0.2 * len(ids) if len(ids) % 2 == 0 else None for ids in completion_ids]
+
+
+def main() -> None:
+    model, out = sys.argv[1], Path(sys.argv[2])
+    processes = PartialState(cpu=True).num_processes
+    args = PPOConfig(
+        str(out),
+        per_device_train_batch_size=8 // processes,
+        gradient_accumulation_steps=2,
+        num_mini_batches=2,
+        num_ppo_epochs=2,
+        total_episodes=32 * 4,
+        max_completion_length=6,
+        generation_kwargs={"do_sample": False},  # the same answers however prompts are dealt out
+        score_normalization="running",
+        whiten_rewards=True,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        missing_eos_penalty=0.3,
+        eval_strategy="steps",
+        eval_steps=8,
+        per_device_eval_batch_size=4 // processes,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    prompts = prompt_dataset(70)
+    trainer = PPOTrainer(
+        model,
+        [cats, short],
+        args,
+        prompts,
+        prompts.select(range(5)),  # uneven, for two processes and for batches of four
+        word_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[AdaptiveKLCallback(PIKLController(init=0.1, target=0.5, horizon=64)), DiagnosticsCallback()],
+    )
+    trainer.train()
+    if trainer.is_world_process_zero():
+        trained = {name: p.detach().clone() for name, p in trainer.base.named_parameters() if p.requires_grad}
+        save_file(trained, out / "trained.safetensors")
+        (out / "logs.json").write_text(json.dumps([processes, trainer.state.log_history]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
