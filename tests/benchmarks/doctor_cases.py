@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from functools import cache
 from typing import Any
 
 from datasets import Dataset
@@ -131,7 +132,7 @@ def same_reference(completions: list[Any], **kwargs: Any) -> list[float]:
 def exact(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
     """The demo's exact ratings, told from the prompt alone: what the reward model stands for."""
     asked = [re.sub(r"[?.]$", "", as_text(prompt)) for prompt in prompts]
-    found = [next((c for name, c in CAPITALS.items() if re.search(rf"\b{name}\b", text)), "") for text in asked]
+    found = [next((c for name, c in capitals().items() if re.search(rf"\b{name}\b", text)), "") for text in asked]
     return demo.rate(prompts, completions, found)
 
 
@@ -180,7 +181,11 @@ def few(pairs: Dataset, seed: int) -> Dataset:
     return pairs.shuffle(seed=seed).select(range(80))
 
 
-CAPITALS = {row["country"]: row["capital"] for row in demo.load("exam")}
+@cache
+def capitals() -> dict[str, str]:
+    """Every country's."""
+    return {row["country"]: row["capital"] for row in demo.load("exam")}
+
 
 CASES: tuple[Case, ...] = (
     Case("kl_runs_away", "ppo", "no KL penalty", {"kl_coef": 0.0}),
