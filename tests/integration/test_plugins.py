@@ -459,6 +459,21 @@ def test_running_moments_survive_resuming(tmp_path: Path) -> None:
     assert states[0]["count"] == [32.0]
 
 
+def test_an_evaluation_before_training_is_on_the_scale_of_those_after_it(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"score_normalization": "reference", "normalization_samples": 16, "learning_rate": 0.0}
+    ends = []
+    for name, how in {
+        "plain": {},
+        "looked": {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True},
+    }.items():
+        trainer = trainer_for(tmp_path / name, **settings, **how)
+        trainer.train()
+        ends.append([row["objective/scores"] for row in rows_with(trainer, "objective/scores")])
+    assert ends[0] == ends[1], "looking changes nothing"
+    looked = [row["eval_objective/scores"] for row in rows_with(trainer, "eval_objective/scores")]
+    assert len(looked) == 3 and len(set(looked)) == 1, "nothing was learned, so nothing may change"
+
+
 # What goes wrong -----------------------------------------------------------------------------------------------------
 
 

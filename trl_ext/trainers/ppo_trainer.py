@@ -272,6 +272,8 @@ class PPOTrainer(Checkpoints, BaseTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Answer every prompt once, always with the same random numbers, and report the rollout's metrics."""
+        if self.collector.combination.needs_reference and self.train_dataset is not None:
+            self.collector.normalize_by_reference(self.train_dataset, self.state)
         with self._saved_on_failure():
             judged = self.collector.all_of(dataloader, self.state)
         experience = make_experience(judged, self.args)
