@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from trl_ext.feedback import Judged
@@ -19,19 +20,28 @@ from trl_ext.types import as_text
 
 
 @torch.no_grad()
-def scored_answers(base: SharedBase, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> list[Judged]:
+def scored_answers(
+    base: SharedBase, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int = 32
+) -> list[Judged]:
     """The answers of `rows` with what people gave them and the reward role's score, for `trl_ext.feedback.judge`.
 
     Args:
         rows: with the columns of any objective: chosen and rejected, completion and rating or label, completions and
             ranks.
+        batch_size: answers of one forward; those of like length go together.
     """
-    answers = []
-    for prompt, answer, worth, group in _answers(rows):
-        ids = torch.tensor([sequence_ids(tokenizer, prompt, answer)], device=base.device)
-        score = float(base.scores(ids, torch.ones_like(ids)))
-        answers.append(Judged(group, worth, score, len(as_text(answer))))
-    return answers
+    answers = list(_answers(rows))
+    sequences = [torch.tensor(sequence_ids(tokenizer, prompt, answer)) for prompt, answer, _, _ in answers]
+    scores = torch.zeros(len(answers))
+    for part in torch.tensor([len(ids) for ids in sequences]).argsort().split(batch_size):
+        ids = pad_sequence([sequences[i] for i in part.tolist()], batch_first=True)
+        lengths = torch.tensor([len(sequences[i]) for i in part.tolist()])
+        mask = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
+        scores[part] = base.scores(ids.to(base.device), mask.to(base.device)).float().cpu()
+    return [
+        Judged(group, worth, score, len(as_text(answer)))
+        for (_, answer, worth, group), score in zip(answers, scores.tolist(), strict=True)
+    ]
 
 
 @torch.no_grad()
