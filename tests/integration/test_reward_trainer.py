@@ -11,6 +11,7 @@ from peft import LoraConfig
 
 from tests.helpers import saved_model, word_tokenizer
 from trl_ext import FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, feedback
+from trl_ext.trainers.probing import probe_data
 
 ANSWERS = [" dog", " bird", " tree", " cat"]  # from bad to good
 OBJECTIVES = ["pairwise", "regression", "binary", "ranking", "all_pairs", "probe"]
@@ -97,6 +98,16 @@ def test_the_probe_leaves_the_trunk_alone(tmp_path: Path) -> None:
     trainer = train("probe", tmp_path, num_train_epochs=1)
     lora_b = [parameter for name, parameter in trainer.model.named_parameters() if "lora_B" in name]
     assert lora_b and all(not parameter.any() for parameter in lora_b)
+
+
+def test_the_probe_reads_the_same_in_batches_of_any_size(tmp_path: Path) -> None:
+    trainer = train("probe", tmp_path, num_train_epochs=1)
+    rows = trainer.train_dataset.map(lambda row, i: {"chosen_ids": row["chosen_ids"] * (1 + i % 3)}, with_indices=True)
+    alone, together = (probe_data(trainer.model, rows, size) for size in (1, 5))
+    assert torch.equal(alone.pairs, together.pairs)
+    torch.testing.assert_close(together.features, alone.features, rtol=1e-5, atol=1e-6)
+    lengths = {len(ids) for row in rows for ids in (row["chosen_ids"], row["rejected_ids"])}
+    assert len(lengths) > 2, "some of them are padded"
 
 
 def test_padding_and_order_do_not_matter_to_the_loss(tmp_path: Path) -> None:

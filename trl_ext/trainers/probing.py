@@ -35,29 +35,39 @@ def score_head(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def probe_data(model: Any, dataset: Dataset) -> ProbeData:
-    """Read every answer once.
+def probe_data(model: Any, dataset: Dataset, batch_size: int = 32) -> ProbeData:
+    """Read every different answer once.
 
     Args:
         model: a sequence classifier with `score` on its last hidden states.
         dataset: rows of `chosen_ids`, `rejected_ids` and perhaps `margin`, as TRL's RewardTrainer keeps them.
+        batch_size: answers of one forward; those of like length go together.
     """
     numbers: dict[tuple[int, ...], int] = {}
-    features: list[Tensor] = []
-    pairs: list[list[int]] = []
+    pairs = [
+        [numbers.setdefault(tuple(row[side]), len(numbers)) for side in ("chosen_ids", "rejected_ids")]
+        for row in dataset
+    ]
+    given: list[Tensor] = []
+    features: dict[int, Tensor] = {}
     # What the head is given is what it can read, whatever the architecture does before it.
-    hook = score_head(model).register_forward_pre_hook(lambda _, given: features.append(given[0][0, -1].double()))
+    hook = score_head(model).register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     try:
-        for row in dataset:
-            pairs.append([])
-            for ids in (tuple(row["chosen_ids"]), tuple(row["rejected_ids"])):
-                if ids not in numbers:
-                    numbers[ids] = len(numbers)
-                    model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-                pairs[-1].append(numbers[ids])
+        answers = sorted(numbers, key=len)
+        for start in range(0, len(answers), batch_size):
+            part = answers[start : start + batch_size]
+            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(answer) for answer in part], batch_first=True)
+            lengths = torch.tensor([len(answer) for answer in part])
+            mask = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()
+            model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+            hidden = given.pop()
+            for row, answer in enumerate(part):
+                features[numbers[answer]] = hidden[row, len(answer) - 1].double().cpu()
     finally:
         hook.remove()
     margins = dataset["margin"] if "margin" in dataset.column_names else [0.0] * len(pairs)
     return ProbeData(
-        torch.stack(features).cpu(), torch.tensor(pairs), torch.tensor([float(m) for m in margins], dtype=torch.float64)
+        torch.stack([features[i] for i in range(len(numbers))]),
+        torch.tensor(pairs),
+        torch.tensor([float(m) for m in margins], dtype=torch.float64),
     )
