@@ -11,6 +11,7 @@ from torch import Tensor
 # Weights of the penalty to choose from, largest first: each fit starts where the one before ended.
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 FOLDS = 3
+PATIENCE = 2  # penalties in a row that may do worse than the best before
 
 
 def fit_probe(differences: Tensor, margins: Tensor, penalty: float, start: Tensor | None = None) -> Tensor:
@@ -64,19 +65,26 @@ def choose_penalty(features: Tensor, pairs: Tensor, margins: Tensor, penalties: 
     folds = torch.randperm(len(features), generator=torch.Generator().manual_seed(0)).to(pairs.device) % FOLDS
     better, worse = pairs.unbind(dim=1)
     differences = features[better] - features[worse]
-    losses = torch.zeros(len(penalties), dtype=torch.float64)
-    validated = 0
+    parts = []
     for fold in range(FOLDS):
         inside = (folds[better] == fold) & (folds[worse] == fold)
         outside = (folds[better] != fold) & (folds[worse] != fold)
-        if not inside.any() or not outside.any():
-            continue
-        validated += 1
-        weights = None
-        for i, penalty in enumerate(penalties):
-            weights = fit_probe(differences[outside], margins[outside], penalty, weights)
-            losses[i] += _loss(differences[inside].double() @ weights, margins[inside].double()).cpu()
-    return float(penalties[int(losses.argmin())] if validated else penalties[len(penalties) // 2])
+        if inside.any() and outside.any():
+            parts.append((inside, outside))
+    if not parts:
+        return float(penalties[len(penalties) // 2])
+    weights: list[Tensor | None] = [None] * len(parts)
+    losses: list[float] = []
+    for penalty in penalties:
+        total = 0.0
+        for i, (inside, outside) in enumerate(parts):
+            fitted = fit_probe(differences[outside], margins[outside], penalty, weights[i])
+            weights[i] = fitted
+            total += float(_loss(differences[inside].double() @ fitted, margins[inside].double()))
+        losses.append(total)
+        if len(losses) - 1 - losses.index(min(losses)) == PATIENCE:
+            break  # smaller ones fit noise, and take ever longer
+    return float(penalties[losses.index(min(losses))])
 
 
 def _loss(gaps: Tensor, margins: Tensor) -> Tensor:
