@@ -5,6 +5,7 @@ from __future__ import annotations
 from trl_ext.diagnostics.finding import Finding, Remedy
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
+from trl_ext.diagnostics.updates import lower_rate
 
 # Reward models -------------------------------------------------------------------------------------------------------
 
@@ -91,7 +92,7 @@ def saturated(log: RunLog, limits: Limits) -> Finding | None:
         f"The mean margin between chosen and rejected is {margin.recent():.1f}.",
         {"margin": margin.recent()},
         "too large steps or too many epochs; PPO would exploit scores of such a scale.",
-        Remedy("Smaller steps and centred scores.", {**_lower(log, 10), "center_rewards_coefficient": 0.01}),
+        Remedy("Smaller steps and centred scores.", {**lower_rate(log, 10), "center_rewards_coefficient": 0.01}),
     )
 
 
@@ -191,10 +192,5 @@ def margins_explode(log: RunLog, limits: Limits) -> Finding | None:
         f"From {margin.start():.1f} to {margin.recent():.1f}, in units of beta times nats.",
         {"margin": margin.recent()},
         "too large steps, or too many epochs over the same pairs.",
-        Remedy("Take smaller steps.", _lower(log, 10)),
+        Remedy("Take smaller steps.", lower_rate(log, 10)),
     )
-
-
-def _lower(log: RunLog, times: float) -> dict[str, float]:
-    rate = log.setting("learning_rate")
-    return {"learning_rate": float(f"{float(rate) / times:.1g}")} if rate else {}

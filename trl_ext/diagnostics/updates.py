@@ -25,7 +25,7 @@ def gradients_not_finite(log: RunLog, limits: Limits) -> Finding | None:
                 {"logs": float(len(broken))},
                 "an overflow in half precision, a division by 0 in a reward function, or steps so large that weights "
                 "blew up.",
-                Remedy("Lower the learning rate; in fp16 change to bf16.", _lower(log, 10)),
+                Remedy("Lower the learning rate; in fp16 change to bf16.", lower_rate(log, 10)),
             )
     return None
 
@@ -67,7 +67,7 @@ def gradients_explode(log: RunLog, limits: Limits) -> Finding | None:
         f"The gradient norm is {norms.recent(2):.3g}, its median so far {usual:.3g}.",
         {"grad_norm": norms.recent(2), "median": usual},
         "too large a learning rate, or scores of another scale than before.",
-        Remedy("Lower the learning rate and clip gradients.", {**_lower(log, 10), "max_grad_norm": 1.0}),
+        Remedy("Lower the learning rate and clip gradients.", {**lower_rate(log, 10), "max_grad_norm": 1.0}),
     )
 
 
@@ -88,7 +88,7 @@ def clipping_saturated(log: RunLog, limits: Limits) -> Finding | None:
         "the clip range is too narrow." if narrow else "steps are too large, or too many are taken on one rollout.",
         Remedy("Widen it to the usual one.", {"cliprange": 0.2})
         if narrow
-        else Remedy("Take smaller steps; or fewer epochs, or an end to them at max_approx_kl.", _lower(log, 10)),
+        else Remedy("Take smaller steps; or fewer epochs, or an end to them at max_approx_kl.", lower_rate(log, 10)),
     )
 
 
@@ -156,11 +156,11 @@ def value_loss_explodes(log: RunLog, limits: Limits) -> Finding | None:
         + (f", and its predictions explain {explained.recent(2):.0%} of the variance." if explained else "."),
         {"value_loss": loss.recent(2), "start": loss.start()},
         "too large steps for the value role, or a clip range that does not suit the scale of the scores.",
-        Remedy("Lower the learning rate.", _lower(log, 10)),
+        Remedy("Lower the learning rate.", lower_rate(log, 10)),
     )
 
 
-def _lower(log: RunLog, times: float) -> dict[str, float]:
+def lower_rate(log: RunLog, times: float) -> dict[str, float]:
     """A lower learning rate, and one that LoRA can take."""
     rate = log.setting("learning_rate")
     return {"learning_rate": float(f"{min(float(rate) / times, 1e-3):.1g}")} if rate else {}

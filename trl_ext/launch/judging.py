@@ -52,7 +52,11 @@ def reference_scores(
     max_new_tokens: int = 48,
     seed: int = 0,
 ) -> list[float]:
-    """The reward role's scores of one sample of the bare base for each prompt, at temperature 1."""
+    """The reward role's scores of one sample of the bare base for each prompt, at temperature 1. Feedback without
+    prompts leaves the base nothing to go on from: empty prompts are passed over."""
+    prompts = [prompt for prompt in prompts if as_text(prompt)]
+    if not prompts:
+        return []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = sampling_config(tokenizer, max_new_tokens, do_sample=True)
