@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from tests.helpers import saved_model, word_tokenizer
-from trl_ext import FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, feedback
+from trl_ext import FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, feedback, launch
 from trl_ext.trainers.probing import probe_data
 
 ANSWERS = [" dog", " bird", " tree", " cat"]  # from bad to good
@@ -159,3 +159,13 @@ def test_rows_of_like_length_are_batched_together(tmp_path: Path) -> None:
         trainer = train(objective, tmp_path / objective, num_train_epochs=1, train_sampling_strategy="group_by_length")
         longest = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in trainer.train_dataset]
         assert list(trainer.train_dataset["length"]) == longest
+
+
+def test_held_out_answers_score_the_same_in_batches_of_any_size(tmp_path: Path) -> None:
+    train("regression", tmp_path, num_train_epochs=1)
+    base = SharedBase.from_pretrained(str(tmp_path / "model"), reward=str(tmp_path / "out"))
+    rows = rows_for("regression").map(lambda row, i: {"completion": row["completion"] * (1 + i % 3)}, with_indices=True)
+    alone, together = (launch.scored_answers(base, word_tokenizer(), rows, size) for size in (1, 5))
+    assert [a.score for a in together] == pytest.approx([a.score for a in alone], rel=1e-4, abs=1e-6)
+    assert len({round(a.score, 6) for a in alone}) > 4
+    assert launch.reference_scores(base, word_tokenizer(), ["", ""]) == [], "nothing to go on from"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import Any
 
 # The doctor's name to the names that trainers log it under, the first one that is there counts.
@@ -78,10 +78,6 @@ class Series:
         gained, spread = self.recent(count) - self.start(count), self.noise()
         error = spread * math.sqrt(2 / count)
         return gained, gained / error if error > 0 else math.copysign(math.inf, gained) if gained else 0.0
-
-    def spread(self) -> float:
-        """Standard deviation of the values."""
-        return pstdev(self.values) if self.values else math.nan
 
 
 @dataclass(frozen=True)
