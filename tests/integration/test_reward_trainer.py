@@ -164,8 +164,10 @@ def test_rows_of_like_length_are_batched_together(tmp_path: Path) -> None:
 def test_held_out_answers_score_the_same_in_batches_of_any_size(tmp_path: Path) -> None:
     train("regression", tmp_path, num_train_epochs=1)
     base = SharedBase.from_pretrained(str(tmp_path / "model"), reward=str(tmp_path / "out"))
-    rows = rows_for("regression").map(lambda row, i: {"completion": row["completion"] * (1 + i % 3)}, with_indices=True)
-    alone, together = (launch.scored_answers(base, word_tokenizer(), rows, size) for size in (1, 5))
+    rows = rows_for("regression").map(
+        lambda row, i: {"completion": row["completion"] + " cat dog" * (i % 3)}, with_indices=True
+    )
+    alone, together = (launch.scored_answers(base, word_tokenizer(), rows, size) for size in (1, 16))
     assert [a.score for a in together] == pytest.approx([a.score for a in alone], rel=1e-4, abs=1e-6)
     assert len({round(a.score, 6) for a in alone}) > 4
     assert launch.reference_scores(base, word_tokenizer(), ["", ""]) == [], "nothing to go on from"
