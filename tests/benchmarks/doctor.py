@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from doctor_cases import CASES, DPO, PPO, REWARD, Case, exact
+from doctor_cases import CASES, DPO, ONLINE, PPO, REWARD, Case, exact
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trl_ext import (
     DiagnosticsCallback,
@@ -32,13 +32,14 @@ from trl_ext import (
     SharedBase,
     demo,
     feedback,
+    launch,
 )
 from trl_ext.diagnostics import Finding, diagnose
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "diagnostics" / "index.md"
 START, END = "<!-- confusion: begin -->", "<!-- confusion: end -->"
-USUAL = {"ppo": PPO, "reward": REWARD, "dpo": DPO}
+USUAL = {"ppo": PPO, "reward": REWARD, "dpo": DPO, "online": ONLINE}
 ALWAYS = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
 # Every variation here is a run in which nothing is wrong.
 HEALTHY: tuple[Case, ...] = (
@@ -67,6 +68,9 @@ HEALTHY: tuple[Case, ...] = (
     Case("", "reward", "regression", {"objective": "regression"}),
     Case("", "dpo", "the recipe"),
     Case("", "dpo", "learning rate 2e-4", {"learning_rate": 2e-4}),
+    # TRL's own defaults, at the learning rate that LoRA wants and with logs as often as the others'.
+    Case("", "online", "GRPO's defaults"),
+    Case("", "online", "RLOO's defaults", arguments={"trainer": "RLOO"}),
 )
 
 
@@ -84,7 +88,7 @@ def run(case: Case, cured: bool, prescribed: dict[str, Any], seed: int, folder: 
     if cured:
         settings = settings | (case.cure if case.cure is not None else prescribed)
     callback = DiagnosticsCallback(yardstick=exact if case.kind == "ppo" else None)
-    build = {"ppo": _ppo, "reward": _reward, "dpo": _dpo}[case.kind]
+    build = {"ppo": _ppo, "reward": _reward, "dpo": _dpo, "online": _online}[case.kind]
     trainer, well = build(case, cured, settings, seed, folder, callback)
     died = ""
     try:
@@ -138,7 +142,8 @@ def _reward(case: Case, cured: bool, settings: dict, seed: int, folder: Path, ca
         rows, held_out = (demo.load("pairs", split).select_columns(columns) for split in splits)
     else:
         rated = [feedback.read(demo.load("ratings", split), "ratings") for split in splits]
-        rows, held_out = (feedback.to_ratings(part) for part in rated)
+        convert = feedback.to_unpaired if settings["objective"] == "binary" else feedback.to_ratings
+        rows, held_out = (convert(part) for part in rated)
     change = case.cured_pairs if cured and case.cured_pairs is not None else case.pairs
     if change is not None:
         rows = change(rows, seed)
@@ -146,7 +151,16 @@ def _reward(case: Case, cured: bool, settings: dict, seed: int, folder: Path, ca
     args = FeedbackRewardConfig(str(folder), seed=seed, **float32, **ALWAYS, **settings)
     lora = _lora(task_type="SEQ_CLS")
     trainer = FeedbackRewardTrainer(demo.model_path(), args, rows, held_out, peft_config=lora, callbacks=[callback])
-    return trainer, lambda t: t.evaluate().get("eval_accuracy", float("nan"))
+    return trainer, lambda t: _pairs_in_order(t, folder)
+
+
+def _pairs_in_order(trainer: FeedbackRewardTrainer, folder: Path) -> float:
+    """Share of the demo's held-out pairs that the trained model has in order."""
+    trainer.save_model(str(folder / "adapter"))
+    base = SharedBase.from_pretrained(demo.model_path(), reward=str(folder / "adapter"), dtype="float32")
+    pairs = demo.load("pairs", "test").select_columns(["prompt", "chosen", "rejected"])
+    answers = launch.scored_answers(base, trainer.processing_class, pairs)
+    return feedback.judge(answers).pair_accuracy
 
 
 def _dpo(case: Case, cured: bool, settings: dict, seed: int, folder: Path, callback: Any) -> tuple[Any, Any]:
@@ -157,8 +171,8 @@ def _dpo(case: Case, cured: bool, settings: dict, seed: int, folder: Path, callb
     if case.arguments.get("ref") == "other" and not cured:
         reference = AutoModelForCausalLM.from_pretrained(demo.model_path(), dtype=torch.float32)
         generator = torch.Generator().manual_seed(seed)
-        for weight in reference.parameters():  # an earlier checkpoint, say
-            weight.data.add_(0.02 * torch.randn(weight.shape, generator=generator) * weight.data.std())
+        for weight in reference.parameters():  # another run's checkpoint, say
+            weight.data.add_(0.3 * torch.randn(weight.shape, generator=generator) * weight.data.std())
     args = DPOConfig(str(folder), seed=seed, gradient_checkpointing=False, **ALWAYS, **settings)
     pairs = demo.load("pairs", "train").select_columns(["prompt", "chosen", "rejected"])
     trainer = DPOTrainer(
@@ -168,6 +182,23 @@ def _dpo(case: Case, cured: bool, settings: dict, seed: int, folder: Path, callb
         train_dataset=pairs,
         processing_class=tokenizer,
         peft_config=None if reference is not None else _lora(task_type="CAUSAL_LM"),
+        callbacks=[callback],
+    )
+    return trainer, lambda t: demo.run_exam(t.model, tokenizer).covered
+
+
+def _online(case: Case, cured: bool, settings: dict, seed: int, folder: Path, callback: Any) -> tuple[Any, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(demo.model_path())
+    model = AutoModelForCausalLM.from_pretrained(demo.model_path(), dtype=torch.float32)
+    kinds: tuple[Any, Any] = (RLOOTrainer, RLOOConfig) if case.arguments else (GRPOTrainer, GRPOConfig)
+    args = kinds[1](str(folder), seed=seed, gradient_checkpointing=False, **ALWAYS, **settings)
+    trainer = kinds[0](
+        model,
+        [demo.rate],
+        args,
+        demo.load("prompts", "train"),
+        processing_class=tokenizer,
+        peft_config=_lora(task_type="CAUSAL_LM"),
         callbacks=[callback],
     )
     return trainer, lambda t: demo.run_exam(t.model, tokenizer).covered
@@ -258,7 +289,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--only", nargs="*", help="findings, or 'healthy'")
     parser.add_argument("--states", nargs="+", default=["mistaken", "cured"])
-    parser.add_argument("--kind", choices=("ppo", "reward", "dpo"))
+    parser.add_argument("--kind", choices=tuple(USUAL))
     parser.add_argument("--table", action="store_true", help="write what has been run into the docs, and run nothing")
     args = parser.parse_args()
     if args.table:

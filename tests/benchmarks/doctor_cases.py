@@ -52,17 +52,21 @@ DPO: Settings = {
 }
 
 
+ONLINE: Settings = {"learning_rate": 1e-4, "logging_steps": 1, "max_steps": 60, "max_completion_length": 16}
+
+
 @dataclass(frozen=True)
 class Case:
     """A mistake and its cure.
 
     Attributes:
         finds: the finding that the doctor should name.
-        kind: "ppo", "reward" or "dpo".
+        kind: "ppo", "reward", "dpo" or "online".
         settings: the mistaken ones.
         cure: settings in their place; None: what the finding's remedy says.
         functions: reward functions in the mistaken run; empty: the demo's reward role.
         cured_functions: in the cured run; None: the same.
+        arguments: what the trainer is given otherwise.
         lora: further arguments of the policy's LoraConfig.
         prompts, pairs: what the mistake does to the data.
         cured_pairs: what the cure does to the pairs in its place; None: the same as the mistake, or nothing where the
@@ -98,9 +102,19 @@ def in_percent(prompts: list[Any], completions: list[Any], capital: list[str], *
     return [100 * score for score in demo.rate(prompts, completions, capital)]
 
 
-def from_thirty(prompts: list[Any], completions: list[Any], capital: list[str], **kwargs: Any) -> list[float]:
-    """The exact rating, counted from 30."""
-    return [30 + score for score in demo.rate(prompts, completions, capital)]
+def changes_unit(
+    prompts: list[Any], completions: list[Any], capital: list[str], trainer_state: Any, **kwargs: Any
+) -> list[float]:
+    """The exact rating, from step 56 on in thousandths: its server was updated."""
+    unit = 1000 if trainer_state.global_step >= 56 else 1
+    return [unit * score for score in demo.rate(prompts, completions, capital)]
+
+
+def never_reset(
+    prompts: list[Any], completions: list[Any], capital: list[str], trainer_state: Any, **kwargs: Any
+) -> list[float]:
+    """The exact rating, on top of a sum that grows with every batch and should have been begun anew."""
+    return [trainer_state.global_step / 2 + score for score in demo.rate(prompts, completions, capital)]
 
 
 def errors(prompts: list[Any], completions: list[Any], capital: list[str], **kwargs: Any) -> list[float]:
@@ -171,6 +185,33 @@ def mixed_up(pairs: Dataset, seed: int) -> Dataset:
     return pairs.map(turn, with_indices=True)
 
 
+def in_percent_of_scale(pairs: Dataset, seed: int) -> Dataset:
+    """Margins in percent of the scale of ratings."""
+    return _with_margins(pairs, 25.0)
+
+
+def in_points(pairs: Dataset, seed: int) -> Dataset:
+    """Margins of at most 2 points."""
+    return _with_margins(pairs, 0.5)
+
+
+def _with_margins(pairs: Dataset, unit: float) -> Dataset:
+    rows = demo.load("pairs", "train").map(
+        lambda row: {"margin": unit * (row["chosen_rating"] - row["rejected_rating"])}
+    )
+    return rows.select_columns([*pairs.column_names, "margin"])
+
+
+def mostly_good(rows: Dataset, seed: int) -> Dataset:
+    """Labels as a thumbs-up button gives them: one bad one in ten is kept."""
+    return rows.select([i for i, good in enumerate(rows["label"]) if good or (i + seed) % 10 == 0])
+
+
+def balanced_labels(rows: Dataset, seed: int) -> Dataset:
+    """The cure of `mostly_good`."""
+    return feedback.balance_labels(mostly_good(rows, seed))
+
+
 def as_they_are(pairs: Dataset, seed: int) -> Dataset:
     """The pairs without the mistake."""
     return pairs
@@ -204,12 +245,7 @@ CASES: tuple[Case, ...] = (
         functions=(errors,),
     ),
     Case("first_ratio", "ppo", "LoRA dropout 0.1 left on", {"disable_dropout": False}, lora={"lora_dropout": 0.1}),
-    Case(
-        "entropy_collapse",
-        "ppo",
-        "no KL penalty and steps ten times too large",
-        {"kl_coef": 0.0, "learning_rate": 1e-2},
-    ),
+    Case("entropy_collapse", "ppo", "answers sampled at temperature 0.1", {"temperature": 0.1}),
     Case("clipping_saturated", "ppo", "a learning rate ten times too large", {"learning_rate": 1e-2}),
     Case("clipping_saturated", "ppo", "a clip range ten times too narrow", {"cliprange": 0.02}),
     Case("steps_too_small", "ppo", "the learning rate of full fine-tuning, 3e-6", {"learning_rate": 3e-6}),
@@ -223,6 +259,20 @@ CASES: tuple[Case, ...] = (
     ),
     Case("score_scale", "ppo", "scores in percent", {"score_normalization": "none"}, functions=(in_percent,)),
     Case("value_not_learning", "ppo", "vf_coef 1e-7", {"vf_coef": 1e-7}),
+    Case(
+        "value_loss_explodes",
+        "ppo",
+        "a reward with a sum that is never reset",
+        {"score_normalization": "none"},
+        functions=(never_reset,),
+    ),
+    Case(
+        "gradients_explode",
+        "ppo",
+        "scores that come in thousandths from the eighth rollout on",
+        {"score_normalization": "none"},
+        functions=(changes_unit,),
+    ),
     Case("gradients_absent", "ppo", "vf_coef 0", {"vf_coef": 0.0}),
     Case("gradients_not_finite", "ppo", "a learning rate of 30", {"learning_rate": 30.0}),
     Case("truncation", "ppo", "at most 5 tokens an answer", {"max_completion_length": 5}),
@@ -281,13 +331,16 @@ CASES: tuple[Case, ...] = (
         cure={},
     ),
     Case("chance_level", "reward", "half of the pairs turned round", pairs=mixed_up, cured_pairs=as_they_are, cure={}),
+    Case("saturated", "reward", "margins in percent", pairs=in_percent_of_scale, cured_pairs=in_points, cure={}),
     Case(
-        "saturated",
+        "uncentred",
         "reward",
-        "steps three times too large, five times as many, and nothing that holds the scores",
-        {"learning_rate": 3e-3, "num_train_epochs": 15, "center_rewards_coefficient": None},
+        "labels of which nearly all are good",
+        {"objective": "binary"},
+        pairs=mostly_good,
+        cured_pairs=balanced_labels,
+        cure={},
     ),
-    Case("uncentred", "reward", "nothing that keeps the scores centred", {"center_rewards_coefficient": None}),
     Case(
         "likelihood_displacement",
         "dpo",
@@ -295,12 +348,8 @@ CASES: tuple[Case, ...] = (
         {"loss_type": ["sigmoid"], "loss_weights": None, "learning_rate": 1e-3},
     ),
     Case("chance_level", "dpo", "a learning rate of 1e-8", {"learning_rate": 1e-8}),
-    Case(
-        "margins_explode",
-        "dpo",
-        "a learning rate ten times too large",
-        {"learning_rate": 5e-3, "loss_type": ["sigmoid"], "loss_weights": None},
-    ),
+    Case("margins_explode", "dpo", "beta 10", {"beta": 10.0}),
+    Case("chance_level", "dpo", "a learning rate of 0.1", {"learning_rate": 0.1}),
     Case(
         "reference_mismatch",
         "dpo",

@@ -77,6 +77,9 @@ def scores_of(base: SharedBase, prompt: str) -> list[float]:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_gives_a_reward_role_that_knows_better_from_worse(objective: str, tmp_path: Path) -> None:
     trainer = train(objective, tmp_path)
+    if objective != "probe":
+        logs = [row for row in trainer.state.log_history if "loss" in row]
+        assert all(row["min_reward"] < row["mean_reward"] < row["max_reward"] for row in logs)
     base = SharedBase.from_pretrained(str(tmp_path / "model"), reward=str(tmp_path / "out"))
     right = total = 0
     with torch.no_grad():

@@ -72,11 +72,11 @@ SICK: dict[str, dict[str, Any]] = {
     "entropy_collapse": {"policy/entropy_avg": lambda t: 0.3 * math.exp(-8 * t)},
     "gradients_not_finite": {"grad_norm": [0.5] * 15 + [math.nan]},
     "gradients_absent": {"grad_norm/value": 0.0},
-    "gradients_explode": {"grad_norm": [0.5] * 14 + [400.0, 900.0]},
+    "gradients_explode": {"grad_norm/value": [0.5] * 10 + [400.0, 900.0] * 3},
     "clipping_saturated": {"policy/clipfrac_avg": 0.6},
     "steps_too_small": {"policy/approxkl_avg": 1e-8, "objective/scores": 0.1},
     "value_not_learning": {"val/explained_variance": 0.0},
-    "value_loss_explodes": {"loss/value_avg": lambda t: 0.5 * math.exp(5 * t), "val/explained_variance": -4.0},
+    "value_loss_explodes": {"loss/value_avg": lambda t: 0.5 * math.exp(5 * t), "objective/scores": lambda t: 60 * t},
     "constant_scores": {"objective/scores_std": 0.0, "objective/scores": 0.0},
     "score_scale": {"objective/scores_std": 130.0},
     "truncation": {"completions/clipped_ratio": 0.9},
@@ -139,7 +139,7 @@ SICK_REWARD: dict[str, dict[str, Any]] = {
     "overfit": {"eval_loss": lambda t: 0.6 + 0.9 * t, "eval_accuracy": 0.6, "accuracy": lambda t: 0.6 + 0.4 * t},
     "length_bias": {"data/longer_chosen": [0.9] + [math.nan] * 15},
     "chance_level": {"accuracy": 0.5, "eval_accuracy": 0.51},
-    "uncentred": {"mean_reward": lambda t: 9 * t},
+    "uncentred": {"mean_reward": lambda t: 3 * t, "min_reward": lambda t: 3 * t - 1, "max_reward": lambda t: 3 * t + 1},
     "saturated": {"margin": lambda t: 20 * t, "mean_reward": 0.0},
 }
 DPO: dict[str, Any] = {
@@ -193,6 +193,22 @@ def test_each_problem_of_a_reward_model_is_named(name: str) -> None:
 def test_each_problem_of_dpo_is_named(name: str) -> None:
     found = [finding.name for finding in diagnose(preference_log(DPO, SICK_DPO[name]))]
     assert name in found[:2], found
+
+
+@pytest.mark.parametrize(("rate", "loss", "said"), [(1e-6, 0.69, 3e-5), (0.1, [0.7, 3.0] + [0.69] * 14, 1e-3)])
+def test_chance_level_tells_steps_too_small_from_steps_too_large(rate: float, loss: Any, said: float) -> None:
+    log = preference_log(REWARD, {"accuracy": 0.5, "eval_accuracy": 0.5, "loss": loss})
+    log = RunLog(log.kind, log.rows, log.evals, {"learning_rate": rate})
+    assert diagnose(log)[0].remedy.changes == {"learning_rate": said}
+
+
+def test_margins_that_the_data_ask_for_are_not_blamed_on_the_steps() -> None:
+    saturated = {**SICK_REWARD["saturated"], "data/margin": [25.0] + [math.nan] * 15}
+    (finding,) = diagnose(preference_log(REWARD, saturated))
+    assert finding.remedy.changes == {} and "/ 25" in finding.remedy.code
+    displaced = preference_log(DPO, SICK_DPO["margins_explode"])
+    (finding,) = diagnose(RunLog(displaced.kind, displaced.rows, config={"beta": 10.0}))
+    assert finding.remedy.changes == {"beta": 0.1}
 
 
 def test_trl_s_samplers_are_read_under_their_own_names() -> None:

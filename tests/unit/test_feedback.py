@@ -370,6 +370,30 @@ def test_shared_prompts_are_counted() -> None:
     assert any("split by prompt" in sentence for sentence in report.advice)
 
 
+# Balancing ------------------------------------------------------------------------------------------------------------
+
+
+def test_lengths_are_balanced_by_leaving_out_pairs_that_are_too_many() -> None:
+    pairs = [("long answer", "short")] * 6 + [("tiny", "a longer one")] * 2 + [("same", "size")]
+    rows = Dataset.from_list([{"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs])
+    kept = [(row["chosen"], row["rejected"]) for row in feedback.balance_lengths(rows)]
+    assert [kept.count(pair) for pair in dict.fromkeys(pairs)] == [2, 2, 1]
+    with pytest.raises(FeedbackError, match="In every pair the longer answer was chosen"):
+        feedback.balance_lengths(rows.select(range(6)))
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_labels_are_balanced_by_their_weights(weighted: bool) -> None:
+    rows = Dataset.from_dict({"completion": list("abcd"), "label": [True, True, True, False]})
+    rows = rows.add_column("weight", [1.0, 0.5, 0.5, 0.5]) if weighted else rows
+    balanced = feedback.balance_labels(rows)
+    expected = [0.25, 0.125, 0.125, 0.5] if weighted else [1 / 3, 1 / 3, 1 / 3, 1.0]
+    assert list(balanced["weight"]) == pytest.approx(expected)
+    assert balanced["completion"] == rows["completion"]
+    with pytest.raises(FeedbackError, match="Every label is good"):
+        feedback.balance_labels(rows.select(range(3)))
+
+
 # The command ---------------------------------------------------------------------------------------------------------
 
 

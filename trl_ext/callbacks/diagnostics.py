@@ -91,9 +91,8 @@ class DiagnosticsCallback(RolloutCallback):
         model = kwargs.get("model")
         precision = getattr(getattr(model, "causal_lm", model), "dtype", torch.float32)
         self._config["dtype"] = str(precision).removeprefix("torch.")
-        share = _longer_chosen(kwargs.get("train_dataloader"))
-        if share is not None:
-            self._saved["measured"]["data/longer_chosen"] = [share]
+        for name, value in _looked_at(kwargs.get("train_dataloader"), self._config.get("objective")).items():
+            self._saved["measured"][f"data/{name}"] = [value]
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -224,11 +223,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _longer_chosen(dataloader: Any) -> float | None:
-    """Share of a reward model's training pairs whose longer side was chosen, of those of unequal length."""
+def _looked_at(dataloader: Any, objective: str | None) -> dict[str, float]:
+    """Of a reward model's tokenised training rows: the share of pairs whose longer side was chosen, of those of unequal
+    length; the mean size of their margins; the share of labels that are good."""
     dataset: Any = getattr(dataloader, "dataset", None)
-    if not {"chosen_ids", "rejected_ids"} <= set(getattr(dataset, "column_names", None) or []):
-        return None
-    gaps = [len(row["chosen_ids"]) - len(row["rejected_ids"]) for row in islice(dataset, MOST_PAIRS)]
-    unequal = [gap for gap in gaps if gap]
-    return sum(gap > 0 for gap in unequal) / len(unequal) if unequal else None
+    names = set(getattr(dataset, "column_names", None) or [])
+    if not {"chosen_ids", "rejected_ids"} <= names:
+        return {}
+    rows = list(islice(dataset, MOST_PAIRS))
+    found: dict[str, float] = {}
+    gaps = [gap for row in rows if (gap := len(row["chosen_ids"]) - len(row["rejected_ids"]))]
+    if gaps:
+        found["longer_chosen"] = sum(gap > 0 for gap in gaps) / len(gaps)
+    if "margin" in names:
+        found["margin"] = sum(abs(float(row["margin"])) for row in rows) / len(rows)
+    if objective == "binary":
+        found["good"] = sum(row["targets"][0] for row in rows) / len(rows)
+    return found

@@ -151,29 +151,30 @@ def kl_drowns_score(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def entropy_collapse(log: RunLog, limits: Limits) -> Finding | None:
-    """The policy has stopped trying anything."""
+    """The policy has stopped trying anything, or never began to."""
     entropy = log.series("entropy")
-    if len(entropy) < limits.least_rows:
+    if len(entropy) < limits.least_rows or entropy.recent() > limits.entropy:
         return None
-    left = entropy.recent() / entropy.start() if entropy.start() > 0 else 1.0
-    if left > limits.entropy_left or entropy.recent() > limits.entropy:
-        return None
+    temperature = float(log.setting("temperature", 1.0))
+    sharp = temperature < limits.temperature
+    rate = log.setting("learning_rate")
+    slower = {"learning_rate": float(f"{float(rate) / 3:.1g}")} if rate else {}
     return Finding(
         "entropy_collapse",
         "problem",
-        "The policy's entropy has collapsed",
+        "The policy tries nothing" if sharp else "The policy's entropy has collapsed",
         (entropy.steps[0], entropy.steps[-1]),
         f"From {entropy.start():.3f} to {entropy.recent():.4f} nats a token: every answer is certain, and "
-        "sampling teaches nothing more.",
-        {"entropy": entropy.recent(), "left": left},
-        "too large steps, or too weak a KL penalty, let the policy settle on what it happened to try first.",
-        Remedy(
+        "sampling teaches nothing.",
+        {"entropy": entropy.recent(), "start": entropy.start()},
+        f"answers are sampled at temperature {temperature:g}, and PPO learns from the differences between answers."
+        if sharp
+        else "too large steps, or too weak a KL penalty, let the policy settle on what it happened to try first.",
+        Remedy("Sample at temperature 1 in training; answer at a lower one afterwards.", {"temperature": 1.0})
+        if sharp
+        else Remedy(
             "Smaller steps, a stronger KL penalty, or an entropy bonus.",
-            {"learning_rate": _third(log), "entropy_coef": 0.01} if log.setting("learning_rate") else {},
+            {**slower, "entropy_coef": 0.01} if log.kind != "online" else slower,
         ),
         log.last_samples(),
     )
-
-
-def _third(log: RunLog) -> float:
-    return float(f"{float(log.setting('learning_rate', 1e-5)) / 3:.1g}")

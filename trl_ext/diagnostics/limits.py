@@ -22,8 +22,8 @@ class Limits:
         budget_per_token: nats a token that an answer may well spend; kl_coef is suggested so that the penalty for it
             equals the spread of the scores. It gives within a factor of 2 what the recipes use.
         drowned: times the suggested kl_coef from which the penalty leaves the score nothing to say.
-        entropy_left: share of the entropy at the start.
-        entropy: nats a token.
+        entropy: nats a token below which every answer is certain; healthy runs here end above 0.1 (measured).
+        temperature: below it a low entropy is its doing.
         clipfrac: share of tokens; PPO's papers and TRL's docs see 0.1 to 0.3 in healthy runs.
         huge_approxkl: nats a token that an update moves the policy; healthy updates stay below 0.1 (measured).
         tiny_approxkl: nats a token that an update moves the policy; healthy updates make 1e-3 to 1e-1 (measured).
@@ -31,6 +31,7 @@ class Limits:
         score_drift: factor by which that spread may grow.
         explained_variance: below it the value role says nothing; a useful one reaches 0.5 and more.
         value_loss_growth: times its start.
+        value_error: times the error of a constant, the mean score.
         truncated: share of answers cut at the length limit.
         length_growth: times its start.
         length_correlation: of score and length.
@@ -39,17 +40,18 @@ class Limits:
         noticeable: standard errors from which a rise or a fall counts.
         fighting: correlation of two reward functions below which they pull apart.
         dominates: times that one function's weighted spread exceeds every other's.
-        gradient_growth: times the median of the gradient norms so far.
+        gradient_growth: times the median of the first `least_rows` gradient norms.
         prompts_at_max_length: share of prompts exactly as long as the longest.
         overfit_accuracy: training accuracy less held-out accuracy.
         overfit_loss: times its lowest that the held-out loss rises to.
         chance: distance of an accuracy from one half.
-        uncentred: mean score in units of the mean margin.
+        uncentred: mean score in units of the range from a batch's lowest score to its highest.
         saturated_margin: margin at which sigmoid leaves no gradient (exp(-10) = 5e-5).
         length_bias: share of pairs whose longer answer wins, or a rank correlation of score and length beyond people's.
         still: DPO's margin (in units of beta times nats) up to which the policy has not moved; its accuracy is then the
             sign of rounding errors.
-        displacement: nats a chosen answer that its log-probability may fall.
+        displacement: nats that a chosen answer's log-probability may fall: ln 2, half its probability.
+        displaced_share: and as a share of that log-probability, for long answers.
         dpo_margin: DPO's margin (in units of beta times nats) at which its loss leaves no gradient.
         reference_gap: DPO's first rewards: 0 in theory.
     """
@@ -63,8 +65,8 @@ class Limits:
     kl_per_token: float = 0.4
     budget_per_token: float = 0.25
     drowned: float = 5.0
-    entropy_left: float = 0.1
-    entropy: float = 0.02
+    entropy: float = 0.03
+    temperature: float = 0.5
     clipfrac: float = 0.4
     huge_approxkl: float = 1.0
     tiny_approxkl: float = 2e-5
@@ -72,6 +74,7 @@ class Limits:
     score_drift: float = 5.0
     explained_variance: float = 0.05
     value_loss_growth: float = 10.0
+    value_error: float = 4.0
     truncated: float = 0.5
     length_growth: float = 1.4
     length_correlation: float = 0.5
@@ -85,10 +88,11 @@ class Limits:
     overfit_accuracy: float = 0.15
     overfit_loss: float = 1.2
     chance: float = 0.06
-    uncentred: float = 3.0
+    uncentred: float = 0.4
     saturated_margin: float = 10.0
     length_bias: float = 0.65
     still: float = 1e-3
-    displacement: float = 2.0
+    displacement: float = 0.7
+    displaced_share: float = 0.25
     dpo_margin: float = 10.0
     reference_gap: float = 0.05

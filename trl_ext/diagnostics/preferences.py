@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from trl_ext.diagnostics.finding import Finding, Remedy
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
@@ -42,6 +44,9 @@ def chance_level(log: RunLog, limits: Limits) -> Finding | None:
         return None
     if trained.recent() > 0.5 + 2 * limits.chance and not still:
         return None  # it learns its pairs, so this is overfitting
+    loss, rate = log.series("loss"), float(log.setting("learning_rate", math.nan))
+    broken = max(loss.values, default=0.0) > 2 * loss.start(1)
+    raised = {"learning_rate": float(f"{30 * rate:.1g}")} if rate == rate else {}
     return Finding(
         "chance_level",
         "problem",
@@ -50,49 +55,67 @@ def chance_level(log: RunLog, limits: Limits) -> Finding | None:
         f"{accuracy.recent():.0%} of the pairs are in order, {trained.recent():.0%} of those in training; their "
         f"mean margin is {margin.recent():.2g}.",
         {"accuracy": accuracy.recent()},
-        "steps too small to learn, pairs whose two sides were mixed up, or answers cut before they differ.",
-        Remedy(
+        "steps so large that they broke the model: its loss has been twice what it was at the start."
+        if broken
+        else "steps too small to learn, pairs whose two sides were mixed up, or answers cut before they differ.",
+        Remedy("Lower the learning rate.", lower_rate(log, 100))
+        if broken
+        else Remedy(
             "Raise the learning rate, then look at a few pairs" + ("." if dpo else " with `trl-ext feedback check`."),
-            {"learning_rate": float(f"{30 * float(log.setting('learning_rate')):.1g}")}
-            if log.setting("learning_rate")
-            else {},
+            raised,
         ),
     )
 
 
 def uncentred(log: RunLog, limits: Limits) -> Finding | None:
     """Scores are far from 0, where PPO's value role starts."""
-    mean, margin = log.series("mean_reward"), log.series("margin")
-    if len(mean) < 3 or not margin:
+    mean, low, high = (log.series(f"{name}_reward") for name in ("mean", "min", "max"))
+    good = log.series("data/good").recent(1)
+    if len(mean) < 3 or abs(mean.recent()) < limits.uncentred * (high.recent() - low.recent()):
         return None
-    if abs(mean.recent()) < limits.uncentred * max(abs(margin.recent()), 0.5):
-        return None
+    unequal = good == good
     return Finding(
         "uncentred",
         "warning",
         "Scores are far from 0",
         log.steps,
-        f"Their mean is {mean.recent():.2f}, the margin between chosen and rejected {margin.recent():.2f}.",
-        {"mean": mean.recent(), "margin": margin.recent()},
-        "the pairwise loss does not care about an offset, so it drifts.",
-        Remedy("Keep the scores around 0 while training.", {"center_rewards_coefficient": 0.01}),
+        f"Their mean is {mean.recent():.2f}; in a batch they lie between {low.recent():.2f} and {high.recent():.2f}."
+        + (f" {good:.0%} of the labels are good." if unequal else ""),
+        {"mean": mean.recent(), "low": low.recent(), "high": high.recent()},
+        "labels of one kind are much rarer, and a score has their log-odds in it."
+        if unequal
+        else "the pairwise loss does not care about an offset, so it drifts.",
+        Remedy("Give both labels the same weight in all.", code="trl_ext.feedback.balance_labels(rows)")
+        if unequal
+        else Remedy("Keep the scores around 0 while training.", {"center_rewards_coefficient": 0.01}),
     )
 
 
 def saturated(log: RunLog, limits: Limits) -> Finding | None:
     """Margins so large that nothing is learned from them."""
     margin = log.series("margin", evals=True) or log.series("margin")
+    asked = log.series("data/margin").recent(1)
     if not margin or margin.recent() < limits.saturated_margin:
         return None
+    wide = asked > limits.saturated_margin / 2
     return Finding(
         "saturated",
         "problem",
         "Scores are saturated",
         log.steps,
-        f"The mean margin between chosen and rejected is {margin.recent():.1f}.",
+        f"The mean margin between chosen and rejected is {margin.recent():.1f}"
+        + (f"; the data ask for {asked:.1f}." if wide else "."),
         {"margin": margin.recent()},
-        "too large steps or too many epochs; PPO would exploit scores of such a scale.",
-        Remedy("Smaller steps and centred scores.", {**lower_rate(log, 10), "center_rewards_coefficient": 0.01}),
+        "the margins in the data are in a unit too small: a difference in score is one of log-odds, and 5 of them is "
+        "all but certain."
+        if wide
+        else "too large steps or too many epochs; PPO would exploit scores of such a scale.",
+        Remedy(
+            "Divide the margins, so that the strongest preference asks for 2 or 3.",
+            code=f'pairs.map(lambda row: {{"margin": row["margin"] / {max(asked, 1):.0f}}})',
+        )
+        if wide
+        else Remedy("Smaller steps and centred scores.", {**lower_rate(log, 10), "center_rewards_coefficient": 0.01}),
     )
 
 
@@ -157,7 +180,7 @@ def likelihood_displacement(log: RunLog, limits: Limits) -> Finding | None:
         return None
     fell = chosen.start() - chosen.recent()
     if (
-        fell < limits.displacement
+        fell < max(limits.displacement, limits.displaced_share * abs(chosen.start()))
         or rejected.start() - rejected.recent() < fell
         or chosen.rise()[1] > -limits.noticeable
     ):
@@ -184,6 +207,7 @@ def margins_explode(log: RunLog, limits: Limits) -> Finding | None:
     margin = log.series("margin")
     if len(margin) < 3 or margin.recent() < limits.dpo_margin:
         return None
+    beta = float(log.setting("beta", 0.1))
     return Finding(
         "margins_explode",
         "problem",
@@ -191,6 +215,10 @@ def margins_explode(log: RunLog, limits: Limits) -> Finding | None:
         (margin.steps[0], margin.steps[-1]),
         f"From {margin.start():.1f} to {margin.recent():.1f}, in units of beta times nats.",
         {"margin": margin.recent()},
-        "too large steps, or too many epochs over the same pairs.",
-        Remedy("Take smaller steps.", lower_rate(log, 10)),
+        f"beta is {beta:g}: a nat more or less is all that its loss tells apart."
+        if beta > 1
+        else "too large steps, or too many epochs over the same pairs.",
+        Remedy("Take a beta as in the paper.", {"beta": 0.1})
+        if beta > 1
+        else Remedy("Take smaller steps.", lower_rate(log, 10)),
     )

@@ -52,23 +52,28 @@ def gradients_absent(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def gradients_explode(log: RunLog, limits: Limits) -> Finding | None:
-    """Gradients a hundred times as large as usual."""
-    norms = log.series("grad_norm")
-    if len(norms) < limits.least_rows:
-        return None
-    usual = median(norms.values)
-    if min(norms.values[-2:]) < limits.gradient_growth * max(usual, 1e-8):
-        return None
-    return Finding(
-        "gradients_explode",
-        "problem",
-        "Gradients explode",
-        (norms.steps[-2], norms.steps[-1]),
-        f"The gradient norm is {norms.recent(2):.3g}, its median so far {usual:.3g}.",
-        {"grad_norm": norms.recent(2), "median": usual},
-        "too large a learning rate, or scores of another scale than before.",
-        Remedy("Lower the learning rate and clip gradients.", {**lower_rate(log, 10), "max_grad_norm": 1.0}),
-    )
+    """Gradients a hundred times as large as at the start."""
+    # Trainers log the norm of one step, which says little of a rollout's other ones; ours logs means a role too.
+    roles = [log.series(f"grad_norm/{role}") for role in log.names("grad_norm/")]
+    for norms in roles or [log.series("grad_norm")]:
+        usual = median(norms.values[: limits.least_rows]) if norms else 0.0
+        if len(norms) <= limits.least_rows or min(norms.values[-2:]) < limits.gradient_growth * max(usual, 1e-8):
+            continue
+        spread = log.series("score_std")
+        rescaled = bool(spread) and spread.recent(2) > limits.score_drift * spread.start()
+        return Finding(
+            "gradients_explode",
+            "problem",
+            "Gradients explode",
+            (norms.steps[0], norms.steps[-1]),
+            f"The gradient norm is {norms.recent(2):.3g}, at the start it was {usual:.3g}.",
+            {"grad_norm": norms.recent(2), "start": usual},
+            "scores of another scale than before." if rescaled else "too large a learning rate.",
+            Remedy("Normalise the scores, so that their scale does not matter.", {"score_normalization": "running"})
+            if rescaled
+            else Remedy("Lower the learning rate and clip gradients.", {**lower_rate(log, 10), "max_grad_norm": 1.0}),
+        )
+    return None
 
 
 def clipping_saturated(log: RunLog, limits: Limits) -> Finding | None:
@@ -142,21 +147,29 @@ def value_not_learning(log: RunLog, limits: Limits) -> Finding | None:
 
 def value_loss_explodes(log: RunLog, limits: Limits) -> Finding | None:
     """The value role's errors grow beyond what there is to predict."""
-    loss, explained = log.series("value_loss"), log.series("val/explained_variance")
-    if len(loss) < limits.least_rows or loss.recent(2) < limits.value_loss_growth * max(loss.start(), 1e-8):
+    loss, spread, score = log.series("value_loss"), log.series("score_std"), log.series("score")
+    if len(loss) < limits.least_rows or loss.recent(2) < limits.value_loss_growth * max(loss.values[0], 1e-8):
         return None
-    if explained and explained.recent(2) > -1.0:
+    # The loss is half a squared error: a value role that says nothing but the mean score would pay half the variance.
+    if loss.recent(2) < limits.value_error * 0.5 * spread.recent(2) ** 2:
         return None
+    errors = 2 * loss.recent(2) / max(spread.recent(2) ** 2, 1e-8)
+    wandering = abs(score.recent(2) - score.start(2)) > limits.score_drift * spread.recent(2)
     return Finding(
         "value_loss_explodes",
         "problem",
         "The value loss explodes",
         (loss.steps[0], loss.steps[-1]),
-        f"From {loss.start():.3g} to {loss.recent(2):.3g}"
-        + (f", and its predictions explain {explained.recent(2):.0%} of the variance." if explained else "."),
-        {"value_loss": loss.recent(2), "start": loss.start()},
-        "too large steps for the value role, or a clip range that does not suit the scale of the scores.",
-        Remedy("Lower the learning rate.", lower_rate(log, 10)),
+        f"From {loss.values[0]:.3g} to {loss.recent(2):.3g}, {errors:.3g} times what the mean "
+        f"score alone would cost (score {score.start(2):.3g} to {score.recent(2):.3g}, "
+        f"spread {spread.recent(2):.3g}).",
+        {"value_loss": loss.recent(2), "start": loss.values[0]},
+        "scores that wander off faster than values can follow: a sum that is never reset, a reward without bounds."
+        if wandering
+        else "too large steps for the value role, or a clip range that does not suit the scale of the scores.",
+        Remedy("Normalise the scores, so that their mean stays at 0.", {"score_normalization": "running"})
+        if wandering
+        else Remedy("Lower the learning rate.", lower_rate(log, 10)),
     )
 
 

@@ -3,6 +3,7 @@
 from trl_ext.feedback.checking import Report, agreement_alpha, check, draw_ratings
 from trl_ext.feedback.converting import (
     agreement,
+    balance_labels,
     balance_lengths,
     split_by_prompt,
     to_preference,
@@ -31,6 +32,7 @@ __all__ = [
     "Report",
     "agreement",
     "agreement_alpha",
+    "balance_labels",
     "balance_lengths",
     "check",
     "draw_ratings",

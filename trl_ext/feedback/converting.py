@@ -81,6 +81,29 @@ def balance_lengths(pairs: Dataset, seed: int = 0) -> Dataset:
     return pairs.select(sorted([*rng.sample(longer, count), *rng.sample(shorter, count), *level]))
 
 
+def balance_labels(rows: Dataset) -> Dataset:
+    """Rows whose good and bad labels weigh the same in all, whatever their number, so that an answer as likely good as
+    bad is not scored by how rare bad labels are.
+
+    Args:
+        rows: with the columns label and, where there is one, weight, as `to_unpaired` makes them.
+
+    Raises:
+        FeedbackError: all labels are the same.
+    """
+    weights = [float(weight) for weight in rows["weight"]] if "weight" in rows.column_names else [1.0] * len(rows)
+    sums = {True: 0.0, False: 0.0}
+    for weight, label in zip(weights, rows["label"], strict=True):
+        sums[bool(label)] += weight
+    if not all(sums.values()):
+        raise FeedbackError(f"Every label is {'good' if sums[True] else 'bad'}: collect some of the other kind.")
+    # The rarer label keeps its weights, so that none exceeds 1.
+    rarer = min(sums.values())
+    balanced = [w * rarer / sums[bool(label)] for w, label in zip(weights, rows["label"], strict=True)]
+    columns = [name for name in rows.column_names if name != "weight"]
+    return rows.select_columns(columns).add_column("weight", balanced)
+
+
 def to_unpaired(feedback: Feedback, threshold: float | None = None) -> Dataset:
     """TRL's unpaired preference type: prompt, completion, label (bool), with a `weight` from 0 to 1.
 
