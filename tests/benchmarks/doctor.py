@@ -172,7 +172,7 @@ def _dpo(case: Case, cured: bool, settings: dict, seed: int, folder: Path, callb
         reference = AutoModelForCausalLM.from_pretrained(demo.model_path(), dtype=torch.float32)
         generator = torch.Generator().manual_seed(seed)
         for weight in reference.parameters():  # another run's checkpoint, say
-            weight.data.add_(0.3 * torch.randn(weight.shape, generator=generator) * weight.data.std())
+            weight.data.add_(0.5 * torch.randn(weight.shape, generator=generator) * weight.data.std())
     args = DPOConfig(str(folder), seed=seed, gradient_checkpointing=False, **ALWAYS, **settings)
     pairs = demo.load("pairs", "train").select_columns(["prompt", "chosen", "rejected"])
     trainer = DPOTrainer(

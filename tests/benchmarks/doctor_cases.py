@@ -52,7 +52,7 @@ DPO: Settings = {
 }
 
 
-ONLINE: Settings = {"learning_rate": 1e-4, "logging_steps": 1, "max_steps": 60, "max_completion_length": 16}
+ONLINE: Settings = {"learning_rate": 5e-4, "logging_steps": 5, "max_steps": 200, "max_completion_length": 16}
 
 
 @dataclass(frozen=True)
@@ -265,6 +265,8 @@ CASES: tuple[Case, ...] = (
         "a reward with a sum that is never reset",
         {"score_normalization": "none"},
         functions=(never_reset,),
+        cured_functions=(demo.rate,),
+        cure={},
     ),
     Case(
         "gradients_explode",
@@ -348,7 +350,7 @@ CASES: tuple[Case, ...] = (
         {"loss_type": ["sigmoid"], "loss_weights": None, "learning_rate": 1e-3},
     ),
     Case("chance_level", "dpo", "a learning rate of 1e-8", {"learning_rate": 1e-8}),
-    Case("margins_explode", "dpo", "beta 10", {"beta": 10.0}),
+    Case("margins_explode", "dpo", "beta 10, three epochs", {"beta": 10.0, "num_train_epochs": 3}),
     Case("chance_level", "dpo", "a learning rate of 0.1", {"learning_rate": 0.1}),
     Case(
         "reference_mismatch",

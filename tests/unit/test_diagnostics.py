@@ -195,7 +195,7 @@ def test_each_problem_of_dpo_is_named(name: str) -> None:
     assert name in found[:2], found
 
 
-@pytest.mark.parametrize(("rate", "loss", "said"), [(1e-6, 0.69, 3e-5), (0.1, [0.7, 3.0] + [0.69] * 14, 1e-3)])
+@pytest.mark.parametrize(("rate", "loss", "said"), [(1e-6, 0.69, 3e-4), (0.1, [0.7, 3.0] + [0.69] * 14, 1e-3)])
 def test_chance_level_tells_steps_too_small_from_steps_too_large(rate: float, loss: Any, said: float) -> None:
     log = preference_log(REWARD, {"accuracy": 0.5, "eval_accuracy": 0.5, "loss": loss})
     log = RunLog(log.kind, log.rows, log.evals, {"learning_rate": rate})

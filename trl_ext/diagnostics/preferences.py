@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from trl_ext.diagnostics.finding import Finding, Remedy
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
-from trl_ext.diagnostics.updates import lower_rate
+from trl_ext.diagnostics.updates import higher_rate, lower_rate
 
 # Reward models -------------------------------------------------------------------------------------------------------
 
@@ -44,9 +42,8 @@ def chance_level(log: RunLog, limits: Limits) -> Finding | None:
         return None
     if trained.recent() > 0.5 + 2 * limits.chance and not still:
         return None  # it learns its pairs, so this is overfitting
-    loss, rate = log.series("loss"), float(log.setting("learning_rate", math.nan))
+    loss = log.series("loss")
     broken = max(loss.values, default=0.0) > 2 * loss.start(1)
-    raised = {"learning_rate": float(f"{30 * rate:.1g}")} if rate == rate else {}
     return Finding(
         "chance_level",
         "problem",
@@ -62,7 +59,7 @@ def chance_level(log: RunLog, limits: Limits) -> Finding | None:
         if broken
         else Remedy(
             "Raise the learning rate, then look at a few pairs" + ("." if dpo else " with `trl-ext feedback check`."),
-            raised,
+            higher_rate(log),
         ),
     )
 
@@ -156,15 +153,16 @@ def reference_mismatch(log: RunLog, limits: Limits) -> Finding | None:
     if not log.rows or log.rows[0]["step"] > 1:
         return None
     first = [abs(log.rows[0].get(f"rewards/{side}", 0.0)) for side in ("chosen", "rejected")]
-    if max(first) < limits.reference_gap:
+    half = log.setting("bf16") or log.setting("fp16") or log.setting("dtype", "float32") != "float32"
+    if max(first) < (limits.reference_gap_half if half else limits.reference_gap):
         return None
     return Finding(
         "reference_mismatch",
         "problem",
         "The reference is not where training starts",
         (log.rows[0]["step"], log.rows[0]["step"]),
-        f"At the first step the rewards are {log.rows[0].get('rewards/chosen', 0.0):+.2f} and "
-        f"{log.rows[0].get('rewards/rejected', 0.0):+.2f}, which should be 0.",
+        f"At the first step the rewards are {log.rows[0].get('rewards/chosen', 0.0):+.3f} and "
+        f"{log.rows[0].get('rewards/rejected', 0.0):+.3f}, which should be 0.",
         {"reward": max(first)},
         "another reference model than the one that training starts from, a merged or missing adapter, or dropout.",
         Remedy(

@@ -116,9 +116,7 @@ def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
         f"(learning rate {rate:.1g}).",
         {"approxkl": approxkl.recent(), "learning_rate": rate},
         "a learning rate that suits full fine-tuning; LoRA wants one 10 to 100 times as large.",
-        Remedy(
-            "Raise the learning rate.", {"learning_rate": float(f"{max(30 * rate, 1e-4):.1g}")} if rate == rate else {}
-        ),
+        Remedy("Raise the learning rate.", higher_rate(log)),
     )
 
 
@@ -167,7 +165,10 @@ def value_loss_explodes(log: RunLog, limits: Limits) -> Finding | None:
         "scores that wander off faster than values can follow: a sum that is never reset, a reward without bounds."
         if wandering
         else "too large steps for the value role, or a clip range that does not suit the scale of the scores.",
-        Remedy("Normalise the scores, so that their mean stays at 0.", {"score_normalization": "running"})
+        Remedy(
+            "Score the same answer twice, some rollouts apart: a reward function must say the same of it again.",
+            code="print(reward_func(prompts=prompts, completions=completions, trainer_state=trainer.state))",
+        )
         if wandering
         else Remedy("Lower the learning rate.", lower_rate(log, 10)),
     )
@@ -177,3 +178,9 @@ def lower_rate(log: RunLog, times: float) -> dict[str, float]:
     """A lower learning rate, and one that LoRA can take."""
     rate = log.setting("learning_rate")
     return {"learning_rate": float(f"{min(float(rate) / times, 1e-3):.1g}")} if rate else {}
+
+
+def higher_rate(log: RunLog) -> dict[str, float]:
+    """A higher learning rate, and one at which LoRA learns something in a short run."""
+    rate = log.setting("learning_rate")
+    return {"learning_rate": float(f"{max(30 * float(rate), 3e-4):.1g}")} if rate else {}
