@@ -251,33 +251,42 @@ def results(out: Path) -> list[dict[str, Any]]:
 
 
 def table(out: Path) -> str:
-    """Per mistake: how often it was named among the first two, when, and what the remedy did; and the healthy runs."""
+    """Per mistake: how often it was among the doctor's first two findings at the end of the run and among the first two
+    that were said while it ran, when, and what the remedy did; and the healthy runs."""
     runs = results(out)
     lines = [
-        "| mistake | in first two | at step | other findings | well before | after the remedy | gone |",
-        "|---|---|---|---|---|---|---|",
+        "| mistake | of the first two at the end | while it ran | at step | other findings | well before | "
+        "after the remedy | gone |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    named = total = 0
+    named = live = either = total = 0
     for case in CASES:
         mine = [r for r in runs if (r["case"], r["kind"], r["note"]) == (case.finds, case.kind, case.note)]
         sick = [r for r in mine if r["state"] == "mistaken"]
         cured = [r for r in mine if r["state"] == "cured"]
         if not sick:
             continue
-        hits = [r for r in sick if case.finds in r["order"][:2]]
-        named, total = named + len(hits), total + len(sick)
+        ended = [case.finds in r["order"][:2] for r in sick]
+        ran = [case.finds in [finding["name"] for finding in r["found"][:2]] for r in sick]
+        named, live, total = named + sum(ended), live + sum(ran), total + len(sick)
+        either += sum(a or b for a, b in zip(ended, ran, strict=True))
         steps = [f["step"] for r in sick for f in r["found"] if f["name"] == case.finds]
         others = Counter(name for r in sick for name in r["order"] if name != case.finds)
         gone = sum(case.finds not in [f["name"] for f in r["found"]] for r in cured)
         wells = [f"{statistics.median(r['well'] for r in part):.0%}" if part else "" for part in (sick, cured)]
         lines.append(
-            f"| [`{case.finds}`]({case.finds}.md), {case.kind}: {case.note} | {len(hits)} of {len(sick)} | "
+            f"| [`{case.finds}`]({case.finds}.md), {case.kind}: {case.note} | {sum(ended)} of {len(sick)} | "
+            f"{sum(ran)} of {len(sick)} | "
             f"{int(statistics.median(steps)) if steps else ''} | {', '.join(f'{n} {c}' for n, c in others.items())} | "
             f"{wells[0]} | {wells[1]} | {f'{gone} of {len(cured)}' if cured else ''} |"
         )
     healthy = [r for r in runs if r["state"] == "healthy"]
     false = [f["name"] for r in healthy for f in r["found"] if f["severity"] == "problem"]
-    lines += ["", f"Named among the first two in {named} of {total} runs with a mistake."]
+    lines += [
+        "",
+        f"Of {total} runs with a mistake it was named among the first two findings in {either}: in {named} at the end, "
+        f"in {live} while they ran.",
+    ]
     shown = f": {', '.join(false)}" if false else ""
     lines.append(f"{len(false)} findings of severity problem in {len(healthy)} healthy runs{shown}.")
     return "\n".join(lines)

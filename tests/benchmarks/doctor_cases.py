@@ -72,6 +72,8 @@ class Case:
         cured_pairs: what the cure does to the pairs in its place; None: the same as the mistake, or nothing where the
             cure is to leave it.
         note: the mistake in words.
+        cured_by: the cure in words, where it is not one of settings.
+        arguments: what else the trainer is given.
     """
 
     finds: str
@@ -86,6 +88,7 @@ class Case:
     pairs: Callable[[Dataset, int], Dataset] | None = None
     cured_pairs: Callable[[Dataset, int], Dataset] | None = None
     arguments: Settings = field(default_factory=dict)
+    cured_by: str = ""
 
 
 def _texts(completions: list[Any]) -> list[str]:
@@ -247,7 +250,6 @@ CASES: tuple[Case, ...] = (
     Case("first_ratio", "ppo", "LoRA dropout 0.1 left on", {"disable_dropout": False}, lora={"lora_dropout": 0.1}),
     Case("entropy_collapse", "ppo", "answers sampled at temperature 0.1", {"temperature": 0.1}),
     Case("clipping_saturated", "ppo", "a learning rate ten times too large", {"learning_rate": 1e-2}),
-    Case("clipping_saturated", "ppo", "a clip range ten times too narrow", {"cliprange": 0.02}),
     Case("steps_too_small", "ppo", "the learning rate of full fine-tuning, 3e-6", {"learning_rate": 3e-6}),
     Case(
         "constant_scores",
@@ -256,6 +258,7 @@ CASES: tuple[Case, ...] = (
         functions=(never_matches,),
         cured_functions=(demo.rate,),
         cure={},
+        cured_by="the demo's exact ratings instead",
     ),
     Case("score_scale", "ppo", "scores in percent", {"score_normalization": "none"}, functions=(in_percent,)),
     Case("value_not_learning", "ppo", "vf_coef 1e-7", {"vf_coef": 1e-7}),
@@ -267,6 +270,7 @@ CASES: tuple[Case, ...] = (
         functions=(never_reset,),
         cured_functions=(demo.rate,),
         cure={},
+        cured_by="the rating without the sum",
     ),
     Case(
         "gradients_explode",
@@ -286,6 +290,7 @@ CASES: tuple[Case, ...] = (
         functions=(words,),
         cured_functions=(words, length_penalty(soft=8, hard=16)),
         cure={"reward_weights": [1.0, 10.0]},
+        cured_by="`length_penalty(soft=8, hard=16)` beside it, with ten times the weight",
     ),
     Case(
         "repetition_exploitation",
@@ -301,6 +306,7 @@ CASES: tuple[Case, ...] = (
         functions=(on_topic,),
         cured_functions=(on_topic, repetition_penalty()),
         cure={"reward_weights": [1.0, 10.0]},
+        cured_by="`repetition_penalty()` beside it, with ten times the weight",
     ),
     Case(
         "mode_collapse",
@@ -322,7 +328,9 @@ CASES: tuple[Case, ...] = (
         {"score_normalization": "none"},
         functions=(words, brevity),
     ),
-    Case("prompts_truncated", "ppo", "prompts cut to four tokens", prompts=cut_prompts, cure={}),
+    Case(
+        "prompts_truncated", "ppo", "prompts cut to four tokens", prompts=cut_prompts, cure={}, cured_by="whole prompts"
+    ),
     Case("overfit", "reward", "80 pairs, 40 epochs", {"num_train_epochs": 40, "eval_steps": 20}, pairs=few),
     Case(
         "length_bias",
@@ -331,9 +339,26 @@ CASES: tuple[Case, ...] = (
         pairs=longer_wins,
         cured_pairs=balanced,
         cure={},
+        cured_by="`feedback.balance_lengths`",
     ),
-    Case("chance_level", "reward", "half of the pairs turned round", pairs=mixed_up, cured_pairs=as_they_are, cure={}),
-    Case("saturated", "reward", "margins in percent", pairs=in_percent_of_scale, cured_pairs=in_points, cure={}),
+    Case(
+        "chance_level",
+        "reward",
+        "half of the pairs turned round",
+        pairs=mixed_up,
+        cured_pairs=as_they_are,
+        cure={},
+        cured_by="the pairs as they were",
+    ),
+    Case(
+        "saturated",
+        "reward",
+        "margins in percent",
+        pairs=in_percent_of_scale,
+        cured_pairs=in_points,
+        cure={},
+        cured_by="margins of at most 2",
+    ),
     Case(
         "uncentred",
         "reward",
@@ -342,6 +367,7 @@ CASES: tuple[Case, ...] = (
         pairs=mostly_good,
         cured_pairs=balanced_labels,
         cure={},
+        cured_by="`feedback.balance_labels`",
     ),
     Case(
         "likelihood_displacement",
@@ -350,7 +376,7 @@ CASES: tuple[Case, ...] = (
         {"loss_type": ["sigmoid"], "loss_weights": None, "learning_rate": 1e-3},
     ),
     Case("chance_level", "dpo", "a learning rate of 1e-8", {"learning_rate": 1e-8}),
-    Case("margins_explode", "dpo", "beta 10, three epochs", {"beta": 10.0, "num_train_epochs": 3}),
+    Case("margins_explode", "dpo", "beta 10, two epochs", {"beta": 10.0, "num_train_epochs": 2}),
     Case("chance_level", "dpo", "a learning rate of 0.1", {"learning_rate": 0.1}),
     Case(
         "reference_mismatch",
@@ -358,5 +384,6 @@ CASES: tuple[Case, ...] = (
         "a reference that is not where training starts",
         arguments={"ref": "other"},
         cure={},
+        cured_by="no `ref_model`",
     ),
 )

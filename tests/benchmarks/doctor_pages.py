@@ -33,7 +33,7 @@ SHOWN = {
     "value_loss_explodes": "loss/value_avg",
     "gradients_absent": "grad_norm/value",
     "gradients_not_finite": "grad_norm/policy",
-    "gradients_explode": "grad_norm",
+    "gradients_explode": "grad_norm/value",
     "truncation": "completions/clipped_ratio",
     "length_exploitation": "completions/mean_length",
     "repetition_exploitation": "completions/repetition",
@@ -103,7 +103,8 @@ def paragraph(case: Case, runs: list[dict[str, Any]]) -> str:
     text += f", first at step {int(statistics.median(steps))}." if steps else "."
     if cured:
         changes = next((f["changes"] for r in sick for f in r["found"] if f["name"] == case.finds), {})
-        shown = ", ".join(f"`{name}: {value}`" for name, value in (case.cure or changes).items())
+        settings = case.cure if case.cure is not None else changes
+        shown = case.cured_by or ", ".join(f"`{name}: {value}`" for name, value in settings.items())
         gone = sum(case.finds not in [f["name"] for f in r["found"]] for r in cured)
         before, after = (statistics.median(r["well"] for r in part) for part in (sick, cured))
         text += f" The remedy{f', {shown},' if shown else ''} made the finding go in {gone} of {len(cured)}; {kind}: "

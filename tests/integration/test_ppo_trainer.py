@@ -12,9 +12,11 @@ import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from tests.helpers import CHAT_TEMPLATE, prompt_dataset, saved_model, tiny_classifier, tiny_llama, word_tokenizer
 from trl_ext import PPOConfig, PPOTrainer, SharedBase
+from trl_ext.trainers import saving
 from trl_ext.trainers.batching import mini_batch
 
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -138,9 +140,47 @@ def test_resuming_in_the_middle_of_a_rollout_ends_where_an_unbroken_run_ends(tmp
     expected = trained_state(whole)
     for name, tensor in trained_state(resumed).items():
         assert torch.equal(tensor, expected[name]), name
-    same = ("objective/scores", "objective/kl", "policy/approxkl_avg", "loss/value_avg")
+    same = ("loss", "objective/scores", "objective/kl", "policy/approxkl_avg", "loss/value_avg")
     for row, other in zip(rows_with(whole, "objective/kl")[1:], rows_with(resumed, "objective/kl")[-2:], strict=True):
         assert {key: row[key] for key in same} == {key: other[key] for key in same}
+
+
+def test_what_was_being_written_when_a_run_was_killed_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"total_episodes": 48, "num_mini_batches": 2, "save_strategy": "steps", "save_steps": 3}
+    trainer = trainer_for(tmp_path, **settings)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args: object) -> None:
+        if trainer.state.global_step == 6:
+            raise Killed
+
+    monkeypatch.setattr(saving, "save_numbers", killed)
+    with pytest.raises(Killed):
+        trainer.train()
+    out = tmp_path / "out"
+    assert [path.name for path in out.glob("**/checkpoint-*")] == ["checkpoint-3", "checkpoint-6"]
+    assert get_last_checkpoint(str(out)) == str(out / "checkpoint-3")
+    monkeypatch.undo()
+    resumed = trainer_for(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert get_last_checkpoint(str(out)) == str(out / "checkpoint-12")
+    assert not (out / "unfinished").exists()
+
+
+def test_old_checkpoints_go_and_the_best_one_stays(tmp_path: Path) -> None:
+    evaluation = {"eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "objective/scores"}
+    kept_of = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 2, "load_best_model_at_end": True}
+    trainer = trainer_for(tmp_path, total_episodes=96, num_mini_batches=2, **evaluation, **kept_of)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    kept = sorted(path.name for path in (tmp_path / "out").glob("**/checkpoint-*"))
+    assert len(kept) == 2 and "checkpoint-24" in kept and Path(best).name in kept
+    state = json.loads((Path(best) / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == best == str(tmp_path / "out" / Path(best).name)
 
 
 def test_save_model_writes_a_plain_policy_adapter_with_the_value_role_beside_it(tmp_path: Path) -> None:

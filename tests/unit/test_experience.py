@@ -226,6 +226,14 @@ def test_the_sampling_gap_tells_other_sampling_from_scoring(sharper: float, expe
     assert {"same": abs(z) < 3, "below": z < -6, "above": z > 6}[expected], z
 
 
+def test_certain_answers_are_no_sampling_gap() -> None:
+    """Where the likeliest token has probability 1 - 1e-5, a rollout hardly ever shows another one."""
+    logprobs = torch.full((64, 10), math.log1p(-1e-5), dtype=torch.float64)
+    entropy = torch.full_like(logprobs, 1e-5 * (1 - math.log(1e-5)))
+    z = sampling_gap(ScorePass(logprobs, entropy, logprobs, logprobs, logprobs[:, 0]), torch.ones(64, 10).bool())
+    assert abs(z["val/sampling_gap_z"]) < 1
+
+
 def test_repetition_counts_trigrams() -> None:
     answers = rollout([5, 6, 2], [True, True, True])
     ids = torch.zeros_like(answers.completion_ids)

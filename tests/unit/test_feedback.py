@@ -373,13 +373,15 @@ def test_shared_prompts_are_counted() -> None:
 # Balancing ------------------------------------------------------------------------------------------------------------
 
 
-def test_lengths_are_balanced_by_leaving_out_pairs_that_are_too_many() -> None:
-    pairs = [("long answer", "short")] * 6 + [("tiny", "a longer one")] * 2 + [("same", "size")]
+def test_lengths_are_balanced_by_repeating_the_rarer_pairs() -> None:
+    pairs = [("long answer", "short")] * 5 + [("tiny", "a longer one"), ("few", "many words")] + [("same", "size")]
     rows = Dataset.from_list([{"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs])
     kept = [(row["chosen"], row["rejected"]) for row in feedback.balance_lengths(rows)]
-    assert [kept.count(pair) for pair in dict.fromkeys(pairs)] == [2, 2, 1]
+    counts = [kept.count(pair) for pair in dict.fromkeys(pairs)]
+    assert counts in ([5, 3, 2, 1], [5, 2, 3, 1])
+    assert len(feedback.balance_lengths(rows.select([7]))) == 1
     with pytest.raises(FeedbackError, match="In every pair the longer answer was chosen"):
-        feedback.balance_lengths(rows.select(range(6)))
+        feedback.balance_lengths(rows.select(range(5)))
 
 
 @pytest.mark.parametrize("weighted", [True, False])

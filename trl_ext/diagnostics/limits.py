@@ -52,7 +52,8 @@ class Limits:
             sign of rounding errors.
         displacement: nats that a chosen answer's log-probability may fall: ln 2, half its probability.
         displaced_share: and as a share of that log-probability, for long answers.
-        dpo_margin: DPO's margin (in units of beta times nats) at which its loss leaves no gradient.
+        dpo_margin: DPO's margin (in units of beta times nats) at which its loss leaves hardly any gradient:
+            sigmoid(-5) is 0.007.
         reference_gap: DPO's first rewards in float32: 0 in theory, 4e-4 as measured.
         reference_gap_half: the same in half precision: rounding of 0.03 nats a token, over some hundreds of tokens.
     """
@@ -95,6 +96,6 @@ class Limits:
     still: float = 1e-3
     displacement: float = 0.7
     displaced_share: float = 0.25
-    dpo_margin: float = 10.0
+    dpo_margin: float = 5.0
     reference_gap: float = 0.005
     reference_gap_half: float = 0.1

@@ -27,8 +27,14 @@ def overfit(log: RunLog, limits: Limits) -> Finding | None:
         f"{min(loss.values):.3f} at its best and {loss.values[-1]:.3f} now.",
         {"gap": gap, "growth": growth},
         "too many epochs over too few pairs.",
-        Remedy("Fewer epochs, or more pairs.", {"num_train_epochs": 1}),
+        Remedy("Stop where the held-out loss was lowest, or collect more pairs.", _epochs_of_best(log)),
     )
+
+
+def _epochs_of_best(log: RunLog) -> dict[str, int]:
+    evals = [row for row in log.evals if "loss" in row and "epoch" in row]
+    best = min(evals, key=lambda row: row["loss"], default=None)
+    return {"num_train_epochs": max(1, round(best["epoch"]))} if best else {"num_train_epochs": 1}
 
 
 def chance_level(log: RunLog, limits: Limits) -> Finding | None:

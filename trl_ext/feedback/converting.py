@@ -62,23 +62,24 @@ def to_preference(
 
 
 def balance_lengths(pairs: Dataset, seed: int = 0) -> Dataset:
-    """As many pairs whose chosen answer is the longer one as pairs whose chosen answer is the shorter one; those of
-    equal length stay. What is too many is drawn at random and left out.
+    """As many pairs whose chosen answer is the longer one as pairs whose chosen answer is the shorter one. Every pair
+    stays; of the rarer kind some, drawn at random, occur again and again.
 
     Args:
         pairs: with the columns chosen and rejected, texts or messages.
 
     Raises:
-        FeedbackError: all pairs lean one way, so nothing would be left.
+        FeedbackError: all pairs lean one way, so there is nothing to balance them with.
     """
     gaps = [len(as_text(row["chosen"])) - len(as_text(row["rejected"])) for row in pairs]
     longer, shorter = ([i for i, gap in enumerate(gaps) if sign * gap > 0] for sign in (1, -1))
     if bool(longer) != bool(shorter):
         which = "longer" if longer else "shorter"
         raise FeedbackError(f"In every pair the {which} answer was chosen: collect pairs in which it was not.")
-    rng, count = random.Random(seed), min(len(longer), len(shorter))
-    level = [i for i, gap in enumerate(gaps) if gap == 0]
-    return pairs.select(sorted([*rng.sample(longer, count), *rng.sample(shorter, count), *level]))
+    rarer, commoner = sorted((longer, shorter), key=len)
+    rounds, rest = divmod(len(commoner) - len(rarer), max(len(rarer), 1))
+    again = [*rarer * rounds, *random.Random(seed).sample(rarer, rest)]
+    return pairs.select(sorted([*range(len(gaps)), *again]))
 
 
 def balance_labels(rows: Dataset) -> Dataset:

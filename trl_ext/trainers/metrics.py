@@ -36,9 +36,10 @@ class Metrics:
             self._add(name, entry)
         return added
 
-    def add_value(self, name: str, value: float) -> None:
+    def add_value(self, name: str, value: float | Tensor) -> None:
         """Add one number of this process."""
-        self._add(name, torch.tensor([value, 1.0], dtype=torch.float64))
+        number = torch.as_tensor(value, dtype=torch.float64)
+        self._add(name, torch.stack([number, torch.ones_like(number)]))
 
     def add_rollout(self, values: dict[str, float]) -> None:
         """Add one rollout's numbers, the same on every process."""

@@ -173,6 +173,8 @@ class PPOTrainer(Checkpoints, BaseTrainer):
         assert self.experience is not None
         started = time.perf_counter()
         loss = self.updater(model, self.experience)
+        # Transformers' own sum of losses since the last log is lost with an interrupted run.
+        self.metrics.add_value("loss", loss * self.args.gradient_accumulation_steps)
         if self.updater.idle and not self.updater.finish_minibatch():
             # Accelerate's optimizer steps only where gradients are synchronised: weights and moments stay as they are.
             self.accelerator.gradient_state._set_sync_gradients(False)

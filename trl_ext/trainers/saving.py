@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from trl_ext.callbacks import CallbackError
 from trl_ext.rewards import RewardError
 from trl_ext.roles.saving import load_trained_roles, save_roles
 from trl_ext.trainers.state import load_experience, load_numbers, save_experience, save_numbers
+
+UNFINISHED = "unfinished"  # holds a checkpoint while it is written
 
 
 class RandomState:
@@ -43,6 +48,8 @@ class Checkpoints:
     updater: Any
     metrics: Any
     state: Any
+    accelerator: Any
+    _writing: Path | None = None  # where a checkpoint is being written
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The policy as a plain PEFT adapter in `output_dir`; value/, reward/ and reference/ beside it."""
@@ -102,5 +109,36 @@ class Checkpoints:
         load_trained_roles(self.base, Path(str(self.state.best_model_checkpoint)))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the checkpoint beside its place and move it there in one step: a run that is killed while it writes
+        leaves nothing that could be taken for a checkpoint."""
         self.create_model_card()  # type: ignore[attr-defined]
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        final = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        limit, self.args.save_total_limit = (
+            self.args.save_total_limit,
+            None,
+        )  # what is old goes once the new one is there
+        self._writing = Path(self.args.output_dir) / UNFINISHED
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            written, self._writing, self.args.save_total_limit = self._writing / final.name, None, limit
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if final.exists():
+                shutil.rmtree(final)
+            written.replace(final)
+            shutil.rmtree(written.parent)
+            rotate_checkpoints(
+                output_dir=str(final.parent),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder: str = super()._get_output_dir(trial)  # type: ignore[misc]
+        return folder if self._writing is None else str(self._writing)

@@ -78,11 +78,15 @@ def sampling_gap(pass_: ScorePass, mask: Tensor) -> dict[str, float]:
     and its sum over the root of its squares' sum is about standard normal. Below 0 the sampling was sharper than the
     scoring (top_k, a lower temperature, a repetition penalty taking tokens away), above 0 it was forced elsewhere.
 
+    A policy that is all but certain hardly ever shows the rare tokens that carry its variance. For a token of
+    probability e against one of 1 - e that variance, about e log(e)^2, exceeds the entropy, about e |log e|, so the sum
+    of the entropies is the least that is taken for it.
+
     Returns:
         `val/sampling_gap`, nats a token, and `val/sampling_gap_z`, in standard errors.
     """
     gap = ((-pass_.logprobs - pass_.entropy) * mask).double()
-    spread = float(gap.pow(2).sum().sqrt())
+    spread = float(torch.maximum(gap.pow(2).sum(), (pass_.entropy * mask).sum().double()).sqrt())
     return {
         "val/sampling_gap": float(gap.sum() / mask.sum().clamp(min=1)),
         "val/sampling_gap_z": float(gap.sum()) / spread if spread > 0 else 0.0,
