@@ -29,7 +29,9 @@ class Limits:
         tiny_approxkl: nats a token that an update moves the policy; healthy updates make 1e-3 to 1e-1 (measured).
         score_std: spread of scores beyond which values, which start at 0, take long to arrive.
         score_drift: factor by which that spread may grow.
-        explained_variance: below it the value role says nothing; a useful one reaches 0.5 and more.
+        explained_variance: below it the value role says little; a useful one reaches 0.5 and more.
+        explained_nothing: and below it nothing at all, which is a problem; on its slow way to scores far from 0 a value
+            role that learns has passed it by the time of the first look (measured).
         value_loss_growth: times its start.
         value_error: times the error of a constant, the mean score.
         truncated: share of answers cut at the length limit.
@@ -75,6 +77,7 @@ class Limits:
     score_std: float = 10.0
     score_drift: float = 5.0
     explained_variance: float = 0.05
+    explained_nothing: float = 0.01
     value_loss_growth: float = 10.0
     value_error: float = 4.0
     truncated: float = 0.5

@@ -129,7 +129,7 @@ def value_not_learning(log: RunLog, limits: Limits) -> Finding | None:
         return None
     return Finding(
         "value_not_learning",
-        "problem",
+        "problem" if max(explained.values[-4:]) < limits.explained_nothing else "warning",
         "The value role does not learn",
         log.steps,
         f"After {len(explained)} logs it explains {explained.recent():.0%} of the returns' variance, and "
