@@ -132,6 +132,21 @@ def test_a_recipe_runs_end_to_end(
         assert AutoPeftModelForCausalLM.from_pretrained(out) is not None
 
 
+def test_ratings_of_one_answer_a_prompt_make_a_reward_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two answers to a prompt, so no pair: answers are judged by their ratings."""
+    file, out = tmp_path / "rated.jsonl", tmp_path / "out"
+    rows = [{"prompt": f"Question {i}?", "completion": f"It is {i % 5}.", "rating": i % 5} for i in range(60)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    given = ["--objective", "regression", "--dataset", str(file), "--eval_rows", "20", "--max_steps", "2"]
+    run(monkeypatch, "reward", *given, "--output_dir", str(out))
+    judged = json.loads((out / "judgement.json").read_text(encoding="utf-8"))
+    assert judged["answers"] == 20 and judged["pairs"] == 0 and -1 <= judged["spearman"] <= 1
+    with pytest.raises(SystemExit, match="holds a run already"):
+        run(monkeypatch, "reward", *given, "--output_dir", str(out))
+    with pytest.raises(SystemExit, match="holds no checkpoint to go on from"):
+        run(monkeypatch, "reward", *given, "--output_dir", str(out), "--resume_from_checkpoint", "true")
+
+
 def test_the_tracebacks_are_there_for_who_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "TRL_EXT_TRACEBACK", "1")
     with pytest.raises(FileNotFoundError):

@@ -67,7 +67,9 @@ def show_before_after(prompts: Sequence[Any], before: Sequence[str], after: Sequ
 
 @torch.no_grad()
 def show_scored_pairs(base: SharedBase, tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> None:
-    """Print some preference pairs with the scores that the reward role gives them."""
+    """Print some preference pairs with the scores that the reward role gives them; nothing where there are none."""
+    if "chosen" not in pairs.column_names:
+        return
     table = Table(title="What the reward model makes of held-out pairs", show_lines=True, title_justify="left")
     for column in ("Prompt", "Chosen", "Score", "Rejected", "Score"):
         table.add_column(column, justify="right" if column == "Score" else "left")

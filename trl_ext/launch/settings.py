@@ -12,14 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
+from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import CONFIG_NAME, cached_file
 from trl import ModelConfig, TrlParser, extract_prompt, get_peft_config, get_quantization_config
 
 from trl_ext import demo, feedback
 from trl_ext._trl import train_in_float32
 from trl_ext.roles import SharedBase
+from trl_ext.trainers.checks import check_output_dir
 
+RUN_FILES = ("trainer_state.json", "adapter_model.safetensors")  # what a run that came to something leaves
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -38,12 +45,52 @@ class DataArguments:
 
 
 def parse(script: str, *types: Any) -> tuple[Any, ...]:
-    """Settings of a recipe: the YAML file beside `script`, or the one after --config, then the command line."""
+    """Settings of a recipe: the YAML file beside `script`, or the one after --config, then the command line.
+    `--resume_from_checkpoint true` becomes the last checkpoint's folder.
+
+    Raises:
+        FileExistsError: output_dir holds a run already, which is not gone on with.
+        FileNotFoundError: there is no checkpoint to go on from.
+    """
     arguments = sys.argv[1:]
     if "--config" not in arguments:
         arguments = ["--config", str(Path(script).with_suffix(".yaml")), *arguments]
     parsed: tuple[Any, ...] = TrlParser(types, allow_abbrev=False).parse_args_and_config(arguments)
+    for part in parsed:
+        if isinstance(part, TrainingArguments) and part.process_index == 0:
+            check_output_dir(str(part.output_dir))
+        if isinstance(part, TrainingArguments):
+            part.resume_from_checkpoint = _checkpoint(part)
     return parsed
+
+
+def _checkpoint(args: TrainingArguments) -> str | None:
+    """The folder to go on from; None where a run begins, in a folder that holds none."""
+    folder, wanted = Path(str(args.output_dir)), args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        held = folder.is_dir() and any((folder / name).exists() for name in RUN_FILES)
+        if args.process_index == 0 and (held or _last_checkpoint(folder)):
+            raise FileExistsError(
+                f"output_dir {str(folder)!r} holds a run already: give another --output_dir, or go on with that run by "
+                "--resume_from_checkpoint true."
+            )
+        return None
+    found = _last_checkpoint(folder) if str(wanted).lower() == "true" else str(wanted)
+    if found is None:
+        raise FileNotFoundError(
+            f"output_dir {str(folder)!r} holds no checkpoint to go on from: leave out --resume_from_checkpoint, or "
+            "give a checkpoint's folder."
+        )
+    if not (Path(found) / TRAINER_STATE_NAME).is_file():
+        raise FileNotFoundError(
+            f"{found!r} is no checkpoint (it has no {TRAINER_STATE_NAME}): give a folder like "
+            f"{str(folder / 'checkpoint-100')!r}."
+        )
+    return found
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
 @contextmanager
@@ -55,7 +102,7 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, yaml.YAMLError) as error:
         if os.environ.get("TRL_EXT_TRACEBACK"):
             raise
         sentence = " ".join(str(error).split())
@@ -98,7 +145,7 @@ class RewardData:
     Attributes:
         train, test: in the columns of the objective.
         judged: the held-out feedback as people gave it: ratings where there are some, else as `test`.
-        pairs: held-out preference pairs, whatever the form.
+        pairs: held-out preference pairs, whatever the form; `judged` where no pair can be made of it.
     """
 
     train: Dataset
@@ -122,10 +169,15 @@ def load_feedback(data: DataArguments, objective: str) -> RewardData:
         pairs = load_pairs(data)[1]
     else:
         kept, held_out = _split_feedback(data)
-        pairs = feedback.to_preference(held_out, pairs_per_answer=10)
+        pairs = None
     convert = CONVERTERS[objective]
     test = convert(held_out)
     judged = feedback.to_ratings(held_out) if held_out.form == "ratings" else test
+    if pairs is None:
+        try:
+            pairs = feedback.to_preference(held_out, pairs_per_answer=10)
+        except feedback.FeedbackError:  # no two answers to one prompt: answers are judged as they are
+            pairs = judged
     return RewardData(convert(kept), test, judged, pairs)
 
 
@@ -187,17 +239,28 @@ def _read(dataset: str, split: str) -> Dataset:
         raise FileNotFoundError(f"The dataset file {dataset!r} does not exist.")
     try:
         return load_dataset(READERS[suffix], data_files=dataset, split="train")
-    except (StopIteration, DatasetsError) as error:
+    except (StopIteration, DatasetsError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split()) or "it holds no rows"
         raise ValueError(f"The dataset file {dataset!r} cannot be read: {reason:.200}") from error
 
 
 def model_name(model_args: ModelConfig) -> str:
-    """The model's name or folder; "demo" stands for the embedded model, which is built where needed."""
+    """The model's name or folder; "demo" stands for the embedded model, which is built where needed.
+
+    Raises:
+        ValueError: none is given.
+        OSError: there is none of that name.
+    """
     name = model_args.model_name_or_path
     if name is None:
         raise ValueError("model_name_or_path is missing: give a model's name or folder, or 'demo'.")
-    return demo.model_path() if name == "demo" else str(name)
+    if name == "demo":
+        return demo.model_path()
+    try:
+        cached_file(name, CONFIG_NAME, revision=model_args.model_revision)
+    except OSError as error:
+        raise OSError(f"The model {name!r} cannot be loaded: {error}") from error
+    return str(name)
 
 
 def model_kwargs(model_args: ModelConfig) -> dict[str, Any]:
