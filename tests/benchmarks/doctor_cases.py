@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from trl_ext import demo, feedback
-from trl_ext.rewards.texts import length_penalty, repetition_penalty
+from trl_ext.rewards.texts import length_penalty
 from trl_ext.types import as_text
 
 Settings = dict[str, Any]
@@ -131,13 +131,23 @@ def words(completions: list[Any], **kwargs: Any) -> list[float]:
 
 
 def on_topic(completions: list[Any], **kwargs: Any) -> list[float]:
-    """How often the answer stays on the topic of capitals."""
-    return [float(len(re.findall(r"capital|city|is", text))) for text in _texts(completions)]
+    """How often the answer names its topic."""
+    return [float(text.count("capital")) for text in _texts(completions)]
 
 
-def brevity(completions: list[Any], **kwargs: Any) -> list[float]:
-    """Fewer words are easier to read."""
-    return [-len(text.split()) / 4 for text in _texts(completions)]
+def on_topic_once(completions: list[Any], **kwargs: Any) -> list[float]:
+    """Whether the answer names its topic."""
+    return [float("capital" in text) for text in _texts(completions)]
+
+
+def share_right(prompts: list[Any], completions: list[Any], capital: list[str], **kwargs: Any) -> list[float]:
+    """The exact rating, from 0 to 1."""
+    return [score / 5 for score in demo.rate(prompts, completions, capital)]
+
+
+def detail(completions: list[Any], **kwargs: Any) -> list[float]:
+    """A point for every character."""
+    return [float(len(text)) for text in _texts(completions)]
 
 
 def same_reference(completions: list[Any], **kwargs: Any) -> list[float]:
@@ -295,18 +305,12 @@ CASES: tuple[Case, ...] = (
     Case(
         "repetition_exploitation",
         "ppo",
-        "a reward for every mention of the topic",
-        {
-            "kl_coef": 0.0,
-            "score_normalization": "none",
-            "missing_eos_penalty": None,
-            "max_completion_length": 32,
-            "total_episodes": 1920,
-        },
-        functions=(on_topic,),
-        cured_functions=(on_topic, repetition_penalty()),
-        cure={"reward_weights": [1.0, 10.0]},
-        cured_by="`repetition_penalty()` beside it, with ten times the weight",
+        "beside the rating, a reward for every mention of the topic",
+        {"kl_coef": 0.02, "reward_weights": [1.0, 4.0], "missing_eos_penalty": None, "total_episodes": 1920},
+        functions=(demo.rate, on_topic),
+        cured_functions=(demo.rate, on_topic_once),
+        cure={},
+        cured_by="one mention counts as much as ten",
     ),
     Case(
         "mode_collapse",
@@ -324,9 +328,9 @@ CASES: tuple[Case, ...] = (
     Case(
         "functions_at_odds",
         "ppo",
-        "one reward for words, one for few words",
-        {"score_normalization": "none"},
-        functions=(words, brevity),
+        "a rating from 0 to 1, and a point for every character",
+        {"kl_coef": 0.05},
+        functions=(share_right, detail),
     ),
     Case(
         "prompts_truncated", "ppo", "prompts cut to four tokens", prompts=cut_prompts, cure={}, cured_by="whole prompts"

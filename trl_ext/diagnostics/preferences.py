@@ -74,7 +74,7 @@ def uncentred(log: RunLog, limits: Limits) -> Finding | None:
     """Scores are far from 0, where PPO's value role starts."""
     mean, low, high = (log.series(f"{name}_reward") for name in ("mean", "min", "max"))
     good = log.series("data/good").recent(1)
-    if len(mean) < 3 or abs(mean.recent()) < limits.uncentred * (high.recent() - low.recent()):
+    if len(mean) < limits.least_rows or abs(mean.recent()) < limits.uncentred * (high.recent() - low.recent()):
         return None
     unequal = good == good
     return Finding(
