@@ -171,6 +171,18 @@ def test_what_was_being_written_when_a_run_was_killed_is_no_checkpoint(
     assert not (out / "unfinished").exists()
 
 
+def test_a_run_that_was_killed_after_its_last_step_is_not_trained_further(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    whole = trainer_for(tmp_path, **settings)
+    whole.train()
+    resumed = trainer_for(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == whole.state.global_step == 4
+    expected = trained_state(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained_state(resumed).items())
+    assert len(rows_with(resumed, "loss")) == len(rows_with(whole, "loss"))
+
+
 def test_old_checkpoints_go_and_the_best_one_stays(tmp_path: Path) -> None:
     evaluation = {"eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "objective/scores"}
     kept_of = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 2, "load_best_model_at_end": True}

@@ -159,6 +159,13 @@ class PPOTrainer(Checkpoints, BaseTrainer):
         self.interrupts.raise_received()
         return output
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing, where an interrupted run had come to its end: Transformers would take one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     # One update -------------------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> Tensor:
