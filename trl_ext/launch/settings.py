@@ -26,6 +26,7 @@ from trl_ext._trl import train_in_float32
 from trl_ext.roles import SharedBase
 from trl_ext.trainers.checks import check_output_dir
 
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, yaml.YAMLError, torch.OutOfMemoryError)
 RUN_FILES = ("trainer_state.json", "adapter_model.safetensors")  # what a run that came to something leaves
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -102,7 +103,7 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, TypeError, OSError, ImportError, yaml.YAMLError) as error:
+    except USER_ERRORS as error:
         if os.environ.get("TRL_EXT_TRACEBACK"):
             raise
         sentence = " ".join(str(error).split())

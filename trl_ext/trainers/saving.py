@@ -89,20 +89,27 @@ class Checkpoints:
 
     @contextmanager
     def _saved_on_failure(self) -> Iterator[None]:
-        """Write a checkpoint when a reward function or a callback fails: what has been trained is not lost, and a run
-        that goes on from it draws the same answers again."""
+        """Write a checkpoint when a reward function or a callback fails, or memory runs out over a rollout: nothing that
+        has been trained is lost, and a run that goes on from it draws the same answers again."""
         before = RandomState()
         try:
             yield
-        except (RewardError, CallbackError) as error:
+        except (RewardError, CallbackError, torch.OutOfMemoryError) as error:
+            said = str(error)
+            if isinstance(error, torch.OutOfMemoryError):
+                said = (
+                    f"Memory ran out over the rollout at step {self.state.global_step}: lower "
+                    "local_rollout_forward_batch_size, per_device_train_batch_size or max_completion_length "
+                    f"({said.split('.')[0]})."
+                )
             if self.state.global_step == 0:
-                raise
+                raise type(error)(said) from error.__cause__
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             if not folder.exists():
                 before.restore()
                 self._save_checkpoint(self.model, trial=None)  # type: ignore[attr-defined]
             raise type(error)(
-                f"{error} All {self.state.global_step} steps before are saved in {str(folder)!r}: resume from there."
+                f"{said} All {self.state.global_step} steps before are saved in {str(folder)!r}: resume from there."
             ) from error.__cause__
 
     def _load_best_model(self) -> None:
