@@ -89,8 +89,8 @@ class Checkpoints:
 
     @contextmanager
     def _saved_on_failure(self) -> Iterator[None]:
-        """Write a checkpoint when a reward function or a callback fails, or memory runs out over a rollout: nothing that
-        has been trained is lost, and a run that goes on from it draws the same answers again."""
+        """Write a checkpoint when a reward function or a callback fails, or memory runs out over a rollout: nothing
+        that was trained is lost, and a run that goes on from it draws the same answers again."""
         before = RandomState()
         try:
             yield
