@@ -138,10 +138,8 @@ class FeedbackRewardTrainer(RewardTrainer):
         loss = LOSSES[objective](scores, inputs)
         if self.args.center_rewards_coefficient is not None and objective in ("ranking", "all_pairs"):
             loss = loss + self.args.center_rewards_coefficient * (scores**2).mean()
-        gathered, logged = (
-            self.accelerator.gather(scores.detach()),
-            self._metrics["train" if model.training else "eval"],
-        )
+        logged = self._metrics["train" if model.training else "eval"]
+        gathered = self.accelerator.gather(scores.detach())
         for name, value in (("min", gathered.min()), ("mean", gathered.mean()), ("max", gathered.max())):
             logged[f"{name}_reward"].append(value.item())
         return (loss, outputs) if return_outputs else loss

@@ -120,10 +120,8 @@ class Checkpoints:
         leaves nothing that could be taken for a checkpoint."""
         self.create_model_card()  # type: ignore[attr-defined]
         final = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        limit, self.args.save_total_limit = (
-            self.args.save_total_limit,
-            None,
-        )  # what is old goes once the new one is there
+        limit = self.args.save_total_limit
+        self.args.save_total_limit = None  # what is old goes once the new one is there
         self._writing = Path(self.args.output_dir) / UNFINISHED
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
