@@ -83,7 +83,7 @@ class Limits:
     truncated: float = 0.5
     length_growth: float = 1.4
     length_correlation: float = 0.5
-    repetition: float = 0.3
+    repetition: float = 0.15
     distinct: float = 0.2
     noticeable: float = 3.0
     fighting: float = -0.3
