@@ -12,6 +12,7 @@ from tests.integration.test_ppo_trainer import cats, rows_with, trainer_for
 from trl_ext import DiagnosticsCallback
 from trl_ext.cli import main
 from trl_ext.diagnostics import diagnose, read_run
+from trl_ext.rewards.texts import length_penalty
 
 
 def nothing(completions: list[Any], **kwargs: Any) -> list[float]:
@@ -52,6 +53,14 @@ def test_the_yardstick_is_logged_and_not_trained_on(tmp_path: Path) -> None:
     same = ["objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg"]
     for ours, theirs in zip(logged, rows_with(plain, "objective/kl"), strict=True):
         assert [ours[name] for name in same] == [theirs[name] for name in same]
+
+
+def test_a_yardstick_may_count_tokens(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path)
+    trainer.add_callback(DiagnosticsCallback(yardstick=length_penalty(0, 100)))
+    trainer.train()
+    for row in (row for row in trainer.state.log_history if "objective/kl" in row):
+        assert row["yardstick/length_penalty"] == pytest.approx(-row["completions/mean_length"] / 100)
 
 
 def test_stop_saves_and_ends_the_run(tmp_path: Path) -> None:

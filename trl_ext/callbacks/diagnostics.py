@@ -43,8 +43,8 @@ class DiagnosticsCallback(RolloutCallback):
         on_problem: what a finding of severity "problem" leads to. "warn": a warning. "stop": and the run is saved and
             ends. "act": and those of the remedy's settings that a run in progress can take are changed (in PPO kl_coef,
             entropy_coef, vf_coef, missing_eos_penalty; everywhere the learning rate).
-        yardstick: a reward function that is not trained on, called with `prompts` and `completions` of every rollout of
-            our PPOTrainer; its mean is logged as `yardstick/<name>`. What the score stands for: a better judge than the
+        yardstick: a reward function that is not trained on, called with `prompts`, `completions` and
+            `completion_ids` of every rollout of our PPOTrainer; its mean is logged as `yardstick/<name>`. What the score stands for: a better judge than the
             one that is trained on, exact answers, or people's verdicts.
         limits: thresholds; None: the documented ones.
         rules: None: the catalogue's.
@@ -112,7 +112,10 @@ class DiagnosticsCallback(RolloutCallback):
         rollout = experience.rollout
         if self.yardstick is not None:
             name = getattr(self.yardstick, "__name__", type(self.yardstick).__name__)
-            given = self.yardstick(prompts=rollout.prompts, completions=rollout.completions)
+            ids = [
+                row[mask].tolist() for row, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)
+            ]
+            given = self.yardstick(prompts=rollout.prompts, completions=rollout.completions, completion_ids=ids)
             values = [float(value) for value in given if value is not None]
             if values:
                 self._saved["measured"].setdefault(f"yardstick/{name}", []).append(sum(values) / len(values))
