@@ -202,6 +202,16 @@ def test_chance_level_tells_steps_too_small_from_steps_too_large(rate: float, lo
     assert diagnose(log)[0].remedy.changes == {"learning_rate": said}
 
 
+def test_training_is_to_end_where_the_held_out_loss_was_lowest() -> None:
+    log = preference_log(REWARD, SICK_REWARD["overfit"])
+    for i, row in enumerate(log.evals):
+        row |= {"epoch": i + 1.0, "loss": 0.6 + 0.05 * abs(i - 4)}
+    found = {finding.name: finding for finding in diagnose(log)}
+    assert found["overfit"].remedy.changes == {"num_train_epochs": 5}
+    history = [{"step": 4, "epoch": 2.0, "eval_loss": 0.5, "eval_accuracy": 0.6}]
+    assert RunLog.of(history).evals == [{"step": 4, "epoch": 2.0, "loss": 0.5, "accuracy": 0.6}]
+
+
 def test_margins_that_the_data_ask_for_are_not_blamed_on_the_steps() -> None:
     saturated = {**SICK_REWARD["saturated"], "data/margin": [25.0] + [math.nan] * 15}
     (finding,) = diagnose(preference_log(REWARD, saturated))

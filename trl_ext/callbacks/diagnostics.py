@@ -43,9 +43,9 @@ class DiagnosticsCallback(RolloutCallback):
         on_problem: what a finding of severity "problem" leads to. "warn": a warning. "stop": and the run is saved and
             ends. "act": and those of the remedy's settings that a run in progress can take are changed (in PPO kl_coef,
             entropy_coef, vf_coef, missing_eos_penalty; everywhere the learning rate).
-        yardstick: a reward function that is not trained on, called with `prompts`, `completions` and
-            `completion_ids` of every rollout of our PPOTrainer; its mean is logged as `yardstick/<name>`. What the score stands for: a better judge than the
-            one that is trained on, exact answers, or people's verdicts.
+        yardstick: a reward function that is not trained on, called with `prompts`, `completions` and `completion_ids`
+            of every rollout of our PPOTrainer; its mean is logged as `yardstick/<name>`. What the score stands for: a
+            better judge than the one that is trained on, exact answers, or people's verdicts.
         limits: thresholds; None: the documented ones.
         rules: None: the catalogue's.
         samples: completions of each rollout that are kept for findings and reports.

@@ -87,7 +87,7 @@ class RunLog:
     Attributes:
         kind: "ppo" (trl_ext's or TRL 1.12's), "online" (GRPOTrainer, RLOOTrainer), "reward", "dpo" or "other".
         rows: training logs in order, each with its `step`.
-        evals: evaluation logs in order, each with its `step`; names without the prefix "eval_".
+        evals: evaluation logs in order, each with its `step` and `epoch`; names without the prefix "eval_".
         config: the trainer's settings, as far as they are known.
         samples: completions, as far as they are known.
     """
@@ -114,7 +114,8 @@ class RunLog:
             looked = {name.removeprefix("eval_"): value for name, value in known.items() if name.startswith("eval_")}
             trained = {name: value for name, value in known.items() if not name.startswith("eval_")}
             if looked:
-                evals.append({"step": step, **looked})
+                epoch = {name: known[name] for name in ("epoch",) if name in known}
+                evals.append({"step": step, **epoch, **looked})
             elif "train_runtime" not in trained:
                 rows.append({"step": step, **trained})
         return cls(kind_of(rows, evals), rows, evals, dict(config or {}), list(samples))
