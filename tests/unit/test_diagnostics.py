@@ -207,7 +207,11 @@ def test_training_is_to_end_where_the_held_out_loss_was_lowest() -> None:
     for i, row in enumerate(log.evals):
         row |= {"epoch": i + 1.0, "loss": 0.6 + 0.05 * abs(i - 4)}
     found = {finding.name: finding for finding in diagnose(log)}
-    assert found["overfit"].remedy.changes == {"num_train_epochs": 5}
+    assert found["overfit"].remedy.changes == {"num_train_epochs": 10}
+    of_twenty = RunLog(log.kind, log.rows, log.evals, {"num_train_epochs": 20})
+    assert diagnose(of_twenty)[0].remedy.changes == {"num_train_epochs": round(10 * (1 - 5 / 40))}
+    constant = RunLog(log.kind, log.rows, log.evals, {"lr_scheduler_type": "constant"})
+    assert diagnose(constant)[0].remedy.changes == {"num_train_epochs": 5}
     history = [{"step": 4, "epoch": 2.0, "eval_loss": 0.5, "eval_accuracy": 0.6}]
     assert RunLog.of(history).evals == [{"step": 4, "epoch": 2.0, "loss": 0.5, "accuracy": 0.6}]
 

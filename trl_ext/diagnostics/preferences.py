@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from trl_ext.diagnostics.finding import Finding, Remedy
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
@@ -16,7 +18,9 @@ def overfit(log: RunLog, limits: Limits) -> Finding | None:
     loss = log.series("loss", evals=True)
     gap = accuracy.recent() - held_out.recent(1) if accuracy and held_out else 0.0
     growth = loss.values[-1] / max(min(loss.values), 1e-6) if len(loss) >= 2 else 1.0
-    if gap < limits.overfit_accuracy and not (growth > limits.overfit_loss and gap > limits.overfit_accuracy / 3):
+    # A gap alone does no harm where pairs are few; where the held-out loss is known, it must have got worse.
+    rises = growth > limits.overfit_loss and gap > limits.overfit_accuracy / 3
+    if not (rises if len(loss) >= 2 else gap > limits.overfit_accuracy):
         return None
     return Finding(
         "overfit",
@@ -32,9 +36,15 @@ def overfit(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def _epochs_of_best(log: RunLog) -> dict[str, int]:
+    """As many epochs as make the steps to the lowest held-out loss add up to the same, under a schedule that falls to 0
+    (a mean of one half): e (1 - e / 2n) of the highest rate's epochs until epoch e of n."""
     evals = [row for row in log.evals if "loss" in row and "epoch" in row]
     best = min(evals, key=lambda row: row["loss"], default=None)
-    return {"num_train_epochs": max(1, round(best["epoch"]))} if best else {"num_train_epochs": 1}
+    if best is None:
+        return {"num_train_epochs": 1}
+    epoch, of = best["epoch"], float(log.setting("num_train_epochs", math.inf))
+    falls = log.setting("lr_scheduler_type", "linear") in ("linear", "cosine")
+    return {"num_train_epochs": max(1, round(2 * epoch * (1 - epoch / (2 * of))) if falls else round(epoch))}
 
 
 def chance_level(log: RunLog, limits: Limits) -> Finding | None:
