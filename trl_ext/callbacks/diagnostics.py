@@ -93,11 +93,8 @@ class DiagnosticsCallback(RolloutCallback):
         self._config["dtype"] = str(precision).removeprefix("torch.")
         for name, value in _looked_at(kwargs.get("train_dataloader"), self._config.get("objective")).items():
             self._saved["measured"][f"data/{name}"] = [value]
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            known = {"settings": self._config, "versions": versions()}
-            (folder / "run.json").write_text(json.dumps(known, indent=2, default=str) + "\n", encoding="utf-8")
+        self._config["reward_names"] = self._saved.get("reward_names")
+        self._write_settings(args, state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Have the first step logged: DPO's tells whether the reference is right."""
@@ -141,6 +138,7 @@ class DiagnosticsCallback(RolloutCallback):
         """Diagnose."""
         if not logs or not state.log_history:
             return
+        self._note_functions(args, state, logs)
         if not any(name.startswith("eval_") for name in logs):
             measured = {name: sum(values) / len(values) for name, values in self._saved["measured"].items()}
             for row in (logs, state.log_history[-1]):
@@ -156,6 +154,20 @@ class DiagnosticsCallback(RolloutCallback):
                         logger.warning("%s", finding)
                     if finding.severity == "problem":
                         self._do(finding, args, control, kwargs)
+
+    def _note_functions(self, args: Any, state: TrainerState, logs: dict[str, Any]) -> None:
+        """The reward functions in the order of their weights; a saved log is sorted by name."""
+        names = [name.split("/")[1] for name in logs if name.startswith("rewards/") and name.endswith("/std")]
+        if names and not self._config.get("reward_names"):
+            self._config["reward_names"] = self._saved["reward_names"] = names
+            self._write_settings(args, state)
+
+    def _write_settings(self, args: Any, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            known = {"settings": self._config, "versions": versions()}
+            (folder / "run.json").write_text(json.dumps(known, indent=2, default=str) + "\n", encoding="utf-8")
 
     def _write(self, args: Any, state: TrainerState) -> None:
         if state.is_world_process_zero and self._config:

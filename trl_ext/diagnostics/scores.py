@@ -182,10 +182,17 @@ def over_optimisation(log: RunLog, limits: Limits) -> Finding | None:
 def yardsticks(log: RunLog) -> dict[str, Series]:
     """What the score is measured by: `yardstick/...`, and reward functions of weight 0."""
     found = {f"yardstick {name}": log.series(f"yardstick/{name}") for name in log.names("yardstick/")}
-    for name, weight in zip(log.names("rewards/", "/mean"), log.setting("reward_weights", []), strict=False):
+    for name, weight in weights_of(log).items():
         if weight == 0:
             found[f"{name} (weight 0)"] = log.series(f"rewards/{name}/mean")
     return found
+
+
+def weights_of(log: RunLog) -> dict[str, float]:
+    """Every reward function's weight, in the order in which the trainer was given them: saved logs are sorted by name,
+    so that order is a setting of its own."""
+    names = log.setting("reward_names") or log.names("rewards/", "/std")
+    return dict(zip(names, log.setting("reward_weights", [1.0] * len(names)), strict=False))
 
 
 def _stronger(log: RunLog, limits: Limits) -> dict[str, float]:
@@ -196,8 +203,8 @@ def _stronger(log: RunLog, limits: Limits) -> dict[str, float]:
 
 def functions_at_odds(log: RunLog, limits: Limits) -> Finding | None:
     """One reward function drowns the others, or two pull apart."""
-    names = log.names("rewards/", "/std")
-    weights = dict(zip(names, log.setting("reward_weights", [1.0] * len(names)), strict=False))
+    weights = weights_of(log)
+    names = list(weights)
     active = [name for name in names if weights.get(name, 1.0)]
     if len(active) < 2 or len(log.rows) < 3:
         return None
