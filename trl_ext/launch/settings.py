@@ -16,18 +16,16 @@ import yaml
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from transformers import TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, cached_file
 from trl import ModelConfig, TrlParser, extract_prompt, get_peft_config, get_quantization_config
 
 from trl_ext import demo, feedback
 from trl_ext._trl import train_in_float32
+from trl_ext.launch.resuming import checkpoint_of
 from trl_ext.roles import SharedBase
 from trl_ext.trainers.checks import check_output_dir
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, yaml.YAMLError, torch.OutOfMemoryError)
-RUN_FILES = ("trainer_state.json", "adapter_model.safetensors")  # what a run that came to something leaves
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -61,37 +59,8 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
         if isinstance(part, TrainingArguments) and part.process_index == 0:
             check_output_dir(str(part.output_dir))
         if isinstance(part, TrainingArguments):
-            part.resume_from_checkpoint = _checkpoint(part)
+            part.resume_from_checkpoint = checkpoint_of(part)
     return parsed
-
-
-def _checkpoint(args: TrainingArguments) -> str | None:
-    """The folder to go on from; None where a run begins, in a folder that holds none."""
-    folder, wanted = Path(str(args.output_dir)), args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        held = folder.is_dir() and any((folder / name).exists() for name in RUN_FILES)
-        if args.process_index == 0 and (held or _last_checkpoint(folder)):
-            raise FileExistsError(
-                f"output_dir {str(folder)!r} holds a run already: give another --output_dir, or go on with that run by "
-                "--resume_from_checkpoint true."
-            )
-        return None
-    found = _last_checkpoint(folder) if str(wanted).lower() == "true" else str(wanted)
-    if found is None:
-        raise FileNotFoundError(
-            f"output_dir {str(folder)!r} holds no checkpoint to go on from: leave out --resume_from_checkpoint, or "
-            "give a checkpoint's folder."
-        )
-    if not (Path(found) / TRAINER_STATE_NAME).is_file():
-        raise FileNotFoundError(
-            f"{found!r} is no checkpoint (it has no {TRAINER_STATE_NAME}): give a folder like "
-            f"{str(folder / 'checkpoint-100')!r}."
-        )
-    return found
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
 @contextmanager
