@@ -82,6 +82,11 @@ class Rollout(_TensorRecord):
         return torch.cat([self.prompt_mask, self.completion_mask], dim=1)
 
     @property
+    def completion_tokens(self) -> list[list[int]]:
+        """Real completion ids, one list a row: what reward functions get as `completion_ids`."""
+        return [ids[mask].tolist() for ids, mask in zip(self.completion_ids, self.completion_mask, strict=True)]
+
+    @property
     def lengths(self) -> Tensor:
         """Real completion tokens a row, (batch,) int64."""
         return self.completion_mask.sum(dim=1)

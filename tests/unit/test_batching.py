@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from trl_ext.trainers.batching import RolloutSampler, micro_batches, mini_batch, permutation
+from trl_ext.trainers.batching import RolloutSampler, micro_batches, mini_batch, padded_by_length, permutation
 
 
 def epoch_of(sampler: RolloutSampler, epoch: int) -> list[int]:
@@ -129,3 +129,16 @@ def test_like_lengths_travel_together() -> None:
 def test_ties_keep_the_drawn_order() -> None:
     rows = torch.tensor([3, 0, 2, 1])
     assert torch.cat(micro_batches(rows, torch.full((4,), 5), 2, 1, 0)).tolist() == [3, 0, 2, 1]
+
+
+# padded_by_length ----------------------------------------------------------------------------------------------------
+
+
+def test_sequences_of_like_length_are_padded_together() -> None:
+    sequences = [[5, 6, 7], [1], [2, 3], [4, 0, 4, 4]]
+    first, second = padded_by_length(sequences, 2)
+    assert first[0] == [1, 2] and first[1].tolist() == [[1, 0], [2, 3]]
+    assert first[2].tolist() == [[True, False], [True, True]]
+    assert second[0] == [0, 3] and second[1].tolist() == [[5, 6, 7, 0], [4, 0, 4, 4]]
+    assert second[2].sum(1).tolist() == [3, 4]
+    assert list(padded_by_length([], 2)) == []

@@ -195,11 +195,27 @@ def test_each_problem_of_dpo_is_named(name: str) -> None:
     assert name in found[:2], found
 
 
-@pytest.mark.parametrize(("rate", "loss", "said"), [(1e-6, 0.69, 3e-4), (0.1, [0.7, 3.0] + [0.69] * 14, 1e-3)])
-def test_chance_level_tells_steps_too_small_from_steps_too_large(rate: float, loss: Any, said: float) -> None:
+@pytest.mark.parametrize(
+    ("rate", "loss", "said"),
+    [
+        (1e-6, 0.69, {"learning_rate": 3e-4}),
+        (0.1, [0.7, 3.0] + [0.69] * 14, {"learning_rate": 1e-3}),
+        (1e-3, 0.69, {}),  # as large as LoRA takes: the pairs are at fault
+    ],
+)
+def test_chance_level_tells_steps_too_small_from_steps_too_large(
+    rate: float, loss: Any, said: dict[str, float]
+) -> None:
     log = preference_log(REWARD, {"accuracy": 0.5, "eval_accuracy": 0.5, "loss": loss})
     log = RunLog(log.kind, log.rows, log.evals, {"learning_rate": rate})
-    assert diagnose(log)[0].remedy.changes == {"learning_rate": said}
+    assert diagnose(log)[0].remedy.changes == said
+
+
+def test_a_value_loss_that_grows_is_no_finding_where_the_spread_of_scores_is_unknown() -> None:
+    """As in the logs of TRL's PPOTrainer: scores that grow make the loss grow."""
+    known = {**HEALTHY, "loss/value_avg": lambda t: 0.5 * math.exp(5 * t)}
+    del known["objective/scores_std"]
+    assert diagnose(RunLog.of(rows(**known), CONFIG)) == []
 
 
 def test_training_is_to_end_where_the_held_out_loss_was_lowest() -> None:

@@ -109,10 +109,9 @@ class DiagnosticsCallback(RolloutCallback):
         rollout = experience.rollout
         if self.yardstick is not None:
             name = getattr(self.yardstick, "__name__", type(self.yardstick).__name__)
-            ids = [
-                row[mask].tolist() for row, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)
-            ]
-            given = self.yardstick(prompts=rollout.prompts, completions=rollout.completions, completion_ids=ids)
+            given = self.yardstick(
+                prompts=rollout.prompts, completions=rollout.completions, completion_ids=rollout.completion_tokens
+            )
             values = [float(value) for value in given if value is not None]
             if values:
                 self._saved["measured"].setdefault(f"yardstick/{name}", []).append(sum(values) / len(values))
@@ -194,8 +193,9 @@ class DiagnosticsCallback(RolloutCallback):
 
 
 def _nothing_yet() -> dict[str, Any]:
-    """Names of findings that were said, settings that were changed, and what was measured since the last log."""
-    return {"named": [], "settings": {}, "measured": {}}
+    """Names of findings that were said, settings that were changed, what was measured since the last log, and the
+    reward functions in their order."""
+    return {"named": [], "settings": {}, "measured": {}, "reward_names": []}
 
 
 def _samples_before(folder: Path, step: int) -> list[Sample]:

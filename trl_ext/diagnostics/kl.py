@@ -7,6 +7,7 @@ import math
 from trl_ext.diagnostics.finding import Finding, Remedy
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
+from trl_ext.diagnostics.updates import lower_rate
 
 # What leaves sampling as it is: PPO's log-probabilities know the temperature, and nothing else.
 PLAIN_SAMPLING = {"top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None}
@@ -67,8 +68,7 @@ def _plain_sampling(log: RunLog) -> Remedy:
 def first_ratio(log: RunLog, limits: Limits) -> Finding | None:
     """Before the first step on a rollout the policy is the one that sampled it; the losses say that it is not."""
     first = log.series("policy/first_approxkl")
-    half = log.setting("bf16") or log.setting("fp16") or log.setting("dtype", "float32") != "float32"
-    if not first or first.recent() < (limits.first_approxkl_half if half else limits.first_approxkl):
+    if not first or first.recent() < (limits.first_approxkl_half if log.in_half_precision else limits.first_approxkl):
         return None
     return Finding(
         "first_ratio",
@@ -157,8 +157,7 @@ def entropy_collapse(log: RunLog, limits: Limits) -> Finding | None:
         return None
     temperature = float(log.setting("temperature", 1.0))
     sharp = temperature < limits.temperature
-    rate = log.setting("learning_rate")
-    slower = {"learning_rate": float(f"{float(rate) / 3:.1g}")} if rate else {}
+    slower = lower_rate(log, 3)
     return Finding(
         "entropy_collapse",
         "problem",

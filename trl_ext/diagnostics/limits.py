@@ -25,8 +25,8 @@ class Limits:
         entropy: nats a token below which every answer is certain; healthy runs here end above 0.1 (measured).
         temperature: below it a low entropy is its doing.
         clipfrac: share of tokens; PPO's papers and TRL's docs see 0.1 to 0.3 in healthy runs.
-        huge_approxkl: nats a token that an update moves the policy; healthy updates stay below 0.1 (measured).
-        tiny_approxkl: nats a token that an update moves the policy; healthy updates make 1e-3 to 1e-1 (measured).
+        huge_approxkl: nats a token that an update moves the policy; healthy updates stay below 0.3 (measured).
+        tiny_approxkl: nats a token that an update moves the policy; healthy updates make 1e-4 and more (measured).
         score_std: spread of scores beyond which values, which start at 0, take long to arrive.
         score_drift: factor by which that spread may grow.
         explained_variance: below it the value role says little; a useful one reaches 0.5 and more.
@@ -37,7 +37,7 @@ class Limits:
         truncated: share of answers cut at the length limit.
         length_growth: times its start.
         length_correlation: of score and length.
-        repetition: share of an answer's trigrams that it has had before; healthy runs here stay at 0 (measured).
+        repetition: share of an answer's trigrams that it has had before; healthy runs here stay below 0.01 (measured).
         distinct: different answers to different prompts.
         noticeable: standard errors from which a rise or a fall counts.
         fighting: correlation of two reward functions below which they pull apart.
@@ -47,6 +47,7 @@ class Limits:
         overfit_accuracy: training accuracy less held-out accuracy.
         overfit_loss: times its lowest that the held-out loss rises to.
         chance: distance of an accuracy from one half.
+        ample_rate: a learning rate at which LoRA learns what there is to learn (measured).
         uncentred: mean score in units of the range from a batch's lowest score to its highest.
         saturated_margin: margin at which sigmoid leaves no gradient (exp(-10) = 5e-5).
         length_bias: share of pairs whose longer answer wins, or a rank correlation of score and length beyond people's.
@@ -56,7 +57,7 @@ class Limits:
         displaced_share: and as a share of that log-probability, for long answers.
         dpo_margin: DPO's margin (in units of beta times nats) at which its loss leaves hardly any gradient:
             sigmoid(-5) is 0.007.
-        reference_gap: DPO's first rewards in float32: 0 in theory, 4e-4 as measured.
+        reference_gap: DPO's first rewards in float32: 0 in theory and as measured; 0.005 lets rounding pass.
         reference_gap_half: the same in half precision: rounding of 0.03 nats a token, over some hundreds of tokens.
     """
 
@@ -93,6 +94,7 @@ class Limits:
     overfit_accuracy: float = 0.15
     overfit_loss: float = 1.2
     chance: float = 0.06
+    ample_rate: float = 3e-4
     uncentred: float = 0.4
     saturated_margin: float = 10.0
     length_bias: float = 0.65

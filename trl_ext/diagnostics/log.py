@@ -114,7 +114,7 @@ class RunLog:
             looked = {name.removeprefix("eval_"): value for name, value in known.items() if name.startswith("eval_")}
             trained = {name: value for name, value in known.items() if not name.startswith("eval_")}
             if looked:
-                epoch = {name: known[name] for name in ("epoch",) if name in known}
+                epoch = {"epoch": known["epoch"]} if "epoch" in known else {}
                 evals.append({"step": step, **epoch, **looked})
             elif "train_runtime" not in trained:
                 rows.append({"step": step, **trained})
@@ -146,6 +146,11 @@ class RunLog:
         """A field of the config; `default` where it is unknown or None."""
         value = self.config.get(name)
         return default if value is None else value
+
+    @property
+    def in_half_precision(self) -> bool:
+        """Whether log-probabilities were computed in bfloat16 or float16."""
+        return bool(self.setting("bf16") or self.setting("fp16") or self.setting("dtype", "float32") != "float32")
 
     def last_samples(self, count: int = 3) -> list[Sample]:
         """Of the last step with any, the completions with the highest scores."""

@@ -60,6 +60,8 @@ def chance_level(log: RunLog, limits: Limits) -> Finding | None:
         return None  # it learns its pairs, so this is overfitting
     loss = log.series("loss")
     broken = max(loss.values, default=0.0) > 2 * loss.start(1)
+    fast = log.setting("learning_rate", 0.0) >= limits.ample_rate
+    look = "look at a few pairs" + ("." if dpo else " with `trl-ext feedback check`.")
     return Finding(
         "chance_level",
         "problem",
@@ -70,13 +72,13 @@ def chance_level(log: RunLog, limits: Limits) -> Finding | None:
         {"accuracy": accuracy.recent()},
         "steps so large that they broke the model: its loss has been twice what it was at the start."
         if broken
-        else "steps too small to learn, pairs whose two sides were mixed up, or answers cut before they differ.",
+        else ("" if fast else "steps too small to learn, ")
+        + "pairs whose two sides were mixed up, or answers cut before they differ.",
         Remedy("Lower the learning rate.", lower_rate(log, 100))
         if broken
-        else Remedy(
-            "Raise the learning rate, then look at a few pairs" + ("." if dpo else " with `trl-ext feedback check`."),
-            higher_rate(log),
-        ),
+        else Remedy(look.capitalize())
+        if fast
+        else Remedy(f"Raise the learning rate, then {look}", higher_rate(log)),
     )
 
 
@@ -169,8 +171,7 @@ def reference_mismatch(log: RunLog, limits: Limits) -> Finding | None:
     if not log.rows or log.rows[0]["step"] > 1:
         return None
     first = [abs(log.rows[0].get(f"rewards/{side}", 0.0)) for side in ("chosen", "rejected")]
-    half = log.setting("bf16") or log.setting("fp16") or log.setting("dtype", "float32") != "float32"
-    if max(first) < (limits.reference_gap_half if half else limits.reference_gap):
+    if max(first) < (limits.reference_gap_half if log.in_half_precision else limits.reference_gap):
         return None
     return Finding(
         "reference_mismatch",

@@ -148,6 +148,8 @@ def value_loss_explodes(log: RunLog, limits: Limits) -> Finding | None:
     loss, spread, score = log.series("value_loss"), log.series("score_std"), log.series("score")
     if len(loss) < limits.least_rows or loss.recent(2) < limits.value_loss_growth * max(loss.values[0], 1e-8):
         return None
+    if not spread:
+        return None  # TRL's PPOTrainer logs none, and scores that grow make the loss grow
     # The loss is half a squared error: a value role that says nothing but the mean score would pay half the variance.
     if loss.recent(2) < limits.value_error * 0.5 * spread.recent(2) ** 2:
         return None

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from trl_ext.feedback import Judged
@@ -15,6 +14,7 @@ from trl_ext.feedback.records import key_of
 from trl_ext.generation import generate
 from trl_ext.launch.screen import sampling_config
 from trl_ext.roles import SharedBase
+from trl_ext.trainers.batching import padded_by_length
 from trl_ext.trainers.reward_trainer import sequence_ids
 from trl_ext.types import as_text
 
@@ -31,13 +31,10 @@ def scored_answers(
         batch_size: answers of one forward; those of like length go together.
     """
     answers = list(_answers(rows))
-    sequences = [torch.tensor(sequence_ids(tokenizer, prompt, answer)) for prompt, answer, _, _ in answers]
+    sequences = [sequence_ids(tokenizer, prompt, answer) for prompt, answer, _, _ in answers]
     scores = torch.zeros(len(answers))
-    for part in torch.tensor([len(ids) for ids in sequences]).argsort().split(batch_size):
-        ids = pad_sequence([sequences[i] for i in part.tolist()], batch_first=True)
-        lengths = torch.tensor([len(sequences[i]) for i in part.tolist()])
-        mask = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
-        scores[part] = base.scores(ids.to(base.device), mask.to(base.device)).float().cpu()
+    for numbers, ids, mask in padded_by_length(sequences, batch_size):
+        scores[numbers] = base.scores(ids.to(base.device), mask.to(base.device)).float().cpu()
     return [
         Judged(group, worth, score, len(as_text(answer)))
         for (_, answer, worth, group), score in zip(answers, scores.tolist(), strict=True)

@@ -56,9 +56,9 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
         arguments = ["--config", str(Path(script).with_suffix(".yaml")), *arguments]
     parsed: tuple[Any, ...] = TrlParser(types, allow_abbrev=False).parse_args_and_config(arguments)
     for part in parsed:
-        if isinstance(part, TrainingArguments) and part.process_index == 0:
-            check_output_dir(str(part.output_dir))
         if isinstance(part, TrainingArguments):
+            if part.process_index == 0:
+                check_output_dir(str(part.output_dir))
             part.resume_from_checkpoint = checkpoint_of(part)
     return parsed
 

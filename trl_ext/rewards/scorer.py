@@ -76,13 +76,12 @@ class Scorer:
             RewardError: a function raised, took too long, or returned the wrong number of values or something that is
                 no number.
         """
-        ids = [row[mask].tolist() for row, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
         arguments = {
             **columns,
             **context,
             "prompts": rollout.prompts,
             "completions": rollout.completions,
-            "completion_ids": ids,
+            "completion_ids": rollout.completion_tokens,
         }
         results: list[Any] = []
         for name, function in zip(self.names, self._functions, strict=True):
@@ -96,7 +95,8 @@ class Scorer:
                     if isinstance(result, BaseException):
                         raise result
                 results[i] = result
-        checked = [_checked(result, name, len(ids)) for result, name in zip(results, self.names, strict=True)]
+        count = len(rollout.completions)
+        checked = [_checked(result, name, count) for result, name in zip(results, self.names, strict=True)]
         return torch.stack(checked, dim=1)
 
     def _call(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -79,3 +79,21 @@ def micro_batches(rows: Tensor, lengths: Tensor, count: int, processes: int, pro
     """
     by_length = rows[lengths[rows].argsort(descending=True, stable=True)]
     return [part.chunk(processes)[process] for part in by_length.chunk(count)]
+
+
+def padded_by_length(sequences: Sequence[Sequence[int]], size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Sequences of ids in right-padded batches, those of like length together.
+
+    Args:
+        sequences: of one id and more.
+        size: most sequences of a batch.
+
+    Yields:
+        Which sequences they are; their ids (rows, columns), 0 on padding; and the mask (rows, columns), bool.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(sequences[i]) for i in rows], batch_first=True)
+        lengths = torch.tensor([len(sequences[i]) for i in rows])
+        yield rows, ids, torch.arange(ids.shape[1]) < lengths.unsqueeze(1)

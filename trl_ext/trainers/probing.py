@@ -9,6 +9,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from trl_ext.trainers.batching import padded_by_length
+
 
 @dataclass(frozen=True)
 class ProbeData:
@@ -53,16 +55,12 @@ def probe_data(model: Any, dataset: Dataset, batch_size: int = 32) -> ProbeData:
     # What the head is given is what it can read, whatever the architecture does before it.
     hook = score_head(model).register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     try:
-        answers = sorted(numbers, key=len)
-        for start in range(0, len(answers), batch_size):
-            part = answers[start : start + batch_size]
-            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(answer) for answer in part], batch_first=True)
-            lengths = torch.tensor([len(answer) for answer in part])
-            mask = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()
-            model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+        answers = list(numbers)
+        for rows, ids, mask in padded_by_length(answers, batch_size):
+            model(input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device), use_cache=False)
             hidden = given.pop()
-            for row, answer in enumerate(part):
-                features[numbers[answer]] = hidden[row, len(answer) - 1].double().cpu()
+            for i, number in enumerate(rows):
+                features[number] = hidden[i, len(answers[number]) - 1].double().cpu()
     finally:
         hook.remove()
     margins = dataset["margin"] if "margin" in dataset.column_names else [0.0] * len(pairs)

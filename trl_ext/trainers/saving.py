@@ -87,6 +87,10 @@ class Checkpoints:
             self.metrics.load_state_dict(numbers["metrics"], keep=self.args.process_index == 0)
             self.rollout_metrics = numbers["rollout_metrics"]
 
+    @property
+    def _checkpoint_folder(self) -> Path:
+        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
     @contextmanager
     def _saved_on_failure(self) -> Iterator[None]:
         """Write a checkpoint when a reward function or a callback fails, or memory runs out over a rollout: nothing
@@ -104,7 +108,7 @@ class Checkpoints:
                 )
             if self.state.global_step == 0:
                 raise type(error)(said) from error.__cause__
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            folder = self._checkpoint_folder
             if not folder.exists():
                 before.restore()
                 self._save_checkpoint(self.model, trial=None)  # type: ignore[attr-defined]
@@ -119,7 +123,7 @@ class Checkpoints:
         """Write the checkpoint beside its place and move it there in one step: a run that is killed while it writes
         leaves nothing that could be taken for a checkpoint."""
         self.create_model_card()  # type: ignore[attr-defined]
-        final = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        final = self._checkpoint_folder
         limit = self.args.save_total_limit
         self.args.save_total_limit = None  # what is old goes once the new one is there
         self._writing = Path(self.args.output_dir) / UNFINISHED
