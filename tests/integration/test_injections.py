@@ -4,6 +4,8 @@ import json
 import math
 import random
 import re
+import resource
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from tests.helpers import QUIET, prompt_dataset, saved_model, word_tokenizer
 from trl_ext import PPOConfig, PPOTrainer
@@ -140,3 +144,29 @@ def test_a_fault_at_a_random_moment(seed: int, tmp_path: Path, monkeypatch: pyte
     again = trainer_for(tmp_path, Judge("", 0, 0))
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == STEPS * ROLLOUTS and all_finite(again)
+
+
+@pytest.mark.parametrize("limit", [6_000, 20_000], ids=["adapters", "optimizer"])
+def test_a_disk_that_is_full(limit: int, tmp_path: Path) -> None:
+    """No file may grow beyond `limit` bytes once there is one checkpoint."""
+    saved_model(tmp_path / "model")
+    trainer = trainer_for(tmp_path, Judge("", 0, 0))
+    trainer.args.save_strategy, trainer.args.save_steps = SaveStrategy.STEPS, 4
+
+    class Full(TrainerCallback):
+        def on_save(self, *_: Any, **__: Any) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+
+    trainer.add_callback(Full())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(OSError, match=r"^checkpoint-8 could not be written to .* resume from checkpoint-4, which"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["checkpoint-4"]
+    again = trainer_for(tmp_path, Judge("", 0, 0))
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == STEPS * ROLLOUTS

@@ -1,6 +1,6 @@
 """What wrong input gets, through the real entry points: one sentence, a status, and nothing written over.
 
-python -m tests.recipes.test_bad_input      # writes docs/errors.md from the table below
+python -m tests.recipes.test_bad_input      # writes docs/errors.md from the table below and those of its neighbours
 """
 
 import json
@@ -15,6 +15,8 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
+from tests.recipes.test_bad_calls import CALLS
+from tests.recipes.test_bad_environments import ENVIRONMENTS, Environment
 from trl_ext import SharedBase, cli, demo
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +56,10 @@ ROWS = [
     Row("no pass over a rollout", "ppo", "--num_ppo_epochs 0", "num_ppo_epochs is 0: it must be a whole number, at least 1."),
     Row("no minibatch", "ppo", "--num_mini_batches 0", "num_mini_batches is 0: it must be a whole number, at least 1."),
     Row("no token to answer with", "ppo", "--max_completion_length 0", "max_completion_length is 0: it must be a whole number, at least 1."),
+    Row("no answer in a batch", "ppo", "--per_device_train_batch_size 0", "per_device_train_batch_size is 0: it must be a whole number, at least 1."),
+    Row("no batch in a step", "ppo", "--gradient_accumulation_steps 0", "gradient_accumulation_steps is 0: it must be a whole number, at least 1."),
+    Row("a learning rate below 0", "ppo", "--learning_rate -1", "learning_rate is -1.0: it must be at least 0."),
+    Row("a tracker that is not installed", "ppo", "--report_to nobody", "report_to names 'nobody', which is not among the trackers installed here"),
     Row("no episode", "ppo", "--total_episodes 0", "total_episodes is 0: it must be at least 1."),
     Row("a dual clip below 1", "ppo", "--dual_clip 0.5", "dual_clip is 0.5: it must be at least 1."),
     Row("a largest ratio below 1", "ppo", "--max_ratio 0.5", "max_ratio is 0.5: it must be at least 1."),
@@ -249,19 +255,33 @@ def test_the_page_is_up_to_date() -> None:
 
 def page() -> str:
     """docs/errors.md."""
-    intro = (
+    parts = [
         "# Wrong input\n\n"
         "What is wrong is said in one sentence, with status 1 (2 for the command line itself), before anything expensive\n"
         "happens; nothing that lies in a folder is written over. `TRL_EXT_TRACEBACK=1` shows where it was noticed. Every row is\n"
-        "tried by `tests/recipes/test_bad_input.py`.\n\n"
-        "| what is wrong | given | said, among other words |\n|---|---|---|\n"
-    )
-    names = {"ppo": "ppo_lora.py", "reward": "reward_lora.py", "dpo": "dpo_lora.py", "trl-ext": "trl-ext"}
-    rows = [
-        f"| {row.what} | `{names[row.entry]} {row.arguments}` | {row.says.replace('|', chr(92) + '|')} |"
-        for row in ROWS
+        "tried by a test: `tests/recipes/test_bad_input.py`, `test_bad_environments.py` and `test_bad_calls.py`.\n",
+        "## On the command line\n",
+        table("what is wrong", "given", *((row.what, given(row), row.says) for row in ROWS)),
+        "## Around it\n",
+        table("what is missing or wrong", "given", *((row.what, given(row), row.says) for row in ENVIRONMENTS)),
+        "## In Python\n\n"
+        "What is not in question is as it should be: `model`, `base`, `args`, `prompts`, `judge`, `ids`, `mask`.\n",
+        table("what is wrong", "called", *((row.what, row.code, f"{row.error}: {row.says}") for row in CALLS)),
     ]
-    return intro + "\n".join(rows) + "\n"
+    return "\n".join(parts)
+
+
+def given(row: Row | Environment) -> str:
+    names = {"ppo": "ppo_lora.py", "reward": "reward_lora.py", "dpo": "dpo_lora.py", "trl-ext": "trl-ext"}
+    variables = getattr(row, "variables", {})
+    return " ".join(
+        [*(f"{name}={value}" for name, value in variables.items()), names[row.entry], row.arguments]
+    ).strip()
+
+
+def table(first: str, second: str, *rows: tuple[str, str, str]) -> str:
+    head = f"| {first} | {second} | said, among other words |\n|---|---|---|\n"
+    return head + "".join(f"| {what} | `{code}` | {said.replace('|', chr(92) + '|')} |\n" for what, code, said in rows)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 import yaml
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
+from safetensors import SafetensorError
 from transformers import TrainingArguments
 from transformers.utils import CONFIG_NAME, cached_file
 from trl import ModelConfig, TrlParser, extract_prompt, get_peft_config, get_quantization_config
@@ -23,9 +24,9 @@ from trl_ext import demo, feedback
 from trl_ext._trl import train_in_float32
 from trl_ext.launch.resuming import checkpoint_of
 from trl_ext.roles import SharedBase
-from trl_ext.trainers.checks import check_output_dir
+from trl_ext.trainers.checks import check_output_dir, check_trackers
 
-USER_ERRORS = (ValueError, TypeError, OSError, ImportError, yaml.YAMLError, torch.OutOfMemoryError)
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, yaml.YAMLError, torch.OutOfMemoryError, SafetensorError)
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -50,6 +51,7 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
     Raises:
         FileExistsError: output_dir holds a run already, which is not gone on with.
         FileNotFoundError: there is no checkpoint to go on from.
+        ValueError: report_to names a tracker that is not installed.
     """
     arguments = sys.argv[1:]
     if "--config" not in arguments:
@@ -60,6 +62,7 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
             if part.process_index == 0:
                 check_output_dir(str(part.output_dir))
             part.resume_from_checkpoint = checkpoint_of(part)
+            check_trackers(part.report_to)
     return parsed
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -25,10 +25,11 @@ SCORE_KEY = "base_model.model.score.weight"
 
 
 def check_folder(path: str | Path, role: str) -> Path:
-    """The folder `path` as a Path.
+    """The folder `path` as a Path, once it is known to hold a LoRA adapter or a head.
 
     Raises:
-        FileNotFoundError: it is missing, or holds neither an adapter nor a head.
+        FileNotFoundError: it is missing, or holds neither.
+        ValueError: its adapter is not LoRA, or its weights are not whole.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -44,7 +45,15 @@ def check_folder(path: str | Path, role: str) -> Path:
         raise FileNotFoundError(
             f"The {role} role's folder {str(path)!r} holds no {WEIGHTS}: save the adapter as safetensors."
         )
-    return folder
+    if (folder / CONFIG).is_file() and (kind := read_config(folder).get("peft_type")) != "LORA":
+        raise ValueError(f"The adapter in {str(path)!r} is of type {kind!r}: roles share a base through LoRA only.")
+    try:
+        with safe_open(_weights(folder), framework="pt"):
+            return folder
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights {str(_weights(folder))!r} are not whole ({error}): save or copy the adapter again."
+        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -114,17 +123,11 @@ def fits(folder: Path, base_name: str) -> Iterator[None]:
 
 
 def load_adapter(model: PeftModel, folder: Path, name: str, trainable: bool) -> None:
-    """Put the adapter saved in `folder` onto `model` under `name`.
+    """Put the adapter saved in `folder` onto `model` under `name`, or its weights into the one that has that name.
 
     Raises:
-        ValueError: not a LoRA adapter, or its shapes do not fit the base.
+        ValueError: its shapes do not fit the base, or weights are missing.
     """
-    config = read_config(folder)
-    if config.get("peft_type") != "LORA":
-        raise ValueError(
-            f"The adapter in {str(folder)!r} is of type {config.get('peft_type')!r}: roles share a base "
-            "through LoRA only."
-        )
     with fits(folder, model.get_base_model().config.name_or_path):
         device = str(next(model.parameters()).device)
         result = model.load_adapter(str(folder), name, is_trainable=trainable, torch_device=device)
@@ -141,8 +144,7 @@ def read_score_head(folder: Path) -> Tensor:
     Raises:
         ValueError: there is none, or it has more than one output.
     """
-    file = folder / (WEIGHTS if (folder / WEIGHTS).is_file() else HEAD)
-    with safe_open(file, framework="pt") as weights:
+    with safe_open(_weights(folder), framework="pt") as weights:
         key = next((k for k in weights.keys() if k.endswith("score.weight")), None)  # noqa: SIM118 (not a dict)
         weight = weights.get_tensor(key) if key is not None else None
     if weight is None or weight.shape[0] != 1:
@@ -202,6 +204,10 @@ def as_sequence_classifier(config: Any) -> LoraConfig:
     settings.pop("peft_type", None)
     allowed = LoraConfig.__dataclass_fields__
     return LoraConfig(**{key: value for key, value in settings.items() if key in allowed and allowed[key].init})
+
+
+def _weights(folder: Path) -> Path:
+    return folder / (WEIGHTS if (folder / WEIGHTS).is_file() else HEAD)
 
 
 def _same_model(one: str, other: str) -> bool:

@@ -140,10 +140,10 @@ def _policy_and_reference(model: Any, plan: Plan) -> tuple[PeftModel, str, dict[
             files.check_same_base(plan.policy, base_name, "policy")
             config = LoraConfig.from_pretrained(str(plan.policy), task_type="CAUSAL_LM")
             check_policy_config(config)
+            config.inference_mode = False
             with files.fits(plan.policy, base_name):
-                peft_model = PeftModel.from_pretrained(
-                    model, str(plan.policy), adapter_name=policy, is_trainable=True, config=config
-                )
+                peft_model = get_peft_model(model, config, adapter_name=policy)
+            files.load_adapter(peft_model, plan.policy, policy, trainable=True)
         else:
             config = copy.deepcopy(plan.policy or default_lora())  # PEFT writes the base's name and layers into it
             peft_model = get_peft_model(model, config, adapter_name=policy)

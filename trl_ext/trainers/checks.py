@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations import get_available_reporting_integrations
 
 from trl_ext.generation import check_chat_template
 from trl_ext.trainers.ppo_config import PPOConfig
@@ -120,6 +122,21 @@ def check_output_dir(path: str) -> None:
         raise PermissionError(
             f"output_dir {path!r} cannot be written (no permission on {str(nearest)!r}): choose another."
         )
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse a tracker of `report_to` that is not installed.
+
+    Raises:
+        ValueError: one is not.
+    """
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in installed:
+            raise ValueError(
+                f"report_to names {name!r}, which is not among the trackers installed here "
+                f"({', '.join(installed) or 'none'}): install it, or leave it out."
+            )
 
 
 def as_list(items: Any) -> list[Any]:

@@ -17,6 +17,7 @@ def _f(default: Any, help: str) -> Any:
 
 _ABOVE_ZERO, _FINITE = sys.float_info.min, sys.float_info.max
 _BOUNDS = {
+    "learning_rate": (0, _FINITE),
     "temperature": (_ABOVE_ZERO, _FINITE),
     "top_p": (_ABOVE_ZERO, 1.0),
     "top_k": (0, _FINITE),
@@ -54,6 +55,8 @@ _OPTIONAL = (
     "reward_timeout",
 )
 _COUNTS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
     "num_ppo_epochs",
     "num_mini_batches",
     "local_rollout_forward_batch_size",

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from trl_ext.callbacks import CallbackError
 from trl_ext.rewards import RewardError
@@ -121,7 +122,11 @@ class Checkpoints:
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint beside its place and move it there in one step: a run that is killed while it writes
-        leaves nothing that could be taken for a checkpoint."""
+        leaves nothing that could be taken for a checkpoint.
+
+        Raises:
+            OSError: it cannot be written; those before it are as they were.
+        """
         self.create_model_card()  # type: ignore[attr-defined]
         final = self._checkpoint_folder
         limit = self.args.save_total_limit
@@ -129,6 +134,13 @@ class Checkpoints:
         self._writing = Path(self.args.output_dir) / UNFINISHED
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: what torch.save makes of a full disk
+            shutil.rmtree(self._writing, ignore_errors=True)
+            last = get_last_checkpoint(str(final.parent))
+            raise OSError(
+                f"{final.name} could not be written to {str(final.parent)!r} ({error}): make room there and "
+                + (f"resume from {Path(last).name}, which is whole." if last else "start again.")
+            ) from error
         finally:
             written, self._writing, self.args.save_total_limit = self._writing / final.name, None, limit
         if self.state.best_model_checkpoint == str(written):

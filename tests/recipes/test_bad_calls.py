@@ -1,0 +1,205 @@
+"""What wrong calls of the API get: one sentence, before anything is trained, and nothing written over.
+
+The rows are part of docs/errors.md, which `python -m tests.recipes.test_bad_input` writes.
+"""
+
+import builtins
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+import trl_ext
+from tests.helpers import QUIET
+from trl_ext import demo, feedback
+from trl_ext.rewards import RewardError, remote, texts
+
+
+@dataclass(frozen=True)
+class Call:
+    """One mistake.
+
+    Attributes:
+        what: in words.
+        code: a line of Python; the names are those of `names`.
+        error: what is raised.
+        says: part of the sentence.
+    """
+
+    what: str
+    code: str
+    error: str
+    says: str
+
+
+OURS = {"RewardError": RewardError, "FeedbackError": feedback.FeedbackError}
+
+# fmt: off
+# ruff: noqa: E501
+CALLS = [
+    # SharedBase
+    Call("a policy that is no LoRA", "SharedBase.from_pretrained(model, policy=PromptTuningConfig(num_virtual_tokens=4))", "TypeError", "policy must be a peft.LoraConfig or the folder of a saved adapter, not PromptTuningConfig."),
+    Call("a full copy of the head in the policy", "SharedBase.from_pretrained(model, policy=LoraConfig(modules_to_save=['lm_head']))", "ValueError", "The policy's LoraConfig has modules_to_save=['lm_head']: roles share every full weight"),
+    Call("LoRA on the LM head", "SharedBase.from_pretrained(model, policy=LoraConfig(target_modules=['lm_head']))", "ValueError", "The policy's LoraConfig targets the LM head"),
+    Call("a reward adapter that is not there", "SharedBase.from_pretrained(model, reward='missing')", "FileNotFoundError", "The reward role's folder 'missing' does not exist"),
+    Call("a reward folder without an adapter", "SharedBase.from_pretrained(model, reward='empty')", "FileNotFoundError", "holds no adapter_config.json"),
+    Call("a reward adapter without weights", "SharedBase.from_pretrained(model, reward='no_weights')", "FileNotFoundError", "save the adapter as safetensors."),
+    Call("pickled weights", "SharedBase.from_pretrained(model, reward='pickled')", "FileNotFoundError", "save the adapter as safetensors."),
+    Call("weights that are cut off", "SharedBase.from_pretrained(model, reward='cut_off')", "ValueError", "adapter_model.safetensors' are not whole"),
+    Call("an adapter with a weight missing", "SharedBase.from_pretrained(model, policy='incomplete')", "ValueError", "lacks weights that its config promises"),
+    Call("an adapter of another base", "SharedBase.from_pretrained(model, policy='of_another_base')", "ValueError", "was trained over 'somebody/else', but the base is"),
+    Call("an adapter that is no LoRA", "SharedBase.from_pretrained(model, policy='prompt_tuning')", "ValueError", "is of type 'PROMPT_TUNING': roles share a base through LoRA only."),
+    Call("a policy for a reward model", "SharedBase.from_pretrained(model, reward='roles/policy')", "ValueError", "a reward or value role needs one number a sequence"),
+    Call("a role that there is not", "base.use('critic').__enter__()", "ValueError", "Unknown role 'critic': choose one of policy, reference, value, reward."),
+    Call("a role that was not built", "base.scores(ids, mask)", "ValueError", "This base has no reward role: build it with SharedBase.from_pretrained(..., reward=...)."),
+    Call("more completion than text", "base.values(ids, mask, 9)", "ValueError", "num_completion_tokens is 9, but the rows have 4 columns."),
+    Call("a mask of another shape", "base.values(ids, mask[:, :2], 2)", "ValueError", "input_ids (1, 4) and attention_mask (1, 2) differ in shape."),
+    Call("a row of padding alone", "base.values(ids, 0 * mask, 2)", "ValueError", "Row 0 of attention_mask has no real token"),
+    Call("recomputation that mixes up adapters", "base.gradient_checkpointing_enable({'use_reentrant': True})", "ValueError", "recomputes under the wrong adapter"),
+    Call("TRL's models without a reward role", "base.as_trl_models()", "ValueError", "This base has no reward role: build it with reward=<folder of a reward adapter>."),
+    # PPOTrainer
+    Call("a number for a model", "PPOTrainer(3, judge, args, prompts)", "TypeError", "model must be a name, a PreTrainedModel, a PeftModel or a SharedBase, not int."),
+    Call("another kind of adapter", "PPOTrainer(model, judge, args, prompts, peft_config=PromptTuningConfig(num_virtual_tokens=4))", "TypeError", "peft_config must be a peft.LoraConfig, not PromptTuningConfig"),
+    Call("LoRA for a base that has it", "PPOTrainer(base, judge, args, prompts, peft_config=LoraConfig())", "ValueError", "The SharedBase has its adapters already: leave peft_config out."),
+    Call("a quantisation that comes too late", "PPOTrainer(base, judge, args, prompts, quantization_config=four_bit)", "ValueError", "The model is loaded already"),
+    Call("nothing that gives a score", "PPOTrainer(base, None, args, prompts)", "ValueError", "Nothing gives a score: pass reward_funcs, or a SharedBase built with reward=<adapter folder>."),
+    Call("no prompts", "PPOTrainer(base, judge, args)", "ValueError", "train_dataset is missing"),
+    Call("a list for a dataset", "PPOTrainer(base, judge, args, ['a', 'b'])", "TypeError", "train_dataset must be a datasets.Dataset with a 'prompt' column, not list."),
+    Call("a dataset of nothing", "PPOTrainer(base, judge, args, prompts.select([]))", "ValueError", "train_dataset is empty: it needs at least one prompt."),
+    Call("another name for the prompts", "PPOTrainer(base, judge, args, prompts.rename_column('prompt', 'query'))", "ValueError", "train_dataset has no 'prompt' column, only ['query']"),
+    Call("evaluations on nothing", "PPOTrainer(base, judge, PPOConfig(**quiet, eval_strategy='steps', eval_steps=1), prompts)", "ValueError", "eval_strategy is 'steps', but there is no eval_dataset: give one."),
+    Call("an evaluation set without prompts", "PPOTrainer(base, judge, args, prompts, eval_dataset=prompts.rename_column('prompt', 'query'))", "ValueError", "eval_dataset has no 'prompt' column"),
+    Call("a model for a tokenizer", "PPOTrainer(base, judge, args, prompts, processing_class=base)", "TypeError", "processing_class must be a tokenizer, not SharedBase."),
+    Call("a tokenizer without an end", "PPOTrainer(base, judge, args, prompts, processing_class=without_eos)", "ValueError", "The tokenizer has no EOS token, so no answer could ever end"),
+    Call("conversations without a template", "PPOTrainer(base, judge, args, chats, processing_class=without_template)", "ValueError", "the tokenizer has no chat template"),
+    Call("a number for a reward function", "PPOTrainer(base, 3, args, prompts)", "TypeError", "A reward function must be a callable, a model or a model's name, not int."),
+    Call("more tokenizers than reward functions", "PPOTrainer(base, judge, args, prompts, reward_processing_classes=[None, None])", "ValueError", "reward_processing_classes has 2 entries for 1 reward functions: give one each."),
+    Call("weights for reward functions that are not there", "PPOTrainer(base, judge, PPOConfig(**quiet, reward_weights=[1.0, 2.0]), prompts)", "ValueError", "reward_weights has 2 entries for 1 reward functions: give one each."),
+    Call("a pretraining term without texts", "PPOTrainer(base, judge, PPOConfig(**quiet, ptx_coef=0.1), prompts)", "ValueError", "the pretraining term needs both."),
+    Call("texts without a text", "PPOTrainer(base, judge, PPOConfig(**quiet, ptx_coef=0.1), prompts, ptx_dataset=prompts)", "ValueError", "ptx_dataset has no 'text' column, only ['prompt']"),
+    Call("a checkpoint that is not there", "PPOTrainer(base, judge, args, prompts).train(resume_from_checkpoint='missing')", "FileNotFoundError", "this checkpoint does not hold the policy role."),
+    Call("no checkpoint to go on from", "PPOTrainer(base, judge, args, prompts).train(resume_from_checkpoint=True)", "ValueError", "No valid checkpoint found"),
+    Call("a function that gives too few scores", "PPOTrainer(base, too_few, args, prompts).train()", "RewardError", "Reward function 'too_few' returned 1 values for 4 completions: return one each."),
+    # PPOConfig, RewardConfig
+    Call("temperature 0", "PPOConfig(temperature=0)", "ValueError", "temperature is 0: it must be positive."),
+    Call("half a pass over a rollout", "PPOConfig(num_ppo_epochs=0.5)", "ValueError", "num_ppo_epochs is 0.5: it must be a whole number, at least 1."),
+    Call("a KL coefficient that is no number", "PPOConfig(kl_coef=float('nan'))", "ValueError", "kl_coef is nan: it must be at least 0."),
+    Call("a misspelt option", "PPOConfig(kl_coeff=0.1)", "TypeError", "kl_coeff"),
+    Call("an unknown objective for a reward model", "FeedbackRewardConfig(objective='elo')", "ValueError", "objective is 'elo': choose one of"),
+    Call("pairs for a regression", "FeedbackRewardTrainer(model, FeedbackRewardConfig(use_cpu=True, bf16=False, objective='regression'), train_dataset=pairs)", "ValueError", "the objective 'regression' needs"),
+    # Callbacks and controllers
+    Call("a KL target of 0", "AdaptiveKLController(0.1, 0)", "ValueError", "target is 0: it must be a positive number."),
+    Call("a coefficient below 0", "FixedKLController(-1)", "ValueError", "the initial coefficient is -1: it must be a number, at least 0."),
+    Call("the state of another controller", "PIKLController(0.1, 6).load_state_dict({'value': 1.0})", "ValueError", "resume with the controller that the run was started with."),
+    Call("a number for a controller", "AdaptiveKLCallback(0.1)", "TypeError", "it needs value, update(kl, n), state_dict() and load_state_dict(state)."),
+    Call("an unknown action", "DiagnosticsCallback(on_problem='panic')", "ValueError", "on_problem is 'panic': choose one of"),
+    # Reward functions
+    Call("a regular expression that is none", "texts.matches('(')", "ValueError", "'(' is no regular expression"),
+    Call("no words to look for", "texts.keywords([])", "ValueError", "keywords needs at least one word to look for."),
+    Call("a soft limit above the hard one", "texts.length_penalty(soft=9, hard=5)", "ValueError", "length_penalty needs 0 <= soft < hard, not soft 9 and hard 5."),
+    Call("a schema that is none", "texts.json_schema({'type': 'texts'})", "ValueError", "The schema is no JSON schema"),
+    Call("an address without http", "remote.remote('localhost:8000')", "ValueError", "must begin with http:// or https://."),
+    Call("weights that match no rewards", "texts.limited([judge], [], worst=-1, weights=[1, 2])", "ValueError", "limited got 2 weights for 1 rewards: give one each."),
+    # Feedback
+    Call("feedback of an unknown kind", "feedback.read('ratings.xlsx')", "FeedbackError", "is of no known kind"),
+    Call("a number for feedback", "feedback.read(3)", "TypeError", "int"),
+    Call("a column that is not there", "feedback.read(prompts)", "FeedbackError", "prompt"),
+]
+# fmt: on
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that every call is made in."""
+    folder = tmp_path_factory.mktemp("here")
+    (folder / "empty").mkdir()
+    (folder / "ratings.xlsx").touch()
+    config = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": demo.model_path()}
+    for name, changes in {
+        "no_weights": {},
+        "pickled": {},
+        "cut_off": {},
+        "prompt_tuning": {"peft_type": "PROMPT_TUNING"},
+    }.items():
+        (folder / name).mkdir()
+        (folder / name / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    torch.save({"weight": torch.zeros(1)}, folder / "pickled" / "adapter_model.bin")
+    (folder / "cut_off" / "adapter_model.safetensors").write_bytes(b"\x10\x00")
+    (folder / "prompt_tuning" / "adapter_model.safetensors").write_bytes(b"")
+    policy = LoraConfig(r=2, target_modules="all-linear")
+    trl_ext.SharedBase.from_pretrained(demo.model_path(), policy=policy).save_pretrained(folder / "roles")
+    weights = load_file(folder / "roles" / "policy" / "adapter_model.safetensors")
+    of_policy = json.loads((folder / "roles" / "policy" / "adapter_config.json").read_text())
+    for name, held, changes in (
+        ("incomplete", dict(list(weights.items())[1:]), {}),
+        ("of_another_base", weights, {"base_model_name_or_path": "somebody/else"}),
+    ):
+        (folder / name).mkdir()
+        save_file(held, folder / name / "adapter_model.safetensors")
+        (folder / name / "adapter_config.json").write_text(json.dumps({**of_policy, **changes}))
+    return folder
+
+
+@pytest.fixture
+def names() -> dict[str, Any]:
+    """What a row may speak of."""
+    model = demo.model_path()
+    quiet = {**QUIET, "output_dir": "out", "per_device_train_batch_size": 4, "max_completion_length": 4}
+    without_eos, without_template = (AutoTokenizer.from_pretrained(model) for _ in range(2))
+    without_eos.eos_token = None
+    without_template.chat_template = None
+    lines = [f"a {i}" for i in range(8)]
+
+    def judge(completions: list[Any], **_: Any) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    def too_few(completions: list[Any], **_: Any) -> list[float]:
+        return [1.0]
+
+    return {
+        **vars(trl_ext),
+        **{module.__name__.rpartition(".")[2]: module for module in (feedback, texts, remote)},
+        "LoraConfig": LoraConfig,
+        "PromptTuningConfig": PromptTuningConfig,
+        "model": model,
+        "base": trl_ext.SharedBase.from_pretrained(model, policy=LoraConfig(r=2, target_modules="all-linear")),
+        "four_bit": transformers.BitsAndBytesConfig(load_in_4bit=True),
+        "ids": torch.tensor([[5, 6, 7, 8]]),
+        "mask": torch.ones(1, 4, dtype=torch.long),
+        "quiet": quiet,
+        "args": trl_ext.PPOConfig(**quiet),
+        "prompts": Dataset.from_dict({"prompt": lines}),
+        "chats": Dataset.from_dict({"prompt": [[{"role": "user", "content": line}] for line in lines]}),
+        "pairs": Dataset.from_dict({"prompt": lines, "chosen": lines, "rejected": lines}),
+        "without_eos": without_eos,
+        "without_template": without_template,
+        "judge": judge,
+        "too_few": too_few,
+    }
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.what)
+def test_a_wrong_call_gets_its_sentence(
+    call: Call, here: Path, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(here)
+    before = contents(here)
+    error = OURS.get(call.error) or getattr(builtins, call.error)
+    with pytest.raises(error) as raised:
+        exec(call.code, names)
+    assert type(raised.value).__name__ == call.error
+    assert call.says in str(raised.value), str(raised.value)
+    assert "\n" not in str(raised.value).strip()
+    assert contents(here) == before, "something was written over"
