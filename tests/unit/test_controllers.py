@@ -1,6 +1,7 @@
 """KL controllers: against hand arithmetic, and in a loop with a KL that answers."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -46,6 +47,21 @@ def test_pi_by_hand() -> None:
     assert controller.value == pytest.approx(0.1 * math.exp(-0.5 + 0.5 * math.log(2) - 1), rel=1e-12)
 
 
+@pytest.mark.parametrize(("kl", "error"), [(200.0, 1.0), (0.01, -1.0), (0.0, -1.0), (1.0, math.log(0.5))])
+def test_pi_s_error_is_clipped(kl: float, error: float) -> None:
+    controller = PIKLController(init=0.1, target=2.0, gain=0.5, horizon=100)
+    controller.update(kl, 100)
+    assert controller.value == pytest.approx(0.1 * math.exp(1.5 * error), rel=1e-12)
+
+
+def test_pi_without_a_proportional_term_and_by_default() -> None:
+    integral, default = PIKLController(init=0.1, target=2.0, gain=0, horizon=100), PIKLController()
+    integral.update(4.0, 100)
+    assert integral.value == pytest.approx(0.2, rel=1e-12)
+    default.update(6.6, 500)
+    assert default.value == pytest.approx(0.15 * 1.1, rel=1e-12)  # gain 1/2 and half a horizon: once log 1.1
+
+
 @pytest.mark.parametrize(("kl", "expected"), [(0.01, 1.0), (0.006, 0.5), (0.007, 1.0), (0.014, 1.0), (0.016, 2.0)])
 def test_penalty_by_hand(kl: float, expected: float) -> None:
     controller = PenaltyController(1.0, 0.01)
@@ -53,11 +69,25 @@ def test_penalty_by_hand(kl: float, expected: float) -> None:
     assert controller.value == expected
 
 
+def test_the_penalty_goes_on_from_where_it_is() -> None:
+    controller = PenaltyController(3.0, 1.5)
+    for kl, expected in ((1.0, 3.0), (2.25, 3.0), (2.26, 6.0), (2.26, 12.0), (0.99, 6.0)):  # at the bounds it stays
+        controller.update(kl, 1)
+        assert controller.value == expected
+
+
+def test_the_penalty_has_bounds_and_defaults() -> None:
+    largest, default = PenaltyController(6e7), PenaltyController()
+    largest.update(1.0, 1)
+    assert largest.value == 1e8
+    assert (default.value, default.target) == (1.0, 0.01)
+
+
 def test_the_penalty_never_becomes_0() -> None:
     controller = PenaltyController()
     for _ in range(2000):
         controller.update(0.0, 1)
-    assert controller.value > 0
+    assert controller.value == 1e-8
 
 
 def make(name: str) -> Any:
@@ -112,17 +142,26 @@ def test_another_controllers_state_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "build",
+    ("build", "said"),
     [
-        lambda: AdaptiveKLController(init=0.0),
-        lambda: AdaptiveKLController(target=-1.0),
-        lambda: AdaptiveKLController(horizon=0),
-        lambda: FixedKLController(-0.1),
-        lambda: FixedKLController(float("nan")),
-        lambda: PIKLController(gain=-1.0),
-        lambda: PenaltyController(target=0.0),
+        (lambda: AdaptiveKLController(init=0.0), "init is 0.0: it must be a positive number."),
+        (lambda: AdaptiveKLController(target=-1.0), "target is -1.0: it must be a positive number."),
+        (lambda: AdaptiveKLController(horizon=0), "horizon is 0: it must be a positive number."),
+        (lambda: FixedKLController(-0.1), "the initial coefficient is -0.1: it must be a number, at least 0."),
+        (lambda: FixedKLController(math.nan), "the initial coefficient is nan: it must be a number, at least 0."),
+        (lambda: FixedKLController("0.1"), "the initial coefficient is '0.1': it must be a number, at least 0."),
+        (lambda: PIKLController(init=-1), "init is -1: it must be a positive number."),
+        (lambda: PIKLController(target=math.inf), "target is inf: it must be a positive number."),
+        (lambda: PIKLController(gain=-1.0), "gain is -1.0: it must be a number, at least 0."),
+        (lambda: PIKLController(horizon=0.0), "horizon is 0.0: it must be a positive number."),
+        (lambda: PenaltyController(init=0), "init is 0: it must be a positive number."),
+        (lambda: PenaltyController(target=0.0), "target is 0.0: it must be a positive number."),
     ],
 )
-def test_bad_settings(build: Any) -> None:
-    with pytest.raises(ValueError, match="it must be a"):
+def test_bad_settings(build: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
         build()
+
+
+def test_a_coefficient_of_0_stays_0() -> None:
+    assert FixedKLController(0).value == 0.0

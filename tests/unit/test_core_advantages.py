@@ -58,6 +58,11 @@ def test_by_hand() -> None:
     assert returns.tolist() == [[2.1875, 2.75, 3.0]]
 
 
+def test_answers_of_one_token() -> None:
+    advantages, returns = estimate_advantages(torch.tensor([[3.0]]), torch.tensor([[1.0]]), torch.tensor([[True]]))
+    assert (advantages.item(), returns.item()) == (2.0, 3.0)
+
+
 def test_defaults_are_gamma_1_and_lambda_095() -> None:
     rewards, values, mask = rows()
     advantages, _ = estimate_advantages(rewards, values, mask)

@@ -20,6 +20,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bias": {"bias": True},
     "softcap": {"softcap": 1.5},
     "scale": {"scale": 0.25},
+    "double": {"scale": 2.0},
     "all": {"bias": True, "softcap": 2.0, "scale": 1.75, "temperature": 0.7},
 }
 
@@ -120,19 +121,20 @@ def test_huge_logits_stay_finite() -> None:
     assert hidden.grad.flatten().tolist() == [0.0, -2e4]
 
 
+@pytest.mark.parametrize("of_entropy", [False, True], ids=["logprob", "entropy"])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
-def test_half_precision(hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+def test_half_precision(hidden_dtype: torch.dtype, weight_dtype: torch.dtype, of_entropy: bool) -> None:
     """Sums over the vocabulary run in float32; the gradient comes back in the hidden states' type."""
     hidden, weight, _, targets = draw()
     hidden, weight = hidden.to(hidden_dtype), weight.to(weight_dtype)
     reference = hidden.double().requires_grad_()
     hidden.requires_grad_()
-    logprobs, _ = token_logprobs(hidden, weight, targets)
-    expected, _ = full(reference, weight.double(), targets)
-    assert logprobs.dtype == torch.float32
-    torch.testing.assert_close(logprobs.double(), expected, rtol=3e-2, atol=3e-2)
-    (gradient,) = torch.autograd.grad(logprobs.sum(), hidden)
+    found = token_logprobs(hidden, weight, targets, entropy_grad=of_entropy)[of_entropy]
+    expected = full(reference, weight.double(), targets)[of_entropy]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=3e-2, atol=3e-2)
+    (gradient,) = torch.autograd.grad(found.sum(), hidden)
     (expected_gradient,) = torch.autograd.grad(expected.sum(), reference)
     assert gradient.dtype == hidden_dtype
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=5e-2, atol=5e-2)

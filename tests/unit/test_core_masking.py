@@ -89,6 +89,10 @@ def test_whitening_adds_eps_to_the_variance() -> None:
     torch.testing.assert_close(whitened, torch.tensor([[-1 / 3, 1 / 3, 0.0]]))
 
 
+def test_whitening_shifts_the_mean_unless_told(x: Tensor, mask: Tensor) -> None:
+    assert torch.equal(masked_whiten(x, mask), masked_whiten(x, mask, shift_mean=True))
+
+
 def test_whitening_a_constant_stays_finite() -> None:
     mask = torch.tensor([[True, True, False]])
     constant = torch.tensor([[4.0, 4.0, NAN]])

@@ -36,16 +36,18 @@ def draw(seed: int) -> torch.Tensor:
         (2.5, -2.0, 5.0, 5.0),  # below the bound: as without it
         (0.5, -2.0, 1.6, 0.0),  # the ordinary clip
         (10.0, 2.0, -2.4, 0.0),  # a good token is none of its business
+        (10.0, 0.5, -0.6, 0.0),
+        (10.0, 0.0, 0.0, None),  # and one that makes no difference is not clipped
     ],
 )
-def test_dual_clip(ratio: float, advantage: float, expected: float, slope: float) -> None:
+def test_dual_clip(ratio: float, advantage: float, expected: float, slope: float | None) -> None:
     new = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     old, advantages, mask = torch.zeros(1, 1), torch.tensor([[advantage]], dtype=torch.float64), torch.ones(1, 1)
     loss = clipped_policy_loss(new, old, advantages, mask, 0.2, dual_clip=3.0)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
     loss.backward()
     assert new.grad is not None
-    assert new.grad.item() == pytest.approx(slope, rel=1e-12)
+    assert new.grad.item() == pytest.approx(slope or 0.0, rel=1e-12)
     assert bool(policy_clipped(new.detach(), old, advantages, mask, 0.2, 3.0)) == (slope == 0.0)
 
 
@@ -97,9 +99,18 @@ def test_sequence_returns_are_score_less_kl() -> None:
     assert returns.tolist() == pytest.approx(expected, rel=1e-12)
 
 
+def test_rewards_are_not_discounted_unless_told() -> None:
+    rewards = draw(2)
+    assert torch.equal(rewards_to_go(rewards, MASK), rewards_to_go(rewards, MASK, 1.0))
+
+
 RETURNS = [1.0, 4.0, 2.5, -3.0, 7.0]
 SCORED = [True, True, False, True, True]
 GROUPS = [0, 0, 0, 1, 2]
+
+
+def test_the_baseline_is_the_mean_unless_told() -> None:
+    assert batch_baseline(torch.tensor([1.0, 3.0]), torch.tensor([True, True])).tolist() == [2.0, 2.0]
 
 
 @pytest.mark.parametrize("leave_one_out", [False, True])

@@ -27,6 +27,10 @@ def test_regression_and_binary() -> None:
     good = [1 / (1 + math.exp(-s)) for s in scores.tolist()]
     terms = [-math.log(good[0]), -0.5 * math.log(1 - good[1]), -2.0 * math.log(1 - good[2])]
     assert binary_loss(scores, targets, weights).item() == pytest.approx(sum(terms) / 3.5, rel=1e-9)
+    assert binary_loss(scores, targets.long(), weights).item() == pytest.approx(sum(terms) / 3.5, rel=1e-9)
+    for loss in (regression_loss, binary_loss):  # only how weights compare counts
+        assert loss(scores, targets, weights / 100).item() == pytest.approx(loss(scores, targets, weights).item())
+        assert loss(scores, targets, 0 * weights).item() == 0.0
 
 
 def test_plackett_luce_is_the_likelihood_of_the_order() -> None:
@@ -63,6 +67,15 @@ def test_all_pairs() -> None:
         ordered = [(i, j) if RANKS[i] < RANKS[j] else (j, i) for i, j in pairs]
         means.append(sum(math.log(1 + math.exp(SCORES[j] - SCORES[i])) for i, j in ordered) / len(ordered))
     assert all_pairs_loss(*tensors()).item() == pytest.approx(sum(means) / 2, rel=1e-9)
+
+
+@pytest.mark.parametrize("loss", [plackett_luce_loss, all_pairs_loss])
+def test_one_pair_beside_rankings_that_say_nothing(loss: object) -> None:
+    scores, ranks = torch.tensor([0.5, 2.0, 1.0, 1.0, 7.0]), torch.tensor([1, 2, 1, 1, 1])
+    if loss is plackett_luce_loss:  # each of two tied answers is one of two
+        ranks, scores = ranks[[0, 1, 4]], scores[[0, 1, 4]]
+    groups = torch.tensor([0, 0, 1, 1, 2]) if len(ranks) == 5 else torch.tensor([0, 0, 2])
+    assert loss(scores, ranks, groups).item() == pytest.approx(math.log(1 + math.exp(1.5)))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("loss", [plackett_luce_loss, all_pairs_loss])

@@ -1,0 +1,67 @@
+"""Today's RLOOTrainer, scored by a function."""
+
+from typing import Any
+
+import work
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+from trl import RLOOConfig, RLOOTrainer
+
+
+def by_length(completions: list[str], **_: Any) -> list[float]:
+    return [len(text) / 100 for text in completions]
+
+
+class Updates(TrainerCallback):
+    def __init__(self, clock: work.Clock, epochs: int) -> None:
+        self.clock, self.epochs = clock, epochs
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.clock.enter("train")
+
+    def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.global_step % self.epochs == 0:
+            self.clock.end_update()
+
+
+def main() -> None:
+    given = work.arguments()
+    tokenizer = work.tokenizer_of(given.model)
+    work.end_answers(given, tokenizer.eos_token_id)
+    clock = work.Clock()
+    args = RLOOConfig(
+        f"{given.folder}/out",
+        per_device_train_batch_size=given.micro_batch,
+        gradient_accumulation_steps=given.batch // given.micro_batch,
+        num_generations=4,
+        num_iterations=given.epochs,
+        max_steps=given.updates * given.epochs,
+        max_completion_length=given.new_tokens,
+        beta=0.05,
+        learning_rate=1e-5,
+        gradient_checkpointing=False,
+        bf16=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        model_init_kwargs={"dtype": "float32"},
+    )
+    rows = Dataset.from_dict({"prompt": work.prompts(given)})
+    trainer = RLOOTrainer(
+        model=given.model,
+        reward_funcs=by_length,
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(**work.LORA),
+        callbacks=[Updates(clock, given.epochs)],
+    )
+    clock.around(trainer, "_generate", "generate", then="score")
+    clock.around(trainer, "_compute_loss", "train", then="train")
+    trainer.train()
+    clock.report(given)
+
+
+if __name__ == "__main__":
+    main()

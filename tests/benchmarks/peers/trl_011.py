@@ -1,0 +1,59 @@
+"""TRL 0.11.4's PPOTrainer over one base: policy adapter, value head on its trunk, reward adapter, as in its
+multi-adapter example."""
+
+import time
+
+import torch
+import work
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
+from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+
+
+def main() -> None:
+    given = work.arguments()
+    tokenizer = work.tokenizer_of(given.model)
+    work.end_answers(given, tokenizer.eos_token_id)
+    judge = AutoModelForSequenceClassification.from_pretrained(given.model, num_labels=1, torch_dtype=torch.float32)
+    get_peft_model(judge, LoraConfig(**{**work.LORA, "task_type": "SEQ_CLS"})).save_pretrained(f"{given.folder}/judge")
+    del judge
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(
+        given.model,
+        peft_config=LoraConfig(**work.LORA),
+        reward_adapter=f"{given.folder}/judge",
+        torch_dtype=torch.float32,
+    )
+    config = PPOConfig(
+        batch_size=given.batch,
+        mini_batch_size=given.micro_batch,
+        gradient_accumulation_steps=given.batch // given.micro_batch,
+        ppo_epochs=given.epochs,
+        learning_rate=1e-5,
+    )
+    trainer = PPOTrainer(config, model, None, tokenizer)
+    ids = tokenizer(work.prompts(given))["input_ids"]
+    sampling = {
+        "max_new_tokens": given.new_tokens,
+        "do_sample": True,
+        "top_k": 0,
+        "top_p": 1.0,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    clock = work.Clock()
+    for start in range(0, len(ids), given.batch):
+        queries = [torch.tensor(row) for row in ids[start : start + given.batch]]
+        began = time.perf_counter()
+        answers = trainer.generate(queries, return_prompt=False, batch_size=given.batch, **sampling)
+        generated = time.perf_counter()
+        whole = [torch.cat(pair) for pair in zip(queries, answers)]  # noqa: B905 (Python 3.11 everywhere, but of its day)
+        inputs = tokenizer.pad({"input_ids": whole}, return_tensors="pt").to(model.pretrained_model.device)
+        with torch.no_grad():
+            scores = trainer.model.compute_reward_score(**inputs)[:, -1, 0]
+        stats = trainer.step(queries, answers, list(scores))
+        ended, train = time.perf_counter(), float(stats["time/ppo/optimize_step"])
+        clock.add({"generate": generated - began, "score": ended - generated - train, "train": train})
+    clock.report(given)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""TRL 1.12's own PPOTrainer: a LoRA policy, and a value and a reward model of their own, as in its example script.
+
+Variants: full (all of the value model is trained, as there), lora (LoRA on the value model too).
+"""
+
+from typing import Any
+
+import torch
+import trl.experimental.ppo.ppo_trainer as module
+import work
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
+from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+
+class Updates(TrainerCallback):
+    def __init__(self, clock: work.Clock) -> None:
+        self.clock = clock
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.clock.end_update()
+
+
+def main() -> None:
+    given = work.arguments()
+    tokenizer = work.tokenizer_of(given.model)
+    work.end_answers(given, tokenizer.eos_token_id)
+    clock = work.Clock()
+    policy = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+    value, reward = (
+        AutoModelForSequenceClassification.from_pretrained(given.model, num_labels=1, dtype=torch.float32)
+        for _ in range(2)
+    )
+    if given.variant == "lora":
+        # TRL reads the backbone under `base_model_prefix` of the model inside PEFT's wrapper.
+        value = get_peft_model(value, LoraConfig(**{**work.LORA, "task_type": "SEQ_CLS"})).base_model.model
+    ids = tokenizer(work.prompts(given))["input_ids"]
+    rows = Dataset.from_dict({"input_ids": ids})
+    args = PPOConfig(
+        f"{given.folder}/out",
+        per_device_train_batch_size=given.micro_batch,
+        gradient_accumulation_steps=given.batch // given.micro_batch,
+        num_mini_batches=1,
+        num_ppo_epochs=given.epochs,
+        total_episodes=given.batch * given.updates,
+        response_length=given.new_tokens,
+        stop_token="eos",
+        learning_rate=1e-5,
+        num_sample_generations=0,
+        gradient_checkpointing=False,
+        bf16=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = PPOTrainer(
+        args=args,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=None,
+        reward_model=reward,
+        value_model=value,
+        train_dataset=rows,
+        eval_dataset=rows.select(range(8)),
+        peft_config=LoraConfig(**work.LORA),
+        callbacks=[Updates(clock)],
+    )
+    clock.around(module, "batch_generation", "generate", then="score")
+    accumulate = trainer.accelerator.accumulate
+
+    def training(*models: Any) -> Any:
+        clock.enter("train")
+        return accumulate(*models)
+
+    trainer.accelerator.accumulate = training
+    trainer.train()
+    clock.report(given)
+
+
+if __name__ == "__main__":
+    main()
