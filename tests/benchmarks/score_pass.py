@@ -1,0 +1,71 @@
+"""The score pass: reference, value and reward in one mixed-adapter forward against three forwards one after the other.
+
+python tests/benchmarks/score_pass.py --model FOLDER [--cpu] [--precision nf4 float32 bfloat16]
+
+Prints medians, their ratio, and the largest difference between what both say.
+"""
+
+import argparse
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from timing import head, row, seconds
+from transformers import AutoTokenizer, BitsAndBytesConfig
+
+from trl_ext import SharedBase
+
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+ROLES = ("reference", "value", "reward")
+
+
+def built(model: str, precision: str, device: str) -> SharedBase:
+    """The roles, every adapter and head of them random."""
+    quantised = NF4 if precision == "nf4" else None
+    how = {"quantization_config": quantised, "device_map": device}
+    how["dtype"] = torch.float32 if precision == "float32" else torch.bfloat16
+    lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    with tempfile.TemporaryDirectory() as folder:
+        SharedBase.from_pretrained(model, policy=lora, **how).save_pretrained(folder)
+        base = SharedBase.from_pretrained(model, policy=lora, reward=Path(folder, "value"), **how)
+    for name, parameter in base.named_parameters():
+        if "lora_B" in name or name.startswith("heads"):
+            torch.nn.init.normal_(parameter, std=0.02)
+    return base.eval()
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--precision", nargs="+", default=["nf4", "float32"], choices=["nf4", "float32", "bfloat16"])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--tokens", type=int, default=60, help="a row, 12 of them the prompt")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cpu", action="store_true")
+    chosen = parser.parse_args()
+    device = "cpu" if chosen.cpu or not torch.cuda.is_available() else "cuda"
+    vocabulary = len(AutoTokenizer.from_pretrained(chosen.model))
+    print(head("base", "rows", "three forwards, s", "one forward, s", "ratio", "largest difference"))
+    for precision in chosen.precision:
+        base = built(chosen.model, precision, device)
+        for rows in chosen.rows:
+            ids = torch.randint(5, vocabulary, (rows, chosen.tokens), device=device)
+            given = (ids, torch.ones_like(ids), chosen.tokens - 12)
+            apart = {role: base(*given, roles=(role,)) for role in ROLES}
+            together = base(*given, roles=ROLES)
+            difference = max(
+                float((said[name].float() - together[name].float()).abs().max())
+                for said in apart.values()
+                for name in said
+            )
+            three = sum(seconds(partial(base, *given, roles=(role,)), chosen.repeats) for role in ROLES)
+            one = seconds(partial(base, *given, roles=ROLES), chosen.repeats)
+            cells = f"{three:.3f}", f"{one:.3f}", f"{one / three:.2f}", f"{difference:.1e}"
+            print(row(precision, rows, *cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()
