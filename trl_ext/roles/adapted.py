@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from trl_ext.roles.aligned import AlignedBatch
+from trl_ext.roles.packing import Packing, can_pack
 from trl_ext.roles.switching import activate, active_adapter, keep_differentiable, restored
 
 
@@ -19,12 +20,14 @@ class AdaptedModel(nn.Module):
 
     Attributes:
         model: the PEFT model.
+        packs: whether rows may be packed (see `packing`).
     """
 
     def __init__(self, model: PeftModel) -> None:
         super().__init__()
         self.model = model
         keep_differentiable(model)
+        self.packs = can_pack(self.causal_lm)
 
     @property
     def causal_lm(self) -> Any:
@@ -102,22 +105,52 @@ class AdaptedModel(nn.Module):
         hidden = {}
         for adapter, view in views.items():
             with self._under(adapter):
-                hidden[adapter] = self.trunk(view.ids)
+                hidden[adapter] = self.trunk(view)
         return hidden
 
     def _mixed_trunks(self, views: dict[str | None, AlignedBatch]) -> dict[str | None, Tensor]:
-        width = max(view.ids.shape[1] for view in views.values())
-        rows = [nn.functional.pad(view.ids, (0, width - view.ids.shape[1])) for view in views.values()]
-        names = [adapter or "__base__" for adapter, view in views.items() for _ in range(view.ids.shape[0])]
+        packings = {adapter: self._packing(view) for adapter, view in views.items()}
+        laid = [
+            view.ids if packing is None else packing.ids
+            for view, packing in zip(views.values(), packings.values(), strict=True)
+        ]
+        width = max(ids.shape[1] for ids in laid)
+        ids = torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in laid])
+        positions = None
+        if any(packings.values()):
+            plain = torch.arange(width, device=ids.device)
+            positions = torch.cat(
+                [
+                    plain.expand(len(part), -1)
+                    if packing is None
+                    else nn.functional.pad(packing.position_ids, (0, width - part.shape[1]))
+                    for part, packing in zip(laid, packings.values(), strict=True)
+                ]
+            )
+        names = [adapter or "__base__" for adapter, part in zip(views, laid, strict=True) for _ in part]
         with restored(self):
             self.model.eval()  # PEFT mixes adapters in one batch in eval mode only
             with self.model.base_model._enable_peft_forward_hooks(adapter_names=names):
-                hidden = self.trunk(torch.cat(rows))
-        return dict(zip(views, hidden.split([part.shape[0] for part in rows]), strict=True))
+                hidden = self._states(ids, positions)
+        parts = zip(views, packings.values(), hidden.split([len(part) for part in laid]), strict=True)
+        return {
+            adapter: states if packing is None else packing.unpacked(states[:, : packing.ids.shape[1]])
+            for adapter, packing, states in parts
+        }
 
-    def trunk(self, ids: Tensor) -> Tensor:
-        """Last hidden states of left-aligned ids (batch, columns) under the active adapter."""
-        return self.causal_lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    def trunk(self, batch: AlignedBatch) -> Tensor:
+        """Last hidden states (batch, longest, size) under the active adapter."""
+        packing = self._packing(batch)
+        if packing is None:
+            return self._states(batch.ids)
+        return packing.unpacked(self._states(packing.ids, packing.position_ids))
+
+    def _packing(self, batch: AlignedBatch) -> Packing | None:
+        return Packing.of(batch.ids, batch.last + 1) if self.packs else None
+
+    def _states(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        how = {} if position_ids is None else {"position_ids": position_ids}
+        return self.causal_lm.base_model(input_ids=ids, use_cache=False, **how).last_hidden_state
 
 
 def can_mix(model: PeftModel, adapters: Iterable[str | None]) -> bool:

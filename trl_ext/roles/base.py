@@ -169,7 +169,7 @@ class SharedBase(AdaptedModel):
         """Log-probability of each completion token under `role`, (batch, num_completion_tokens), nats."""
         batch = AlignedBatch.of(input_ids, attention_mask, num_completion_tokens)
         with self.use(role):
-            hidden = batch.predicting(self.trunk(batch.ids))
+            hidden = batch.predicting(self.trunk(batch))
         return batch.padded(self._lm_head.logprobs(hidden, batch.targets, temperature)[0])
 
     def values(self, input_ids: Tensor, attention_mask: Tensor, num_completion_tokens: int) -> Tensor:

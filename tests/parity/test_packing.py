@@ -1,0 +1,140 @@
+"""Packed rows say what rows alone say, and what is padding is not computed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.parity import tiny
+from tests.parity.test_roles import close
+from trl_ext import SharedBase
+from trl_ext.roles.packing import Packing, can_pack
+from trl_ext.trainers.building import without_dropout
+
+PROMPTS, ANSWERS = (4, 1, 2, 3, 2, 4), (8, 1, 2, 1, 6, 5)
+
+
+def batch(seed: int = 0) -> tiny.Padded:
+    """Rows of 12, 2, 4, 4, 8 and 9 tokens; prompts padded on the left, answers on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    prompt, answer = max(PROMPTS), max(ANSWERS)
+    ids = torch.randint(3, tiny.VOCABULARY, (len(PROMPTS), prompt + answer), generator=generator)
+    column = torch.arange(prompt + answer)
+    before, after = torch.tensor(PROMPTS).unsqueeze(1), torch.tensor(ANSWERS).unsqueeze(1)
+    mask = ((column >= prompt - before) & (column < prompt + after)).long()
+    return tiny.Padded(torch.where(mask.bool(), ids, tiny.PAD), mask, answer)
+
+
+def test_rows_are_laid_where_there_is_room_for_them() -> None:
+    ids = torch.tensor([[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 8, 0], [9, 9, 0, 0]])
+    packing = Packing.of(ids, torch.tensor([4, 1, 3, 2]))
+    assert packing is not None
+    assert packing.ids.tolist() == [[1, 2, 3, 4], [6, 7, 8, 5], [9, 9, 0, 0]]
+    assert packing.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 0, 0]]
+    back = packing.unpacked(packing.ids.unsqueeze(2).double()).squeeze(2)
+    for row, length in enumerate((4, 1, 3, 2)):
+        assert back[row, :length].tolist() == ids[row, :length].tolist()
+
+
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [4], [4, 4, 4, 4, 4, 4, 4, 4, 4, 2, 2], [4, 3, 3]])
+def test_rows_stay_as_they_are_where_little_would_be_gained(lengths: list[int]) -> None:
+    assert Packing.of(torch.ones(len(lengths), 4, dtype=torch.long), torch.tensor(lengths)) is None
+
+
+@torch.no_grad()
+def test_every_role_says_the_same(home: tiny.Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, base = batch(), home.base
+    assert base.packs
+
+    def said() -> list[Tensor]:
+        passed = base.score_pass(*given.args)
+        each = [base.logprobs(*given.args, role=role) for role in ("policy", "reference", "value", "reward")]
+        return [*each, base.values(*given.args), base.scores(given.ids, given.mask), *passed]
+
+    packed = said()
+    monkeypatch.setattr(base, "packs", False)
+    for got, alone in zip(packed, said(), strict=True):
+        close(got, alone)
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+def test_the_gradients_are_the_same(home: tiny.Home, recomputed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, base = batch(), home.base
+    without_dropout(base)
+    if recomputed:
+        base.gradient_checkpointing_enable()
+        base.train()
+    try:
+
+        def gradients() -> dict[str, Tensor]:
+            base.zero_grad()
+            for role, name in (("policy", "logprobs"), ("value", "values")):
+                with base.use(role):  # type: ignore[arg-type]
+                    out = base(*given.args, roles=(role,))[name]
+                    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+            return {name: p.grad.clone() for name, p in base.named_parameters() if p.grad is not None}
+
+        packed = gradients()
+        monkeypatch.setattr(base, "packs", False)
+        alone = gradients()
+    finally:
+        base.zero_grad()
+        base.gradient_checkpointing_disable()
+        base.eval()
+    assert packed.keys() == alone.keys() and len(packed) > 8
+    for name in alone:
+        close(packed[name], alone[name])
+
+
+@torch.no_grad()
+def test_what_is_computed(llama: tiny.Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """39 real tokens in rows of 12: four rows instead of six."""
+    shapes: list[tuple[int, ...]] = []
+    hook = llama.base.causal_lm.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: shapes.append(tuple(inputs[0].shape))
+    )
+    given = batch()
+    try:
+        llama.base.values(*given.args)
+        llama.base.score_pass(*given.args)
+        monkeypatch.setattr(llama.base, "packs", False)
+        llama.base.values(*given.args)
+    finally:
+        hook.remove()
+    assert shapes == [(4, 12), (12, 12), (6, 12)]
+
+
+def leaky(model: Any) -> Any:
+    """A model that reads a bin as one row."""
+
+    def base_model(input_ids: Tensor, use_cache: bool, position_ids: Tensor | None = None) -> Any:
+        positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        return model.base_model(input_ids=input_ids, position_ids=positions, use_cache=use_cache)
+
+    return SimpleNamespace(
+        base_model=base_model,
+        config=model.config,
+        training=model.training,
+        eval=model.eval,
+        train=model.train,
+        get_input_embeddings=model.get_input_embeddings,
+    )
+
+
+def test_a_model_that_mixes_rows_is_not_packed(llama: tiny.Home) -> None:
+    model = tiny.AutoModelForCausalLM.from_pretrained(llama.base_folder)
+    assert can_pack(model) and not can_pack(leaky(model))
+    plain = model.base_model.forward
+    model.base_model.forward = lambda input_ids, use_cache: plain(input_ids=input_ids)  # takes no positions
+    assert not can_pack(model)
+
+
+def test_looking_leaves_the_mode_as_it_was(llama: tiny.Home) -> None:
+    model = tiny.AutoModelForCausalLM.from_pretrained(llama.base_folder).train()
+    can_pack(model)
+    assert model.training
+    assert SharedBase.from_model(model).causal_lm.training
