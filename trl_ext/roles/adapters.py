@@ -6,6 +6,8 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +173,7 @@ def read_pad_token_id(folder: Path) -> int | None:
 
 def write_note(folder: Path, model: Any, **more: Any) -> None:
     """Write down what a saved role's other files do not tell: whether its base was quantised, and `more`."""
-    (folder / NOTE).write_text(json.dumps({"quantized": _is_quantized(model), **more}, indent=2), encoding="utf-8")
+    (folder / NOTE).write_text(json.dumps({"quantized": _is_quantized(model), **more}), encoding="utf-8")
 
 
 def scalar_head(size: int, device: torch.device, weight: Tensor | None = None) -> nn.Linear:
@@ -199,11 +201,8 @@ def save_scored_adapter(model: PeftModel, name: str, head: nn.Linear, folder: Pa
 
 def as_sequence_classifier(config: Any) -> LoraConfig:
     """A copy of a policy's LoraConfig for a role with a scalar head."""
-    settings = config.to_dict()
-    settings.update(task_type="SEQ_CLS", modules_to_save=None, inference_mode=False, auto_mapping=None)
-    settings.pop("peft_type", None)
-    allowed = LoraConfig.__dataclass_fields__
-    return LoraConfig(**{key: value for key, value in settings.items() if key in allowed and allowed[key].init})
+    changed = {"task_type": "SEQ_CLS", "modules_to_save": None, "inference_mode": False, "auto_mapping": None}
+    return replace(deepcopy(config), **changed)
 
 
 def _weights(folder: Path) -> Path:
@@ -229,4 +228,4 @@ def _read_note(folder: Path) -> dict[str, Any]:
 
 def _vocabulary(file: Path) -> Any:
     content = json.loads(file.read_text(encoding="utf-8"))
-    return content.get("model", {}).get("vocab"), [(t["id"], t["content"]) for t in content.get("added_tokens", [])]
+    return content["model"]["vocab"], [(token["id"], token["content"]) for token in content["added_tokens"]]

@@ -1,0 +1,160 @@
+"""How roles share a forward: who travels together, what each reads, and what is left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import BitsAndBytesConfig
+
+from tests.parity import tiny
+from tests.parity.test_roles import close, different
+from trl_ext import SharedBase
+from trl_ext.roles.adapted import can_mix
+from trl_ext.roles.adapters import as_sequence_classifier
+from trl_ext.roles.aligned import AlignedBatch
+from trl_ext.roles.switching import active_adapter
+
+
+@contextmanager
+def forwards(base: SharedBase) -> Iterator[list[int]]:
+    """Rows of each forward over the base."""
+    rows: list[int] = []
+    embeddings = base.causal_lm.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    try:
+        yield rows
+    finally:
+        hook.remove()
+
+
+# Together or one after the other -------------------------------------------------------------------------------------
+
+
+def test_without_gradients_adapters_share_a_forward(llama: tiny.Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, base = tiny.padded_batch(), llama.base
+    with forwards(base) as rows:
+        with torch.no_grad():
+            base(*batch.args, roles=("policy",))
+            base(*batch.args, roles=("policy", "value"))
+            base(*batch.args, roles=("reference", "value", "reward"))
+        base(*batch.args, roles=("policy", "value"))
+        monkeypatch.setattr("trl_ext.roles.adapted.can_mix", lambda *_: False)
+        with torch.no_grad():
+            base(*batch.args, roles=("policy", "value"))
+    assert rows == [5, 10, 15, 5, 5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("changes", "mixes"),
+    [({}, True), ({"use_dora": True}, False), ({"bias": "all"}, False), ({"lora_bias": True}, False)],
+)
+def test_only_plain_lora_is_mixed(changes: dict[str, Any], mixes: bool) -> None:
+    plain = SimpleNamespace(use_dora=False, bias="none", lora_bias=False)
+    other = SimpleNamespace(**{**vars(plain), **changes})
+    model: Any = SimpleNamespace(peft_config={"policy": plain, "value": other})
+    assert can_mix(model, ["policy", "value", None]) is mixes
+    assert can_mix(model, ["policy", None])
+
+
+@torch.no_grad()
+def test_what_is_not_asked_for_is_plain(llama: tiny.Home) -> None:
+    batch, base = tiny.padded_batch(), llama.base
+    said = base(*batch.args)
+    assert said.keys() == {"logprobs", "entropy"}
+    close(said["logprobs"], base.logprobs(*batch.args, temperature=1.0))
+    different(said["logprobs"], base.logprobs(*batch.args, temperature=2.0))
+    both = base(*batch.args, roles=("policy", "reference"))
+    assert both.keys() == {"logprobs", "entropy", "ref_logprobs"}
+    close(both["entropy"], said["entropy"])
+    assert base(*batch.args, roles=("reference",)).keys() == {"ref_logprobs"}
+
+
+def test_the_entropy_carries_a_gradient_when_asked(llama: tiny.Home) -> None:
+    batch, base = tiny.padded_batch(), llama.base
+    with base.use("policy"):
+        assert base(*batch.args)["logprobs"].requires_grad
+        assert not base(*batch.args)["entropy"].requires_grad
+        assert base(*batch.args, entropy_grad=True)["entropy"].requires_grad
+
+
+# What the reward role reads ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("roles", [("reward",), ("policy", "reward")])
+def test_the_reward_role_alone_reads_what_the_template_writes(llama: tiny.Home, roles: Any) -> None:
+    batch, base, suffix = tiny.padded_batch("right"), llama.base, [7, 8]
+    where = torch.tensor([True, False, True, True, False])
+    said = base(*batch.args, roles=roles, reward_suffix_ids=suffix, reward_suffix_rows=where)
+    for row in range(5):
+        ids = batch.ids[row][batch.mask[row].bool()].tolist() + (suffix if where[row] else [])
+        alone = torch.tensor([ids])
+        close(said["scores"][row : row + 1], base.scores(alone, torch.ones_like(alone)))
+    if "policy" in roles:
+        close(said["logprobs"], base.logprobs(*batch.args))
+
+
+@torch.no_grad()
+def test_a_head_reads_float32_whatever_the_trunk_says(llama: tiny.Home) -> None:
+    hidden = torch.randn(2, 32, dtype=torch.bfloat16)
+    read = llama.base._read_head("value", hidden)
+    assert read.shape == (2,) and read.dtype == torch.float32
+    close(read, hidden.float() @ llama.base.heads["value"].weight.flatten())  # type: ignore[operator]
+
+
+def test_a_rows_first_token_is_predicted_by_nothing() -> None:
+    ids, mask = torch.tensor([[5, 6, 7], [9, 9, 8]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
+    batch = AlignedBatch.of(ids, mask, 3)  # all columns are completion
+    assert batch.completion.tolist() == [[False, True, True], [False, False, False]]
+    assert batch.targets.tolist() == [6, 7] and batch.before.tolist() == [0, 1]
+
+
+# Switching -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_roles_inside_the_bare_base(llama: tiny.Home) -> None:
+    batch = tiny.padded_batch()
+    base = llama.again(reference=None).eval()
+    policy, bare = base.logprobs(*batch.args), base.logprobs(*batch.args, role="reference")
+    different(policy, bare)
+    with base.use("reference"):
+        assert active_adapter(base.model) is None
+        close(base.logprobs(*batch.args), policy)
+        with base.use("policy"):
+            assert active_adapter(base.model) == "policy"
+            close(
+                base.causal_lm(input_ids=batch.ids[3:4, -5:]).logits,
+                tiny.load_policy(llama.saved / "policy")(input_ids=batch.ids[3:4, -5:]).logits,
+            )
+        close(base.logprobs(*batch.args, role="reference"), bare)
+    assert active_adapter(base.model) == "policy"
+
+
+# Configurations ------------------------------------------------------------------------------------------------------
+
+
+def test_a_value_role_has_the_policys_lora(llama: tiny.Home) -> None:
+    policy = tiny.new_lora(r=3, lora_alpha=5, target_modules=["q_proj"], use_rslora=True)
+    policy.modules_to_save, policy.inference_mode, policy.auto_mapping = ["lm_head"], True, {"base": "other"}
+    value = as_sequence_classifier(policy)
+    assert (value.r, value.lora_alpha, value.use_rslora) == (3, 5, True)
+    assert value.target_modules == {"q_proj"} and value.target_modules is not policy.target_modules
+    assert (value.task_type, value.modules_to_save, value.inference_mode) == ("SEQ_CLS", None, False)
+    assert value.auto_mapping is None and str(value.peft_type) == str(policy.peft_type)
+    assert (policy.task_type, policy.inference_mode) == ("CAUSAL_LM", True)
+
+
+def test_the_note_says_that_the_base_was_quantised(llama: tiny.Home, tmp_path: Path) -> None:
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = SharedBase.from_pretrained(str(llama.base_folder), policy=tiny.new_lora(), quantization_config=nf4)
+    base.save_pretrained(tmp_path)
+    for role in ("policy", "value"):
+        assert json.loads((tmp_path / role / "trl_ext_role.json").read_text())["quantized"] is True
