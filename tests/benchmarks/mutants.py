@@ -42,12 +42,14 @@ PARTS = {
         [
             "tests/unit/test_generation.py",
             "tests/unit/test_model_rewards.py",
-            *(f"tests/parity/test_{name}.py" for name in ("one_base", "roles", "reward_role", "saved_roles")),
-            "tests/parity/test_gradients.py",
+            *(
+                f"tests/parity/test_{name}.py"
+                for name in ("one_base", "roles", "reward_role", "saved_roles", "forward", "packing")
+            ),
             "tests/recipes/test_bad_calls.py",
         ],
-        # Eight architectures find no more than three, and take longer.
-        ["-k", "not qwen2 and not qwen3 and not gpt_neox and not mistral and not without_learning and not real_run"],
+        # The other seven architectures find little more, and take much longer.
+        ["-k", "not qwen and not gpt and not mistral and not gemma"],
     ),
 }
 # What mutmut writes down of a change: tests that failed or took too long noticed it; where no test ran, none did.
