@@ -109,6 +109,12 @@ def test_a_head_reads_float32_whatever_the_trunk_says(llama: tiny.Home) -> None:
     close(read, hidden.float() @ llama.base.heads["value"].weight.flatten())  # type: ignore[operator]
 
 
+def test_one_row_without_a_token_is_named() -> None:
+    mask = torch.tensor([[1, 1], [0, 0], [0, 1]])
+    with pytest.raises(ValueError, match=r"^Row 1 of attention_mask has no real token"):
+        AlignedBatch.of(torch.ones(3, 2, dtype=torch.long), mask, 1)
+
+
 def test_a_rows_first_token_is_predicted_by_nothing() -> None:
     ids, mask = torch.tensor([[5, 6, 7], [9, 9, 8]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
     batch = AlignedBatch.of(ids, mask, 3)  # all columns are completion

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.parity import tiny
 from tests.parity.test_roles import close
 from trl_ext import SharedBase
-from trl_ext.roles.packing import Packing, can_pack
+from trl_ext.roles.packing import Packing, can_pack, stacked
 from trl_ext.trainers.building import without_dropout
 
 PROMPTS, ANSWERS = (4, 1, 2, 3, 2, 4), (8, 1, 2, 1, 6, 5)
@@ -32,7 +32,7 @@ def batch(seed: int = 0) -> tiny.Padded:
 def test_rows_are_laid_where_there_is_room_for_them() -> None:
     ids = torch.tensor([[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 8, 0], [9, 9, 0, 0]])
     packing = Packing.of(ids, torch.tensor([4, 1, 3, 2]))
-    assert packing is not None
+    assert packing.is_packed
     assert packing.ids.tolist() == [[1, 2, 3, 4], [6, 7, 8, 5], [9, 9, 0, 0]]
     assert packing.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 0, 0]]
     back = packing.unpacked(packing.ids.unsqueeze(2).double()).squeeze(2)
@@ -42,7 +42,37 @@ def test_rows_are_laid_where_there_is_room_for_them() -> None:
 
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [4], [4, 4, 4, 4, 4, 4, 4, 4, 4, 2, 2], [4, 3, 3]])
 def test_rows_stay_as_they_are_where_little_would_be_gained(lengths: list[int]) -> None:
-    assert Packing.of(torch.ones(len(lengths), 4, dtype=torch.long), torch.tensor(lengths)) is None
+    packing = Packing.of(torch.ones(len(lengths), 4, dtype=torch.long), torch.tensor(lengths))
+    assert not packing.is_packed and len(packing.ids) == len(lengths)
+    assert packing.position_ids.tolist() == [[0, 1, 2, 3]] * len(lengths)
+
+
+def test_packings_are_stacked_as_wide_as_the_widest() -> None:
+    whole = Packing.none(torch.tensor([[1, 2, 3], [4, 5, 6]]))
+    packed = Packing.of(torch.tensor([[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 8, 0]]), torch.tensor([4, 1, 3]))
+    both = stacked([whole, packed])
+    assert both.ids.tolist() == [[1, 2, 3, 0], [4, 5, 6, 0], [1, 2, 3, 4], [6, 7, 8, 5]]
+    assert both.position_ids.tolist() == [[0, 1, 2, 0], [0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 2, 0]]
+    assert both.is_packed and not stacked([whole, whole]).is_packed
+    hidden = both.ids.unsqueeze(2)
+    assert whole.unpacked(hidden[:2]).squeeze(2).tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert packed.unpacked(hidden[2:])[2, :3].squeeze(1).tolist() == [6, 7, 8]
+
+
+@torch.no_grad()
+def test_roles_of_which_some_are_packed(llama: tiny.Home) -> None:
+    """What the template writes after answers fills the reward role's rows, and only its."""
+    base = llama.base
+    ids, mask = torch.randint(3, 20, (4, 8), generator=torch.Generator().manual_seed(0)), torch.ones(4, 8).long()
+    mask[2:, :5] = 0
+    said = base(
+        ids, mask, 2, roles=("policy", "reward"), reward_suffix_ids=[7, 8, 9], reward_suffix_rows=mask[:, 0] < 1
+    )
+    for row in range(4):
+        real = ids[row][mask[row].bool()].tolist() + ([7, 8, 9] if row > 1 else [])
+        alone = torch.tensor([real])
+        close(said["scores"][row : row + 1], base.scores(alone, torch.ones_like(alone)))
+    close(said["logprobs"], base.logprobs(ids, mask, 2))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from trl_ext.roles.aligned import AlignedBatch
-from trl_ext.roles.packing import Packing, can_pack
+from trl_ext.roles.packing import Packing, can_pack, stacked
 from trl_ext.roles.switching import activate, active_adapter, keep_differentiable, restored
 
 
@@ -109,48 +109,26 @@ class AdaptedModel(nn.Module):
         return hidden
 
     def _mixed_trunks(self, views: dict[str | None, AlignedBatch]) -> dict[str | None, Tensor]:
-        packings = {adapter: self._packing(view) for adapter, view in views.items()}
-        laid = [
-            view.ids if packing is None else packing.ids
-            for view, packing in zip(views.values(), packings.values(), strict=True)
-        ]
-        width = max(ids.shape[1] for ids in laid)
-        ids = torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in laid])
-        positions = None
-        if any(packings.values()):
-            plain = torch.arange(width, device=ids.device)
-            positions = torch.cat(
-                [
-                    plain.expand(len(part), -1)
-                    if packing is None
-                    else nn.functional.pad(packing.position_ids, (0, width - part.shape[1]))
-                    for part, packing in zip(laid, packings.values(), strict=True)
-                ]
-            )
-        names = [adapter or "__base__" for adapter, part in zip(views, laid, strict=True) for _ in part]
+        packings = [self._packing(view) for view in views.values()]
+        names = [adapter or "__base__" for adapter, packing in zip(views, packings, strict=True) for _ in packing.ids]
         with restored(self):
             self.model.eval()  # PEFT mixes adapters in one batch in eval mode only
             with self.model.base_model._enable_peft_forward_hooks(adapter_names=names):
-                hidden = self._states(ids, positions)
-        parts = zip(views, packings.values(), hidden.split([len(part) for part in laid]), strict=True)
-        return {
-            adapter: states if packing is None else packing.unpacked(states[:, : packing.ids.shape[1]])
-            for adapter, packing, states in parts
-        }
+                hidden = self._states(stacked(packings))
+        parts = hidden.split([len(packing.ids) for packing in packings])
+        return {adapter: packing.unpacked(part) for adapter, packing, part in zip(views, packings, parts, strict=True)}
 
     def trunk(self, batch: AlignedBatch) -> Tensor:
         """Last hidden states (batch, longest, size) under the active adapter."""
         packing = self._packing(batch)
-        if packing is None:
-            return self._states(batch.ids)
-        return packing.unpacked(self._states(packing.ids, packing.position_ids))
+        return packing.unpacked(self._states(packing))
 
-    def _packing(self, batch: AlignedBatch) -> Packing | None:
-        return Packing.of(batch.ids, batch.last + 1) if self.packs else None
+    def _packing(self, batch: AlignedBatch) -> Packing:
+        return Packing.of(batch.ids, batch.last + 1) if self.packs else Packing.none(batch.ids)
 
-    def _states(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        how = {} if position_ids is None else {"position_ids": position_ids}
-        return self.causal_lm.base_model(input_ids=ids, use_cache=False, **how).last_hidden_state
+    def _states(self, rows: Packing) -> Tensor:
+        positions = {"position_ids": rows.position_ids} if rows.is_packed else {}
+        return self.causal_lm.base_model(input_ids=rows.ids, use_cache=False, **positions).last_hidden_state
 
 
 def can_mix(model: PeftModel, adapters: Iterable[str | None]) -> bool:

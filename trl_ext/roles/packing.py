@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +20,27 @@ class Packing:
         ids: (bins, longest) int64.
         position_ids: (bins, longest) int64. They begin at 0 with each row: by that Transformers' attention tells the
             rows of a bin apart.
-        source: (rows, longest) int64, position in the flattened `ids` of each token; anywhere for padding.
+        source: (rows, longest) int64, position in the flattened `ids` of each token, anywhere for padding; None where
+            rows are as they were.
     """
 
     ids: Tensor
     position_ids: Tensor
-    source: Tensor
+    source: Tensor | None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a bin may hold several rows."""
+        return self.source is not None
 
     @classmethod
-    def of(cls, ids: Tensor, lengths: Tensor) -> Packing | None:
-        """Pack left-aligned `ids` (rows, longest), rows of `lengths` (rows,) tokens; None where little would be gained.
+    def none(cls, ids: Tensor) -> Packing:
+        """Every row in a bin of its own."""
+        return cls(ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids), None)
+
+    @classmethod
+    def of(cls, ids: Tensor, lengths: Tensor) -> Packing:
+        """Pack left-aligned `ids` (rows, longest), rows of `lengths` (rows,) tokens, unless little would be gained.
 
         Longest first, each row goes into the first bin that has room for it (first-fit decreasing).
         """
@@ -42,7 +54,7 @@ class Packing:
             bins[row], starts[row] = found, width - room[found]
             room[found] -= sizes[row]
         if len(room) > (1 - LEAST_GAIN) * len(sizes):
-            return None
+            return cls.none(ids)
         column = torch.arange(width, device=ids.device)
         real = column < lengths.to(ids.device).unsqueeze(1)
         first = torch.tensor([b * width + s for b, s in zip(bins, starts, strict=True)], device=ids.device)
@@ -53,9 +65,23 @@ class Packing:
         return cls(packed.view(len(room), width), positions.view(len(room), width), source)
 
     def unpacked(self, hidden: Tensor) -> Tensor:
-        """States (bins, longest, size) as states of the rows, (rows, longest, size)."""
+        """States (bins, longest or more, size) as states of the rows, (rows, longest, size)."""
+        hidden = hidden[:, : self.ids.shape[1]]
+        if self.source is None:
+            return hidden
         flat = hidden.flatten(0, 1).index_select(0, self.source.flatten().to(hidden.device))
         return flat.view(*self.source.shape, -1)
+
+
+def stacked(packings: Sequence[Packing]) -> Packing:
+    """The bins of all, one below the other, as wide as the widest; to be unpacked by each alone."""
+    width = max(packing.ids.shape[1] for packing in packings)
+    ids, positions = (
+        torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+        for parts in zip(*((packing.ids, packing.position_ids) for packing in packings), strict=True)
+    )
+    packed = next((packing.source for packing in packings if packing.is_packed), None)
+    return Packing(ids, positions, packed)
 
 
 @torch.no_grad()
@@ -69,7 +95,7 @@ def can_pack(causal_lm: Any) -> bool:
     lengths = torch.tensor([5, 2, 4, 3])
     ids = torch.arange(20, device=device).view(4, 5) % (causal_lm.config.get_text_config().vocab_size - 1) + 1
     packing = Packing.of(torch.nn.functional.pad(ids, (0, 2)), lengths)
-    assert packing is not None
+    assert packing.is_packed
     real = torch.arange(5) < lengths.unsqueeze(1)
 
     def states(ids: Tensor, **positions: Tensor) -> Tensor:
