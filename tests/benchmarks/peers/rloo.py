@@ -5,24 +5,11 @@ from typing import Any
 import work
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 
 
 def by_length(completions: list[str], **_: Any) -> list[float]:
     return [len(text) / 100 for text in completions]
-
-
-class Updates(TrainerCallback):
-    def __init__(self, clock: work.Clock, epochs: int) -> None:
-        self.clock, self.epochs = clock, epochs
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.clock.enter("train")
-
-    def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        if state.global_step % self.epochs == 0:
-            self.clock.end_update()
 
 
 def main() -> None:
@@ -55,7 +42,7 @@ def main() -> None:
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=LoraConfig(**work.LORA),
-        callbacks=[Updates(clock, given.epochs)],
+        callbacks=[work.Updates(clock, given.epochs)],
     )
     clock.around(trainer, "_generate", "generate", then="score")
     clock.around(trainer, "_compute_loss", "train", then="train")

@@ -10,16 +10,8 @@ import trl.experimental.ppo.ppo_trainer as module
 import work
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl.experimental.ppo import PPOConfig, PPOTrainer
-
-
-class Updates(TrainerCallback):
-    def __init__(self, clock: work.Clock) -> None:
-        self.clock = clock
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.clock.end_update()
 
 
 def main() -> None:
@@ -64,7 +56,7 @@ def main() -> None:
         train_dataset=rows,
         eval_dataset=rows.select(range(8)),
         peft_config=LoraConfig(**work.LORA),
-        callbacks=[Updates(clock)],
+        callbacks=[work.Updates(clock)],
     )
     clock.around(module, "batch_generation", "generate", then="score")
     accumulate = trainer.accelerator.accumulate

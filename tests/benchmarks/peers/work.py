@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 ANIMALS = ["cat", "dog", "horse", "mouse", "fox", "bear", "wolf", "owl"]
@@ -131,3 +138,17 @@ class Clock:
             peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         Path(given.folder).mkdir(parents=True, exist_ok=True)
         print(json.dumps({"updates": self.updates[1:], "peak": peak}))
+
+
+class Updates(TrainerCallback):
+    """Tells the clock of the steps of a trainer that takes `steps` of them in an update."""
+
+    def __init__(self, clock: Clock, steps: int = 1) -> None:
+        self.clock, self.steps = clock, steps
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.clock.enter("train")
+
+    def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.global_step % self.steps == 0:
+            self.clock.end_update()
