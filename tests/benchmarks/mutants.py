@@ -41,10 +41,11 @@ PARTS = {
         ["trl_ext/roles/*"],
         [
             "tests/unit/test_generation.py",
+            "tests/unit/test_lm_head.py",
             "tests/unit/test_model_rewards.py",
             *(
                 f"tests/parity/test_{name}.py"
-                for name in ("one_base", "roles", "reward_role", "saved_roles", "forward", "packing")
+                for name in ("one_base", "roles", "assembly", "reward_role", "saved_roles", "forward", "packing")
             ),
             "tests/recipes/test_bad_calls.py",
         ],

@@ -50,11 +50,12 @@ def test_rows_stay_as_they_are_where_little_would_be_gained(lengths: list[int]) 
 def test_packings_are_stacked_as_wide_as_the_widest() -> None:
     whole = Packing.none(torch.tensor([[1, 2, 3], [4, 5, 6]]))
     packed = Packing.of(torch.tensor([[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 8, 0]]), torch.tensor([4, 1, 3]))
-    both = stacked([whole, packed])
-    assert both.ids.tolist() == [[1, 2, 3, 0], [4, 5, 6, 0], [1, 2, 3, 4], [6, 7, 8, 5]]
-    assert both.position_ids.tolist() == [[0, 1, 2, 0], [0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 2, 0]]
-    assert both.is_packed and not stacked([whole, whole]).is_packed
-    hidden = both.ids.unsqueeze(2)
+    ids, position_ids = stacked([whole, packed])
+    assert ids.tolist() == [[1, 2, 3, 0], [4, 5, 6, 0], [1, 2, 3, 4], [6, 7, 8, 5]]
+    assert position_ids is not None
+    assert position_ids.tolist() == [[0, 1, 2, 0], [0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 2, 0]]
+    assert stacked([whole, whole])[1] is None
+    hidden = ids.unsqueeze(2)
     assert whole.unpacked(hidden[:2]).squeeze(2).tolist() == [[1, 2, 3], [4, 5, 6]]
     assert packed.unpacked(hidden[2:])[2, :3].squeeze(1).tolist() == [6, 7, 8]
 
@@ -138,6 +139,17 @@ def test_what_is_computed(llama: tiny.Home, monkeypatch: pytest.MonkeyPatch) -> 
     assert shapes == [(4, 12), (12, 12), (6, 12)]
 
 
+@torch.no_grad()
+def test_a_bin_may_be_filled_to_its_last_column(llama: tiny.Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, mask = torch.full((3, 8), 5), torch.ones(3, 8).long()
+    mask[1:, 4:] = 0
+    asked: list[Packing] = []
+    plain = Packing.of
+    monkeypatch.setattr(Packing, "of", lambda *given: asked.append(plain(*given)) or asked[-1])
+    llama.base.values(ids, mask, 2)
+    assert asked[0].ids.shape == (2, 8)
+
+
 def leaky(model: Any) -> Any:
     """A model that reads a bin as one row."""
 
@@ -155,12 +167,15 @@ def leaky(model: Any) -> Any:
     )
 
 
-def test_a_model_that_mixes_rows_is_not_packed(llama: tiny.Home) -> None:
+def test_a_model_that_mixes_rows_is_not_packed(llama: tiny.Home, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny.AutoModelForCausalLM.from_pretrained(llama.base_folder)
     assert can_pack(model) and not can_pack(leaky(model))
     plain = model.base_model.forward
     model.base_model.forward = lambda input_ids, use_cache: plain(input_ids=input_ids)  # takes no positions
+    assert not caplog.messages
     assert not can_pack(model)
+    (said,) = caplog.messages
+    assert said.startswith("LlamaForCausalLM cannot be packed, so padding is computed too: ") and "position_ids" in said
 
 
 def test_looking_leaves_the_mode_as_it_was(llama: tiny.Home) -> None:

@@ -13,9 +13,9 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trl_ext
 from tests.helpers import QUIET
@@ -47,9 +47,12 @@ OURS = {"RewardError": RewardError, "FeedbackError": feedback.FeedbackError}
 CALLS = [
     # SharedBase
     Call("a policy that is no LoRA", "SharedBase.from_pretrained(model, policy=PromptTuningConfig(num_virtual_tokens=4))", "TypeError", "policy must be a peft.LoraConfig or the folder of a saved adapter, not PromptTuningConfig."),
-    Call("a full copy of the head in the policy", "SharedBase.from_pretrained(model, policy=LoraConfig(modules_to_save=['lm_head']))", "ValueError", "The policy's LoraConfig has modules_to_save=['lm_head']: roles share every full weight"),
-    Call("LoRA on the LM head", "SharedBase.from_pretrained(model, policy=LoraConfig(target_modules=['lm_head']))", "ValueError", "The policy's LoraConfig targets the LM head"),
+    Call("a full copy of the head in the policy", "SharedBase.from_pretrained(model, policy=LoraConfig(modules_to_save=['lm_head']))", "ValueError", "The policy's LoraConfig has modules_to_save=['lm_head']: roles share every full weight, so only LoRA matrices can be trained; remove modules_to_save."),
+    Call("LoRA on the LM head", "SharedBase.from_pretrained(model, policy=LoraConfig(target_modules=['lm_head']))", "ValueError", "The policy's LoraConfig targets the LM head, whose weight log-probabilities are computed from directly: the adapter would never train; remove it from target_modules."),
     Call("a reward adapter that is not there", "SharedBase.from_pretrained(model, reward='missing')", "FileNotFoundError", "The reward role's folder 'missing' does not exist"),
+    Call("a policy adapter that is not there", "SharedBase.from_pretrained(model, policy='missing')", "FileNotFoundError", "The policy role's folder 'missing' does not exist"),
+    Call("a value adapter that is not there", "SharedBase.from_pretrained(model, value='missing')", "FileNotFoundError", "The value role's folder 'missing' does not exist"),
+    Call("a reference adapter that is not there", "SharedBase.from_pretrained(model, reference='missing')", "FileNotFoundError", "The reference role's folder 'missing' does not exist"),
     Call("a reward folder without an adapter", "SharedBase.from_pretrained(model, reward='empty')", "FileNotFoundError", "The reward role's folder 'empty' holds no adapter_config.json: give the folder that save_model() or save_pretrained() wrote for a LoRA adapter."),
     Call("a reward adapter without weights", "SharedBase.from_pretrained(model, reward='no_weights')", "FileNotFoundError", "The reward role's folder 'no_weights' holds no adapter_model.safetensors: save the adapter as safetensors."),
     Call("pickled weights", "SharedBase.from_pretrained(model, reward='pickled')", "FileNotFoundError", "save the adapter as safetensors."),
@@ -63,6 +66,8 @@ CALLS = [
     Call("more completion than text", "base.values(ids, mask, 9)", "ValueError", "num_completion_tokens is 9, but the rows have 4 columns."),
     Call("a mask of another shape", "base.values(ids, mask[:, :2], 2)", "ValueError", "input_ids (1, 4) and attention_mask (1, 2) differ in shape."),
     Call("a row of padding alone", "base.values(ids, 0 * mask, 2)", "ValueError", "Row 0 of attention_mask has no real token"),
+    Call("an adapter for a model that has one", "SharedBase.from_model(peft_model, policy=LoraConfig())", "ValueError", "The model is a PeftModel already, and a policy adapter was given too: pass the model without its adapter, or leave the policy out to train the adapter it has."),
+    Call("a model whose adapters are disabled", "peft_model.base_model.disable_adapter_layers() or SharedBase.from_model(peft_model)", "ValueError", "The PeftModel's adapters are disabled: enable the one to train before building the roles."),
     Call("recomputation that mixes up adapters", "base.gradient_checkpointing_enable({'use_reentrant': True})", "ValueError", "recomputes under the wrong adapter"),
     Call("TRL's models without a reward role", "base.as_trl_models()", "ValueError", "This base has no reward role: build it with reward=<folder of a reward adapter>."),
     # PPOTrainer
@@ -170,6 +175,7 @@ def names() -> dict[str, Any]:
         "LoraConfig": LoraConfig,
         "PromptTuningConfig": PromptTuningConfig,
         "model": model,
+        "peft_model": get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=2)),
         "base": trl_ext.SharedBase.from_pretrained(model, policy=LoraConfig(r=2, target_modules="all-linear")),
         "four_bit": transformers.BitsAndBytesConfig(load_in_4bit=True),
         "ids": torch.tensor([[5, 6, 7, 8]]),

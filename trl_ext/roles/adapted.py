@@ -114,21 +114,22 @@ class AdaptedModel(nn.Module):
         with restored(self):
             self.model.eval()  # PEFT mixes adapters in one batch in eval mode only
             with self.model.base_model._enable_peft_forward_hooks(adapter_names=names):
-                hidden = self._states(stacked(packings))
+                hidden = self._states(packings)
         parts = hidden.split([len(packing.ids) for packing in packings])
         return {adapter: packing.unpacked(part) for adapter, packing, part in zip(views, packings, parts, strict=True)}
 
     def trunk(self, batch: AlignedBatch) -> Tensor:
         """Last hidden states (batch, longest, size) under the active adapter."""
         packing = self._packing(batch)
-        return packing.unpacked(self._states(packing))
+        return packing.unpacked(self._states([packing]))
 
     def _packing(self, batch: AlignedBatch) -> Packing:
         return Packing.of(batch.ids, batch.last + 1) if self.packs else Packing.none(batch.ids)
 
-    def _states(self, rows: Packing) -> Tensor:
-        positions = {"position_ids": rows.position_ids} if rows.is_packed else {}
-        return self.causal_lm.base_model(input_ids=rows.ids, use_cache=False, **positions).last_hidden_state
+    def _states(self, packings: list[Packing]) -> Tensor:
+        ids, position_ids = stacked(packings)
+        positions = {} if position_ids is None else {"position_ids": position_ids}
+        return self.causal_lm.base_model(input_ids=ids, use_cache=False, **positions).last_hidden_state
 
 
 def can_mix(model: PeftModel, adapters: Iterable[str | None]) -> bool:

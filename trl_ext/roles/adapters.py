@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from trl_ext.roles.switching import belongs_to
+
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 HEAD = "value_head.safetensors"
@@ -124,7 +126,7 @@ def fits(folder: Path, base_name: str) -> Iterator[None]:
         ) from error
 
 
-def load_adapter(model: PeftModel, folder: Path, name: str, trainable: bool) -> None:
+def load_adapter(model: PeftModel, folder: Path, name: str) -> None:
     """Put the adapter saved in `folder` onto `model` under `name`, or its weights into the one that has that name.
 
     Raises:
@@ -132,8 +134,8 @@ def load_adapter(model: PeftModel, folder: Path, name: str, trainable: bool) -> 
     """
     with fits(folder, model.get_base_model().config.name_or_path):
         device = str(next(model.parameters()).device)
-        result = model.load_adapter(str(folder), name, is_trainable=trainable, torch_device=device)
-    missing = [key for key in getattr(result, "missing_keys", []) if f".{name}." in key and "lora_" in key]
+        result = model.load_adapter(str(folder), name, is_trainable=True, torch_device=device)
+    missing = [key for key in result.missing_keys if belongs_to(key, name)]
     if missing:
         raise ValueError(
             f"The adapter in {str(folder)!r} lacks weights that its config promises, first {missing[0]!r}."

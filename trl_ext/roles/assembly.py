@@ -96,14 +96,14 @@ def assemble(model: Any, plan: Plan) -> Parts:
     size = causal_lm.config.get_text_config().hidden_size
 
     if plan.reward is not None:
-        _add_saved(peft_model, plan.reward, "reward", trainable=False)
+        _add_saved(peft_model, plan.reward, "reward")
         adapters["reward"] = "reward"
         heads["reward"] = files.scalar_head(size, device, files.read_score_head(plan.reward)).requires_grad_(False)
 
     adapters["value"] = policy if plan.value == "head" or _is_head(plan.value) else "value"
     if isinstance(plan.value, Path):
         if adapters["value"] == "value":
-            _add_saved(peft_model, plan.value, "value", trainable=True)
+            _add_saved(peft_model, plan.value, "value")
         heads["value"] = files.scalar_head(size, device, files.read_score_head(plan.value))
     else:
         if plan.value == "adapter":
@@ -118,6 +118,7 @@ def assemble(model: Any, plan: Plan) -> Parts:
 
 
 def _policy_and_reference(model: Any, plan: Plan) -> tuple[PeftModel, str, dict[Any, str | None]]:
+    reference = None
     if isinstance(model, PeftModel):
         if plan.policy is not None:
             raise ValueError(
@@ -130,28 +131,34 @@ def _policy_and_reference(model: Any, plan: Plan) -> tuple[PeftModel, str, dict[
                 "The PeftModel's adapters are disabled: enable the one to train before building the roles."
             )
         check_policy_config(peft_model.peft_config[policy])
-        reference = None
         if plan.reference is None:
             reference = _frozen_copy(peft_model, policy)
     else:
-        policy, reference = "policy", None
-        base_name = model.config.name_or_path
-        if isinstance(plan.policy, Path):
-            files.check_same_base(plan.policy, base_name, "policy")
-            config = LoraConfig.from_pretrained(str(plan.policy), task_type="CAUSAL_LM")
-            check_policy_config(config)
-            config.inference_mode = False
-            with files.fits(plan.policy, base_name):
-                peft_model = get_peft_model(model, config, adapter_name=policy)
-            files.load_adapter(peft_model, plan.policy, policy, trainable=True)
-        else:
-            config = copy.deepcopy(plan.policy or default_lora())  # PEFT writes the base's name and layers into it
-            peft_model = get_peft_model(model, config, adapter_name=policy)
-    adapters: dict[Any, str | None] = {"policy": policy, "reference": reference}
+        peft_model, policy = _with_policy(model, plan.policy), "policy"
     if plan.reference is not None:
-        _add_saved(peft_model, plan.reference, "reference", trainable=False)
-        adapters["reference"] = "reference"
-    return peft_model, policy, adapters
+        _add_saved(peft_model, plan.reference, "reference")
+        reference = "reference"
+    return peft_model, policy, {"policy": policy, "reference": reference}
+
+
+def _with_policy(model: Any, policy: LoraConfig | Path | None) -> PeftModel:
+    if not isinstance(policy, Path):
+        config = copy.deepcopy(policy or default_lora())  # PEFT writes the base's name and layers into it
+        return get_peft_model(model, _for_text(config), adapter_name="policy")
+    base_name = model.config.name_or_path
+    files.check_same_base(policy, base_name, "policy")
+    config = LoraConfig.from_pretrained(str(policy))
+    check_policy_config(config)
+    with files.fits(policy, base_name):
+        peft_model = get_peft_model(model, _for_text(config), adapter_name="policy")
+    files.load_adapter(peft_model, policy, "policy")
+    return peft_model
+
+
+def _for_text(config: LoraConfig) -> LoraConfig:
+    """PEFT reads off its configuration what an adapter is for, and freezes it where it says that it is not trained."""
+    config.task_type, config.inference_mode = "CAUSAL_LM", False
+    return config
 
 
 def _frozen_copy(model: PeftModel, policy: str) -> str:
@@ -161,11 +168,11 @@ def _frozen_copy(model: PeftModel, policy: str) -> str:
     return "reference"
 
 
-def _add_saved(model: PeftModel, folder: Path, name: str, trainable: bool) -> None:
+def _add_saved(model: PeftModel, folder: Path, name: str) -> None:
     causal_lm = model.get_base_model()
     files.check_same_base(folder, causal_lm.config.name_or_path, name)
     files.warn_if_quantized_otherwise(folder, causal_lm, name)
-    files.load_adapter(model, folder, name, trainable)
+    files.load_adapter(model, folder, name)
 
 
 def _is_head(value: str | Path) -> bool:

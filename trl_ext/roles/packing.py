@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
 LEAST_GAIN = 0.1  # share of the columns that must be saved, or rows stay as they are
 
 
@@ -73,15 +75,15 @@ class Packing:
         return flat.view(*self.source.shape, -1)
 
 
-def stacked(packings: Sequence[Packing]) -> Packing:
-    """The bins of all, one below the other, as wide as the widest; to be unpacked by each alone."""
+def stacked(packings: Sequence[Packing]) -> tuple[Tensor, Tensor | None]:
+    """Ids and position ids, (bins, widest) each, of all bins, one below the other. Where no bin holds several rows,
+    no position ids are needed: None."""
     width = max(packing.ids.shape[1] for packing in packings)
     ids, positions = (
         torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
         for parts in zip(*((packing.ids, packing.position_ids) for packing in packings), strict=True)
     )
-    packed = next((packing.source for packing in packings if packing.is_packed), None)
-    return Packing(ids, positions, packed)
+    return ids, positions if any(packing.is_packed for packing in packings) else None
 
 
 @torch.no_grad()
@@ -106,7 +108,8 @@ def can_pack(causal_lm: Any) -> bool:
     try:
         apart, mixed = states(ids), packing.unpacked(states(packing.ids))
         packed = packing.unpacked(states(packing.ids, position_ids=packing.position_ids))
-    except Exception:  # what cannot take positions cannot be packed
+    except Exception as error:  # whatever a model says that takes no positions
+        logger.warning("%s cannot be packed, so padding is computed too: %s", type(causal_lm).__name__, error)
         return False
     finally:
         causal_lm.train(mode)
