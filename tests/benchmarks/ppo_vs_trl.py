@@ -52,7 +52,7 @@ SETS: dict[str, tuple[str, dict[str, Contender]]] = {
     "one_epoch": (
         "One pass, scored by a function",
         {
-            "trl_ext, value on the trunk, one pass": (None, "ours.py", "head,no_reward", ONE),
+            "trl_ext, value on the trunk, one pass": (None, "ours.py", "head,by_length", ONE),
             RLOO: (None, "rloo.py", "", ONE),
         },
     ),

@@ -57,7 +57,9 @@ def main() -> None:
     block = torch.empty(2**26, device=device)
     copied = torch.empty_like(block)
     bandwidth = 2 * 4 * block.numel() / seconds(lambda: copied.copy_(block), 10)
-    print(f"attainable: {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s\n")
+    thin = 2 * chosen.rows * b.numel() / seconds(lambda: a[: chosen.rows] @ b, 50)
+    print(f"attainable: {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s")
+    print(f"a product of {chosen.rows} rows: {thin / 1e9:.0f} GFLOP/s\n")
 
     linear = [m for name, m in base.causal_lm.named_modules() if name.endswith("base_layer")]
     weights = sum(m.weight.numel() for m in linear)

@@ -52,6 +52,30 @@ def test_without_gradients_adapters_share_a_forward(llama: tiny.Home, monkeypatc
 
 
 @pytest.mark.parametrize(
+    ("loaded", "together"),
+    [
+        ({}, False),
+        ({"dtype": torch.bfloat16}, False),
+        ({"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}, True),
+    ],
+    ids=["float32", "bfloat16", "4 bits"],
+)
+@pytest.mark.filterwarnings("ignore:.*quantised.*:UserWarning")
+@torch.no_grad()
+def test_many_rows_share_a_forward_over_a_quantised_base_only(
+    loaded: dict[str, Any], together: bool, llama: tiny.Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And in half precision what a role says does not depend on who speaks beside it, to the bit."""
+    monkeypatch.setattr("trl_ext.roles.adapted.MIXED_TOKENS", 0 if "dtype" not in loaded else 10**9)
+    batch, base = tiny.padded_batch(), llama.again(**loaded).eval()
+    with forwards(base) as rows:
+        beside = base(*batch.args, roles=("policy", "value", "reward"))
+    assert rows == ([15] if together else [5, 5, 5])
+    for role, name in (("policy", "logprobs"), ("value", "values"), ("reward", "scores")):
+        assert torch.equal(beside[name], base(*batch.args, roles=(role,))[name])
+
+
+@pytest.mark.parametrize(
     ("changes", "mixes"),
     [({}, True), ({"use_dora": True}, False), ({"bias": "all"}, False), ({"lora_bias": True}, False)],
 )

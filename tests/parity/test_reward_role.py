@@ -109,9 +109,9 @@ def test_where_the_score_is_read(tmp_path: Path) -> None:
     """Several EOS at the end are all skipped where EOS is padding; a row of nothing else is read at its end."""
     base_folder = tiny.save_base(tmp_path / "base", tiny.config_of("llama"), pad="<eos>")
     reward = tiny.save_reward_adapter(tmp_path / "reward", base_folder, seed=1)
-    batch = torch.tensor([[5, 6, 7, 1, 1], [5, 6, 1, 7, 1], [5, 6, 7, 8, 9], [1, 1, 1, 1, 1]])
-    mask = torch.ones_like(batch)
-    read_at = [2, 3, 4, 4]
+    batch = torch.tensor([[5, 6, 7, 1, 1], [5, 6, 1, 7, 1], [5, 6, 7, 8, 9], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    mask = batch.ne(tiny.PAD).long()
+    read_at = [2, 3, 4, 4, 2]
 
     def scores() -> tuple[Tensor, Tensor]:
         base = SharedBase.from_pretrained(str(base_folder), policy=tiny.new_lora(), reward=reward).eval()
@@ -122,7 +122,7 @@ def test_where_the_score_is_read(tmp_path: Path) -> None:
     close(without_tokenizer, every[:, -1])
     tiny.make_tokenizer(pad="<eos>").save_pretrained(reward)
     with_tokenizer, _ = scores()
-    close(with_tokenizer, every[range(4), read_at])
+    close(with_tokenizer, every[range(5), read_at])
     assert (with_tokenizer - without_tokenizer)[:2].abs().min() > 1e-3
     classifier = tiny.load_classifier(reward, base_folder)
     classifier.config.pad_token_id = tiny.EOS

@@ -59,6 +59,7 @@ CALLS = [
     Call("weights that are cut off", "SharedBase.from_pretrained(model, reward='cut_off')", "ValueError", "adapter_model.safetensors' are not whole"),
     Call("an adapter with a weight missing", "SharedBase.from_pretrained(model, policy='incomplete')", "ValueError", "The adapter in 'incomplete' lacks weights that its config promises"),
     Call("an adapter of another base", "SharedBase.from_pretrained(model, policy='of_another_base')", "ValueError", "The policy adapter in 'of_another_base' was trained over 'somebody/else', but the base is"),
+    Call("a reward adapter of another base", "SharedBase.from_pretrained(model, reward='of_another_base')", "ValueError", "The reward adapter in 'of_another_base' was trained over 'somebody/else', but the base is"),
     Call("an adapter that is no LoRA", "SharedBase.from_pretrained(model, policy='prompt_tuning')", "ValueError", "The adapter in 'prompt_tuning' is of type 'PROMPT_TUNING': roles share a base through LoRA only."),
     Call("a policy for a reward model", "SharedBase.from_pretrained(model, reward='roles/policy')", "ValueError", "'roles/policy' holds no score head: a reward or value role needs one number a sequence, as TRL's RewardTrainer with a LoraConfig(task_type='SEQ_CLS') saves it."),
     Call("a role that there is not", "base.use('critic').__enter__()", "ValueError", "Unknown role 'critic': choose one of policy, reference, value, reward."),

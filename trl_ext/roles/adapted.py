@@ -10,9 +10,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from trl_ext.roles.adapters import is_quantized
 from trl_ext.roles.aligned import AlignedBatch
 from trl_ext.roles.packing import Packing, can_pack, stacked
 from trl_ext.roles.switching import activate, active_adapter, keep_differentiable, restored
+
+# Tokens a role up to which one forward for all roles is faster though nothing has to be dequantised: few rows are bound
+# by reading the weights (tests/benchmarks/score_pass.py, on two CPU cores).
+MIXED_TOKENS = 256
 
 
 class AdaptedModel(nn.Module):
@@ -98,15 +103,24 @@ class AdaptedModel(nn.Module):
     def hidden_states(self, views: dict[str | None, AlignedBatch]) -> dict[str | None, Tensor]:
         """Last hidden states (batch, longest, size) of each batch under its adapter (None: the bare base).
 
-        Without gradients they are computed in one forward where PEFT can mix the adapters in one batch.
+        Without gradients they are computed in one forward where that is as exact, and as fast.
         """
-        if len(views) > 1 and not torch.is_grad_enabled() and can_mix(self.model, views):
+        if len(views) > 1 and not torch.is_grad_enabled() and self._mixes(views):
             return self._mixed_trunks(views)
         hidden = {}
         for adapter, view in views.items():
             with self._under(adapter):
                 hidden[adapter] = self.trunk(view)
         return hidden
+
+    def _mixes(self, views: dict[str | None, AlignedBatch]) -> bool:
+        if not can_mix(self.model, views):
+            return False
+        if is_quantized(self.causal_lm):
+            return True
+        # Over a plain base in half precision PEFT rounds once more where it mixes.
+        few = all(view.ids.numel() <= MIXED_TOKENS for view in views.values())
+        return few and self.causal_lm.dtype == torch.float32
 
     def _mixed_trunks(self, views: dict[str | None, AlignedBatch]) -> dict[str | None, Tensor]:
         packings = [self._packing(view) for view in views.values()]

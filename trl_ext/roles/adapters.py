@@ -99,8 +99,7 @@ def warn_if_quantized_otherwise(folder: Path, model: Any, role: str) -> None:
         with safe_open(folder / WEIGHTS, framework="pt") as weights:
             key = next((k for k in weights.keys() if "lora_A" in k), None)  # noqa: SIM118 (not a dict)
             trained_quantized = key is not None and weights.get_slice(key).get_dtype() == "BF16"
-    is_quantized = _is_quantized(model)
-    if trained_quantized != is_quantized:
+    if trained_quantized != is_quantized(model):
         was, now = ("a quantised", "not quantised") if trained_quantized else ("an unquantised", "quantised")
         warnings.warn(
             f"The {role} adapter in {str(folder)!r} was trained over {was} base, and this base is {now}: its outputs "
@@ -108,6 +107,11 @@ def warn_if_quantized_otherwise(folder: Path, model: Any, role: str) -> None:
             UserWarning,
             stacklevel=3,
         )
+
+
+def is_quantized(model: Any) -> bool:
+    """Whether bitsandbytes holds the model's weights."""
+    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
 
 
 @contextmanager
@@ -175,7 +179,7 @@ def read_pad_token_id(folder: Path) -> int | None:
 
 def write_note(folder: Path, model: Any, **more: Any) -> None:
     """Write down what a saved role's other files do not tell: whether its base was quantised, and `more`."""
-    (folder / NOTE).write_text(json.dumps({"quantized": _is_quantized(model), **more}), encoding="utf-8")
+    (folder / NOTE).write_text(json.dumps({"quantized": is_quantized(model), **more}), encoding="utf-8")
 
 
 def scalar_head(size: int, device: torch.device, weight: Tensor | None = None) -> nn.Linear:
@@ -189,7 +193,7 @@ def scalar_head(size: int, device: torch.device, weight: Tensor | None = None) -
 def save_scored_adapter(model: PeftModel, name: str, head: nn.Linear, folder: Path, **more: Any) -> None:
     """Save an adapter and its scalar head as TRL's RewardTrainer would: a PEFT SEQ_CLS adapter with its `score`. `more`
     goes into its note."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     state = get_peft_model_state_dict(model, adapter_name=name)
     state[SCORE_KEY] = head.weight.detach()
     save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS)
@@ -216,10 +220,6 @@ def _same_model(one: str, other: str) -> bool:
         return True
     first, second = Path(one), Path(other)
     return first.exists() and second.exists() and first.resolve() == second.resolve()
-
-
-def _is_quantized(model: Any) -> bool:
-    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
 
 
 def _read_note(folder: Path) -> dict[str, Any]:

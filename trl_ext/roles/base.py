@@ -185,7 +185,7 @@ class SharedBase(AdaptedModel):
     def score_pass(
         self, input_ids: Tensor, attention_mask: Tensor, num_completion_tokens: int, temperature: float = 1.0
     ) -> RoleScores:
-        """Reference log-probs, values and scores in one forward over the base, without gradient."""
+        """Reference log-probs, values and scores without gradient; in one forward where `forward` says so."""
         roles: tuple[Role, ...] = (
             ("reference", "value", "reward") if self.has_role("reward") else ("reference", "value")
         )
@@ -206,8 +206,8 @@ class SharedBase(AdaptedModel):
     ) -> dict[str, Tensor]:
         """What several roles say about one batch; roles that share an adapter share a forward.
 
-        Without gradients, roles with different adapters share one forward too: their rows travel in one batch, and
-        the base's weights are read (and dequantised) once.
+        Without gradients, roles with different adapters share one forward too, over a quantised base or for few rows:
+        these travel in one batch, and the base's weights are read (and dequantised) once.
 
         Args:
             input_ids, attention_mask: (batch, columns).

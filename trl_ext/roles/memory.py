@@ -24,12 +24,10 @@ def storage_bytes(tensors: list[Tensor], seen: set[int]) -> int:
 def memory_by_role(model: nn.Module, adapters: Mapping[Any, str | None], heads: nn.ModuleDict) -> dict[str, int]:
     """Bytes of unique storage of the base, of each role's own adapter, of each head, and of all together."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    owned = {role: name for role, name in adapters.items() if name is not None}
-    if owned.get("value") == owned["policy"]:
-        del owned["value"]  # a head on the policy's trunk has no adapter of its own
     parts: dict[str, list[Tensor]] = {"base": []}
     for name, tensor in named:
-        role = next((role for role, adapter in owned.items() if belongs_to(name, adapter)), "base")
+        # What the value role shares with the policy counts as the policy's, which comes first.
+        role = next((role for role, adapter in adapters.items() if belongs_to(name, adapter)), "base")
         parts.setdefault(str(role), []).append(tensor)
         # A quantised weight keeps its scales beside it, outside named_parameters.
         state = getattr(tensor, "quant_state", None)
@@ -43,7 +41,7 @@ def memory_by_role(model: nn.Module, adapters: Mapping[Any, str | None], heads: 
 
 
 def _quantisation_tensors(state: Any) -> list[Tensor]:
-    nested = getattr(state, "state2", None)
-    found = [getattr(state, field, None) for field in ("absmax", "code", "offset")]
-    found += [getattr(nested, field, None) for field in ("absmax", "code")]
+    found = [state.absmax, state.code, state.offset]
+    if state.nested:
+        found += [state.state2.absmax, state.state2.code]
     return [tensor for tensor in found if isinstance(tensor, Tensor)]

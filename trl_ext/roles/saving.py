@@ -23,7 +23,7 @@ def save_roles(base: SharedBase, folder: Path, policy_folder: str) -> None:
     _save_plain(base, base.adapters["policy"], folder / policy_folder)
     value, value_head = folder / "value", cast(nn.Linear, base.heads["value"])
     if base.adapters["value"] == base.adapters["policy"]:
-        value.mkdir(parents=True, exist_ok=True)
+        value.mkdir(exist_ok=True)
         save_file({"score.weight": value_head.weight.detach().cpu().contiguous()}, value / files.HEAD)
     else:
         files.save_scored_adapter(base.model, str(base.adapters["value"]), value_head, value)

@@ -1,5 +1,5 @@
-"""trl_ext's PPOTrainer. Variants: head (value on the policy's trunk), adapter (a value adapter of its own), and
-no_reward (scored by a function instead of the reward role)."""
+"""trl_ext's PPOTrainer. Variants: head (value on the policy's trunk), adapter (a value adapter of its own); after a
+comma by_length or sentiment (scored by a function instead of the reward role)."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from trl_ext import PPOConfig, PPOTrainer, RolloutCallback, SharedBase
+from trl_ext.rewards.sentiment import vader_sentiment
 
 
 class Phases(RolloutCallback):
@@ -32,10 +33,11 @@ class Phases(RolloutCallback):
 def main() -> None:
     given = work.arguments()
     tokenizer = work.tokenizer_of(given.model)
-    work.end_answers(given, tokenizer.eos_token_id)
+    if not given.reviews:
+        work.end_answers(given, tokenizer.eos_token_id)
     lora = LoraConfig(**work.LORA)
     value, _, scored = given.variant.partition(",")
-    reward = f"{given.folder}/roles/value" if scored != "no_reward" else None
+    reward = f"{given.folder}/roles/value" if not scored else None
     if reward:
         SharedBase.from_pretrained(given.model, policy=lora, value="adapter").save_pretrained(f"{given.folder}/roles")
     base = SharedBase.from_pretrained(given.model, policy=lora, value=value, reward=reward)
@@ -43,10 +45,13 @@ def main() -> None:
         f"{given.folder}/out",
         per_device_train_batch_size=given.micro_batch,
         gradient_accumulation_steps=given.batch // given.micro_batch,
+        num_mini_batches=2 if given.reviews else 1,
         num_ppo_epochs=given.epochs,
         total_episodes=given.batch * given.updates,
         max_completion_length=given.new_tokens,
-        learning_rate=1e-5,
+        learning_rate=given.learning_rate,
+        seed=given.seed,
+        lr_scheduler_type="constant",
         gradient_checkpointing=False,
         save_strategy="no",
         report_to="none",
@@ -54,10 +59,14 @@ def main() -> None:
         disable_tqdm=True,
     )
     clock = work.Clock()
-    functions = None if reward else [by_length]
+    functions = {"": None, "by_length": [by_length], "sentiment": [vader_sentiment]}[scored]
     rows = Dataset.from_dict({"prompt": work.prompts(given)})
-    PPOTrainer(base, functions, args, rows, None, tokenizer, callbacks=[Phases(clock)]).train()
-    clock.report(given)
+    trainer = PPOTrainer(base, functions, args, rows, None, tokenizer, callbacks=[Phases(clock)])
+    if given.reviews:
+        work.learn(trainer, work.Curve(given, "objective/scores", "objective/kl"))
+    else:
+        trainer.train()
+        clock.report(given)
 
 
 def by_length(completions: list[str], **_: Any) -> list[float]:

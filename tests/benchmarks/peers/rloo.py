@@ -7,6 +7,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import RLOOConfig, RLOOTrainer
 
+from trl_ext.rewards.sentiment import vader_sentiment
+
 
 def by_length(completions: list[str], **_: Any) -> list[float]:
     return [len(text) / 100 for text in completions]
@@ -15,7 +17,8 @@ def by_length(completions: list[str], **_: Any) -> list[float]:
 def main() -> None:
     given = work.arguments()
     tokenizer = work.tokenizer_of(given.model)
-    work.end_answers(given, tokenizer.eos_token_id)
+    if not given.reviews:
+        work.end_answers(given, tokenizer.eos_token_id)
     clock = work.Clock()
     args = RLOOConfig(
         f"{given.folder}/out",
@@ -26,24 +29,29 @@ def main() -> None:
         max_steps=given.updates * given.epochs,
         max_completion_length=given.new_tokens,
         beta=0.05,
-        learning_rate=1e-5,
+        learning_rate=given.learning_rate,
+        lr_scheduler_type="constant",
+        seed=given.seed,
         gradient_checkpointing=False,
         bf16=False,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        logging_steps=1,
         model_init_kwargs={"dtype": "float32"},
     )
     rows = Dataset.from_dict({"prompt": work.prompts(given)})
     trainer = RLOOTrainer(
         model=given.model,
-        reward_funcs=by_length,
+        reward_funcs=vader_sentiment if given.reviews else by_length,
         args=args,
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=LoraConfig(**work.LORA),
         callbacks=[work.Updates(clock, given.epochs)],
     )
+    if given.reviews:
+        return work.learn(trainer, work.Curve(given, "reward", "kl", kl_is_per_token=True))
     clock.around(trainer, "_generate", "generate", then="score")
     clock.around(trainer, "_compute_loss", "train", then="train")
     trainer.train()

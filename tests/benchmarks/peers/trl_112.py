@@ -17,13 +17,16 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 def main() -> None:
     given = work.arguments()
     tokenizer = work.tokenizer_of(given.model)
-    work.end_answers(given, tokenizer.eos_token_id)
+    if not given.reviews:
+        work.end_answers(given, tokenizer.eos_token_id)
     clock = work.Clock()
     policy = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
     value, reward = (
         AutoModelForSequenceClassification.from_pretrained(given.model, num_labels=1, dtype=torch.float32)
         for _ in range(2)
     )
+    if given.reviews:
+        reward = sentiment_model(tokenizer, given.new_tokens)
     if given.variant == "lora":
         # TRL reads the backbone under `base_model_prefix` of the model inside PEFT's wrapper.
         value = get_peft_model(value, LoraConfig(**{**work.LORA, "task_type": "SEQ_CLS"})).base_model.model
@@ -31,14 +34,18 @@ def main() -> None:
     rows = Dataset.from_dict({"input_ids": ids})
     args = PPOConfig(
         f"{given.folder}/out",
-        per_device_train_batch_size=given.micro_batch,
-        gradient_accumulation_steps=given.batch // given.micro_batch,
-        num_mini_batches=1,
+        # Where mini-batches are asked for, TRL splits each device's batch by them.
+        per_device_train_batch_size=given.batch if given.reviews else given.micro_batch,
+        gradient_accumulation_steps=1 if given.reviews else given.batch // given.micro_batch,
+        num_mini_batches=2 if given.reviews else 1,
         num_ppo_epochs=given.epochs,
         total_episodes=given.batch * given.updates,
         response_length=given.new_tokens,
         stop_token="eos",
-        learning_rate=1e-5,
+        learning_rate=given.learning_rate,
+        lr_scheduler_type="constant",
+        seed=given.seed,
+        temperature=1.0,
         num_sample_generations=0,
         gradient_checkpointing=False,
         bf16=False,
@@ -58,6 +65,8 @@ def main() -> None:
         peft_config=LoraConfig(**work.LORA),
         callbacks=[work.Updates(clock)],
     )
+    if given.reviews:
+        return work.learn(trainer, work.Curve(given, "objective/scores", "objective/kl"))
     clock.around(module, "batch_generation", "generate", then="score")
     accumulate = trainer.accelerator.accumulate
 
@@ -68,6 +77,14 @@ def main() -> None:
     trainer.accelerator.accumulate = training
     trainer.train()
     clock.report(given)
+
+
+def sentiment_model(tokenizer: Any, new_tokens: int) -> Any:
+    """The sentiment lexicon in the shape of a reward model."""
+    from trl_ext.rewards.sentiment import vader_sentiment
+    from trl_ext.rewards.trl_module import RewardModule
+
+    return RewardModule(vader_sentiment, tokenizer, new_tokens)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import resource
 import time
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--natural", action="store_true", help="answers end where they end, at half of the most tokens")
     parser.add_argument("--variant", default="", help="of this peer")
+    parser.add_argument("--reviews", help="file of prompts: learn to continue them so that they sound positive")
+    parser.add_argument("--minutes", type=float, default=25, help="to learn for")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning_rate", type=float, default=1e-5)
     given = parser.parse_args()
-    torch.manual_seed(0)
+    torch.manual_seed(given.seed)
     return given
 
 
@@ -55,7 +61,10 @@ def tokenizer_of(model: str) -> Any:
 
 
 def prompts(given: argparse.Namespace) -> list[str]:
-    """As many as all updates take."""
+    """As many as all updates take; or every review, in an order of the seed's."""
+    if given.reviews:
+        lines = Path(given.reviews).read_text(encoding="utf-8").splitlines()
+        return random.Random(given.seed).sample([json.loads(line)["prompt"] for line in lines], len(lines))
     return [PROMPTS[i % len(PROMPTS)] for i in range(given.batch * given.updates)]
 
 
@@ -138,6 +147,41 @@ class Clock:
             peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         Path(given.folder).mkdir(parents=True, exist_ok=True)
         print(json.dumps({"updates": self.updates[1:], "peak": peak}))
+
+
+class OutOfTimeError(Exception):
+    """The minutes are over."""
+
+
+def learn(trainer: Any, curve: TrainerCallback) -> None:
+    """Train until time is over. (TRL 1.12's PPOTrainer does not ask `control` whether to stop.)"""
+    trainer.add_callback(curve)
+    with suppress(OutOfTimeError):
+        trainer.train()
+
+
+class Curve(TrainerCallback):
+    """Writes score and KL (nats an answer) against seconds of training, a line an update, until time is over."""
+
+    def __init__(self, given: argparse.Namespace, score: str, kl: str, kl_is_per_token: bool = False) -> None:
+        self.file, self.limit = Path(given.folder, "curve.jsonl"), 60 * given.minutes
+        self.score, self.kl, self.kl_is_per_token = score, kl, kl_is_per_token
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text("")
+        self.began = 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **__: Any) -> None:
+        if self.score not in (logs or {}):
+            return
+        seconds = time.perf_counter() - self.began
+        kl = logs[self.kl] * (logs["completions/mean_length"] if self.kl_is_per_token else 1.0)
+        with self.file.open("a") as file:
+            file.write(json.dumps({"seconds": seconds, "score": logs[self.score], "kl": kl}) + "\n")
+        if seconds > self.limit:
+            raise OutOfTimeError
 
 
 class Updates(TrainerCallback):
