@@ -25,7 +25,14 @@ ROOT = Path(__file__).parents[2]
 PEERS = Path(__file__).parent / "peers"
 TORCH = "torch==2.13.0"
 PACKAGES = {
-    "trl-1.12.0": ["trl==1.12.0", TORCH, "transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0"],
+    "trl-1.12.0": [
+        "trl==1.12.0",
+        TORCH,
+        "transformers==5.23.0",
+        "peft==0.21.2",
+        "accelerate==1.15.0",
+        "vaderSentiment",
+    ],
     "trl-0.11.4": ["trl==0.11.4", TORCH, "transformers==4.45.2", "peft==0.13.2", "accelerate==0.34.2", "rich", "tyro"],
 }
 # Contender: environment (None: this one), script, variant, further arguments.

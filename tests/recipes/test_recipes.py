@@ -68,47 +68,6 @@ def test_recipes_are_thin() -> None:
     assert all(len(script.read_text(encoding="utf-8").splitlines()) < 100 for script in SCRIPTS.values())
 
 
-@pytest.mark.parametrize(
-    ("recipe", "arguments", "words"),
-    [
-        ("ppo", ["--learning_rat", "1"], "learning_rat"),
-        ("ppo", ["--dataset", "missing.jsonl"], "'missing.jsonl' does not exist"),
-        ("ppo", ["--reward_funcs", "no_such_module.reward"], "cannot be imported"),
-        ("ppo", ["--kl_estimator", "k4"], "choose one of k1, k2, k3"),
-        ("ppo", ["--config", "missing.yaml"], "missing.yaml"),
-        ("reward", ["--dataset", "missing.csv"], "'missing.csv' does not exist"),
-        ("dpo", ["--dataset", "missing.parquet"], "'missing.parquet' does not exist"),
-    ],
-)
-def test_wrong_input_is_one_sentence_and_a_status(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recipe: str, arguments: list[str], words: str
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, recipe, *arguments)
-    said = str(stop.value.code) if isinstance(stop.value.code, str) else capsys.readouterr().err
-    assert stop.value.code not in (0, None)
-    assert words in said
-    assert "Traceback" not in said
-
-
-def test_wrong_columns_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(f'{{"query": "a {i}"}}\n' for i in range(100)))
-    with pytest.raises(SystemExit, match="no 'chosen' and no 'rejected' column"):
-        run(monkeypatch, "dpo", "--dataset", str(file), "--output_dir", str(tmp_path / "out"))
-    with pytest.raises(SystemExit, match="give more rows"):
-        run(monkeypatch, "dpo", "--dataset", str(file), "--eval_rows", "100", "--output_dir", str(tmp_path / "out"))
-
-
-@pytest.mark.parametrize("content", ["", "{not json", "[1, 2"])
-def test_a_file_without_rows_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text(content)
-    with pytest.raises(SystemExit, match="cannot be read") as stop:
-        run(monkeypatch, "ppo", "--dataset", str(file), "--output_dir", str(tmp_path / "out"))
-    assert "\n" not in str(stop.value.code)
-
-
 @pytest.mark.parametrize("recipe", ["reward", "ppo", "dpo"])
 def test_a_recipe_runs_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recipe: str

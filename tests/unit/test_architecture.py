@@ -44,7 +44,7 @@ ARROWS: dict[str, set[str]] = {
     "diagnostics": {"core", "types"},
     "callbacks": {"controllers", "core", "diagnostics", "types"},
     "trainers": LOGIC | {"_trl"},
-    "demo": {"rewards", "feedback", "_trl"},
+    "demo": {"types", "_trl"},
     "launch": LOGIC | {"trainers", "demo", "_trl"},
     "cli": LOGIC | {"trainers", "demo", "launch", "_trl"},
     "_trl": set(),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trl_ext.demo.world import CITIES, COUNTRY_OF, FULL_FORMS, SHORT_FORMS
+from trl_ext.types import as_text
 
 _NAME = r"[A-Z][A-Za-z]*(?: [A-Z][A-Za-z]*)*"
 
@@ -58,11 +59,6 @@ def rating(completion: str, capital: str) -> int:
     return 3 if capital in _ANY_CITY.findall(completion) else 1
 
 
-def text_of(completion: str | Sequence[dict[str, Any]]) -> str:
-    """The text of a completion in either of TRL's shapes: a string, or a list of messages (the last one counts)."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
-
-
 def rate(
     prompts: Sequence[Any],
     completions: Sequence[str | Sequence[dict[str, Any]]],
@@ -74,4 +70,4 @@ def rate(
     ``capital`` is the reference column of ``demo.load("prompts")``. Further keyword arguments are accepted, as TRL
     passes every column, and ignored. Raises ValueError when the lists differ in length.
     """
-    return [float(rating(text_of(text), answer)) for text, answer in zip(completions, capital, strict=True)]
+    return [float(rating(as_text(text), answer)) for text, answer in zip(completions, capital, strict=True)]
