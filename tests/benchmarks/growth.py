@@ -1,6 +1,6 @@
 """How an update grows: time a token with batch and length, memory with vocabulary, batch and rollouts.
 
-python tests/benchmarks/growth.py --model FOLDER --work FOLDER
+python tests/benchmarks/growth.py --model FOLDER --work FOLDER [--only time memory]
 
 Each row is a process of its own (`peers/ours.py`, the value on the policy's trunk).
 """
@@ -13,7 +13,7 @@ from ppo_vs_trl import run
 from timing import head, row
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-SMALL, LARGE = 15_000, 150_000
+SMALL, LARGE = 50_000, 150_000  # not below what the tokenizer has
 
 
 def wide_model(folder: Path, vocabulary: int, tokenizer_of: str) -> Path:
@@ -40,13 +40,8 @@ def attention_share(model: str, tokens: int) -> float:
     return layers * 2 * tokens * size / (weights + size * config.vocab_size + layers * 2 * tokens * size)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--updates", type=int, default=3)
-    chosen = parser.parse_args()
-    chosen.env = []
+def time_a_token(chosen: argparse.Namespace) -> None:
+    """With twice the batch, and answers twice as long."""
     phases = ("generate", "score", "train")
     print(head("batch", "new tokens", "s / update", *(f"{p}, ms / token" for p in phases), "all", "attention's share"))
     for batch, length in ((8, 48), (16, 48), (8, 96)):
@@ -58,6 +53,9 @@ def main() -> None:
         share = attention_share(str(chosen.model), length + 12)
         print(row(batch, length, f"{total:.1f}", *by_phase, f"{1000 * total / tokens:.1f}", f"{share:.1%}"), flush=True)
 
+
+def memory(chosen: argparse.Namespace) -> None:
+    """With the vocabulary, the batch, and the number of updates, over a small random model."""
     print("\n" + head("vocabulary", "batch", "updates", "peak MiB", "logits of the answers would be, MiB"))
     model = str(chosen.model)
     for vocabulary, batch, updates in ((SMALL, 16, 2), (LARGE, 16, 2), (LARGE, 64, 2), (LARGE, 16, 12)):
@@ -65,6 +63,18 @@ def main() -> None:
         more = ["--batch", str(batch), "--micro_batch", str(batch), "--new_tokens", "64", "--epochs", "1"]
         peak = run((None, "ours.py", "head", more), chosen)["peak"] / 2**20
         print(row(vocabulary, batch, updates, f"{peak:.0f}", f"{batch * 64 * vocabulary * 4 / 2**20:.0f}"), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=["time", "memory"], default=["time", "memory"])
+    chosen = parser.parse_args()
+    chosen.env = []
+    for part in chosen.only:
+        {"time": time_a_token, "memory": memory}[part](chosen)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,22 @@ def test_a_run_learns_what_is_rewarded_and_logs_trls_names(tmp_path: Path) -> No
     assert logs[-1]["episode"] == 30 * 32
 
 
+@pytest.mark.slow
+def test_compiled_training_takes_the_same_steps(tmp_path: Path) -> None:
+    states, logs = [], []
+    for compiled in (False, True):
+        trainer = trainer_for(tmp_path / str(compiled), total_episodes=8, torch_compile=compiled)
+        before = trained_state(trainer)
+        trainer.train()
+        logs.append(rows_with(trainer, "loss")[0])
+        states.append({name: tensor - before[name] for name, tensor in trained_state(trainer).items()})
+    for name, moved in states[0].items():
+        torch.testing.assert_close(states[1][name], moved, rtol=1e-3, atol=1e-4)
+    assert states[0]["model.base_model.model.model.layers.0.self_attn.q_proj.lora_B.value.weight"].norm() > 1e-3
+    for name in ("loss", "grad_norm/policy", "grad_norm/value", "objective/kl", "policy/approxkl_avg"):
+        assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-3, abs=1e-6)
+
+
 def test_steps_count_optimizer_steps_and_total_episodes_counts_answers(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path, total_episodes=40, num_mini_batches=2, num_ppo_epochs=3)
     trainer.train()

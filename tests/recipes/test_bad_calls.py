@@ -98,6 +98,7 @@ CALLS = [
     Call("temperature 0", "PPOConfig(temperature=0)", "ValueError", "temperature is 0: it must be positive."),
     Call("half a pass over a rollout", "PPOConfig(num_ppo_epochs=0.5)", "ValueError", "num_ppo_epochs is 0.5: it must be a whole number, at least 1."),
     Call("a KL coefficient that is no number", "PPOConfig(kl_coef=float('nan'))", "ValueError", "kl_coef is nan: it must be at least 0."),
+    Call("compiled recomputation", "PPOConfig(torch_compile=True)", "ValueError", "torch_compile cannot follow recomputation that restores a role's adapter: set gradient_checkpointing to False, or leave torch_compile out."),
     Call("a misspelt option", "PPOConfig(kl_coeff=0.1)", "TypeError", "kl_coeff"),
     Call("an unknown objective for a reward model", "FeedbackRewardConfig(objective='elo')", "ValueError", "objective is 'elo': choose one of"),
     Call("pairs for a regression", "FeedbackRewardTrainer(model, FeedbackRewardConfig(use_cpu=True, bf16=False, objective='regression'), train_dataset=pairs)", "ValueError", "the objective 'regression' needs"),

@@ -241,6 +241,11 @@ class PPOConfig(BaseConfig):
             )
         if self.use_vllm and self.generation_kwargs:
             raise ValueError("generation_kwargs are Transformers' and would not reach vLLM: unset them, or use_vllm.")
+        if self.torch_compile and self.gradient_checkpointing:
+            raise ValueError(
+                "torch_compile cannot follow recomputation that restores a role's adapter: set gradient_checkpointing "
+                "to False, or leave torch_compile out."
+            )
         clip = self.reward_clip_range
         if clip is not None and (len(clip) != 2 or not clip[0] < clip[1]):
             raise ValueError(f"reward_clip_range is {clip}: give the least and the greatest score, as in [-1, 1].")
