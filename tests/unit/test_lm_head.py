@@ -12,6 +12,7 @@ from transformers import (
     Gemma2Config,
     GraniteConfig,
     LlamaConfig,
+    PhiConfig,
 )
 
 from trl_ext.roles.lm_head import LMHead
@@ -31,12 +32,16 @@ CONFIGS = {
     "capped": Gemma2Config(**SHAPE, final_logit_softcapping=1.5, head_dim=8, attn_implementation="eager"),
     "multiplied": CohereConfig(**SHAPE, logit_scale=3.0),
     "divided": GraniteConfig(**SHAPE, logits_scaling=2.5),
+    "shifted by a bias": PhiConfig(**SHAPE),
 }
 
 
 def model_of(config: Any) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
+    if model.lm_head.bias is not None:
+        torch.nn.init.normal_(model.lm_head.bias)
+    return model
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -55,9 +60,9 @@ def test_log_probabilities_are_those_of_the_models_own_logits(kind: str, tempera
 def test_the_entropy_has_a_gradient_where_it_is_asked_for() -> None:
     model = model_of(CONFIGS["as they are"])
     head, ids = LMHead.of(model), torch.arange(3)
-    for asked in (False, True):
-        hidden = torch.randn(3, 16, generator=torch.Generator().manual_seed(2)).requires_grad_()
-        assert head.logprobs(hidden, ids, 1.0, entropy_grad=asked)[1].requires_grad is asked
+    hidden = torch.randn(3, 16, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    assert head.logprobs(hidden, ids, 1.0, entropy_grad=True)[1].requires_grad
+    assert not head.logprobs(hidden, ids, 1.0)[1].requires_grad
 
 
 @pytest.mark.parametrize("training", [False, True])
