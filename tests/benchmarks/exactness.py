@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--precision", nargs="+", default=["float32"], choices=["nf4", "float32", "bfloat16"])
-    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--cpu", action="store_true")
     chosen = parser.parse_args()
     device = "cpu" if chosen.cpu or not torch.cuda.is_available() else "cuda"

@@ -10,20 +10,18 @@ Compared are means of scores over the last 128 answers, less the mean of every r
 
 import argparse
 import json
-import os
-import subprocess
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from ppo_vs_trl import PEERS, ROOT, python_of
+from ppo_vs_trl import Contender, start
 from timing import head, row
 
 OURS, TRL_112, RLOO = "trl_ext", "TRL 1.12.0 PPOTrainer", "RLOOTrainer of today"
-CONTENDERS = {
-    OURS: (None, "ours.py", ["--variant", "head,sentiment"]),
-    TRL_112: ("trl-1.12.0", "trl_112.py", ["--variant", "full"]),
-    RLOO: (None, "rloo.py", ["--epochs", "1"]),
+CONTENDERS: dict[str, Contender] = {
+    OURS: (None, "ours.py", "head,sentiment", []),
+    TRL_112: ("trl-1.12.0", "trl_112.py", "full", []),
+    RLOO: (None, "rloo.py", "", ["--epochs", "1"]),
 }
 TASK = {"batch": 32, "micro_batch": 16, "new_tokens": 24, "learning_rate": 1e-4, "updates": 1000}
 COLOURS = {OURS: "#0072b2", TRL_112: "#e69f00", RLOO: "#009e73"}
@@ -34,15 +32,9 @@ Point = dict[str, float]
 
 def learn(name: str, seed: int, folder: Path, chosen: argparse.Namespace) -> None:
     """One run; its curve lands in `folder`."""
-    environment, script, variant = CONTENDERS[name]
-    command = [python_of(environment, chosen), str(PEERS / script), "--model", str(chosen.model.absolute())]
-    command += ["--folder", str(folder), "--reviews", str(chosen.reviews.absolute()), "--seed", str(seed)]
-    command += ["--minutes", str(chosen.minutes), *variant]
-    command += [word for key, value in TASK.items() for word in (f"--{key}", str(value))]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PEERS), str(ROOT)]), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    task = {**TASK, "reviews": chosen.reviews, "seed": seed, "minutes": chosen.minutes}
+    *how, more = CONTENDERS[name]
+    start((*how, [*more, *(word for key, value in task.items() for word in (f"--{key}", str(value)))]), folder, chosen)
 
 
 def smooth(points: list[Point], base: float) -> list[Point]:
@@ -114,12 +106,12 @@ def main() -> None:
     chosen = parser.parse_args()
     folders = {
         (name, seed): chosen.work / script[:-3] / str(seed)
-        for name, (_, script, _) in CONTENDERS.items()
+        for name, (_, script, *_) in CONTENDERS.items()
         for seed in chosen.seeds
     }
     for seed in () if chosen.table else chosen.seeds:
         for name in chosen.only:
-            learn(name, seed, folders[name, seed].absolute(), chosen)
+            learn(name, seed, folders[name, seed], chosen)
             print(f"{name}, seed {seed}: done", flush=True)
     raw: dict[str, list[list[Any]]] = {}
     for (name, _), folder in folders.items():

@@ -31,7 +31,7 @@ PACKAGES = {
         "transformers==5.23.0",
         "peft==0.21.2",
         "accelerate==1.15.0",
-        "vaderSentiment",
+        "vaderSentiment==3.3.2",
     ],
     "trl-0.11.4": ["trl==0.11.4", TORCH, "transformers==4.45.2", "peft==0.13.2", "accelerate==0.34.2", "rich", "tyro"],
 }
@@ -81,17 +81,24 @@ def python_of(environment: str | None, chosen: argparse.Namespace) -> str:
     return str(python)
 
 
-def run(contender: Contender, chosen: argparse.Namespace) -> dict[str, Any]:
-    """One process of a contender: its updates and its peak of memory."""
+def start(contender: Contender, folder: Path, chosen: argparse.Namespace) -> str:
+    """One process of a contender, to its end: what it printed."""
     environment, script, variant, more = contender
     command = [python_of(environment, chosen), str(PEERS / script), "--model", str(chosen.model)]
-    command += ["--folder", str(chosen.work / "out"), "--updates", str(chosen.updates), "--variant", variant, *more]
-    paths = [str(PEERS)] if environment else [str(PEERS), str(ROOT)]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    command += ["--folder", str(folder), "--variant", variant, *more]
+    paths = os.pathsep.join([str(PEERS), str(ROOT)])
+    variables = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=variables, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
+
+
+def run(contender: Contender, chosen: argparse.Namespace) -> dict[str, Any]:
+    """The updates of one process, and its peak of memory."""
+    *how, more = contender
+    said = start((*how, [*more, "--updates", str(chosen.updates)]), chosen.work / "out", chosen)
+    measured: dict[str, Any] = json.loads(said.splitlines()[-1])
     return measured
 
 

@@ -13,11 +13,12 @@ from peft import LoraConfig, PeftModelForCausalLM
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.parity import tiny
+from tests.parity.test_roles import close
 from trl_ext import SharedBase
 from trl_ext.roles import adapters as files
 
 
-def copied_without(folder: Path, copy: Path, **changes: object) -> Path:
+def copied_with(folder: Path, copy: Path, **changes: object) -> Path:
     """A copy of an adapter's folder with other words in its configuration."""
     copy.mkdir()
     for file in folder.iterdir():
@@ -41,7 +42,7 @@ def test_each_role_has_its_adapter_and_nothing_else_is_there(llama: tiny.Home) -
 
 @pytest.mark.parametrize("said", [None, "SEQ_CLS"])
 def test_a_policy_writes_text_whatever_its_config_says(said: str | None, llama: tiny.Home, tmp_path: Path) -> None:
-    folder = copied_without(llama.saved / "policy", tmp_path / "untold", task_type=said)
+    folder = copied_with(llama.saved / "policy", tmp_path / "untold", task_type=said)
     for policy in (str(folder), LoraConfig(r=2, task_type=said)):
         base = llama.again(policy=policy, value=str(llama.saved / "value"))
         assert isinstance(base.model, PeftModelForCausalLM)
@@ -50,7 +51,7 @@ def test_a_policy_writes_text_whatever_its_config_says(said: str | None, llama: 
 
 
 def test_an_adapter_that_names_no_base_is_taken(llama: tiny.Home, tmp_path: Path) -> None:
-    folder = copied_without(llama.saved / "policy", tmp_path / "untold", base_model_name_or_path=None)
+    folder = copied_with(llama.saved / "policy", tmp_path / "untold", base_model_name_or_path=None)
     llama.again(policy=folder)
 
 
@@ -92,7 +93,7 @@ def test_how_the_base_is_loaded(llama: tiny.Home, monkeypatch: pytest.MonkeyPatc
     ]
 
 
-def test_a_head_is_float32_whatever_the_default(llama: tiny.Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_is_float32_whatever_the_default() -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
         head = files.scalar_head(3, torch.device("cpu"))
@@ -110,7 +111,7 @@ def test_the_note_says_how_the_base_was_loaded(loaded: dict[str, bool], quantize
 
 
 def test_the_warning_names_the_folder(llama: tiny.Home, tmp_path: Path) -> None:
-    folder = copied_without(llama.saved / "value", tmp_path / "over_nf4")
+    folder = copied_with(llama.saved / "value", tmp_path / "over_nf4")
     (folder / files.NOTE).write_text(json.dumps({"quantized": True}))
     with pytest.warns(UserWarning) as warned:
         llama.again(value=folder)
@@ -123,19 +124,21 @@ def test_an_adapter_that_does_not_fit_is_named_and_so_is_the_base(llama: tiny.Ho
     base = str(llama.base_folder)
     for role in ("policy", "reference"):
         folder = tiny.save_policy_adapter(tmp_path / f"of_wider_{role}", wider, seed=1)
-        folder = copied_without(folder, tmp_path / role, base_model_name_or_path=base)
+        folder = copied_with(folder, tmp_path / role, base_model_name_or_path=base)
         with pytest.raises(ValueError) as raised:
             SharedBase.from_pretrained(base, **{role: folder})
         assert str(raised.value).startswith(f"The adapter in {str(folder)!r} does not fit the base {base!r} (")
     with pytest.raises(ValueError) as raised:
-        untold = copied_without(llama.saved / "policy", tmp_path / "elsewhere", target_modules=["nowhere"])
+        untold = copied_with(llama.saved / "policy", tmp_path / "elsewhere", target_modules=["nowhere"])
         SharedBase.from_pretrained(base, policy=untold)
     assert str(raised.value).startswith(f"The adapter in {str(untold)!r} does not fit the base {base!r} (")
 
 
+@torch.no_grad()
 def test_a_row_of_one_token_has_a_score(llama: tiny.Home) -> None:
-    ids = torch.tensor([[5]])
-    assert llama.base.scores(ids, torch.ones_like(ids)).shape == (1,)
+    one = tiny.Padded(torch.tensor([[5]]), torch.tensor([[1]]), 1)
+    classifier = tiny.load_classifier(llama.reward_folder, llama.base_folder)
+    close(llama.base.scores(one.ids, one.mask), tiny.plain_scores(classifier, one))
 
 
 def test_layers_of_4_bit_stay_in_training_mode(llama: tiny.Home) -> None:

@@ -17,7 +17,7 @@ from trl_ext.roles.switching import activate, active_adapter, keep_differentiabl
 
 # Tokens a role up to which one forward for all roles is faster though nothing has to be dequantised: few rows are bound
 # by reading the weights (tests/benchmarks/score_pass.py, on two CPU cores).
-MIXED_TOKENS = 512
+MIXED_TOKENS = 256
 
 
 class AdaptedModel(nn.Module):

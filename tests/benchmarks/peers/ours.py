@@ -33,8 +33,7 @@ class Phases(RolloutCallback):
 def main() -> None:
     given = work.arguments()
     tokenizer = work.tokenizer_of(given.model)
-    if not given.reviews:
-        work.end_answers(given, tokenizer.eos_token_id)
+    work.end_answers(given, tokenizer.eos_token_id)
     lora = LoraConfig(**work.LORA)
     value, _, scored = given.variant.partition(",")
     reward = f"{given.folder}/roles/value" if not scored else None
@@ -59,7 +58,7 @@ def main() -> None:
         disable_tqdm=True,
     )
     clock = work.Clock()
-    functions = {"": None, "by_length": [by_length], "sentiment": [vader_sentiment]}[scored]
+    functions = {"": None, "by_length": [work.by_length], "sentiment": [vader_sentiment]}[scored]
     rows = Dataset.from_dict({"prompt": work.prompts(given)})
     trainer = PPOTrainer(base, functions, args, rows, None, tokenizer, callbacks=[Phases(clock)])
     if given.reviews:
@@ -67,10 +66,6 @@ def main() -> None:
     else:
         trainer.train()
         clock.report(given)
-
-
-def by_length(completions: list[str], **_: Any) -> list[float]:
-    return [len(text) / 100 for text in completions]
 
 
 if __name__ == "__main__":

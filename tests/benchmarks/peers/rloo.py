@@ -1,7 +1,5 @@
 """Today's RLOOTrainer, scored by a function."""
 
-from typing import Any
-
 import work
 from datasets import Dataset
 from peft import LoraConfig
@@ -10,15 +8,10 @@ from trl import RLOOConfig, RLOOTrainer
 from trl_ext.rewards.sentiment import vader_sentiment
 
 
-def by_length(completions: list[str], **_: Any) -> list[float]:
-    return [len(text) / 100 for text in completions]
-
-
 def main() -> None:
     given = work.arguments()
     tokenizer = work.tokenizer_of(given.model)
-    if not given.reviews:
-        work.end_answers(given, tokenizer.eos_token_id)
+    work.end_answers(given, tokenizer.eos_token_id)
     clock = work.Clock()
     args = RLOOConfig(
         f"{given.folder}/out",
@@ -43,7 +36,7 @@ def main() -> None:
     rows = Dataset.from_dict({"prompt": work.prompts(given)})
     trainer = RLOOTrainer(
         model=given.model,
-        reward_funcs=vader_sentiment if given.reviews else by_length,
+        reward_funcs=vader_sentiment if given.reviews else work.by_length,
         args=args,
         train_dataset=rows,
         processing_class=tokenizer,

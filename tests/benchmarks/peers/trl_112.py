@@ -17,16 +17,11 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 def main() -> None:
     given = work.arguments()
     tokenizer = work.tokenizer_of(given.model)
-    if not given.reviews:
-        work.end_answers(given, tokenizer.eos_token_id)
+    work.end_answers(given, tokenizer.eos_token_id)
     clock = work.Clock()
     policy = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
-    value, reward = (
-        AutoModelForSequenceClassification.from_pretrained(given.model, num_labels=1, dtype=torch.float32)
-        for _ in range(2)
-    )
-    if given.reviews:
-        reward = sentiment_model(tokenizer, given.new_tokens)
+    value = classifier(given.model)
+    reward = sentiment_model(tokenizer, given.new_tokens) if given.reviews else classifier(given.model)
     if given.variant == "lora":
         # TRL reads the backbone under `base_model_prefix` of the model inside PEFT's wrapper.
         value = get_peft_model(value, LoraConfig(**{**work.LORA, "task_type": "SEQ_CLS"})).base_model.model
@@ -77,6 +72,11 @@ def main() -> None:
     trainer.accelerator.accumulate = training
     trainer.train()
     clock.report(given)
+
+
+def classifier(model: str) -> Any:
+    """A model of its own with a scalar head."""
+    return AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
 
 
 def sentiment_model(tokenizer: Any, new_tokens: int) -> Any:

@@ -68,6 +68,11 @@ def prompts(given: argparse.Namespace) -> list[str]:
     return [PROMPTS[i % len(PROMPTS)] for i in range(given.batch * given.updates)]
 
 
+def by_length(completions: list[str], **_: Any) -> list[float]:
+    """A reward function that costs nothing."""
+    return [len(text) / 100 for text in completions]
+
+
 class EndAt(LogitsProcessor):
     """Rows end after a given number of tokens, EOS included, and not before."""
 
@@ -86,7 +91,10 @@ class EndAt(LogitsProcessor):
 
 def end_answers(given: argparse.Namespace, eos: int) -> None:
     """Let every `generate` of this process end its rows at the lengths of `given`: evenly spread from 1 to the most
-    tokens, so about half of them in the mean; or, without `natural`, never before the most."""
+    tokens, so about half of them in the mean; or, without `natural`, never before the most. Reviews end by
+    themselves."""
+    if given.reviews:
+        return
     most, plain = given.new_tokens, GenerationMixin.generate
     lengths = [1 + (i * (most - 1)) // (given.batch - 1) for i in range(given.batch)]
     drawn = [lengths[(7 * i) % given.batch] for i in range(given.batch)] if given.natural else [most + 1] * given.batch
