@@ -40,12 +40,11 @@ def main() -> None:
     if reward:
         SharedBase.from_pretrained(given.model, policy=lora, value="adapter").save_pretrained(f"{given.folder}/roles")
     base = SharedBase.from_pretrained(given.model, policy=lora, value=value, reward=reward)
-    mini_batches = 2 if given.reviews else 1
     args = PPOConfig(
         f"{given.folder}/out",
         per_device_train_batch_size=given.micro_batch,
-        gradient_accumulation_steps=given.batch // given.micro_batch // mini_batches,
-        num_mini_batches=mini_batches,
+        gradient_accumulation_steps=given.batch // (given.micro_batch * given.mini_batches),
+        num_mini_batches=given.mini_batches,
         num_ppo_epochs=given.epochs,
         total_episodes=given.batch * given.updates,
         max_completion_length=given.new_tokens,

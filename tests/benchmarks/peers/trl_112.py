@@ -29,10 +29,10 @@ def main() -> None:
     rows = Dataset.from_dict({"input_ids": ids})
     args = PPOConfig(
         f"{given.folder}/out",
-        # Where mini-batches are asked for, TRL splits each device's batch by them.
-        per_device_train_batch_size=given.batch if given.reviews else given.micro_batch,
-        gradient_accumulation_steps=1 if given.reviews else given.batch // given.micro_batch,
-        num_mini_batches=2 if given.reviews else 1,
+        # TRL splits each device's batch by the mini-batches.
+        per_device_train_batch_size=given.micro_batch * given.mini_batches,
+        gradient_accumulation_steps=given.batch // (given.micro_batch * given.mini_batches),
+        num_mini_batches=given.mini_batches,
         num_ppo_epochs=given.epochs,
         total_episodes=given.batch * given.updates,
         response_length=given.new_tokens,
