@@ -32,7 +32,15 @@ SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
 VOCABULARY = {"7b": 32_000, "14b": 152_064, "tiny": 512}
-VARIANTS = ("plain", "value on the trunk", "static cache", "torch.compile", "bf16 adapters", "vLLM")
+VARIANTS = (
+    "plain",
+    "value on the trunk",
+    "static cache",
+    "torch.compile",
+    "bf16 adapters",
+    "continuous batching",
+    "vLLM",
+)
 LORA = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -98,11 +106,12 @@ def measure(chosen: argparse.Namespace) -> None:
         total_episodes=8 * chosen.updates,
         num_ppo_epochs=chosen.epochs,
         max_completion_length=chosen.new_tokens,
-        generation_kwargs=None if chosen.variant == "vLLM" else sampling,
+        generation_kwargs=None if chosen.variant in ("continuous batching", "vLLM") else sampling,
         use_vllm=chosen.variant == "vLLM",
+        use_transformers_continuous_batching=chosen.variant == "continuous batching",
         use_cpu=device == "cpu",
         torch_compile=chosen.variant == "torch.compile",
-        gradient_checkpointing=True,
+        gradient_checkpointing=chosen.variant != "torch.compile",  # which cannot follow recomputation
         local_rollout_forward_batch_size=8,
         bf16=True,
         learning_rate=1e-5,

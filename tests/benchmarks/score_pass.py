@@ -10,6 +10,7 @@ import argparse
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -21,16 +22,22 @@ from trl_ext import SharedBase
 ROLES = ("reference", "value", "reward")
 
 
-def built(model: str, precision: str, device: str) -> SharedBase:
-    """The roles, every adapter and head of them random."""
-    # 4 bits are computed with in what the device is good at.
+LORA = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def loaded(precision: str, device: str) -> dict[str, Any]:
+    """How a base is loaded: 4 bits are computed with in what the device is good at."""
     dtype = torch.float32 if precision == "float32" or (precision, device) == ("nf4", "cpu") else torch.bfloat16
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    how = {"quantization_config": nf4 if precision == "nf4" else None, "device_map": device, "dtype": dtype}
-    lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    return {"quantization_config": nf4 if precision == "nf4" else None, "device_map": device, "dtype": dtype}
+
+
+def built(model: str, precision: str, device: str) -> SharedBase:
+    """The roles, every adapter and head of them random."""
+    how = loaded(precision, device)
     with tempfile.TemporaryDirectory() as folder:
-        SharedBase.from_pretrained(model, policy=lora, **how).save_pretrained(folder)
-        base = SharedBase.from_pretrained(model, policy=lora, reward=Path(folder, "value"), **how)
+        SharedBase.from_pretrained(model, policy=LORA, **how).save_pretrained(folder)
+        base = SharedBase.from_pretrained(model, policy=LORA, reward=Path(folder, "value"), **how)
     for name, parameter in base.named_parameters():
         if "lora_B" in name or name.startswith("heads"):
             torch.nn.init.normal_(parameter, std=0.02)

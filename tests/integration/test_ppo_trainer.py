@@ -144,8 +144,10 @@ def test_the_cut_into_micro_batches_changes_nothing(tmp_path: Path, value: str) 
             torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_resuming_in_the_middle_of_a_rollout_ends_where_an_unbroken_run_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batching", ["static", "continuous"])
+def test_resuming_in_the_middle_of_a_rollout_ends_where_an_unbroken_run_ends(batching: str, tmp_path: Path) -> None:
     settings = {"total_episodes": 48, "num_mini_batches": 2, "save_strategy": "steps", "save_steps": 3}
+    settings["use_transformers_continuous_batching"] = batching == "continuous"
     whole = trainer_for(tmp_path, **settings)
     whole.train()
     checkpoint = tmp_path / "out" / "checkpoint-3"

@@ -188,6 +188,7 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "min_p": (["0.1"], 0.1),
     "model_init_kwargs": (['{"dtype": "float32"}'], {"dtype": "float32"}),
     "generation_kwargs": (['{"no_repeat_ngram_size": 3}'], {"no_repeat_ngram_size": 3}),
+    "transformers_continuous_batching_config": (['{"page_size": 64}'], {"page_size": 64}),
     "chat_template_kwargs": (['{"enable_thinking": false}'], {"enable_thinking": False}),
 }
 
@@ -221,6 +222,7 @@ def test_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         min_p: 0.1
         model_init_kwargs: {dtype: float32}
         generation_kwargs: {no_repeat_ngram_size: 3}
+        transformers_continuous_batching_config: {page_size: 64}
         chat_template_kwargs: {enable_thinking: false}
         """
     )

@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl_ext.callbacks import RolloutEvents
-from trl_ext.generation import answer_suffix, generate
-from trl_ext.generation_vllm import VLLMGenerator
+from trl_ext.generation import ContinuousGenerator, VLLMGenerator, answer_suffix, generate
 from trl_ext.rewards import Combination, RewardError, Scorer
 from trl_ext.roles import Role, SharedBase
 from trl_ext.trainers.batching import permutation
@@ -57,6 +56,9 @@ class Collector:
             memory, limit = args.vllm_gpu_memory_utilization, args.vllm_max_model_length
             seed = args.seed + accelerator.process_index
             self.generator = VLLMGenerator(base, base.config.name_or_path, memory, limit, seed)
+        elif args.use_transformers_continuous_batching:
+            settings: Any = args.transformers_continuous_batching_config
+            self.generator = ContinuousGenerator(base, self._batch, settings)
         self.score_names = scorer.names if scorer is not None else ["reward_role"]
         weights = args.reward_weights or [1.0] * len(self.score_names)
         self.combination = Combination(weights, args.score_normalization, args.reward_clip_range)
@@ -124,7 +126,8 @@ class Collector:
                 [row["prompt"] for row in inputs],
                 self.tokenizer,
                 self.generation_config,
-                self._batch,
+                # The other generators make batches of their own.
+                self._batch if self.generator is self.base else len(inputs),
                 self.args.chat_template_kwargs,  # type: ignore[arg-type]
                 role=role,
             )

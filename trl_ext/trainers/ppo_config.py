@@ -89,6 +89,7 @@ class PPOConfig(BaseConfig):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *BaseConfig._VALID_DICT_FIELDS,
         "model_init_kwargs",
+        "transformers_continuous_batching_config",
         "generation_kwargs",
         "chat_template_kwargs",
     ]
@@ -125,6 +126,12 @@ class PPOConfig(BaseConfig):
     use_vllm: bool = _f(False, "Let vLLM answer, with a copy of the base of its own on this GPU.")
     vllm_gpu_memory_utilization: float = _f(0.3, "Share of the GPU's memory for vLLM.")
     vllm_max_model_length: int | None = _f(None, "Most tokens of prompt and answer in vLLM; None: the model's limit.")
+    use_transformers_continuous_batching: bool = _f(
+        False, "Answer by Transformers' continuous batching: an answer that has ended makes room at once."
+    )
+    transformers_continuous_batching_config: dict[str, Any] | str | None = _f(
+        None, "Fields of transformers' ContinuousBatchingConfig."
+    )
     generation_kwargs: dict[str, Any] | str | None = _f(None, "Further fields of transformers.GenerationConfig.")
     chat_template_kwargs: dict[str, Any] | str | None = _f(None, "Arguments of the chat template.")
     shuffle_dataset: bool = _f(True, "Shuffle the prompts, anew each epoch.")
@@ -241,6 +248,13 @@ class PPOConfig(BaseConfig):
             )
         if self.use_vllm and self.generation_kwargs:
             raise ValueError("generation_kwargs are Transformers' and would not reach vLLM: unset them, or use_vllm.")
+        if self.use_vllm and self.use_transformers_continuous_batching:
+            raise ValueError("use_vllm and use_transformers_continuous_batching are both set: choose one of them.")
+        if self.use_transformers_continuous_batching and (self.generation_kwargs or self.repetition_penalty != 1.0):
+            raise ValueError(
+                "Continuous batching knows neither generation_kwargs nor repetition_penalty: leave them out, or "
+                "use_transformers_continuous_batching."
+            )
         if self.torch_compile and self.gradient_checkpointing:
             raise ValueError(
                 "torch_compile cannot follow recomputation that restores a role's adapter: set gradient_checkpointing "

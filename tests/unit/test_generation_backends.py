@@ -1,4 +1,5 @@
-"""The calls to vLLM, against a stand-in that answers from a list: vLLM itself needs a GPU."""
+"""Answers by something else than Transformers' `generate`: its continuous batching, and the calls to vLLM against a
+stand-in that answers from a list, for vLLM itself needs a GPU."""
 
 import sys
 from pathlib import Path
@@ -11,8 +12,7 @@ from transformers import GenerationConfig
 
 from tests.helpers import tiny_llama, word_tokenizer
 from trl_ext import SharedBase
-from trl_ext.generation import generate
-from trl_ext.generation_vllm import VLLMGenerator
+from trl_ext.generation import ContinuousGenerator, VLLMGenerator, generate
 
 CONFIG = GenerationConfig(
     max_new_tokens=5, do_sample=True, temperature=0.7, top_p=1.0, top_k=0, pad_token_id=0, eos_token_id=[1]
@@ -77,3 +77,59 @@ def test_without_vllm_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match=r"^use_vllm is set, but vLLM is not installed"):
         VLLMGenerator(SharedBase.from_model(tiny_llama()), "m", 0.3, None, 0)
+
+
+# Continuous batching -------------------------------------------------------------------------------------------------
+
+PROMPTS = ["the cat sat", "a", "the dog", "bird ran under the tree", "big"]
+
+
+@pytest.fixture
+def base() -> SharedBase:
+    """Roles whose policy is not the base."""
+    base = SharedBase.from_model(tiny_llama(), value="head")
+    torch.manual_seed(1)
+    for parameter in base.trainable_parameters("policy"):
+        torch.nn.init.normal_(parameter, std=0.2)
+    return base
+
+
+@pytest.mark.parametrize("role", ["policy", "reference"])
+@pytest.mark.parametrize("rows", [2, 64])
+def test_continuous_batching_gives_the_answers_of_generate(rows: int, role: str, base: SharedBase) -> None:
+    greedy = GenerationConfig(max_new_tokens=7, do_sample=False, pad_token_id=0, eos_token_id=[15, 16])
+    plain = generate(base, PROMPTS, word_tokenizer(), greedy, 5, role=role)
+    other = generate(ContinuousGenerator(base, rows), PROMPTS, word_tokenizer(), greedy, 5, role=role)
+    assert len({int(n) for n in plain.completion_mask.sum(1)}) > 1, "answers end apart"
+    assert other.completion_ids.tolist() == plain.completion_ids.tolist()
+    assert other.has_eos.tolist() == plain.has_eos.tolist()
+    assert other.completions == plain.completions
+
+
+def test_continuous_batching_leaves_the_model_as_it_was(base: SharedBase) -> None:
+    attention, ids = base.config._attn_implementation, torch.tensor([[7, 9, 12]])
+    before = base(ids, torch.ones_like(ids), 2, roles=("policy",))["logprobs"]
+    generate(ContinuousGenerator(base, 2), PROMPTS, word_tokenizer(), CONFIG, 5)
+    after = base(ids, torch.ones_like(ids), 2, roles=("policy",))["logprobs"]
+    assert base.config._attn_implementation == attention
+    assert after.requires_grad and torch.equal(before, after)
+
+
+def test_continuous_batching_follows_torchs_seed(base: SharedBase) -> None:
+    drawn = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        drawn.append(generate(ContinuousGenerator(base, 2), PROMPTS, word_tokenizer(), CONFIG, 5).completions)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_missing_answers_are_an_error(base: SharedBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"one": SimpleNamespace(error=None), "two": SimpleNamespace(error="out of blocks")}
+    monkeypatch.setattr(base.causal_lm, "generate_batch", lambda *_, **__: given)
+    with pytest.raises(RuntimeError, match=r"^Continuous batching gave 1 answers to 5 prompts \(out of blocks\): see "):
+        generate(ContinuousGenerator(base, 2), PROMPTS, word_tokenizer(), CONFIG, 5)
+
+
+def test_an_unknown_setting_is_named(base: SharedBase) -> None:
+    with pytest.raises(ValueError, match=r"^transformers_continuous_batching_config: .*page_sizes"):
+        ContinuousGenerator(base, 2, {"page_sizes": 16})

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from trl_ext.generation.rollouts import unpadded, with_answers
+
 
 class VLLMGenerator:
     """`SharedBase.generate` through vLLM, for `trl_ext.generation.generate`.
@@ -69,9 +71,7 @@ class VLLMGenerator:
             max_tokens=config.max_new_tokens,
             stop_token_ids=config.eos_token_id,
         )
-        prompts = [
-            {"prompt_token_ids": ids[kept.bool()].tolist()} for ids, kept in zip(input_ids, attention_mask, strict=True)
-        ]
+        prompts = [{"prompt_token_ids": ids} for ids in unpadded(input_ids, attention_mask)]
         adapter = self.base.adapters[role]
         with tempfile.TemporaryDirectory() as folder:
             request = None
@@ -82,6 +82,5 @@ class VLLMGenerator:
                 path = str(nested if nested.is_dir() else folder)
                 request = self._request(f"{adapter}-{self._rollouts}", self._rollouts, path)
             outputs = self._llm.generate(prompts, sampling, lora_request=request, use_tqdm=False)
-        answers = [torch.tensor(output.outputs[0].token_ids) for output in outputs]
-        padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=config.pad_token_id)
-        return torch.cat([input_ids.cpu(), padded], dim=1)
+        answers = [list(output.outputs[0].token_ids) for output in outputs]
+        return with_answers(input_ids, answers, config.pad_token_id)

@@ -135,6 +135,18 @@ def _left_padded(rows: list[list[int]], pad_token_id: int) -> tuple[Tensor, Tens
     return ids, mask
 
 
+def unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """Ids (batch, columns) without what `mask` leaves out, a list a row."""
+    return [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
+
+
+def with_answers(prompt_ids: Tensor, answers: Sequence[Sequence[int]], pad_token_id: int) -> Tensor:
+    """What Transformers' `generate` returns: ids (batch, prompt + longest answer), padded on the right."""
+    columns = [torch.tensor(answer, dtype=torch.long) for answer in answers]
+    padded = torch.nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=pad_token_id)
+    return torch.cat([prompt_ids.cpu(), padded], dim=1)
+
+
 def answer_suffix(
     tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], chat_template_kwargs: dict[str, Any] | None = None
 ) -> list[int]:
