@@ -4,8 +4,7 @@ python tests/benchmarks/learning.py --model FOLDER --reviews FILE --work FOLDER 
 python tests/benchmarks/learning.py --work FOLDER --table [--picture FILE.svg]      # from what was measured
 
 The task: 24 tokens that continue a film review, scored by how positive they sound (VADER). `--reviews` is a file of
-{"prompt": text}. All train LoRA of rank 16 on all linear layers at the same learning rate, 32 answers an update
-in mini-batches of 8.
+{"prompt": text}. All train LoRA of rank 16 on all linear layers at the same learning rate, 64 answers an update.
 Compared are means of scores over the last 128 answers, less the mean of every run's first update.
 """
 
@@ -24,9 +23,9 @@ CONTENDERS: dict[str, Contender] = {
     TRL_112: ("trl-1.12.0", "trl_112.py", "full", []),
     RLOO: (None, "rloo.py", "", ["--epochs", "1"]),
 }
-TASK = {"batch": 32, "mini_batches": 4, "micro_batch": 8, "new_tokens": 24, "learning_rate": 1e-4, "updates": 1000}
+TASK = {"batch": 64, "micro_batch": 16, "new_tokens": 24, "learning_rate": 1e-4, "updates": 1000}
 COLOURS = {OURS: "#0072b2", TRL_112: "#e69f00", RLOO: "#009e73"}
-WINDOW = 4  # updates
+WINDOW = 2  # updates
 
 Point = dict[str, float]
 

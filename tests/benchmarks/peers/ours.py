@@ -43,12 +43,12 @@ def main() -> None:
     args = PPOConfig(
         f"{given.folder}/out",
         per_device_train_batch_size=given.micro_batch,
-        gradient_accumulation_steps=given.batch // (given.micro_batch * given.mini_batches),
-        num_mini_batches=given.mini_batches,
+        gradient_accumulation_steps=given.batch // given.micro_batch,
         num_ppo_epochs=given.epochs,
         total_episodes=given.batch * given.updates,
         max_completion_length=given.new_tokens,
         learning_rate=given.learning_rate,
+        adam_epsilon=1e-8,  # as the other trainers have it
         seed=given.seed,
         lr_scheduler_type="constant",
         gradient_checkpointing=False,

@@ -16,11 +16,10 @@ def main() -> None:
     args = RLOOConfig(
         f"{given.folder}/out",
         per_device_train_batch_size=given.micro_batch,
-        gradient_accumulation_steps=given.batch // (given.micro_batch * given.mini_batches),
-        steps_per_generation=given.batch // given.micro_batch,
+        gradient_accumulation_steps=given.batch // given.micro_batch,
         num_generations=4,
         num_iterations=given.epochs,
-        max_steps=given.updates * given.epochs * given.mini_batches,
+        max_steps=given.updates * given.epochs,
         max_completion_length=given.new_tokens,
         beta=0.05,
         learning_rate=given.learning_rate,
@@ -42,7 +41,7 @@ def main() -> None:
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=LoraConfig(**work.LORA),
-        callbacks=[work.Updates(clock, given.epochs * given.mini_batches)],
+        callbacks=[work.Updates(clock, given.epochs)],
     )
     if given.reviews:
         return work.learn(trainer, work.Curve(given, "reward", "kl", kl_is_per_token=True))

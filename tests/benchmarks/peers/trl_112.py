@@ -29,10 +29,8 @@ def main() -> None:
     rows = Dataset.from_dict({"input_ids": ids})
     args = PPOConfig(
         f"{given.folder}/out",
-        # TRL splits each device's batch by the mini-batches.
-        per_device_train_batch_size=given.micro_batch * given.mini_batches,
-        gradient_accumulation_steps=given.batch // (given.micro_batch * given.mini_batches),
-        num_mini_batches=given.mini_batches,
+        per_device_train_batch_size=given.micro_batch,
+        gradient_accumulation_steps=given.batch // given.micro_batch,
         num_ppo_epochs=given.epochs,
         total_episodes=given.batch * given.updates,
         response_length=given.new_tokens,

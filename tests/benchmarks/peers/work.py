@@ -36,7 +36,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--updates", type=int, default=4, help="the first of them is not counted")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--micro_batch", type=int, default=16)
-    parser.add_argument("--mini_batches", type=int, default=1, help="optimizer steps a pass")
     parser.add_argument("--new_tokens", type=int, default=48)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--natural", action="store_true", help="answers end where they end, at half of the most tokens")
