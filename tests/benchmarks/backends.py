@@ -8,6 +8,7 @@ model ends them. All are seeded alike, but draw other random numbers: compare to
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from statistics import mean
 from typing import Any
@@ -18,7 +19,7 @@ from timing import head, row, seconds
 from transformers import AutoTokenizer, GenerationConfig
 
 from trl_ext import SharedBase
-from trl_ext.generation import ContinuousGenerator, Generator, VLLMGenerator, generate
+from trl_ext.generation import ContinuousGenerator, VLLMGenerator, generate
 from trl_ext.types import Rollout
 
 ASKED = [
@@ -59,21 +60,20 @@ def main() -> None:
                 eos_token_id=[tokenizer.eos_token_id],
                 **more,
             )
-            rollouts: list[Rollout] = []
-
-            def answer(
-                generator: Generator = generator,
-                config: GenerationConfig = config,
-                rows: int = rows,
-                keep: Callable[[Rollout], None] = rollouts.append,
-            ) -> None:
-                torch.manual_seed(0)
-                keep(generate(generator, prompts, tokenizer, config, rows))
-
-            taken = seconds(answer, chosen.repeats)
-            tokens = mean(float(rollout.completion_mask.sum()) for rollout in rollouts)
+            taken, tokens = measured(partial(generate, generator, prompts, tokenizer, config, rows), chosen.repeats)
             cells = f"{taken:.1f}", f"{tokens / len(prompts):.0f}", f"{tokens / taken:.0f}"
             print(row(precision, name, *cells), flush=True)
+
+
+def measured(answer: Callable[[], Rollout], repeats: int) -> tuple[float, float]:
+    """Seconds and tokens of all answers, always to the same random numbers."""
+    rollouts: list[Rollout] = []
+
+    def seeded() -> None:
+        torch.manual_seed(0)
+        rollouts.append(answer())
+
+    return seconds(seeded, repeats), mean(float(rollout.completion_mask.sum()) for rollout in rollouts)
 
 
 def backends(base: SharedBase, chosen: argparse.Namespace) -> dict[str, tuple[Any, int, dict[str, Any]]]:

@@ -25,7 +25,7 @@ CONTENDERS: dict[str, Contender] = {
 }
 TASK = {"batch": 64, "micro_batch": 16, "new_tokens": 24, "learning_rate": 1e-4, "updates": 1000}
 COLOURS = {OURS: "#0072b2", TRL_112: "#e69f00", RLOO: "#009e73"}
-WINDOW = 2  # updates
+WINDOW = 128 // int(TASK["batch"])  # updates
 
 Point = dict[str, float]
 

@@ -133,3 +133,5 @@ def test_missing_answers_are_an_error(base: SharedBase, monkeypatch: pytest.Monk
 def test_an_unknown_setting_is_named(base: SharedBase) -> None:
     with pytest.raises(ValueError, match=r"^transformers_continuous_batching_config: .*page_sizes"):
         ContinuousGenerator(base, 2, {"page_sizes": 16})
+    with pytest.raises(ValueError, match=r"^transformers_continuous_batching_config: page_size is 0"):
+        ContinuousGenerator(base, 2, {"page_size": 0})

@@ -2,6 +2,7 @@
 
 from trl_ext.generation.continuous import ContinuousGenerator
 from trl_ext.generation.rollouts import (
+    BatchingGenerator,
     Generator,
     answer_suffix,
     check_chat_template,
@@ -12,6 +13,7 @@ from trl_ext.generation.rollouts import (
 from trl_ext.generation.vllm import VLLMGenerator
 
 __all__ = [
+    "BatchingGenerator",
     "ContinuousGenerator",
     "Generator",
     "VLLMGenerator",

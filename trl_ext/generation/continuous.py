@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
-from trl_ext.generation.rollouts import unpadded, with_answers
+from trl_ext.generation.rollouts import BatchingGenerator
 
 
-class ContinuousGenerator:
+class ContinuousGenerator(BatchingGenerator):
     """`SharedBase.generate` through continuous batching, for `trl_ext.generation.generate`.
 
     The roles' own base answers: unlike vLLM this needs no second copy of its weights, and no adapter is written. Keys
@@ -25,36 +23,30 @@ class ContinuousGenerator:
         settings: further fields of `transformers.generation.ContinuousBatchingConfig`.
 
     Raises:
-        ValueError: a setting that it does not know, or of an impossible value.
+        ValueError: a setting that it does not know, or pages of no token.
     """
 
     def __init__(self, base: Any, rows: int, settings: dict[str, Any] | None = None) -> None:
         self.base, self._settings = base, {"max_requests_per_batch": rows, **(settings or {})}
         try:
-            ContinuousBatchingConfig(**self._settings)
-        except (TypeError, ValueError) as error:
+            config = ContinuousBatchingConfig(**self._settings)
+        except TypeError as error:
             raise ValueError(f"transformers_continuous_batching_config: {error}") from error
+        if config.page_size < 1:
+            raise ValueError(f"transformers_continuous_batching_config: page_size is {config.page_size}: raise it.")
 
-    @property
-    def device(self) -> torch.device:
-        """Where ids come from and go to."""
-        return torch.device("cpu")
-
-    def generate(
-        self, input_ids: Tensor, attention_mask: Tensor, generation_config: GenerationConfig, role: str = "policy"
-    ) -> Tensor:
-        """As `SharedBase.generate`: ids (batch, prompt + new tokens), padded on the right.
+    def answers(self, prompts: list[list[int]], config: GenerationConfig, role: str) -> list[list[int]]:
+        """Ids of one answer to each prompt's ids, in their order.
 
         Raises:
             RuntimeError: Transformers gave fewer answers than there are prompts.
         """
-        prompts = unpadded(input_ids, attention_mask)
         with self.base.use(role):
             self.base.model.eval()
             given = self.base.causal_lm.generate_batch(
                 prompts,
-                generation_config=generation_config,
-                continuous_batching_config=self._config(prompts, generation_config.max_new_tokens),
+                generation_config=config,
+                continuous_batching_config=self._config(prompts, config.max_new_tokens),
             )
         # Transformers logs what goes wrong, and goes on.
         ended = [one for one in given.values() if one.error is None]
@@ -64,7 +56,7 @@ class ContinuousGenerator:
                 f"Continuous batching gave {len(ended)} answers to {len(prompts)} prompts{why}: see the log above, or "
                 "unset use_transformers_continuous_batching."
             )
-        return with_answers(input_ids, [one.generated_tokens for one in ended], generation_config.pad_token_id)
+        return [one.generated_tokens for one in ended]
 
     def _config(self, prompts: list[list[int]], new_tokens: int) -> ContinuousBatchingConfig:
         config = ContinuousBatchingConfig(**self._settings)

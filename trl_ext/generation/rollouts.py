@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -23,6 +24,26 @@ class Generator(Protocol):
     def generate(self, **kwargs: Any) -> Tensor:
         """Ids (batch, prompt + new tokens)."""
         ...
+
+
+class BatchingGenerator(ABC):
+    """A `Generator` that makes batches of its own: it is given all prompts at once."""
+
+    device = torch.device("cpu")
+
+    @abstractmethod
+    def answers(self, prompts: list[list[int]], config: GenerationConfig, role: str) -> list[list[int]]:
+        """Ids of one answer to each prompt's ids, in their order."""
+
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, generation_config: GenerationConfig, role: str = "policy"
+    ) -> Tensor:
+        """As `SharedBase.generate`: ids (batch, prompt + new tokens), padded on the right."""
+        prompts = [ids[kept.bool()].tolist() for ids, kept in zip(input_ids, attention_mask, strict=True)]
+        columns = [torch.tensor(answer) for answer in self.answers(prompts, generation_config, role)]
+        padding = generation_config.pad_token_id
+        padded = torch.nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=padding)
+        return torch.cat([input_ids.cpu(), padded], dim=1)
 
 
 def tokenize_prompts(
@@ -133,18 +154,6 @@ def _left_padded(rows: list[list[int]], pad_token_id: int) -> tuple[Tensor, Tens
         ids[i, width - len(row) :] = torch.tensor(row)
         mask[i, width - len(row) :] = True
     return ids, mask
-
-
-def unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """Ids (batch, columns) without what `mask` leaves out, a list a row."""
-    return [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
-
-
-def with_answers(prompt_ids: Tensor, answers: Sequence[Sequence[int]], pad_token_id: int) -> Tensor:
-    """What Transformers' `generate` returns: ids (batch, prompt + longest answer), padded on the right."""
-    columns = [torch.tensor(answer, dtype=torch.long) for answer in answers]
-    padded = torch.nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=pad_token_id)
-    return torch.cat([prompt_ids.cpu(), padded], dim=1)
 
 
 def answer_suffix(

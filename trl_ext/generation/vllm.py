@@ -10,14 +10,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import GenerationConfig
 
-from trl_ext.generation.rollouts import unpadded, with_answers
+from trl_ext.generation.rollouts import BatchingGenerator
 
 
-class VLLMGenerator:
+class VLLMGenerator(BatchingGenerator):
     """`SharedBase.generate` through vLLM, for `trl_ext.generation.generate`.
 
     Args:
@@ -52,16 +50,8 @@ class VLLMGenerator:
             seed=seed,
         )
 
-    @property
-    def device(self) -> torch.device:
-        """Where ids come from and go to."""
-        return torch.device("cpu")
-
-    def generate(
-        self, input_ids: Tensor, attention_mask: Tensor, generation_config: GenerationConfig, role: str = "policy"
-    ) -> Tensor:
-        """As `SharedBase.generate`: ids (batch, prompt + new tokens), padded on the right."""
-        config = generation_config
+    def answers(self, prompts: list[list[int]], config: GenerationConfig, role: str) -> list[list[int]]:
+        """Ids of one answer to each prompt's ids, in their order."""
         sampling = self._vllm.SamplingParams(
             temperature=config.temperature,
             top_p=config.top_p,
@@ -71,7 +61,7 @@ class VLLMGenerator:
             max_tokens=config.max_new_tokens,
             stop_token_ids=config.eos_token_id,
         )
-        prompts = [{"prompt_token_ids": ids} for ids in unpadded(input_ids, attention_mask)]
+        asked = [{"prompt_token_ids": ids} for ids in prompts]
         adapter = self.base.adapters[role]
         with tempfile.TemporaryDirectory() as folder:
             request = None
@@ -81,6 +71,5 @@ class VLLMGenerator:
                 self._rollouts += 1
                 path = str(nested if nested.is_dir() else folder)
                 request = self._request(f"{adapter}-{self._rollouts}", self._rollouts, path)
-            outputs = self._llm.generate(prompts, sampling, lora_request=request, use_tqdm=False)
-        answers = [list(output.outputs[0].token_ids) for output in outputs]
-        return with_answers(input_ids, answers, config.pad_token_id)
+            outputs = self._llm.generate(asked, sampling, lora_request=request, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl_ext.callbacks import RolloutEvents
-from trl_ext.generation import ContinuousGenerator, VLLMGenerator, answer_suffix, generate
+from trl_ext.generation import BatchingGenerator, ContinuousGenerator, VLLMGenerator, answer_suffix, generate
 from trl_ext.rewards import Combination, RewardError, Scorer
 from trl_ext.roles import Role, SharedBase
 from trl_ext.trainers.batching import permutation
@@ -126,8 +126,7 @@ class Collector:
                 [row["prompt"] for row in inputs],
                 self.tokenizer,
                 self.generation_config,
-                # The other generators make batches of their own.
-                self._batch if self.generator is self.base else len(inputs),
+                len(inputs) if isinstance(self.generator, BatchingGenerator) else self._batch,
                 self.args.chat_template_kwargs,  # type: ignore[arg-type]
                 role=role,
             )
