@@ -79,10 +79,11 @@ class AdaptiveKLController(_Controller):
     """A proportional controller in the coefficient's logarithm.
 
         error = clip(kl / target - 1, -0.2, 0.2)
-        value = value * (1 + error * n / horizon)
+        value = value * (1 + error * min(n / horizon, 1))
 
     Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", arXiv:1909.08593, section 2.2;
-    the defaults are those of its released code.
+    the defaults are those of its released code. It has no bound on n / horizon; above 5 the coefficient would turn
+    negative, so what covers more than the horizon counts as the horizon.
 
     Args:
         init: coefficient to start with; above 0, for a product never leaves 0.
@@ -99,7 +100,7 @@ class AdaptiveKLController(_Controller):
 
     def _update(self, kl: float, n: int) -> None:
         error = min(max(kl / self.target - 1, -self.CLIP), self.CLIP)
-        self.value *= 1 + error * n / self.horizon
+        self.value *= 1 + error * min(n / self.horizon, 1.0)
 
 
 class PIKLController(_Controller):

@@ -11,7 +11,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, Re
 from tests.helpers import QUIET, prompt_dataset, saved_model, tiny_classifier, word_tokenizer
 from tests.reward_server import Server
 from trl_ext import AdaptiveKLCallback, AdaptiveKLController, DiagnosticsCallback, PIKLController, SharedBase
-from trl_ext.diagnostics import diagnose, read_run
+from trl_ext.diagnostics import Limits, diagnose, read_run
 from trl_ext.rewards.models import classifier, fluency, reward_role
 from trl_ext.rewards.remote import remote
 from trl_ext.rewards.sentiment import vader_sentiment
@@ -173,7 +173,7 @@ def test_the_doctor_in_offline_trainers(tmp_path: Path, kind: str, expected: str
     pairs = Dataset.from_dict({"prompt": ["the cat"] * 8, **rows})
     how = {"logging_steps": 1, "max_steps": 10, "learning_rate": 1e-8}
     trainer = offline_trainer(kind, tmp_path, pairs=pairs, **how)
-    callback = DiagnosticsCallback()
+    callback = DiagnosticsCallback(limits=Limits(chance_pairs=30))
     trainer.add_callback(callback)
     trainer.train()
     names = [finding.name for finding in callback.findings]

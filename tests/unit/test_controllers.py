@@ -62,6 +62,14 @@ def test_pi_without_a_proportional_term_and_by_default() -> None:
     assert default.value == pytest.approx(0.15 * 1.1, rel=1e-12)  # gain 1/2 and half a horizon: once log 1.1
 
 
+@pytest.mark.parametrize(("kl", "factor"), [(0.0, 0.8), (100.0, 1.2)])
+def test_a_log_of_many_horizons_moves_the_coefficient_as_one_does(kl: float, factor: float) -> None:
+    """Ziegler's product with n / horizon = 6 is negative, and would pay the policy for its KL."""
+    controller = AdaptiveKLController(0.5, 3.0, 100)
+    controller.update(kl, 600)
+    assert controller.value == pytest.approx(0.5 * factor, rel=1e-12)
+
+
 @pytest.mark.parametrize(("kl", "expected"), [(0.01, 1.0), (0.006, 0.5), (0.007, 1.0), (0.014, 1.0), (0.016, 2.0)])
 def test_penalty_by_hand(kl: float, expected: float) -> None:
     controller = PenaltyController(1.0, 0.01)

@@ -119,6 +119,38 @@ def test_each_problem_is_named(name: str) -> None:
     json.dumps(finding.remedy.changes)  # an exact setting
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "changes"),
+    [
+        ("kl_runs_away", {}, {"kl_coef": 2.0}),  # four times 0.4, where the scores' spread suggests 0.5
+        ("entropy_collapse", {"entropy_coef": 0.05}, {"entropy_coef": 0.1}),
+        ("truncation", {"missing_eos_penalty": 3.0}, {"missing_eos_penalty": 3.0}),
+    ],
+)
+def test_a_remedy_never_weakens_what_is_there(name: str, config: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Suggested from the scores' spread, or a usual value, it may be below the present one."""
+    sick = {**SICK[name], **({"objective/kl_coef": 0.4} if name == "kl_runs_away" else {})}
+    log = RunLog.of(rows(**{**HEALTHY, **sick}), {**CONFIG, **config})
+    (finding,) = [finding for finding in diagnose(log) if finding.name == name]
+    assert {key: finding.remedy.changes[key] for key in changes} == changes
+
+
+def test_the_coefficient_in_force_is_known_without_being_logged() -> None:
+    """GRPOTrainer logs no coefficient."""
+    online = {"reward": lambda t: t, "reward_std": 1.0, "completions/mean_length": 8.0, "kl": lambda t: 0.9 * t}
+    log = RunLog.of(rows(**online), {"beta": 0.3})
+    assert log.kind == "online"
+    assert diagnose(log)[0].remedy.changes == {"beta": 1.0}
+
+
+def test_settings_that_the_trainer_lacks_are_no_remedy() -> None:
+    sick = {**HEALTHY, **SICK["score_scale"]}
+    known_in_part, all_known = (RunLog.of(rows(**sick), {**CONFIG, **more}) for more in ({}, {"output_dir": "out"}))
+    (one,), (other,) = diagnose(known_in_part), diagnose(all_known)
+    assert one.remedy.changes == {"score_normalization": "running"}
+    assert other.remedy.changes == {} and other.remedy.text == one.remedy.text
+
+
 def test_one_function_may_drown_the_others() -> None:
     changed = {"rewards/other/mean": 0.0, "rewards/other/std": 0.01, "rewards/correlation/judge~other": 0.0}
     (finding,) = diagnose(log_of(**changed))
@@ -187,6 +219,16 @@ def test_healthy_preference_training(healthy: dict[str, Any]) -> None:
 def test_each_problem_of_a_reward_model_is_named(name: str) -> None:
     found = [finding.name for finding in diagnose(preference_log(REWARD, SICK_REWARD[name]))]
     assert name in found[:2], found
+
+
+def test_a_few_pairs_say_nothing_about_chance() -> None:
+    """Eight pairs a log, a log a step: 38 steps make 300 pairs, and an accuracy is taken over as many."""
+    history = [{"step": i + 1, "accuracy": 0.5, "margin": 0.1, "loss": 0.7} for i in range(60)]
+    config = {"learning_rate": 1e-3, "per_device_train_batch_size": 8}
+    found = [len(diagnose(RunLog.of(history[:count], config))) for count in (6, 37, 38, 60)]
+    assert found == [0, 0, 1, 1]
+    unlucky = [{**row, "accuracy": 0.9 if row["step"] <= 56 else 0.4} for row in history]
+    assert diagnose(RunLog.of(unlucky, config)) == [], "four logs of eight pairs are noise"
 
 
 @pytest.mark.parametrize("name", SICK_DPO)

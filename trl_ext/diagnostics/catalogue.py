@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from trl_ext.diagnostics import kl, preferences, scores, updates
 from trl_ext.diagnostics.finding import SEVERITIES, Finding, Rule
@@ -54,6 +55,14 @@ RULES: dict[str, tuple[Rule, ...]] = {
 }
 
 
+def _within_reach(finding: Finding, log: RunLog) -> Finding:
+    """The finding without settings that the trainer does not have, where all of its settings are known."""
+    if "output_dir" not in log.config:
+        return finding
+    changes = {name: value for name, value in finding.remedy.changes.items() if name in log.config}
+    return replace(finding, remedy=replace(finding.remedy, changes=changes))
+
+
 def diagnose(log: RunLog, limits: Limits | None = None, rules: Sequence[Rule] | None = None) -> list[Finding]:
     """What is wrong with a run, problems before warnings, causes before symptoms.
 
@@ -64,4 +73,5 @@ def diagnose(log: RunLog, limits: Limits | None = None, rules: Sequence[Rule] | 
     """
     limits = limits if limits is not None else Limits()
     found = [rule(log, limits) for rule in (rules if rules is not None else RULES[log.kind])]
-    return sorted((f for f in found if f is not None), key=lambda finding: SEVERITIES.index(finding.severity))
+    named = [_within_reach(finding, log) for finding in found if finding is not None]
+    return sorted(named, key=lambda finding: SEVERITIES.index(finding.severity))

@@ -95,9 +95,19 @@ def suggested_kl_coef(log: RunLog, limits: Limits) -> float:
     return float(f"{coefficient:.1g}")
 
 
-def _coefficient(log: RunLog, suggested: float) -> Remedy:
-    field = "beta" if log.kind == "online" else "kl_coef"
-    changes = {field: suggested} if suggested == suggested else {}
+def stronger(log: RunLog, limits: Limits) -> dict[str, float]:
+    """A larger coefficient: the suggested one, or four times the present one where that is more; empty if unknown."""
+    now = log.series("kl_coef").recent()
+    now = now if now == now else float(log.setting(_field(log), 0.0))
+    value = max(v for v in (suggested_kl_coef(log, limits), 4 * now, 0.0) if v == v)
+    return {_field(log): float(f"{value:.1g}")} if value else {}
+
+
+def _field(log: RunLog) -> str:
+    return "beta" if log.kind == "online" else "kl_coef"
+
+
+def _coefficient(changes: dict[str, float]) -> Remedy:
     return Remedy(
         "Take a coefficient at which the scores' spread buys a moderate KL, or let AdaptiveKLCallback hold a target.",
         changes,
@@ -122,7 +132,7 @@ def kl_runs_away(log: RunLog, limits: Limits) -> Finding | None:
         f"From {kl.start():.2f} to {kl.recent():.2f} nats an answer, {kl.recent() / tokens:.2f} a token{known}.",
         {"kl": kl.recent(), "kl_per_token": kl.recent() / tokens},
         "the penalty is too weak for the scale of the scores, so the policy follows the score wherever it goes.",
-        _coefficient(log, suggested_kl_coef(log, limits)),
+        _coefficient(stronger(log, limits)),
         log.last_samples(),
     )
 
@@ -146,7 +156,7 @@ def kl_drowns_score(log: RunLog, limits: Limits) -> Finding | None:
         f"{suggested:.3g}; KL stays at {kl.recent():.3f} nats an answer and the score does not rise.",
         {"kl": kl.recent(), "kl_coef": coefficient.recent(), "suggested": suggested},
         "any step away from the reference costs more than the score can repay.",
-        _coefficient(log, suggested),
+        _coefficient({_field(log): suggested}),
     )
 
 
@@ -157,7 +167,7 @@ def entropy_collapse(log: RunLog, limits: Limits) -> Finding | None:
         return None
     temperature = float(log.setting("temperature", 1.0))
     sharp = temperature < limits.temperature
-    slower = lower_rate(log, 3)
+    slower, bonus = lower_rate(log, 3), max(0.01, 2 * float(log.setting("entropy_coef", 0.0)))
     return Finding(
         "entropy_collapse",
         "problem",
@@ -173,7 +183,7 @@ def entropy_collapse(log: RunLog, limits: Limits) -> Finding | None:
         if sharp
         else Remedy(
             "Smaller steps, a stronger KL penalty, or an entropy bonus.",
-            {**slower, "entropy_coef": 0.01} if log.kind != "online" else slower,
+            {**slower, "entropy_coef": bonus} if log.kind != "online" else slower,
         ),
         log.last_samples(),
     )

@@ -47,6 +47,8 @@ class Limits:
         overfit_accuracy: training accuracy less held-out accuracy.
         overfit_loss: times its lowest that the held-out loss rises to.
         chance: distance of an accuracy from one half.
+        chance_pairs: pairs that an accuracy is taken over, which leaves it a standard error of half of `chance`; fewer
+            in a whole run say nothing.
         ample_rate: a learning rate at which LoRA learns what there is to learn (measured).
         uncentred: mean score in units of the range from a batch's lowest score to its highest.
         saturated_margin: margin at which sigmoid leaves no gradient (exp(-10) = 5e-5).
@@ -94,6 +96,7 @@ class Limits:
     overfit_accuracy: float = 0.15
     overfit_loss: float = 1.2
     chance: float = 0.06
+    chance_pairs: int = 300
     ample_rate: float = 3e-4
     uncentred: float = 0.4
     saturated_margin: float = 10.0

@@ -50,13 +50,15 @@ def _epochs_of_best(log: RunLog) -> dict[str, int]:
 def chance_level(log: RunLog, limits: Limits) -> Finding | None:
     """It orders pairs no better than a coin."""
     held_out, trained = log.series("accuracy", evals=True), log.series("accuracy")
-    accuracy = held_out if held_out else trained
+    rows, enough = _rows_of_pairs(log, limits)
+    learned = trained.recent(rows)
+    accuracy = held_out.recent() if held_out else learned
     # Ties count as wrong in TRL's accuracies: a model that has not moved may have fewer than half in order.
     dpo, margin = log.kind == "dpo", log.series("margin")
     still = dpo and abs(margin.recent()) < limits.still
-    if len(trained) < limits.least_rows or (accuracy.recent() > 0.5 + limits.chance and not still):
+    if not enough or len(trained) < limits.least_rows or (accuracy > 0.5 + limits.chance and not still):
         return None
-    if trained.recent() > 0.5 + 2 * limits.chance and not still:
+    if learned > 0.5 + 2 * limits.chance and not still:
         return None  # it learns its pairs, so this is overfitting
     loss = log.series("loss")
     broken = max(loss.values, default=0.0) > 2 * loss.start(1)
@@ -67,9 +69,9 @@ def chance_level(log: RunLog, limits: Limits) -> Finding | None:
         "problem",
         "Accuracy stays at one half" if not still else "Margins stay at 0",
         log.steps,
-        f"{accuracy.recent():.0%} of the pairs are in order, {trained.recent():.0%} of those in training; their "
-        f"mean margin is {margin.recent():.2g}.",
-        {"accuracy": accuracy.recent()},
+        f"{accuracy:.0%} of the pairs are in order, {learned:.0%} of those in training; their mean margin is "
+        f"{margin.recent():.2g}.",
+        {"accuracy": accuracy},
         "steps so large that they broke the model: its loss has been twice what it was at the start."
         if broken
         else ("" if fast else "steps too small to learn, ")
@@ -80,6 +82,14 @@ def chance_level(log: RunLog, limits: Limits) -> Finding | None:
         if fast
         else Remedy(f"Raise the learning rate, then {look}", higher_rate(log)),
     )
+
+
+def _rows_of_pairs(log: RunLog, limits: Limits) -> tuple[int, bool]:
+    """How many of the last logs, four at least, tell of `chance_pairs` pairs; and whether there have been so many."""
+    batch = int(log.setting("per_device_train_batch_size", 8)) * int(log.setting("gradient_accumulation_steps", 1))
+    first, last = log.steps
+    a_row = batch * max(1.0, (last - first) / max(len(log.rows) - 1, 1))
+    return max(4, math.ceil(limits.chance_pairs / a_row)), batch * last >= limits.chance_pairs
 
 
 def uncentred(log: RunLog, limits: Limits) -> Finding | None:

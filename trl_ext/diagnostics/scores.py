@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from trl_ext.diagnostics.finding import Finding, Remedy
-from trl_ext.diagnostics.kl import suggested_kl_coef
+from trl_ext.diagnostics.kl import stronger
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog, Series
 
@@ -61,7 +61,7 @@ def truncation(log: RunLog, limits: Limits) -> Finding | None:
     cut = log.series("truncated")
     if len(cut) < 3 or cut.recent(3) < limits.truncated:
         return None
-    longest = log.setting("max_completion_length")
+    longest, penalty = log.setting("max_completion_length"), float(log.setting("missing_eos_penalty", 0.0))
     return Finding(
         "truncation",
         "problem",
@@ -73,7 +73,7 @@ def truncation(log: RunLog, limits: Limits) -> Finding | None:
         "too short a limit, a reward for length, or a model that was never taught to stop.",
         Remedy(
             "Raise the limit, and take something off the score of an answer that was cut.",
-            {"max_completion_length": 2 * int(longest), "missing_eos_penalty": 1.0} if longest else {},
+            {"max_completion_length": 2 * int(longest), "missing_eos_penalty": max(1.0, penalty)} if longest else {},
         ),
         log.last_samples(),
     )
@@ -143,7 +143,7 @@ def mode_collapse(log: RunLog, limits: Limits) -> Finding | None:
         "a reward that does not look at the prompt, and too weak a KL penalty.",
         Remedy(
             "Let the reward look at the prompt, and hold the policy nearer to the reference.",
-            _stronger(log, limits),
+            stronger(log, limits),
         ),
         log.last_samples(),
     )
@@ -172,7 +172,7 @@ def over_optimisation(log: RunLog, limits: Limits) -> Finding | None:
             "the policy has left the answers that the reward model was trained on and found some that it overrates.",
             Remedy(
                 "Hold the policy nearer to the reference, or rate its present answers and train the reward model anew.",
-                _stronger(log, limits),
+                stronger(log, limits),
             ),
             log.last_samples(),
         )
@@ -193,12 +193,6 @@ def weights_of(log: RunLog) -> dict[str, float]:
     so that order is a setting of its own."""
     names = log.setting("reward_names") or log.names("rewards/", "/std")
     return dict(zip(names, log.setting("reward_weights", [1.0] * len(names)), strict=False))
-
-
-def _stronger(log: RunLog, limits: Limits) -> dict[str, float]:
-    suggested, now = suggested_kl_coef(log, limits), log.series("kl_coef").recent()
-    value = max(v for v in (suggested, 4 * now, 0.0) if v == v)
-    return {"beta" if log.kind == "online" else "kl_coef": float(f"{value:.1g}")} if value else {}
 
 
 def functions_at_odds(log: RunLog, limits: Limits) -> Finding | None:
