@@ -24,9 +24,10 @@ def main() -> None:
             "LoRA": f"rank {model_args.lora_r} on {model_args.lora_target_modules}, beta {args.beta}",
         },
     )
-    prompts, outcome = launch.distinct_prompts(test), {}
+    prompts, outcome = launch.distinct_prompts(test)[:64], {}
+    how = {"max_new_tokens": 32, "batch_size": args.per_device_eval_batch_size}
     untrained = launch.load_shared_base(model_args, value="head")
-    before = launch.answers(untrained, tokenizer, prompts[:6], 32)
+    before = launch.answers(untrained, tokenizer, prompts[:6], **how)
     if script.dataset == "demo":
         outcome["exam before"] = demo.run_exam(untrained, tokenizer)
     del untrained  # the trainer loads its own
@@ -48,10 +49,10 @@ def main() -> None:
     del trainer
 
     trained = launch.load_shared_base(model_args, value="head", policy=args.output_dir)
-    launch.show_before_after(prompts[:6], before, launch.answers(trained, tokenizer, prompts[:6], 32))
+    launch.show_before_after(prompts[:6], before, launch.answers(trained, tokenizer, prompts[:6], **how))
     if script.dataset == "demo":
         outcome["exam after"] = demo.run_exam(trained, tokenizer)
-    kl = launch.kl_to_reference(trained, tokenizer, prompts[:64], 32)
+    kl = launch.kl_to_reference(trained, tokenizer, prompts, **how)
     outcome |= {
         "KL to the reference": f"{kl:.2f} nats an answer",
         "memory": launch.megabytes(trained),

@@ -74,9 +74,9 @@ def main() -> None:
             "update": f"{args.rollout_batch_size} answers, {args.steps_per_rollout} optimizer steps",
         },
     )
-    prompts = test["prompt"][:6]
-    before = launch.answers(base, tokenizer, prompts, args.max_completion_length)
-    outcome = {}
+    prompts, how = test["prompt"][:64], {"chat_template_kwargs": args.chat_template_kwargs}
+    how |= {"max_new_tokens": args.max_completion_length, "batch_size": args.local_rollout_forward_batch_size}
+    before, outcome = launch.answers(base, tokenizer, prompts[:6], **how), {}
     if script.dataset == "demo":
         outcome["exam before"] = demo.run_exam(base, tokenizer)
     launch.show_progress(trainer)
@@ -84,10 +84,10 @@ def main() -> None:
     trainer.save_model()
     trainer.save_state()
 
-    launch.show_before_after(prompts, before, launch.answers(base, tokenizer, prompts, args.max_completion_length))
+    launch.show_before_after(prompts[:6], before, launch.answers(base, tokenizer, prompts[:6], **how))
     if script.dataset == "demo":
         outcome["exam after"] = demo.run_exam(base, tokenizer)
-    kl = launch.kl_to_reference(base, tokenizer, test["prompt"][:64], args.max_completion_length)
+    kl = launch.kl_to_reference(base, tokenizer, prompts, **how)
     outcome |= {"KL to the reference": f"{kl:.2f} nats an answer", "saved in": args.output_dir}
     launch.report("Result", outcome, args.output_dir)
 

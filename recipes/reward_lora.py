@@ -41,16 +41,19 @@ def main() -> None:
     evaluation = trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
+    tokenizer, rows = trainer.processing_class, args.per_device_eval_batch_size
+    del trainer  # its base makes room for one with every role
 
     base: SharedBase = launch.load_shared_base(model_args, policy=None, value="head", reward=args.output_dir)
-    answers = launch.scored_answers(base, trainer.processing_class, data.judged)
-    reference = launch.reference_scores(base, trainer.processing_class, launch.distinct_prompts(data.pairs)[:64])
+    answers = launch.scored_answers(base, tokenizer, data.judged, rows)
+    prompts = launch.distinct_prompts(data.pairs)[:64]
+    reference = launch.reference_scores(base, tokenizer, prompts, batch_size=rows)
     judged = feedback.judge(answers, reference_scores=reference)
     feedback.save_judgement(judged, Path(args.output_dir), answers, reference)
     on_pairs = judged
     if data.pairs is not data.judged:
-        on_pairs = feedback.judge(launch.scored_answers(base, trainer.processing_class, data.pairs))
-    launch.show_scored_pairs(base, trainer.processing_class, data.pairs.select(range(min(6, len(data.pairs)))))
+        on_pairs = feedback.judge(launch.scored_answers(base, tokenizer, data.pairs, rows))
+    launch.show_scored_pairs(base, tokenizer, data.pairs.select(range(min(6, len(data.pairs)))))
     launch.report(
         "Result",
         {

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trl_ext import diagnostics, feedback
+from trl_ext.feedback.reading import renaming
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,12 +79,7 @@ def _print_findings(log: diagnostics.RunLog, findings: Sequence[diagnostics.Find
 
 
 def _check(chosen: argparse.Namespace) -> int:
-    columns = {}
-    for pair in chosen.column:
-        theirs, equals, ours = pair.partition("=")
-        if not (theirs and equals and ours):
-            raise ValueError(f"--column {pair!r} is not of the kind THEIRS=OURS, as in text=completion.")
-        columns[theirs] = ours
+    columns = renaming(chosen.column)
     on_error = "raise" if chosen.strict else "drop"
     data = feedback.read(chosen.file, chosen.form, columns, on_error)
     held_out = feedback.read(chosen.held_out, chosen.form, columns, on_error) if chosen.held_out else None

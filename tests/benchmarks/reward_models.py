@@ -152,7 +152,7 @@ def centre(args: argparse.Namespace, held_out: list) -> None:
         base = SharedBase.from_pretrained(
             args.model, policy=None, value="head", reward=str(path.parent), dtype="float32"
         )
-        scores = reference_scores(base, tokenizer, prompts, max_new_tokens=24)
+        scores = reference_scores(base, tokenizer, prompts, 24, len(prompts))
         figures |= {"reference_mean": statistics.fmean(scores), "reference_std": statistics.pstdev(scores)}
         figures["centred_mean"] = figures["mean"] - figures["reference_mean"]
         path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -303,6 +303,42 @@ def test_the_parts_of_a_split_share_no_prompt() -> None:
     assert (len(train.records), len(test.records)) == (7, 3)
 
 
+@pytest.mark.parametrize("form", ["pairs", "rankings"])
+def test_records_without_prompts_are_split_by_their_answers(form: str) -> None:
+    records: list[Any] = [Pair("", f"a{i // 2}", f"b{i // 2}", None) for i in range(20)]
+    if form == "rankings":
+        records = [Ranking("", (f"a{i // 2}", f"b{i // 2}"), (1, 2)) for i in range(20)]
+    given = feedback.Feedback(form, records, "here")
+    train, test = feedback.split_by_prompt(given, held_out=0.3)
+    assert (len(train.records), len(test.records)) == (14, 6)
+    assert not {repr(record) for record in train.records} & {repr(record) for record in test.records}
+
+
+def test_a_split_has_something_on_both_sides() -> None:
+    two = feedback.Feedback("ratings", [Rating(f"p{i % 2}", str(i), (1.0,)) for i in range(40)], "here")
+    for share in (0.01, 0.99):
+        train, test = feedback.split_by_prompt(two, held_out=share)
+        assert len(train.records) == len(test.records) == 20
+    with pytest.raises(FeedbackError, match="here cannot be split: all of it is about one answer to one prompt"):
+        feedback.split_by_prompt(feedback.Feedback("labels", [Label("p", "a", True)] * 4, "here"), 0.5)
+
+
+def test_the_prompt_of_two_conversations_is_what_both_begin_with(tmp_path: Path) -> None:
+    pairs = jsonl(tmp_path, {"chosen": [*CHAT, *PARIS], "rejected": [*CHAT, *LYON]})
+    assert feedback.read(pairs).records == [Pair(CHAT, PARIS, LYON, None)]
+    texts = jsonl(tmp_path, {"chosen": "the cat", "rejected": "the dog"})
+    assert feedback.read(texts).records == [Pair("", "the cat", "the dog", None)]
+
+
+def test_lists_stand_as_json_in_tables(tmp_path: Path) -> None:
+    table = tmp_path / "rated.csv"
+    said = {"prompt": json.dumps(CHAT), "completion": json.dumps(PARIS), "ratings": "[3, 4]"}
+    pd.DataFrame([said, {"prompt": "[1]", "completion": "[x] is a cross", "ratings": "1;2"}]).to_csv(table, index=False)
+    first, second = feedback.read(table).records
+    assert first == Rating(CHAT, PARIS, (3.0, 4.0))
+    assert second == Rating("[1]", "[x] is a cross", (1.0, 2.0)), "what only looks like a list is text"
+
+
 # Looking -------------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from trl_ext.feedback.files import FeedbackError
 from trl_ext.feedback.reading import Feedback
-from trl_ext.feedback.records import Label, Ranking, Rating, key_of
+from trl_ext.feedback.records import Label, Pair, Ranking, Rating, Record, key_of
 from trl_ext.types import as_text
 
 
@@ -197,21 +197,34 @@ def to_rankings(feedback: Feedback, size: int | None = None, seed: int = 0) -> D
 
 
 def split_by_prompt(feedback: Feedback, held_out: float, seed: int = 0) -> tuple[Feedback, Feedback]:
-    """The same feedback in two parts without a prompt in common (without prompts: without an answer in common).
+    """The same feedback in two parts without a prompt in common. Records without one, or all with the same one, are
+    told apart by what was answered.
 
     Args:
-        held_out: share of the prompts in the second part, between 0 and 1.
+        held_out: share of the prompts in the second part, between 0 and 1; at least one prompt is in either.
+
+    Raises:
+        FeedbackError: all records are of one prompt and one answer.
     """
     alone = len({key_of(record.prompt) for record in feedback.records}) == 1
 
-    def key(record: Any) -> str:
-        return key_of(getattr(record, "completion", record.prompt) if alone else record.prompt)
+    def key(record: Record) -> str:
+        return _answers_of(record) if alone or not record.prompt else key_of(record.prompt)
 
     keys = sorted({key(record) for record in feedback.records})
+    if len(keys) < 2:
+        raise FeedbackError(f"{feedback.source} cannot be split: all of it is about one answer to one prompt.")
     random.Random(seed).shuffle(keys)
-    second = set(keys[: round(len(keys) * held_out)])
+    second = set(keys[: min(max(round(len(keys) * held_out), 1), len(keys) - 1)])
     parts = ([r for r in feedback.records if key(r) not in second], [r for r in feedback.records if key(r) in second])
     return tuple(Feedback(feedback.form, part, feedback.source) for part in parts)  # type: ignore[return-value]
+
+
+def _answers_of(record: Record) -> str:
+    if isinstance(record, Pair | Ranking):
+        answers = (record.chosen, record.rejected) if isinstance(record, Pair) else record.completions
+        return "\n".join(sorted(map(key_of, answers)))
+    return key_of(record.completion)
 
 
 def _middle(records: Sequence[Rating]) -> float:
@@ -266,8 +279,7 @@ def agreement(better: Sequence[float], worse: Sequence[float]) -> float:
 
 
 def _pairs_of_ranking(ranking: Ranking) -> list[dict[str, Any]]:
-    rows = []
-    span = max(ranking.ranks) - min(ranking.ranks)
+    rows, span = [], max(ranking.ranks) - min(ranking.ranks)
     answers = sorted(zip(ranking.ranks, ranking.completions, strict=True), key=lambda item: item[0])
     for (better, chosen), (worse, rejected) in combinations(answers, 2):
         if better < worse:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from trl import extract_prompt
 
 from trl_ext.feedback.files import FeedbackError, Row, Unusable, numbered_rows
 from trl_ext.feedback.records import Label, Pair, Problem, Ranking, Rating, Record, key_of
@@ -50,8 +51,9 @@ def read(
     - pairs: `prompt`, `chosen`, `rejected`, and where known `strength` (above 0).
     - labels: `prompt`, `completion`, `label` (true or false, good or bad, 1 or 0, yes or no).
 
-    Prompts and completions are texts or lists of messages; without a `prompt` column the prompt is the empty text. In
-    CSV and TSV, lists stand as JSON; TSV knows no quoting.
+    Prompts and completions are texts or lists of messages. Without a `prompt` column the prompt is the empty text, or
+    the messages that the two conversations of a pair begin with. Lists may stand as JSON, as they
+    must in CSV and TSV; TSV knows no quoting.
 
     Args:
         source: a .jsonl, .json, .csv, .tsv or .parquet file, or a dataset.
@@ -114,6 +116,21 @@ def _raters_together(records: list[Rating]) -> list[Rating]:
     return list(merged.values())
 
 
+def renaming(pairs: Sequence[str]) -> dict[str, str]:
+    """Column names of a command line, each THEIRS=OURS, as `columns` of `read` has them.
+
+    Raises:
+        ValueError: one is of another kind.
+    """
+    columns = {}
+    for pair in pairs:
+        theirs, equals, ours = pair.partition("=")
+        if not (theirs and equals and ours):
+            raise ValueError(f"The column {pair!r} is not of the kind THEIRS=OURS, as in text=completion.")
+        columns[theirs] = ours
+    return columns
+
+
 # One record ----------------------------------------------------------------------------------------------------------
 
 
@@ -121,7 +138,7 @@ def _rating(row: Row) -> Record:
     column = "ratings" if row.get("ratings") is not None else "rating"
     value = row.get(column)
     if isinstance(value, str) and column == "ratings":
-        value = value.replace(",", " ").replace(";", " ").split()
+        value = _list(row, column) if value.startswith("[") else value.replace(",", " ").replace(";", " ").split()
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     numbers = tuple(math.nan if item in (None, "") else _number(item, column) for item in values)
     if all(number != number for number in numbers):
@@ -147,7 +164,10 @@ def _pair(row: Row) -> Record:
     number = None if strength in (None, "") else _number(strength, "strength")
     if number is not None and number <= 0:
         raise Unusable("strength", f"{strength!r} is not above 0: turn the pair round, or drop it as a tie")
-    return Pair(_said(row, "prompt"), _said(row, "chosen"), _said(row, "rejected"), number)
+    pair = {side: _said(row, side) for side in ("prompt", "chosen", "rejected")}
+    if "prompt" not in row and isinstance(pair["chosen"], list):
+        pair |= extract_prompt({"chosen": pair["chosen"], "rejected": pair["rejected"]})
+    return Pair(pair["prompt"], pair["chosen"], pair["rejected"], number)
 
 
 def _label(row: Row) -> Record:
@@ -163,21 +183,34 @@ _MAKERS = {"ratings": _rating, "rankings": _ranking, "pairs": _pair, "labels": _
 
 def _said(row: Row, column: str) -> Any:
     """A prompt or completion: text or messages."""
-    value = row.get(column)
+    value = _messages(row.get(column))
     if value is None and column == "prompt":
         return ""
     if _has_half_a_character(value):
         raise Unusable(column, "half of a surrogate pair (\\ud800 to \\udfff), which is no character: mend the escapes")
-    if isinstance(value, str) and (column == "prompt" or value.strip()):
-        return value
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(m, dict) and m.get("role") and "content" in m for m in value)
-    ):
+    if (isinstance(value, str) and (column == "prompt" or value.strip())) or _are_messages(value):
         return value
     shown = "missing" if value is None else "empty" if value in ("", []) or not str(value).strip() else f"{value!r:.60}"
     raise Unusable(column, f"{shown}: give a text, or a list of messages with role and content")
+
+
+def _are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, dict) and m.get("role") and "content" in m for m in value)
+    )
+
+
+def _messages(value: Any) -> Any:
+    """Messages also where they stand as JSON, as in a table, whose cells are texts."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        return found if _are_messages(found) else value
+    return value
 
 
 def _has_half_a_character(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """What the recipes share."""
 
+from trl_ext.launch.data import DataArguments, load_feedback, load_pairs, load_rows, load_texts
 from trl_ext.launch.judging import reference_scores, scored_answers
 from trl_ext.launch.progress import show_progress
 from trl_ext.launch.screen import (
@@ -13,13 +14,8 @@ from trl_ext.launch.screen import (
     show_scored_pairs,
 )
 from trl_ext.launch.settings import (
-    DataArguments,
     import_functions,
-    load_feedback,
-    load_pairs,
-    load_rows,
     load_shared_base,
-    load_texts,
     match_precision,
     model_kwargs,
     model_name,

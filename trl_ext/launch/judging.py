@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_ext.feedback import Judged
 from trl_ext.feedback.records import key_of
-from trl_ext.generation import generate
-from trl_ext.launch.screen import sampling_config
+from trl_ext.generation import eos_ids
+from trl_ext.launch.screen import answered
+from trl_ext.rewards.models import answer_suffix
 from trl_ext.roles import SharedBase
 from trl_ext.trainers.batching import padded_by_length
 from trl_ext.trainers.reward_trainer import sequence_ids
@@ -33,8 +34,9 @@ def scored_answers(
     answers = list(_answers(rows))
     sequences = [sequence_ids(tokenizer, prompt, answer) for prompt, answer, _, _ in answers]
     scores = torch.zeros(len(answers))
-    for numbers, ids, mask in padded_by_length(sequences, batch_size):
-        scores[numbers] = base.scores(ids.to(base.device), mask.to(base.device)).float().cpu()
+    with base.evaluating():
+        for numbers, ids, mask in padded_by_length(sequences, batch_size):
+            scores[numbers] = base.scores(ids.to(base.device), mask.to(base.device)).float().cpu()
     return [
         Judged(group, worth, score, len(as_text(answer)))
         for (_, answer, worth, group), score in zip(answers, scores.tolist(), strict=True)
@@ -46,19 +48,31 @@ def reference_scores(
     base: SharedBase,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Any],
-    max_new_tokens: int = 48,
-    seed: int = 0,
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
 ) -> list[float]:
-    """The reward role's scores of one sample of the bare base for each prompt, at temperature 1. Feedback without
-    prompts leaves the base nothing to go on from: empty prompts are passed over."""
+    """The reward role's scores, as PPO would read them, of one sample of the bare base for each prompt, at temperature
+    1. Feedback without prompts leaves the base nothing to go on from: empty prompts are passed over."""
     prompts = [prompt for prompt in prompts if as_text(prompt)]
     if not prompts:
         return []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = sampling_config(tokenizer, max_new_tokens, do_sample=True)
-        rollout = generate(base, prompts, tokenizer, config, len(prompts)).to(base.device)
-    return [float(score) for score in base.scores(rollout.input_ids, rollout.attention_mask)]
+    rollout = answered(base, tokenizer, prompts, max_new_tokens, batch_size)
+    texts = isinstance(prompts[0], str)
+    suffix = [] if texts else answer_suffix(tokenizer, eos_ids(base.causal_lm, tokenizer))
+    scores: list[float] = []
+    with base.evaluating():
+        for rows in torch.arange(len(prompts)).split(batch_size):
+            part = rollout.rows(rows).to(base.device)
+            said = base(
+                part.input_ids,
+                part.attention_mask,
+                part.completion_ids.shape[1],
+                roles=("reward",),
+                reward_suffix_ids=suffix,
+                reward_suffix_rows=part.has_eos,
+            )
+            scores += said["scores"].tolist()
+    return scores
 
 
 def _answers(rows: Dataset) -> Iterator[tuple[Any, Any, float, str]]:

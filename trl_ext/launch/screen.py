@@ -17,10 +17,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl_ext.core import masked_sum
 from trl_ext.diagnostics import write_report
-from trl_ext.generation import generate
+from trl_ext.generation import eos_ids, generate
 from trl_ext.roles import SharedBase
 from trl_ext.trainers.reward_trainer import sequence_ids
-from trl_ext.types import as_text
+from trl_ext.types import Rollout, as_text
 
 
 def show(title: str, rows: dict[str, Any]) -> None:
@@ -45,13 +45,9 @@ def megabytes(base: SharedBase) -> str:
     return ", ".join(f"{part} {size / 2**20:.2f}" for part, size in base.memory().items()) + " MiB"
 
 
-def answers(
-    base: SharedBase, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], max_new_tokens: int
-) -> list[str]:
-    """The policy's greedy answers."""
-    rollout = generate(
-        base, prompts, tokenizer, sampling_config(tokenizer, max_new_tokens, do_sample=False), len(prompts)
-    )
+def answers(base: SharedBase, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], **how: Any) -> list[str]:
+    """The policy's greedy answers; `how` as in `answered`."""
+    rollout = answered(base, tokenizer, prompts, do_sample=False, **how)
     return [as_text(item) for item in rollout.completions]
 
 
@@ -77,7 +73,9 @@ def show_scored_pairs(base: SharedBase, tokenizer: PreTrainedTokenizerBase, pair
         row = [Text(as_text(pair["prompt"]))]
         for side in ("chosen", "rejected"):
             ids = torch.tensor([sequence_ids(tokenizer, pair["prompt"], pair[side])], device=base.device)
-            row += [Text(as_text(pair[side])), Text(f"{float(base.scores(ids, torch.ones_like(ids))):.2f}")]
+            with base.evaluating():
+                score = float(base.scores(ids, torch.ones_like(ids)))
+            row += [Text(as_text(pair[side])), Text(f"{score:.2f}")]
         table.add_row(*row)
     _print(table)
 
@@ -89,31 +87,43 @@ def distinct_prompts(pairs: Dataset) -> list[Any]:
 
 @torch.no_grad()
 def kl_to_reference(
-    base: SharedBase, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], max_new_tokens: int, seed: int = 0
+    base: SharedBase, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], batch_size: int = 8, **how: Any
 ) -> float:
-    """Mean over sampled answers of log p_policy - log p_reference, nats an answer (k1, temperature 1)."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        rollout = generate(
-            base, prompts, tokenizer, sampling_config(tokenizer, max_new_tokens, do_sample=True), len(prompts)
-        )
-    rollout = rollout.to(base.device)
-    said = base(
-        rollout.input_ids, rollout.attention_mask, rollout.completion_ids.shape[1], roles=("policy", "reference")
-    )
-    return float(masked_sum(said["logprobs"] - said["ref_logprobs"], rollout.completion_mask, dim=1).mean())
+    """Mean over sampled answers of log p_policy - log p_reference, nats an answer (k1, temperature 1); `how` as in
+    `answered`."""
+    rollout = answered(base, tokenizer, prompts, batch_size=batch_size, **how)
+    total = 0.0
+    with base.evaluating():
+        for rows in torch.arange(len(prompts)).split(batch_size):
+            part = rollout.rows(rows).to(base.device)
+            width = part.completion_ids.shape[1]
+            said = base(part.input_ids, part.attention_mask, width, roles=("policy", "reference"))
+            total += float(masked_sum(said["logprobs"] - said["ref_logprobs"], part.completion_mask))
+    return total / len(prompts)
 
 
-def sampling_config(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, do_sample: bool) -> GenerationConfig:
-    """Greedy, or sampling at temperature 1 from all tokens."""
-    return GenerationConfig(
+def answered(
+    base: SharedBase,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    max_new_tokens: int,
+    batch_size: int = 8,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    do_sample: bool = True,
+) -> Rollout:
+    """The policy's answers, sampled at temperature 1 from all tokens (always with the same random numbers) or greedy;
+    `batch_size` of them at a time."""
+    config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=do_sample,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        eos_token_id=[tokenizer.eos_token_id],
+        eos_token_id=eos_ids(base.causal_lm, tokenizer),
         top_k=0 if do_sample else None,
         use_cache=True,
     )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return generate(base, prompts, tokenizer, config, batch_size, chat_template_kwargs)
 
 
 def _print(table: Table) -> None:
