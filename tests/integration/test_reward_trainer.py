@@ -11,7 +11,7 @@ from peft import LoraConfig
 
 from tests.helpers import saved_model, word_tokenizer
 from trl_ext import FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, feedback, launch
-from trl_ext.trainers.probing import probe_data
+from trl_ext.trainers.probing import probe_data, score_head
 
 ANSWERS = [" dog", " bird", " tree", " cat"]  # from bad to good
 OBJECTIVES = ["pairwise", "regression", "binary", "ranking", "all_pairs", "probe"]
@@ -111,6 +111,27 @@ def test_the_probe_reads_the_same_in_batches_of_any_size(tmp_path: Path) -> None
     torch.testing.assert_close(together.features, alone.features, rtol=1e-5, atol=1e-6)
     lengths = {len(ids) for row in rows for ids in (row["chosen_ids"], row["rejected_ids"])}
     assert len(lengths) > 2, "some of them are padded"
+
+
+@pytest.mark.parametrize("pad", [True, False], ids=["pad token", "EOS pads"])
+def test_the_probe_reads_what_the_model_scores(pad: bool, tmp_path: Path) -> None:
+    """Where EOS is the pad token too, Transformers reads a score at the token before it."""
+    saved_model(tmp_path / "model")
+    word_tokenizer(pad=pad).save_pretrained(tmp_path / "model")
+    args = FeedbackRewardConfig(str(tmp_path / "out"), objective="probe", use_cpu=True, bf16=False, report_to="none")
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS")
+    rows = rows_for("probe")
+    trainer = FeedbackRewardTrainer(str(tmp_path / "model"), args, rows, rows, peft_config=lora)
+    data, model = probe_data(trainer.model, trainer.train_dataset), trainer.model.eval()
+    weight = torch.randn(16)
+    with torch.no_grad():
+        for module in score_head(model).modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.copy_(weight.unsqueeze(0))
+        chosen = trainer.train_dataset[0]["chosen_ids"]
+        expected = float(model(torch.tensor([chosen])).logits)
+    assert float(data.features[data.pairs[0, 0]] @ weight.double()) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert chosen[-1] == 1, "an EOS at its end"
 
 
 def test_padding_and_order_do_not_matter_to_the_loss(tmp_path: Path) -> None:

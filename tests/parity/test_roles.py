@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 from tests.parity import tiny
 from trl_ext import SharedBase
-from trl_ext.roles.switching import belongs_to
+from trl_ext.roles.switching import adapter_layers, belongs_to
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -245,6 +245,38 @@ def test_use_lets_the_role_speak(llama: tiny.Home) -> None:
     for role, model in expected.items():
         with base.use(role):  # type: ignore[arg-type]
             close(tiny.plain_logits(base.model, batch), tiny.plain_logits(model, batch))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("role", ["reference", "value"])
+def test_one_forward_for_all_whoever_spoke_before(llama: tiny.Home, role: Any) -> None:
+    """Few rows in float32 share a forward; PEFT gives none of them its adapter where adapters are off."""
+    base, batch = SharedBase.from_pretrained(str(llama.base_folder), policy=llama.saved / "policy"), tiny.padded_batch()
+    tiny.randomise(base, 5, only=".value.")
+    expected = base.score_pass(*batch.args)
+    with base.use(role):
+        got = base.score_pass(*batch.args)
+    close(got.values, expected.values)
+    close(got.ref_logprobs, expected.ref_logprobs)
+    assert expected.values.std() > 1e-3
+
+
+@torch.no_grad()
+def test_a_forward_that_fails_leaves_no_hooks_behind(llama: tiny.Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, batch = llama.again(), tiny.padded_batch()
+    before, expected = everything(base), base.score_pass(*batch.args)
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base.causal_lm.base_model.layers[1].mlp, "forward", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            base.score_pass(*batch.args)
+    assert everything(base) == before
+    assert not any(layer._forward_pre_hooks for layer in adapter_layers(base))
+    for got, was in zip(base.score_pass(*batch.args), expected, strict=True):
+        close(got, was)
 
 
 def test_calls_leave_no_trace(llama: tiny.Home) -> None:

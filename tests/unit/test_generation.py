@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from tests.helpers import CHAT_TEMPLATE, tiny_llama, word_tokenizer
-from trl_ext.generation import answer_suffix, check_chat_template, cut_at_eos, generate, tokenize_prompts
+from trl_ext.generation import check_chat_template, cut_at_eos, generate, tokenize_prompts
 
 # Ids of `word_tokenizer`.
 PAD, EOS, START, NEWLINE, USER, ASSISTANT = 0, 1, 3, 4, 5, 6
@@ -215,32 +215,3 @@ def test_a_models_answers_do_not_depend_on_the_batch() -> None:
     rollout = generate(model, PROMPTS, tokenizer, config, 3)
     answers = [row[keep].tolist() for row, keep in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
     assert answers == expected
-
-
-# What follows an answer ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("template", "suffix"),
-    [
-        (None, []),
-        (CHAT_TEMPLATE, [NEWLINE]),
-        (CHAT_TEMPLATE.replace("<eos>\n", "<eos>"), []),
-        (CHAT_TEMPLATE.replace("<eos>\n", "<eos>\n cat \n"), [NEWLINE, CAT, NEWLINE]),
-        (CHAT_TEMPLATE.replace("<eos>", ""), []),
-    ],
-    ids=["no-template", "chatml", "ends-at-eos", "longer", "no-eos"],
-)
-def test_answer_suffix(template: str | None, suffix: list[int]) -> None:
-    assert answer_suffix(word_tokenizer(template), [EOS]) == suffix
-
-
-def test_answer_suffix_with_several_eos_ids() -> None:
-    assert answer_suffix(word_tokenizer(CHAT_TEMPLATE), [CAT, EOS]) == [NEWLINE]
-    assert answer_suffix(word_tokenizer(CHAT_TEMPLATE), [CAT]) == []
-
-
-def test_an_eos_before_the_answer_is_not_its_end() -> None:
-    """As where BOS and EOS are one token, and the template ends no turn with it."""
-    bos = "<eos>" + CHAT_TEMPLATE.replace("<eos>", "")
-    assert answer_suffix(word_tokenizer(bos), [EOS]) == []

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from tests.helpers import tiny_llama, word_tokenizer
 from trl_ext import SharedBase
-from trl_ext.generation import ContinuousGenerator, VLLMGenerator, generate
+from trl_ext.generation import ContinuousGenerator, GenerationError, VLLMGenerator, generate
 
 CONFIG = GenerationConfig(
     max_new_tokens=5, do_sample=True, temperature=0.7, top_p=1.0, top_k=0, pad_token_id=0, eos_token_id=[1]
@@ -30,7 +30,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def generate(self, prompts: Any, sampling: Any, lora_request: Any, use_tqdm: bool) -> Any:
             files = sorted(path.name for path in Path(lora_request.path).iterdir()) if lora_request else []
             made.append((prompts, sampling, lora_request, files))
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids)]) for ids in ([7, 1], [8, 9, 10])]
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids)]) for ids in ([7, 1], [8, 9, 10, 11, 12])]
 
     def request(name: str, number: int, path: str) -> Any:
         return SimpleNamespace(name=name, number=number, path=path)
@@ -61,9 +61,17 @@ def test_answers_come_back_as_a_rollout(calls: list[Any], tmp_path: Path) -> Non
         assert sampling["max_tokens"] == 5
         assert request.number == number and request.name == f"policy-{number}", "a new adapter each rollout"
         assert "adapter_model.safetensors" in files and "adapter_config.json" in files
-    assert rollout.completion_ids.tolist() == [[7, 1, 0], [8, 9, 10]]
+    assert rollout.completion_ids.tolist() == [[7, 1, 0, 0, 0], [8, 9, 10, 11, 12]]
     assert rollout.has_eos.tolist() == [True, False]
     assert rollout.prompt_mask.tolist() == [[True, True], [False, True]]
+
+
+def test_an_answer_that_was_cut_off_early_is_refused(calls: list[Any]) -> None:
+    """Its rest would be padding, and padding may be EOS: an end that nobody sampled."""
+    generator = VLLMGenerator(SharedBase.from_model(tiny_llama()), "m", 0.3, 16, 0)
+    longer = GenerationConfig(**{**CONFIG.to_diff_dict(), "max_new_tokens": 6})
+    with pytest.raises(GenerationError, match=r"^An answer was cut off after 5 of 6 tokens: give the generator room"):
+        generate(generator, ["the cat", "a"], word_tokenizer(), longer, batch_size=2)
 
 
 def test_the_bare_base_needs_no_adapter(calls: list[Any]) -> None:

@@ -8,9 +8,10 @@ import torch
 
 from tests.helpers import CHAT_TEMPLATE, tiny_classifier, tiny_llama, word_tokenizer
 from trl_ext import SharedBase
-from trl_ext.rewards.models import classifier, fluency, reward_role
+from trl_ext.rewards.models import answer_suffix, classifier, fluency, reward_role
 
 TEXTS = ["the cat sat", "a dog"]
+EOS, NEWLINE, THE, CAT, SAT = 1, 4, 7, 9, 12  # of `word_tokenizer`
 
 
 def saved(folder: Path, **changes: Any) -> str:
@@ -67,7 +68,46 @@ def test_reward_role_reads_conversations(tmp_path: Path) -> None:
     judge.save_pretrained(tmp_path / "judge")
     base = SharedBase.from_model(tiny_llama(), reward=str(tmp_path / "judge" / "value"))
     chat = [[{"role": "user", "content": "the cat"}]]
-    got = reward_role(base, tokenizer)(prompts=chat, completion_ids=[[12, 1]])
+    got = reward_role(base, tokenizer)(prompts=chat * 2, completion_ids=[[SAT, EOS], [SAT]])
     asked = tokenizer.apply_chat_template(chat[0], add_generation_prompt=True, tokenize=True, return_dict=True)
-    ids = torch.tensor([[*asked["input_ids"], 12, 1]])
-    assert got == pytest.approx([float(base.scores(ids, torch.ones_like(ids)))], rel=1e-5)
+    for score, answer in zip(got, [[SAT, EOS, NEWLINE], [SAT]], strict=True):  # as the template writes it
+        ids = torch.tensor([[*asked["input_ids"], *answer]])
+        assert score == pytest.approx(float(base.scores(ids, torch.ones_like(ids))), rel=1e-5)
+
+
+def test_reward_role_reads_texts_as_they_are() -> None:
+    base, tokenizer = SharedBase.from_model(tiny_llama()), word_tokenizer(CHAT_TEMPLATE)
+    base.adapters["reward"], base.heads["reward"] = "value", base.heads["value"]
+    torch.nn.init.normal_(base.heads["value"].weight)
+    (score,) = reward_role(base, tokenizer)(prompts=["the cat"], completion_ids=[[SAT, EOS]])
+    ids = torch.tensor([[THE, CAT, SAT, EOS]])
+    assert score == pytest.approx(float(base.scores(ids, torch.ones_like(ids))), rel=1e-5)
+
+
+# What follows an answer ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "suffix"),
+    [
+        (None, []),
+        (CHAT_TEMPLATE, [NEWLINE]),
+        (CHAT_TEMPLATE.replace("<eos>\n", "<eos>"), []),
+        (CHAT_TEMPLATE.replace("<eos>\n", "<eos>\n cat \n"), [NEWLINE, CAT, NEWLINE]),
+        (CHAT_TEMPLATE.replace("<eos>", ""), []),
+    ],
+    ids=["no-template", "chatml", "ends-at-eos", "longer", "no-eos"],
+)
+def test_answer_suffix(template: str | None, suffix: list[int]) -> None:
+    assert answer_suffix(word_tokenizer(template), [EOS]) == suffix
+
+
+def test_answer_suffix_with_several_eos_ids() -> None:
+    assert answer_suffix(word_tokenizer(CHAT_TEMPLATE), [CAT, EOS]) == [NEWLINE]
+    assert answer_suffix(word_tokenizer(CHAT_TEMPLATE), [CAT]) == []
+
+
+def test_an_eos_before_the_answer_is_not_its_end() -> None:
+    """As where BOS and EOS are one token, and the template ends no turn with it."""
+    bos = "<eos>" + CHAT_TEMPLATE.replace("<eos>", "")
+    assert answer_suffix(word_tokenizer(bos), [EOS]) == []

@@ -3,10 +3,11 @@
 from trl_ext.generation.continuous import ContinuousGenerator
 from trl_ext.generation.rollouts import (
     BatchingGenerator,
+    GenerationError,
     Generator,
-    answer_suffix,
     check_chat_template,
     cut_at_eos,
+    eos_ids,
     generate,
     tokenize_prompts,
 )
@@ -15,11 +16,12 @@ from trl_ext.generation.vllm import VLLMGenerator
 __all__ = [
     "BatchingGenerator",
     "ContinuousGenerator",
+    "GenerationError",
     "Generator",
     "VLLMGenerator",
-    "answer_suffix",
     "check_chat_template",
     "cut_at_eos",
+    "eos_ids",
     "generate",
     "tokenize_prompts",
 ]

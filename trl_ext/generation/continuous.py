@@ -8,7 +8,7 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
-from trl_ext.generation.rollouts import BatchingGenerator
+from trl_ext.generation.rollouts import BatchingGenerator, GenerationError
 
 
 class ContinuousGenerator(BatchingGenerator):
@@ -39,7 +39,7 @@ class ContinuousGenerator(BatchingGenerator):
         """Ids of one answer to each prompt's ids, in their order.
 
         Raises:
-            RuntimeError: Transformers gave fewer answers than there are prompts.
+            GenerationError: Transformers gave fewer answers than there are prompts.
         """
         with self.base.use(role):
             self.base.model.eval()
@@ -52,7 +52,7 @@ class ContinuousGenerator(BatchingGenerator):
         ended = [one for one in given.values() if one.error is None]
         if len(ended) < len(prompts):
             why = next((f" ({one.error})" for one in given.values() if one.error), "")
-            raise RuntimeError(
+            raise GenerationError(
                 f"Continuous batching gave {len(ended)} answers to {len(prompts)} prompts{why}: see the log above, or "
                 "unset use_transformers_continuous_batching."
             )

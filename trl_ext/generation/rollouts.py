@@ -13,6 +13,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl_ext.types import Rollout, concatenate
 
 
+class GenerationError(RuntimeError):
+    """Prompts that got no whole answer; one sentence with the remedy."""
+
+
 class Generator(Protocol):
     """Anything with Transformers' `generate`."""
 
@@ -38,9 +42,22 @@ class BatchingGenerator(ABC):
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor, generation_config: GenerationConfig, role: str = "policy"
     ) -> Tensor:
-        """As `SharedBase.generate`: ids (batch, prompt + new tokens), padded on the right."""
+        """As `SharedBase.generate`: ids (batch, prompt + new tokens), padded on the right.
+
+        Raises:
+            GenerationError: an answer that neither ended nor is as long as it might be.
+        """
         prompts = [ids[kept.bool()].tolist() for ids, kept in zip(input_ids, attention_mask, strict=True)]
-        columns = [torch.tensor(answer) for answer in self.answers(prompts, generation_config, role)]
+        answers, ends = self.answers(prompts, generation_config, role), set(generation_config.eos_token_id)
+        for answer in answers:
+            # It would be filled up with padding that nobody sampled, and trained on.
+            if len(answer) < generation_config.max_new_tokens and not ends & set(answer):
+                raise GenerationError(
+                    f"An answer was cut off after {len(answer)} of {generation_config.max_new_tokens} tokens: give the "
+                    "generator room for prompt and answer (vLLM's vllm_max_model_length), or lower "
+                    "max_completion_length."
+                )
+        columns = [torch.tensor(answer) for answer in answers]
         padding = generation_config.pad_token_id
         padded = torch.nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=padding)
         return torch.cat([input_ids.cpu(), padded], dim=1)
@@ -156,18 +173,13 @@ def _left_padded(rows: list[list[int]], pad_token_id: int) -> tuple[Tensor, Tens
     return ids, mask
 
 
-def answer_suffix(
-    tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], chat_template_kwargs: dict[str, Any] | None = None
-) -> list[int]:
-    """What the chat template writes after an answer's EOS: often a newline, which a reward model was trained to read.
+def eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends an answer: what the model's generation config or the tokenizer names.
 
-    Empty where there is no chat template or nothing follows.
+    Args:
+        model: a causal language model of Transformers.
+        tokenizer: its own.
     """
-    if tokenizer.chat_template is None:
-        return []
-    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    kwargs: dict[str, Any] = {"tokenize": True, "return_dict": True, **(chat_template_kwargs or {})}
-    asked = tokenizer.apply_chat_template(conversation[:1], **kwargs)["input_ids"]
-    ids = list(tokenizer.apply_chat_template(conversation, **kwargs)["input_ids"])
-    ends = [i for i, token in enumerate(ids) if i >= len(asked) and token in set(eos_ids)]
-    return ids[ends[-1] + 1 :] if ends else []
+    declared = model.generation_config.eos_token_id
+    ids = list(declared) if isinstance(declared, list) else [] if declared is None else [declared]
+    return ids if tokenizer.eos_token_id in ids else [tokenizer.eos_token_id, *ids]

@@ -83,14 +83,34 @@ def reward_role(base: Any, tokenizer: PreTrainedTokenizerBase) -> Reward:
         base: a `SharedBase` with a reward role.
         tokenizer: of the base.
     """
+    after = answer_suffix(tokenizer, [tokenizer.eos_token_id])
 
     @torch.no_grad()
     def reward_role(prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float | None]:
-        ids, mask, _width = _rows(tokenizer, prompts, completion_ids)
+        ended = [list(ids) + after if list(ids[-1:]) == [tokenizer.eos_token_id] else ids for ids in completion_ids]
+        ids, mask, _width = _rows(tokenizer, prompts, completion_ids if isinstance(prompts[0], str) else ended)
         scores: list[float | None] = base.scores(ids.to(base.device), mask.to(base.device)).cpu().tolist()
         return scores
 
     return reward_role
+
+
+def answer_suffix(
+    tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], chat_template_kwargs: dict[str, Any] | None = None
+) -> list[int]:
+    """What the chat template writes after an answer's last id of `ends`: often a newline after the EOS, which a reward
+    model was trained to read.
+
+    Empty where there is no chat template or nothing follows.
+    """
+    if tokenizer.chat_template is None:
+        return []
+    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    kwargs: dict[str, Any] = {"tokenize": True, "return_dict": True, **(chat_template_kwargs or {})}
+    asked = tokenizer.apply_chat_template(conversation[:1], **kwargs)["input_ids"]
+    ids = list(tokenizer.apply_chat_template(conversation, **kwargs)["input_ids"])
+    last = [i for i, token in enumerate(ids) if i >= len(asked) and token in set(ends)]
+    return ids[last[-1] + 1 :] if last else []
 
 
 def _rows(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trl_ext.roles.adapters import is_quantized
 from trl_ext.roles.aligned import AlignedBatch
 from trl_ext.roles.packing import Packing, can_pack, stacked
-from trl_ext.roles.switching import activate, active_adapter, keep_differentiable, restored
+from trl_ext.roles.switching import activate, active_adapter, adapter_layers, keep_differentiable, restored
 
 # Tokens a role up to which one forward for all roles is faster though nothing has to be dequantised: few rows are bound
 # by reading the weights (tests/benchmarks/score_pass.py, on two CPU cores).
@@ -98,6 +98,13 @@ class AdaptedModel(nn.Module):
             activate(self.model, adapter)
             yield
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode inside; on exit every flag is as before."""
+        with restored(self):
+            self.eval()
+            yield
+
     # Forwards -------------------------------------------------------------------------------------------------
 
     def hidden_states(self, views: dict[str | None, AlignedBatch]) -> dict[str | None, Tensor]:
@@ -126,11 +133,26 @@ class AdaptedModel(nn.Module):
         packings = [self._packing(view) for view in views.values()]
         names = [adapter or "__base__" for adapter, packing in zip(views, packings, strict=True) for _ in packing.ids]
         with restored(self):
-            self.model.eval()  # PEFT mixes adapters in one batch in eval mode only
-            with self.model.base_model._enable_peft_forward_hooks(adapter_names=names):
+            # PEFT mixes adapters in one batch in eval mode only, and with adapters on.
+            self.model.eval()
+            activate(self.model, next(adapter for adapter in views if adapter is not None))
+            with self._rows_under(names):
                 hidden = self._states(packings)
         parts = hidden.split([len(packing.ids) for packing in packings])
         return {adapter: packing.unpacked(part) for adapter, packing, part in zip(views, packings, parts, strict=True)}
+
+    @contextmanager
+    def _rows_under(self, names: list[str]) -> Iterator[None]:
+        """Each row of a batch under its adapter. PEFT's own context leaves its hooks behind where a forward fails."""
+        layers = adapter_layers(self.model)
+        known = [set(layer._forward_pre_hooks) for layer in layers]
+        try:
+            with self.model.base_model._enable_peft_forward_hooks(adapter_names=names):
+                yield
+        finally:
+            for layer, before in zip(layers, known, strict=True):
+                for hook in set(layer._forward_pre_hooks) - before:
+                    del layer._forward_pre_hooks[hook], layer._forward_pre_hooks_with_kwargs[hook]
 
     def trunk(self, batch: AlignedBatch) -> Tensor:
         """Last hidden states (batch, longest, size) under the active adapter."""

@@ -26,6 +26,8 @@ CONFIG = "adapter_config.json"
 HEAD = "value_head.safetensors"
 NOTE = "trl_ext_role.json"  # what the other files cannot say
 SCORE_KEY = "base_model.model.score.weight"
+# PEFT's other initialisations take something off the base's weights, or need data.
+INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 
 
 def check_folder(path: str | Path, role: str) -> Path:
@@ -33,7 +35,7 @@ def check_folder(path: str | Path, role: str) -> Path:
 
     Raises:
         FileNotFoundError: it is missing, or holds neither.
-        ValueError: its adapter is not LoRA, or its weights are not whole.
+        ValueError: its adapter is not LoRA, would rewrite the base, or its weights are not whole.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -49,8 +51,12 @@ def check_folder(path: str | Path, role: str) -> Path:
         raise FileNotFoundError(
             f"The {role} role's folder {str(path)!r} holds no {WEIGHTS}: save the adapter as safetensors."
         )
-    if (folder / CONFIG).is_file() and (kind := read_config(folder).get("peft_type")) != "LORA":
-        raise ValueError(f"The adapter in {str(path)!r} is of type {kind!r}: roles share a base through LoRA only.")
+    if (folder / CONFIG).is_file():
+        config = read_config(folder)
+        if (kind := config.get("peft_type")) != "LORA":
+            raise ValueError(f"The adapter in {str(path)!r} is of type {kind!r}: roles share a base through LoRA only.")
+        if (init := config.get("init_lora_weights", True)) != "eva":  # which needed its data once, before training
+            check_initialisation(init, f"The adapter in {str(path)!r}")
     try:
         with safe_open(_weights(folder), framework="pt"):
             return folder
@@ -64,6 +70,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The adapter's configuration, as saved."""
     config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     return config
+
+
+def check_initialisation(init: Any, whose: str) -> None:
+    """Refuse a LoRA whose beginning changes the base: with it every role would, and the reference most of all.
+
+    Raises:
+        ValueError: PiSSA, OLoRA, LoftQ, CorDA and the like.
+    """
+    if init not in INITIALISATIONS:
+        raise ValueError(
+            f"{whose} has init_lora_weights={init!r}, which rewrites the weights that all roles share, or needs data: "
+            "take True, 'gaussian' or 'orthogonal', or convert a saved adapter to plain LoRA."
+        )
 
 
 def check_same_base(folder: Path, base_name: str, role: str) -> None:

@@ -59,13 +59,21 @@ def check_policy_config(config: LoraConfig) -> None:
     """Refuse a LoraConfig whose policy would not share the base's weights.
 
     Raises:
-        ValueError: modules_to_save or an adapted LM head.
+        ValueError: weights of the base's own that would train, an initialisation that rewrites them, or an adapted LM
+            head.
     """
-    if config.modules_to_save:
-        raise ValueError(
-            f"The policy's LoraConfig has modules_to_save={list(config.modules_to_save)}: roles share every full "
-            "weight, so only LoRA matrices can be trained; remove modules_to_save."
-        )
+    files.check_initialisation(config.init_lora_weights, "The policy's LoraConfig")
+    bias = config.bias if config.bias != "none" else None
+    for name, value in {
+        "modules_to_save": config.modules_to_save,
+        "trainable_token_indices": config.trainable_token_indices,
+        "bias": bias,
+    }.items():
+        if value:
+            raise ValueError(
+                f"The policy's LoraConfig has {name}={value!r}: roles share every full weight, so only LoRA matrices "
+                f"can be trained; remove {name}."
+            )
     targets = config.target_modules
     if isinstance(targets, (list, set, tuple)) and any(t.split(".")[-1] in ("lm_head", "embed_out") for t in targets):
         raise ValueError(

@@ -189,7 +189,8 @@ class SharedBase(AdaptedModel):
         roles: tuple[Role, ...] = (
             ("reference", "value", "reward") if self.has_role("reward") else ("reference", "value")
         )
-        said = self(input_ids, attention_mask, num_completion_tokens, roles=roles, temperature=temperature)
+        with self.evaluating():
+            said = self(input_ids, attention_mask, num_completion_tokens, roles=roles, temperature=temperature)
         scores = said.get("scores", said["values"].new_full((input_ids.shape[0],), float("nan")))
         return RoleScores(said["ref_logprobs"], said["values"], scores)
 

@@ -73,9 +73,10 @@ def build_scorer(functions: list[Any], tokenizers: Any, args: PPOConfig, device:
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0, also those that attention layers keep as a plain number."""
+    """Set every dropout to 0, also those that layers keep as a plain number (`attention_dropout`, `layerdrop`)."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
+                setattr(module, name, 0.0)

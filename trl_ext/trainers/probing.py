@@ -42,7 +42,8 @@ def probe_data(model: Any, dataset: Dataset, batch_size: int = 32) -> ProbeData:
 
     Args:
         model: a sequence classifier with `score` on its last hidden states.
-        dataset: rows of `chosen_ids`, `rejected_ids` and perhaps `margin`, as TRL's RewardTrainer keeps them.
+        dataset: rows of `chosen_ids`, `rejected_ids` and perhaps `margin`, as TRL's RewardTrainer keeps them. An answer
+            ends at its last token that is no padding by its id, where Transformers' classifiers read the score.
         batch_size: answers of one forward; those of like length go together.
     """
     numbers: dict[tuple[int, ...], int] = {}
@@ -50,6 +51,7 @@ def probe_data(model: Any, dataset: Dataset, batch_size: int = 32) -> ProbeData:
         [numbers.setdefault(tuple(row[side]), len(numbers)) for side in ("chosen_ids", "rejected_ids")]
         for row in dataset
     ]
+    padding = model.config.get_text_config().pad_token_id
     given: list[Tensor] = []
     features: dict[int, Tensor] = {}
     # What the head is given is what it can read, whatever the architecture does before it.
@@ -60,7 +62,9 @@ def probe_data(model: Any, dataset: Dataset, batch_size: int = 32) -> ProbeData:
             model(input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device), use_cache=False)
             hidden = given.pop()
             for i, number in enumerate(rows):
-                features[number] = hidden[i, len(answers[number]) - 1].double().cpu()
+                ids_of = answers[number]
+                end = max((k for k, token in enumerate(ids_of) if token != padding), default=len(ids_of) - 1)
+                features[number] = hidden[i, end].double().cpu()
     finally:
         hook.remove()
     margins = dataset["margin"] if "margin" in dataset.column_names else [0.0] * len(pairs)
