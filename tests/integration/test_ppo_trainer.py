@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from transformers import TrainerCallback
+from transformers import OPTConfig, OPTForCausalLM, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from tests.helpers import CHAT_TEMPLATE, prompt_dataset, saved_model, tiny_classifier, tiny_llama, word_tokenizer
-from trl_ext import PPOConfig, PPOTrainer, SharedBase
+from tests.parity.tiny import save_reward_adapter
+from trl_ext import PPOConfig, PPOTrainer, RolloutCallback, SharedBase
 from trl_ext.trainers import saving
 from trl_ext.trainers.batching import mini_batch
 
@@ -317,6 +319,29 @@ def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
     assert int(ids[0]) == 3, "the template's turn start comes first"
 
 
+@pytest.mark.parametrize("chat", [True, False], ids=["conversations", "texts"])
+def test_the_reward_role_reads_answers_as_reward_models_are_trained(chat: bool, tmp_path: Path) -> None:
+    """TRL's RewardTrainer ends a text with its EOS, and a conversation with what its template writes after that."""
+    model = Path(saved_model(tmp_path / "model"))
+    base = SharedBase.from_pretrained(
+        str(model), policy=LORA, reward=save_reward_adapter(tmp_path / "reward", model, 3)
+    )
+    tokenizer, data = word_tokenizer(CHAT_TEMPLATE), prompt_dataset(32, chat)
+    args = config(tmp_path / "out", per_device_train_batch_size=32, total_episodes=32, max_completion_length=24)
+    trainer = PPOTrainer(base, None, args, data, processing_class=tokenizer)
+    trainer.train()
+    assert trainer.experience is not None
+    rollout, ended = trainer.experience.rollout, 0
+    for row, (ids, mask) in enumerate(zip(rollout.input_ids, rollout.attention_mask, strict=True)):
+        read = torch.cat(
+            [ids[mask.bool()], torch.tensor([4] if chat and rollout.has_eos[row] else [], dtype=torch.long)]
+        )
+        expected = base.scores(read.unsqueeze(0), torch.ones(1, len(read))).item()
+        assert float(trainer.experience.scores.total[row]) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        ended += int(rollout.has_eos[row])
+    assert ended, "some answers end"
+
+
 def test_evaluation_reports_every_prompt_once_and_leaves_training_untouched(tmp_path: Path) -> None:
     runs = {}
     for name, changes in (("with", {"eval_strategy": "steps", "eval_steps": 2}), ("without", {})):
@@ -331,6 +356,95 @@ def test_evaluation_reports_every_prompt_once_and_leaves_training_untouched(tmp_
     assert all(torch.equal(tensor, expected[name]) for name, tensor in trained_state(runs["with"]).items())
     again = [runs["with"].evaluate() for _ in range(2)]
     assert again[0]["eval_objective/scores"] == again[1]["eval_objective/scores"]
+
+
+def test_what_reward_functions_log_in_an_evaluation_is_the_evaluations(tmp_path: Path) -> None:
+    def judge(completions: list[str], prompts: list[str], log_metric: Any, log_extra: Any, **_: Any) -> list[float]:
+        log_metric("asked", float(len(prompts)))
+        log_extra("evaluated", [len(prompts) == 5] * len(prompts))
+        return cats(completions)
+
+    changes = {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 2, "log_completions": True}
+    trainer = trainer_for(tmp_path, judge, per_device_eval_batch_size=8, **changes)
+    trainer.train()
+    assert [row["asked"] for row in rows_with(trainer, "asked")] == [8.0, 8.0]
+    assert [row["eval_asked"] for row in rows_with(trainer, "eval_asked")] == [5.0] * 4
+    for path in (tmp_path / "out" / "completions").glob("*.parquet"):
+        assert not pd.read_parquet(path)["evaluated"].any()
+
+
+def test_a_checkpoint_is_pushed_from_where_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: list[Path] = []
+
+    def push(self: Any, folder: str) -> None:
+        assert not (tmp_path / "out" / "unfinished").exists() and (Path(folder) / "trainer_state.json").is_file()
+        pushed.append(Path(folder))
+
+    monkeypatch.setattr("transformers.Trainer._push_from_checkpoint", push)
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda *_, **__: None)
+    monkeypatch.setattr("transformers.Trainer.push_to_hub", lambda *_, **__: None)
+    trainer = trainer_for(tmp_path, save_strategy="steps", save_steps=2, push_to_hub=True)
+    trainer.train()
+    assert pushed == [tmp_path / "out" / f"checkpoint-{step}" for step in (2, 4)]
+
+
+@pytest.mark.parametrize("disabled", [True, False])
+def test_nothing_is_scored_under_dropout(disabled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OPT keeps its dropout as a plain number; a critic or a judge with dropout is another one each time."""
+    shape = {"vocab_size": 25, "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2}
+    often = {"dropout": 0.3, "attention_dropout": 0.3, "layerdrop": 0.3 if disabled else 0.0}
+    monkeypatch.setattr("trl_ext.roles.adapted.MIXED_TOKENS", 0)  # PEFT mixes roles in eval mode only
+    ids = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    model = OPTForCausalLM(OPTConfig(num_attention_heads=2, max_position_embeddings=64, **shape, **often, **ids))
+    seen = []
+
+    class Watch(RolloutCallback):
+        def on_scores(self, args: Any, state: Any, control: Any, judged: Any) -> None:
+            seen.append(trainer.collector.score_pass(judged.rollout))
+            for field in fields(judged.score_pass):
+                again, before = getattr(seen[-1], field.name), getattr(judged.score_pass, field.name)
+                torch.testing.assert_close(again, before, equal_nan=True)
+
+    args = config(tmp_path / "out", disable_dropout=disabled)
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.3)
+    data = prompt_dataset(32)
+    trainer = PPOTrainer(
+        model, cats, args, data, processing_class=word_tokenizer(), peft_config=lora, callbacks=[Watch()]
+    )
+    trainer.train()
+    assert len(seen) == 2
+    first = rows_with(trainer, "policy/first_approxkl")[-1]["policy/first_approxkl"]
+    assert first < 1e-9 if disabled else first > 1e-6
+
+
+def test_the_cut_into_micro_batches_changes_nothing_in_the_pretraining_term(tmp_path: Path) -> None:
+    texts = Dataset.from_dict(
+        {"text": ["a cat", "the red bird flew over the house on the tree", "a", "the dog ran"] * 4}
+    )
+    states = []
+    for rows, steps in ((8, 1), (4, 2), (1, 8)):
+        trainer = PPOTrainer(
+            saved_model(tmp_path / "model"),
+            cats,
+            config(
+                tmp_path / f"out{rows}",
+                per_device_train_batch_size=rows,
+                gradient_accumulation_steps=steps,
+                ptx_coef=1.0,
+                generation_kwargs={"do_sample": False},
+                max_grad_norm=0.0,
+            ),
+            prompt_dataset(32),
+            processing_class=word_tokenizer(),
+            peft_config=LORA,
+            ptx_dataset=texts,
+        )
+        trainer.train()
+        states.append((trained_state(trainer), [row["loss/ptx"] for row in rows_with(trainer, "loss/ptx")]))
+    for state, losses in states[1:]:
+        assert losses == pytest.approx(states[0][1], rel=1e-4)
+        for name, tensor in state.items():
+            torch.testing.assert_close(tensor, states[0][0][name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_a_peft_model_is_trained_against_a_frozen_copy_of_its_adapter(tmp_path: Path) -> None:

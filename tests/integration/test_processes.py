@@ -26,16 +26,19 @@ CLOCKS = (
 )
 
 
-def run(model: str, out: Path, processes: int) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+def start(model: str, out: Path, processes: int, *more: str) -> subprocess.CompletedProcess[str]:
     worker = str(Path(__file__).with_name("worker.py"))
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     out.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*launch, worker, model, str(out)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    command = [*launch, worker, model, str(out), *more]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def run(model: str, out: Path, processes: int, *more: str) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    done = start(model, out, processes, *more)
     assert done.returncode == 0, done.stderr[-3000:]
     used, logs = json.loads((out / "logs.json").read_text())
     assert used == processes
@@ -56,3 +59,24 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert any(float(ours["objective/kl_coef"]) != 0.1 for ours in its_logs if "objective/kl_coef" in ours)
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_in_a_later_epoch_as_if_never_interrupted(tmp_path: Path) -> None:
+    """The second epoch has an order of its own, which a resumed run must know too: step 10 is in its first rollout."""
+    model = saved_model(tmp_path / "model")
+    whole, its_logs = run(model, tmp_path / "whole", 2)
+    resumed, their_logs = run(model, tmp_path / "resumed", 2, str(tmp_path / "whole" / "checkpoint-10"))
+    for name, weight in whole.items():
+        assert torch.equal(resumed[name], weight), name
+    last, its_last = ([row for row in logs if "objective/scores" in row][-1] for logs in (their_logs, its_logs))
+    assert last["objective/scores"] == its_last["objective/scores"]
+
+
+@pytest.mark.slow
+def test_a_judge_that_fails_on_one_process_ends_both_after_a_checkpoint(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "model")
+    done = start(model, tmp_path / "out", 2, "fail")
+    assert done.returncode != 0
+    assert done.stderr.count("raised ConnectionResetError: the judge went home") >= 2, "each process says why"
+    assert (tmp_path / "out" / "checkpoint-8" / "trainer_state.json").is_file()

@@ -1,6 +1,8 @@
 """One process of a PPO run on a tiny model; tests/integration/test_processes.py starts one of it, or two.
 
-python worker.py MODEL OUT      # beside what torchrun sets
+python worker.py MODEL OUT [CHECKPOINT | fail]      # beside what torchrun sets
+
+CHECKPOINT: go on from there. "fail": in the first evaluation, on the last process alone.
 """
 
 import json
@@ -15,8 +17,11 @@ from tests.helpers import prompt_dataset, word_tokenizer
 from trl_ext import AdaptiveKLCallback, DiagnosticsCallback, PIKLController, PPOConfig, PPOTrainer
 
 
-def cats(completions: list[str], **_: object) -> list[float]:
-    """Say cat; a quarter of the answers is not judged."""
+def cats(completions: list[str], prompts: list[str], **_: object) -> list[float]:
+    """Say cat."""
+    state = PartialState()
+    if sys.argv[3:] == ["fail"] and len(prompts) < 8 and state.is_last_process:
+        raise ConnectionResetError("the judge went home")
     return [float(text.split().count("cat")) - 0.1 * len(text) for text in completions]
 
 
@@ -48,7 +53,8 @@ def main() -> None:
         gradient_checkpointing=False,
         use_cpu=True,
         report_to="none",
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=10,
         disable_tqdm=True,
     )
     prompts = prompt_dataset(70)
@@ -62,7 +68,7 @@ def main() -> None:
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[AdaptiveKLCallback(PIKLController(init=0.1, target=0.5, horizon=64)), DiagnosticsCallback()],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=next((word for word in sys.argv[3:] if word != "fail"), None))
     if trainer.is_world_process_zero():
         trained = {name: p.detach().clone() for name, p in trainer.base.named_parameters() if p.requires_grad}
         save_file(trained, out / "trained.safetensors")

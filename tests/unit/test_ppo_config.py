@@ -15,10 +15,10 @@ from trl_ext.trainers.ppo_config import PPOConfig
 
 PACKAGE = Path(trl_ext.__file__).parent
 
-# PPO: TRL 1.12's PPOConfig. Generation: TRL's RLOOConfig. Epsilon: "The N+ Implementation Details of RLHF with PPO"
-# (arXiv:2403.17031). The rest is ours.
+# PPO: TRL 1.12's PPOConfig, but for the learning rate, which is of adapters. Generation: TRL's RLOOConfig. Epsilon:
+# "The N+ Implementation Details of RLHF with PPO" (arXiv:2403.17031). The rest is ours.
 DEFAULTS: dict[str, Any] = {
-    "learning_rate": 3e-6,
+    "learning_rate": 1e-5,
     "adam_epsilon": 1e-5,
     "num_ppo_epochs": 4,
     "num_mini_batches": 1,

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 
 from trl_ext.generation import check_chat_template
+from trl_ext.roles import SharedBase
 from trl_ext.trainers.ppo_config import PPOConfig
 
 
@@ -92,16 +93,34 @@ def check_tokenizer(tokenizer: Any, train_dataset: Dataset) -> PreTrainedTokeniz
     return tokenizer
 
 
-def check_weights(functions: list[Any], args: PPOConfig) -> None:
-    """Refuse weights that are not one a reward function (the reward role counts as one).
+def check_scores(functions: list[Any], model: Any, args: PPOConfig) -> None:
+    """Refuse to begin where nothing scores, or with weights that are not one a reward function (the reward role counts
+    as one).
 
     Raises:
-        ValueError: says how many there are.
+        ValueError: says what is missing, or how many there are.
     """
+    if not functions and not (isinstance(model, SharedBase) and model.has_role("reward")):
+        raise ValueError(
+            "Nothing gives a score: pass reward_funcs, or a SharedBase built with reward=<adapter folder>."
+        )
     expected = max(1, len(functions))
     if args.reward_weights is not None and len(args.reward_weights) != expected:
         raise ValueError(
             f"reward_weights has {len(args.reward_weights)} entries for {expected} reward functions: give one each."
+        )
+
+
+def check_texts(ptx_dataset: Any, args: PPOConfig) -> None:
+    """Refuse a pretraining term without texts, and texts without one.
+
+    Raises:
+        ValueError: says which of the two is missing.
+    """
+    if bool(args.ptx_coef) != (ptx_dataset is not None):
+        raise ValueError(
+            f"ptx_coef is {args.ptx_coef} and ptx_dataset is {'missing' if ptx_dataset is None else 'given'}: the "
+            "pretraining term needs both."
         )
 
 
@@ -121,6 +140,19 @@ def check_output_dir(path: str) -> None:
     if not os.access(nearest, os.W_OK):
         raise PermissionError(
             f"output_dir {path!r} cannot be written (no permission on {str(nearest)!r}): choose another."
+        )
+
+
+def check_devices(args: PPOConfig) -> None:
+    """Refuse several GPUs in one process.
+
+    Raises:
+        ValueError: there are.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            "Several GPUs are visible to one process, which would replicate the base: use `accelerate launch`, or "
+            "set CUDA_VISIBLE_DEVICES to one of them."
         )
 
 

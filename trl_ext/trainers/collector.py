@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,13 +17,23 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl_ext.callbacks import RolloutEvents
-from trl_ext.generation import BatchingGenerator, ContinuousGenerator, VLLMGenerator, answer_suffix, generate
+from trl_ext.generation import BatchingGenerator, ContinuousGenerator, VLLMGenerator, eos_ids, generate
 from trl_ext.rewards import Combination, RewardError, Scorer
+from trl_ext.rewards.models import answer_suffix
 from trl_ext.roles import Role, SharedBase
 from trl_ext.trainers.batching import permutation
+from trl_ext.trainers.failing import together
 from trl_ext.trainers.metrics import Metrics
 from trl_ext.trainers.ppo_config import PPOConfig
 from trl_ext.types import Judged, Rollout, ScorePass, Scores, concatenate
+
+
+@dataclass
+class Reports:
+    """What reward functions log of their own: numbers, and columns for the table of completions."""
+
+    metrics: Metrics = field(default_factory=Metrics)
+    columns: defaultdict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
 
 
 class Collector:
@@ -34,7 +45,6 @@ class Collector:
         scorer: the reward functions; None: the reward role scores.
         args: settings.
         accelerator: for autocast and to gather over processes.
-        metrics: takes what reward functions report with `log_metric`.
         events: hears of each rollout before it is judged.
     """
 
@@ -45,11 +55,10 @@ class Collector:
         scorer: Scorer | None,
         args: PPOConfig,
         accelerator: Accelerator,
-        metrics: Metrics,
         events: RolloutEvents,
     ) -> None:
         self.base, self.tokenizer, self.scorer = base, tokenizer, scorer
-        self.args, self.accelerator, self.metrics, self.events = args, accelerator, metrics, events
+        self.args, self.accelerator, self.events = args, accelerator, events
         self.generation_config = sampling_config(args, base, tokenizer)
         self.generator: Any = base
         if args.use_vllm:
@@ -63,7 +72,7 @@ class Collector:
         weights = args.reward_weights or [1.0] * len(self.score_names)
         self.combination = Combination(weights, args.score_normalization, args.reward_clip_range)
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.extra: defaultdict[str, list[Any]] = defaultdict(list)
+        self.reports = Reports()
         self._reward_suffix_ids = answer_suffix(
             tokenizer,
             self.generation_config.eos_token_id,
@@ -80,25 +89,24 @@ class Collector:
         Returns:
             Rollout, scores and score pass of all processes, the same on each, on the CPU.
         """
-        part, failure = None, None
-        try:
-            part = self._judge(inputs, trainer_state, listen=True)
-        except RewardError as error:
-            failure = error
-        # All processes stop together, or the others would wait for ever.
-        failures = [message for message in gather_object([None if failure is None else str(failure)]) if message]
-        if failures or part is None:
-            raise RewardError(failures[0]) from (failure and failure.__cause__)
+        self.reports = Reports()
+        part = together(lambda: self._judge(inputs, trainer_state, self.reports, listen=True))
         return self._combined([part], training=True)
 
-    def all_of(self, dataloader: DataLoader[Any], trainer_state: Any) -> Judged:
+    def all_of(self, dataloader: DataLoader[Any], trainer_state: Any) -> tuple[Judged, dict[str, float]]:
         """Answer and judge every prompt of `dataloader` once, always with the same random numbers, and without moving
-        those of training."""
+        those of training.
+
+        Returns:
+            What `__call__` returns, and the means of what reward functions logged.
+        """
+        reports = Reports()
         with self._apart(self.args.seed):
-            parts = [self._judge(inputs, trainer_state) for inputs in dataloader]
+            parts = together(lambda: [self._judge(inputs, trainer_state, reports) for inputs in dataloader])
+        judged = self._combined(parts, training=False)
         # The last batch may hold repeated rows that only make the processes' shares equal.
-        first = torch.arange(len(dataloader.dataset))  # type: ignore[arg-type]
-        return self._combined(parts, training=False).rows(first)
+        kept = min(len(dataloader.dataset), len(judged.scores.total))  # type: ignore[arg-type]
+        return judged.rows(torch.arange(kept)), reports.metrics.drain()
 
     def normalize_by_reference(self, dataset: Any, trainer_state: Any) -> None:
         """Make each reward function's scores have mean 0 and standard deviation 1 on the reference's answers.
@@ -112,14 +120,18 @@ class Collector:
         ]
         with self._apart(self.args.seed):
             batches = [dataset.select(mine[i : i + self._batch]).to_list() for i in range(0, len(mine), self._batch)]
-            parts = [self._judge(rows, trainer_state, role="reference")[1] for rows in batches]
+            parts = together(lambda: [self._judge(rows, trainer_state, Reports(), "reference")[1] for rows in batches])
         self.combination.moments.update(torch.cat(gather_object(parts)))
 
     def _judge(
-        self, inputs: list[dict[str, Any]], trainer_state: Any, role: Role = "policy", listen: bool = False
+        self,
+        inputs: list[dict[str, Any]],
+        trainer_state: Any,
+        reports: Reports,
+        role: Role = "policy",
+        listen: bool = False,
     ) -> tuple[Rollout, Tensor, ScorePass]:
         """This process's rollout, its scores by function, its score pass."""
-        self.extra = defaultdict(list)
         with self._timed("generate"), self.accelerator.autocast():
             rollout = generate(
                 self.generator,
@@ -135,20 +147,20 @@ class Collector:
         with self._timed("roles"), self.accelerator.autocast():
             pass_ = self.score_pass(rollout)
         with self._timed("score"):
-            return rollout, self.score(rollout, pass_, inputs, trainer_state), pass_
+            return rollout, self.score(rollout, pass_, inputs, trainer_state, reports), pass_
 
     def _combined(self, parts: list[tuple[Rollout, Tensor, ScorePass]], training: bool) -> Judged:
         """All processes' parts in one, the processes' rows of each part side by side."""
         pad = int(self.generation_config.pad_token_id)
         everyone = [part for one in parts for part in gather_object([one])]
         rollouts, by_function, passes = zip(*everyone, strict=True)
-        together = torch.cat(by_function)
-        if bool(together.isnan().all()):
+        given = torch.cat(by_function)
+        if bool(given.isnan().all()):
             raise RewardError(
-                f"No reward function ({', '.join(self.score_names)}) scored any of {len(together)} completions: all "
+                f"No reward function ({', '.join(self.score_names)}) scored any of {len(given)} completions: all "
                 "returned None."
             )
-        scores = Scores(total=self.combination(together, training), by_function=together)
+        scores = Scores(total=self.combination(given, training), by_function=given)
         return Judged(concatenate(rollouts, pad), scores, concatenate(passes, pad))
 
     @torch.no_grad()
@@ -161,25 +173,31 @@ class Collector:
         roles += ["value"] if self.args.uses_value else []
         roles += ["reward"] if self.scorer is None else []
         order = rollout.attention_mask.sum(dim=1).argsort(descending=True, stable=True)
-        parts = []
-        for rows in order.split(self._batch):
-            part = rollout.rows(rows).to(self.base.device)
-            said = self.base(
-                part.input_ids,
-                part.attention_mask,
-                part.completion_ids.shape[1],
-                roles=roles,
-                temperature=self.args.temperature,
-                reward_suffix_ids=self._reward_suffix_ids,
-                reward_suffix_rows=part.has_eos,
-            )
-            logprobs = said["logprobs"]
-            values = said.get("values", torch.zeros_like(logprobs))
-            scores = said.get("scores", logprobs.new_full((len(rows),), float("nan")))
-            parts.append(ScorePass(logprobs, said["entropy"], said["ref_logprobs"], values, scores).to("cpu"))
+        with self.base.evaluating():  # neither the judges nor what was sampled from know dropout
+            parts = [self._said(rollout.rows(rows), roles) for rows in order.split(self._batch)]
         return concatenate(parts, pad_token_id=0).rows(order.argsort())
 
-    def score(self, rollout: Rollout, pass_: ScorePass, inputs: list[dict[str, Any]], trainer_state: Any) -> Tensor:
+    def _said(self, part: Rollout, roles: list[Role]) -> ScorePass:
+        # A reward model was trained on texts that end with their EOS, and on conversations as the template writes them.
+        suffix = () if isinstance(part.prompts[0], str) else self._reward_suffix_ids
+        part = part.to(self.base.device)
+        said = self.base(
+            part.input_ids,
+            part.attention_mask,
+            part.completion_ids.shape[1],
+            roles=roles,
+            temperature=self.args.temperature,
+            reward_suffix_ids=suffix,
+            reward_suffix_rows=part.has_eos,
+        )
+        logprobs = said["logprobs"]
+        values = said.get("values", torch.zeros_like(logprobs))
+        scores = said.get("scores", logprobs.new_full((len(logprobs),), float("nan")))
+        return ScorePass(logprobs, said["entropy"], said["ref_logprobs"], values, scores).to("cpu")
+
+    def score(
+        self, rollout: Rollout, pass_: ScorePass, inputs: list[dict[str, Any]], trainer_state: Any, reports: Reports
+    ) -> Tensor:
         """Scores (batch, functions) of this process's completions, from the reward functions or the reward role."""
         if self.scorer is None:
             return pass_.reward_scores.unsqueeze(1)
@@ -187,8 +205,8 @@ class Collector:
             rollout,
             {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"},
             trainer_state=trainer_state,
-            log_extra=lambda column, values: self.extra[column].extend(values),
-            log_metric=self.metrics.add_value,
+            log_extra=lambda column, values: reports.columns[column].extend(values),
+            log_metric=reports.metrics.add_value,
         )
 
     @property
@@ -214,10 +232,6 @@ class Collector:
 
 def sampling_config(args: PPOConfig, base: SharedBase, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """How answers are sampled: by `args` alone. Every EOS id that the model or the tokenizer names ends an answer."""
-    declared = base.causal_lm.generation_config.eos_token_id
-    eos_ids = declared if isinstance(declared, list) else [] if declared is None else [declared]
-    if tokenizer.eos_token_id not in eos_ids:
-        eos_ids = [tokenizer.eos_token_id, *eos_ids]
     settings: dict[str, Any] = {
         "max_new_tokens": args.max_completion_length,
         "do_sample": True,
@@ -228,7 +242,7 @@ def sampling_config(args: PPOConfig, base: SharedBase, tokenizer: PreTrainedToke
         "repetition_penalty": args.repetition_penalty,
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": eos_ids,
+        "eos_token_id": eos_ids(base.causal_lm, tokenizer),
         "use_cache": True,
         **(args.generation_kwargs or {}),  # type: ignore[dict-item]
     }

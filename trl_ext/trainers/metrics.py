@@ -46,6 +46,11 @@ class Metrics:
         for name, value in values.items():
             self._rollouts[name].append(value)
 
+    def take_in(self, other: Metrics) -> None:
+        """Add what `other` has collected on this process."""
+        for name, entry in other._local.items():
+            self._add(name, entry)
+
     def state_dict(self) -> dict[str, Any]:
         """What has been collected on all processes, as plain numbers. Every process must call it."""
         return {"sums": self._totals(), "rollouts": dict(self._rollouts)}

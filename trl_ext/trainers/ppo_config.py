@@ -81,7 +81,7 @@ class PPOConfig(BaseConfig):
     process and is trained on for `num_ppo_epochs * num_mini_batches` optimizer steps. `global_step`, and with it
     `max_steps`, `save_steps` and `eval_steps`, counts optimizer steps, as for every Trainer.
 
-    Defaults that differ from TrainingArguments': `learning_rate` 3e-6; `adam_epsilon` 1e-5; `logging_steps` one row a
+    Defaults that differ from TrainingArguments': `learning_rate` 1e-5; `adam_epsilon` 1e-5; `logging_steps` one row a
     rollout; `gradient_checkpointing` on, as in TRL; `bf16` on where a GPU supports it; `dataloader_pin_memory` off
     (rows are texts); `remove_unused_columns` off (reward functions may want them).
     """
@@ -94,7 +94,7 @@ class PPOConfig(BaseConfig):
         "chat_template_kwargs",
     ]
 
-    learning_rate: float = _f(3e-6, "Initial learning rate of AdamW.")
+    learning_rate: float = _f(1e-5, "Initial learning rate of AdamW; small models learn by 1e-4 and more.")
     adam_epsilon: float = _f(1e-5, "Epsilon of AdamW (the value of the PPO papers).")
     logging_steps: float | None = _f(None, "Log every so many optimizer steps; None: once a rollout.")
     dataloader_pin_memory: bool = _f(False, "Rows are dicts of texts: there is nothing to pin.")
@@ -245,6 +245,11 @@ class PPOConfig(BaseConfig):
             raise ValueError(
                 f"value_warmup_rollouts is {self.value_warmup_rollouts}, but objective {self.objective!r} has no "
                 "critic here: leave it out."
+            )
+        if self.gamma != 1.0 and not self.uses_value:
+            raise ValueError(
+                f"gamma is {self.gamma}, but objective {self.objective!r} has no critic here and sums rewards as they "
+                "are: leave gamma at 1."
             )
         if self.use_vllm and self.generation_kwargs:
             raise ValueError("generation_kwargs are Transformers' and would not reach vLLM: unset them, or use_vllm.")

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object, set_seed
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -16,13 +17,13 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl_ext._trl import BaseTrainer
 from trl_ext.callbacks import PPOControl, RolloutEvents
 from trl_ext.rewards import RewardFunction
-from trl_ext.roles import SharedBase
 from trl_ext.trainers import checks
 from trl_ext.trainers.batching import RolloutSampler
 from trl_ext.trainers.building import build_base, build_scorer, check_model, default_config, without_dropout
 from trl_ext.trainers.collector import Collector
 from trl_ext.trainers.completions import completions_frame, print_completions, save_completions
 from trl_ext.trainers.experience import estimate, make_experience, shape
+from trl_ext.trainers.failing import SharedEvents
 from trl_ext.trainers.interrupts import Interrupts
 from trl_ext.trainers.metrics import Metrics, peak_memory
 from trl_ext.trainers.ppo_config import PPOConfig
@@ -97,22 +98,15 @@ class PPOTrainer(Checkpoints, BaseTrainer):
         check_model(model, peft_config, quantization_config)
         args = args if args is not None else default_config(model)
         checks.check_output_dir(str(args.output_dir))
+        checks.check_devices(args)
         checks.check_datasets(train_dataset, eval_dataset, args)
         functions = checks.as_list(reward_funcs)
-        checks.check_weights(functions, args)
-        if not functions and not (isinstance(model, SharedBase) and model.has_role("reward")):
-            raise ValueError(
-                "Nothing gives a score: pass reward_funcs, or a SharedBase built with reward=<adapter folder>."
-            )
+        checks.check_scores(functions, model, args)
         if processing_class is None:
             name = model if isinstance(model, str) else model.config.name_or_path
             processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
         tokenizer = checks.check_tokenizer(processing_class, train_dataset)
-        if bool(args.ptx_coef) != (ptx_dataset is not None):
-            raise ValueError(
-                f"ptx_coef is {args.ptx_coef} and ptx_dataset is {'missing' if ptx_dataset is None else 'given'}: the "
-                "pretraining term needs both."
-            )
+        checks.check_texts(ptx_dataset, args)
         mix = PretrainMix(ptx_dataset, tokenizer, args.ptx_max_length, args.seed) if ptx_dataset is not None else None
 
         set_seed(args.seed)  # LoRA draws its weights
@@ -134,26 +128,25 @@ class PPOTrainer(Checkpoints, BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if args.n_gpu > 1:
-            raise ValueError(
-                "Several GPUs are visible to one process, which would replicate the base: use `accelerate launch`, or "
-                "set CUDA_VISIBLE_DEVICES to one of them."
-            )
         scorer = build_scorer(functions, reward_processing_classes, args, self.accelerator.device)
         self.control = PPOControl()
         self.add_callback(_AfterStep(self._after_step))
-        self.events = RolloutEvents(self)
+        events = RolloutEvents(self)
+        self.events = SharedEvents(events)
         self.metrics = Metrics()
-        self.collector = Collector(self.base, tokenizer, scorer, args, self.accelerator, self.metrics, self.events)
+        self.collector = Collector(self.base, tokenizer, scorer, args, self.accelerator, events)
         self.updater = Updater(self, mix)
         self.experience: Experience | None = None
         self.rollout_metrics: dict[str, float] = {}
         self.interrupts = Interrupts()
+        self._sampler: RolloutSampler | None = None
         set_seed(args.seed, device_specific=True)  # processes sample different answers
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Transformers' `Trainer.train`. Ctrl-C and SIGTERM take effect after the optimizer step under way, with a
         checkpoint written; so does a reward function that fails."""
+        self.updater.reset()
+        self._step_end = None
         with self.interrupts:
             output = super().train(*args, **kwargs)
         self.interrupts.raise_received()
@@ -163,8 +156,10 @@ class PPOTrainer(Checkpoints, BaseTrainer):
         """Nothing, where an interrupted run had come to its end: Transformers would take one step more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+            return
+        if self._sampler is not None:  # where several processes resume, nobody else reaches it
+            self._sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
 
     # One update -------------------------------------------------------------------------------------------------------
 
@@ -186,6 +181,9 @@ class PPOTrainer(Checkpoints, BaseTrainer):
             # Accelerate's optimizer steps only where gradients are synchronised: weights and moments stay as they are.
             self.accelerator.gradient_state._set_sync_gradients(False)
         self.collector.seconds["train"] += time.perf_counter() - started
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         return loss
 
     def collect(self, inputs: list[dict[str, Any]]) -> Experience:
@@ -197,6 +195,7 @@ class PPOTrainer(Checkpoints, BaseTrainer):
             judged = self.events.replace("on_scores", self.collector(inputs, self.state))
             shaped = self.events.replace("on_rewards", shape(judged, self.args))
             experience = self.events.replace("on_advantages", estimate(shaped, self.args))
+        self.metrics.take_in(self.collector.reports.metrics)
         self.rollout_metrics = summarize(experience, self.args, self.collector.score_names)
         self.metrics.add_rollout(self.rollout_metrics)
         self.state.num_input_tokens_seen += int(experience.rollout.attention_mask.sum())
@@ -206,19 +205,24 @@ class PPOTrainer(Checkpoints, BaseTrainer):
     def _after_step(self) -> None:
         """Tell the callbacks of passes and updates that have ended."""
         assert self.experience is not None
+        self._note_step_end()
         args, step = self.args, (self.state.global_step - 1) % self.args.steps_per_rollout
         epoch, minibatch = divmod(step, args.num_mini_batches)
-        progress = self.updater.progress
+        progress, stats, ended = self.updater.progress, None, step == args.steps_per_rollout - 1
         if minibatch == args.num_mini_batches - 1 and progress.sums:
             self.metrics.add_value("policy/skipped_minibatches", progress.skipped)
-            self.events.tell("on_ppo_epoch_end", self.experience, self.updater.end_epoch(epoch))
-        if self.control.should_update_stop:
-            self.updater.progress.stopped = True
-        if step == args.steps_per_rollout - 1:
+            stats = self.updater.end_epoch(epoch)
+        if ended:
             if args.objective == "kl_penalty":
                 self.metrics.add_value("policy/penalty_coef", self.updater.penalty.value)
             self.updater.end_update()
-            self.events.tell("on_update_end", self.experience, self.rollout_metrics)
+        with self._saved_on_failure():
+            if stats is not None:
+                self.events.tell("on_ppo_epoch_end", self.experience, stats)
+            if ended:
+                self.events.tell("on_update_end", self.experience, self.rollout_metrics)
+        if self.control.should_update_stop:
+            self.updater.progress.stopped = True
         if any(gather_object([self.interrupts.received is not None])):
             self.control.should_save = self.control.should_training_stop = True
 
@@ -242,9 +246,10 @@ class PPOTrainer(Checkpoints, BaseTrainer):
         args = self.args
         repeats = args.steps_per_rollout * args.gradient_accumulation_steps
         rows = len(dataset if dataset is not None else self.train_dataset)
-        return RolloutSampler(
+        self._sampler = RolloutSampler(
             rows, args.rollout_batch_size, repeats, args.shuffle_dataset, args.seed, args.num_generations
         )
+        return self._sampler
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt"]
@@ -265,7 +270,7 @@ class PPOTrainer(Checkpoints, BaseTrainer):
             self.collector.seconds.clear()
         super().log(logs, start_time)
         if "loss" in logs and self.args.log_completions and self.experience is not None:
-            extra = gather_object([dict(self.collector.extra)])
+            extra = gather_object([dict(self.collector.reports.columns)])
             if self.is_world_process_zero():
                 step = self.state.global_step
                 frame = completions_frame(self.experience, self.collector.score_names, step, extra)
@@ -284,10 +289,10 @@ class PPOTrainer(Checkpoints, BaseTrainer):
         if self.collector.combination.needs_reference and self.train_dataset is not None:
             self.collector.normalize_by_reference(self.train_dataset, self.state)
         with self._saved_on_failure():
-            judged = self.collector.all_of(dataloader, self.state)
-        experience = make_experience(judged, self.args)
-        metrics = summarize(experience, self.args, self.collector.score_names)
-        metrics["completions/eos_rate"] = 1.0 - metrics["completions/clipped_ratio"]
-        self.events.tell("on_evaluation_end", experience, metrics)
+            judged, reported = self.collector.all_of(dataloader, self.state)
+            experience = make_experience(judged, self.args)
+            metrics = summarize(experience, self.args, self.collector.score_names) | reported
+            metrics["completions/eos_rate"] = 1.0 - metrics["completions/clipped_ratio"]
+            self.events.tell("on_evaluation_end", experience, metrics)
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=prefixed, num_samples=len(experience.kl))

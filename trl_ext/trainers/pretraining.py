@@ -19,7 +19,7 @@ class PretrainMix:
         seed: of the order.
 
     Raises:
-        ValueError: no `text` column, or no rows.
+        ValueError: no `text` column, no rows, or an empty text.
     """
 
     def __init__(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> None:
@@ -28,6 +28,9 @@ class PretrainMix:
             raise ValueError(f"ptx_dataset has no 'text' column, only {columns}: give a datasets.Dataset of texts.")
         if len(dataset) == 0:
             raise ValueError("ptx_dataset is empty: it needs at least one text.")
+        empty = next((i for i, text in enumerate(dataset["text"]) if not text), None)
+        if empty is not None:
+            raise ValueError(f"ptx_dataset has no text in row {empty}: filter such rows out.")
         self.dataset, self.tokenizer, self.max_length, self.seed = dataset, tokenizer, max_length, seed
 
     def __call__(self, rows: int, number: int) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,8 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
-from trl_ext.callbacks import CallbackError
-from trl_ext.rewards import RewardError
 from trl_ext.roles.saving import load_trained_roles, save_roles
+from trl_ext.trainers.failing import FAILURES
 from trl_ext.trainers.state import load_experience, load_numbers, save_experience, save_numbers
 
 UNFINISHED = "unfinished"  # holds a checkpoint while it is written
@@ -51,6 +50,7 @@ class Checkpoints:
     state: Any
     accelerator: Any
     _writing: Path | None = None  # where a checkpoint is being written
+    _step_end: tuple[RandomState, dict[str, Any]] | None = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The policy as a plain PEFT adapter in `output_dir`; value/, reward/ and reference/ beside it."""
@@ -92,14 +92,26 @@ class Checkpoints:
     def _checkpoint_folder(self) -> Path:
         return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 
+    def _note_step_end(self) -> None:
+        """What moves between here and the next step, and must not have moved for a run that goes on from here: random
+        numbers (a new epoch's dataloader draws one before its first rollout), the moments of scores."""
+        self._step_end = RandomState(), self.collector.combination.moments.state_dict()
+
+    def _back_to_step_end(self) -> None:
+        if self._step_end is not None:
+            random_state, moments = self._step_end
+            random_state.restore()
+            self.collector.combination.moments.load_state_dict(moments)
+
     @contextmanager
     def _saved_on_failure(self) -> Iterator[None]:
-        """Write a checkpoint when a reward function or a callback fails, or memory runs out over a rollout: nothing
-        that was trained is lost, and a run that goes on from it draws the same answers again."""
-        before = RandomState()
+        """Write a checkpoint when a generator, a reward function or a callback fails, or memory runs out over a
+        rollout: nothing that was trained is lost, and a run that goes on from it draws the same answers again."""
+        if self._step_end is None:
+            self._note_step_end()
         try:
             yield
-        except (RewardError, CallbackError, torch.OutOfMemoryError) as error:
+        except FAILURES as error:
             said = str(error)
             if isinstance(error, torch.OutOfMemoryError):
                 said = (
@@ -111,7 +123,7 @@ class Checkpoints:
                 raise type(error)(said) from error.__cause__
             folder = self._checkpoint_folder
             if not folder.exists():
-                before.restore()
+                self._back_to_step_end()
                 self._save_checkpoint(self.model, trial=None)  # type: ignore[attr-defined]
             raise type(error)(
                 f"{said} All {self.state.global_step} steps before are saved in {str(folder)!r}: resume from there."
@@ -153,12 +165,17 @@ class Checkpoints:
                 shutil.rmtree(final)
             written.replace(final)
             shutil.rmtree(written.parent)
+            if self.args.push_to_hub:
+                super()._push_from_checkpoint(str(final))  # type: ignore[misc]
             rotate_checkpoints(
                 output_dir=str(final.parent),
                 save_total_limit=limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
         self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing while a checkpoint is written: it would be uploaded from a place that it leaves."""
 
     def _get_output_dir(self, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)  # type: ignore[misc]

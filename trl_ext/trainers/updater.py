@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trl_ext.callbacks import EpochStats
 from trl_ext.controllers import PenaltyController
-from trl_ext.core import masked_mean
+from trl_ext.core import token_mean
 from trl_ext.roles import Role
 from trl_ext.trainers.batching import micro_batches, mini_batch
 from trl_ext.trainers.objective import Watched, policy_loss, value_loss
@@ -66,13 +66,19 @@ class Updater:
         self.penalty = PenaltyController(self.args.penalty_coef, self.args.penalty_target)
         self.progress = Progress()
         self._queue: list[Tensor] = []
+        self._texts: list[tuple[Tensor, Tensor]] = []
         self._sums: dict[str, Tensor] = {}
+        self._num_text_tokens = torch.zeros(())
         self._num_tokens = torch.zeros(())
         self._parameters: dict[Role, list[nn.Parameter]] = {
             "policy": self.base.trainable_parameters("policy"),
             "value": self.base.trainable_parameters("value") if self.args.uses_value else [],
         }
         self._own_trunk = self.base.adapters["value"] != self.base.adapters["policy"]
+
+    def reset(self) -> None:
+        """Begin with a new minibatch, also where training ended amid one."""
+        self._queue, self._sums = [], {}
 
     @property
     def idle(self) -> bool:
@@ -148,6 +154,8 @@ class Updater:
     def _plan(self, experience: Experience) -> None:
         """Rows of this process's micro-batches for the optimizer step to come."""
         args, mask, accelerator = self.args, experience.loss_mask, self.trainer.accelerator
+        shares = args.gradient_accumulation_steps * accelerator.num_processes
+        mine = slice(accelerator.process_index, None, accelerator.num_processes)
         rollout, step = divmod(self.trainer.state.global_step, args.steps_per_rollout)
         rows = mini_batch(len(mask), step, args.num_mini_batches, args.seed, rollout)
         self._num_tokens = mask[rows].sum()
@@ -158,6 +166,10 @@ class Updater:
             accelerator.num_processes,
             accelerator.process_index,
         )
+        if self.pretrain_mix is not None and not self._warming_up:
+            ids, mask = self.pretrain_mix(args.mini_batch_size, self.trainer.state.global_step)
+            self._num_text_tokens = mask[:, 1:].sum()  # nothing predicts a text's first token
+            self._texts = [(ids[part], mask[part]) for part in torch.arange(len(ids)).chunk(shares)[mine]]
 
     def _roles(self) -> list[tuple[Role, ...]]:
         """Who is trained, in which forwards.
@@ -186,7 +198,7 @@ class Updater:
                 total = total + self._backward(self._loss(model, batch, roles))
         if self.pretrain_mix is not None and not self._warming_up:
             with self.base.use("policy"):
-                total = total + self._backward(self._pretraining_loss(model, len(batch.loss_mask)))
+                total = total + self._backward(self._pretraining_loss(model))
         return total
 
     def _backward(self, loss: Tensor) -> Tensor:
@@ -216,19 +228,17 @@ class Updater:
                 loss = loss + part * self.trainer.accelerator.num_processes
         return loss
 
-    def _pretraining_loss(self, model: nn.Module, rows: int) -> Tensor:
+    def _pretraining_loss(self, model: nn.Module) -> Tensor:
         """-ptx_coef * mean_t log pi(x_t | x_<t) of some texts: the second term of Ouyang et al. 2022, arXiv:2203.02155,
-        equation 2, a mean over the minibatch's texts as the policy's loss is over its completions."""
-        args, accelerator = self.args, self.trainer.accelerator
-        assert self.pretrain_mix is not None
-        done = self.trainer.state.global_step * args.gradient_accumulation_steps + len(self._queue)
-        ids, mask = self.pretrain_mix(rows, done * accelerator.num_processes + accelerator.process_index)
-        ids, mask = ids.to(self.base.device), mask.to(self.base.device)
+        equation 2, a mean over the tokens of the minibatch's texts as the policy's loss is over its completions'."""
+        ids, mask = (part.to(self.base.device) for part in self._texts[len(self._queue)])
         with self.trainer.compute_loss_context_manager():
             said = model(ids, mask, ids.shape[1], roles=("policy",))
-            likelihood = masked_mean(said["logprobs"][:, 1:], mask[:, 1:])  # nothing predicts a text's first token
-        self.trainer.metrics.add_value("loss/ptx", -float(likelihood.detach()))
-        return -args.ptx_coef * likelihood / args.gradient_accumulation_steps
+            terms = -said["logprobs"][:, 1:]
+        self.trainer.metrics.add_tokens({"loss/ptx": terms}, mask[:, 1:])
+        loss = token_mean(terms, mask[:, 1:], self._num_text_tokens)
+        # DDP averages gradients over processes; the loss is a sum over them.
+        return self.args.ptx_coef * loss * self.trainer.accelerator.num_processes
 
     def _watch_gradients(self) -> bool:
         """Log each role's gradient norm, before it is clipped; whether all are finite. A step on those that are not
