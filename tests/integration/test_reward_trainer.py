@@ -1,5 +1,6 @@
 """Reward models from every form of feedback: really trained, saved by TRL, loaded as the reward role."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from trl_ext import FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, fee
 from trl_ext.trainers.probing import probe_data, score_head
 
 ANSWERS = [" dog", " bird", " tree", " cat"]  # from bad to good
+CPU: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none"}
 OBJECTIVES = ["pairwise", "regression", "binary", "ranking", "all_pairs", "probe"]
 
 
@@ -81,6 +83,7 @@ def test_every_objective_gives_a_reward_role_that_knows_better_from_worse(object
         logs = [row for row in trainer.state.log_history if "loss" in row]
         assert all(row["min_reward"] < row["mean_reward"] < row["max_reward"] for row in logs)
     base = SharedBase.from_pretrained(str(tmp_path / "model"), reward=str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "trl_ext_role.json").read_text(encoding="utf-8")) == {"quantized": False}
     right = total = 0
     with torch.no_grad():
         for prompt in ("the red", "a big"):
@@ -163,13 +166,20 @@ def test_padding_and_order_do_not_matter_to_the_loss(tmp_path: Path) -> None:
         ("regression", {"completion": ["a", "b"], "rating": [2, 2]}, "Every rating is 2: nothing can be learned"),
         ("binary", {"completion": ["a", "b"], "label": [True, True]}, "Every label is 1: nothing can be learned"),
         ("ranking", {"completions": [["a", "b"]], "ranks": [[1, 1]]}, "Every ranking is one tie: nothing can be"),
-        ("regression", {"completion": [" cat" * 50, " dog" * 50], "rating": [1, 2]}, "longer than max_length 8"),
+        ("binary", {"completion": ["a", "b"], "label": [1, 0], "weight": [0.0, 0.0]}, "Every weight is 0: nothing"),
     ],
 )
 def test_bad_feedback_is_one_sentence(objective: str, rows: dict[str, Any], message: str, tmp_path: Path) -> None:
     args = FeedbackRewardConfig(str(tmp_path), objective=objective, max_length=8, use_cpu=True, bf16=False)
     with pytest.raises(ValueError, match=message):
         FeedbackRewardTrainer(str(tmp_path), args, Dataset.from_dict(rows), processing_class=word_tokenizer())
+
+
+def test_rows_that_are_all_too_long(tmp_path: Path) -> None:
+    args = FeedbackRewardConfig(str(tmp_path), objective="regression", max_length=8, use_cpu=True, bf16=False)
+    rows = Dataset.from_dict({"completion": [" cat" * 50, " dog" * 50], "rating": [1, 2]})
+    with pytest.raises(ValueError, match=r"Every row of train_dataset is longer than max_length 8: raise it\."):
+        FeedbackRewardTrainer(saved_model(tmp_path / "model"), args, rows)
 
 
 def test_an_unknown_objective() -> None:
@@ -183,6 +193,49 @@ def test_rows_of_like_length_are_batched_together(tmp_path: Path) -> None:
         trainer = train(objective, tmp_path / objective, num_train_epochs=1, train_sampling_strategy="group_by_length")
         longest = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in trainer.train_dataset]
         assert list(trainer.train_dataset["length"]) == longest
+        assert "eval_loss" in trainer.evaluate()
+
+
+def test_rows_are_tokenised_by_the_template_that_is_saved(tmp_path: Path) -> None:
+    template = tmp_path / "other.jinja"
+    template.write_text("{% for message in messages %}{{ message['content'] }}<eos>{% endfor %}", encoding="utf-8")
+    says = [[{"role": "user", "content": text}] for text in ("the cat", "a dog")]
+    rows = Dataset.from_dict({"completion": says, "rating": [1.0, 2.0]})
+    how: dict[str, Any] = {"chat_template_path": str(template), "pad_to_multiple_of": 8, **CPU}
+    args = FeedbackRewardConfig(str(tmp_path / "out"), objective="regression", **how)
+    several = {"one": rows, "other": rows.select([1])}
+    trainer = FeedbackRewardTrainer(saved_model(tmp_path / "model"), args, rows, several)
+    assert [ids[0] for ids in trainer.train_dataset["sequences"]] == [[7, 9, 1], [8, 10, 1]]
+    assert trainer.data_collator(list(trainer.train_dataset))["input_ids"].shape == (2, 8)
+    assert {"eval_one_loss", "eval_other_loss"} <= set(trainer.evaluate())
+    assert "eval_loss" in trainer.evaluate(rows), "rows as they come"
+
+
+def test_weights_count_across_batches(tmp_path: Path) -> None:
+    """One row a batch: a normalisation within batches would make all weights alike."""
+    rows = Dataset.from_dict({"completion": ["the cat", "a dog"], "label": [True, False], "weight": [0.1, 0.3]})
+    args = FeedbackRewardConfig(str(tmp_path / "out"), objective="binary", per_device_eval_batch_size=1, **CPU)
+    trainer = FeedbackRewardTrainer(saved_model(tmp_path / "model"), args, rows, rows)
+    assert [weights for (weights,) in trainer.train_dataset["weights"]] == pytest.approx([0.5, 1.5])
+    with torch.no_grad():
+        scores = [float(trainer.model(torch.tensor([[*ids, 1]])).logits) for ids in ([7, 9], [8, 10])]
+    expected = (0.5 * math.log(1 + math.exp(-scores[0])) + 1.5 * math.log(1 + math.exp(scores[1]))) / 2
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_processes_may_hold_rankings_of_different_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What processes exchange has the same shape on each: here another one's three scores."""
+    trainer = train("ranking", tmp_path, num_train_epochs=1)
+    theirs = torch.tensor([-9.0, 9.0, 3.0, 3.0])
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda mine: torch.cat([mine, theirs]))
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    trainer.model.eval()
+    with torch.no_grad():
+        scores = trainer.model(batch["input_ids"], batch["attention_mask"]).logits.flatten()
+        trainer.compute_loss(trainer.model, batch)
+    logged = trainer._metrics["eval"]
+    assert (logged["min_reward"][-1], logged["max_reward"][-1]) == (-9.0, 9.0)
+    assert logged["mean_reward"][-1] == pytest.approx((float(scores.sum()) + 3.0) / (len(scores) + 3), rel=1e-5)
 
 
 def test_held_out_answers_score_the_same_in_batches_of_any_size(tmp_path: Path) -> None:

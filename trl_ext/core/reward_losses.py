@@ -9,17 +9,20 @@ from torch import Tensor
 
 
 def regression_loss(scores: Tensor, ratings: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean squared error: sum_i w_i (s_i - r_i)^2 / sum_i w_i.
+    """Weighted mean squared error: mean_i w_i (s_i - r_i)^2.
+
+    Weights have mean 1 over the training set, not over a batch: a batch of light answers weighs little.
 
     Source: Stiennon et al. 2020 and others fit ratings so; least squares.
     """
-    return (weights * (scores - ratings) ** 2).sum() / weights.sum().clamp(min=1e-8)
+    return (weights * (scores - ratings) ** 2).mean()
 
 
 def binary_loss(scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Weighted cross-entropy of good (1) and bad (0): -sum_i w_i log p(label_i) / sum_i w_i, p(good) = sigmoid(s)."""
+    """Weighted cross-entropy of good (1) and bad (0): -mean_i w_i log p(label_i), p(good) = sigmoid(s); weights as of
+    `regression_loss`."""
     losses = torch.nn.functional.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype), reduction="none")
-    return (weights * losses).sum() / weights.sum().clamp(min=1e-8)
+    return (weights * losses).mean()
 
 
 def plackett_luce_loss(scores: Tensor, ranks: Tensor, groups: Tensor) -> Tensor:

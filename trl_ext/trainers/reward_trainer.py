@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 from trl import RewardConfig, RewardTrainer
 
 from trl_ext.core.probe import choose_penalty, fit_probe
 from trl_ext.core.reward_losses import all_pairs_loss, binary_loss, plackett_luce_loss, regression_loss
+from trl_ext.roles.adapters import write_note
 from trl_ext.trainers.probing import probe_data, score_head
 
 logger = logging.getLogger(__name__)
@@ -63,12 +66,12 @@ class FeedbackRewardTrainer(RewardTrainer):
     Rows have a `prompt` (text or messages) and, by objective: pairwise and probe `chosen`, `rejected` (`margin`);
     regression `completion`, `rating` (`weight`); binary `completion`, `label` (`weight`); ranking and all_pairs
     `completions`, `ranks`. `trl_ext.feedback` makes them of any form of feedback. Ratings are brought to mean 0 and
-    standard deviation 1 of the training set.
+    standard deviation 1 of the training set, weights to mean 1.
 
     Args:
         model: a model's name or folder.
         args: `FeedbackRewardConfig`.
-        train_dataset, eval_dataset: rows as above.
+        train_dataset, eval_dataset: rows as above; for evaluation a dict of several such too.
         processing_class: the tokenizer; None: the model's.
         **kwargs: further arguments of TRL's RewardTrainer (peft_config, quantization_config, callbacks, ...).
 
@@ -81,19 +84,13 @@ class FeedbackRewardTrainer(RewardTrainer):
         model: Any,
         args: FeedbackRewardConfig,
         train_dataset: Dataset,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
-        if args.objective not in ON_PAIRS:
-            if processing_class is None:
-                name = model if isinstance(model, str) else model.config.name_or_path
-                processing_class = AutoTokenizer.from_pretrained(name)
-            scale = _scale(train_dataset, args.objective)
-            train_dataset = encode(train_dataset, "train_dataset", processing_class, args, scale)
-            if eval_dataset is not None:
-                eval_dataset = encode(eval_dataset, "eval_dataset", processing_class, args, scale)
-            kwargs["data_collator"] = _Collator(processing_class)
+        for name, rows in _named(train_dataset, eval_dataset):
+            check_columns(rows, name, args.objective)
+        self._scale = Scale.of(train_dataset, args.objective)
         args.remove_unused_columns = False  # neither collator minds further columns
         super().__init__(
             model=model,
@@ -103,7 +100,21 @@ class FeedbackRewardTrainer(RewardTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self.train_dataset: Any = _with_lengths(self.train_dataset, args.length_column_name)
+        if args.objective not in ON_PAIRS:
+            self.data_collator: Any = _Collator(self.processing_class, args.pad_to_multiple_of)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        """Rows in ids, once TRL has put template and special tokens into the tokenizer; also rows for `evaluate`."""
+        if args.objective in ON_PAIRS or "sequences" in dataset.column_names:
+            rows = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        else:
+            rows = encode(dataset, _NAMES.get(dataset_name, dataset_name), processing_class, args, self._scale)
+        return _with_lengths(rows, args.length_column_name)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As TRL saves, with a note for the base that the role is put on."""
+        super()._save(output_dir, state_dict)
+        write_note(Path(output_dir or str(self.args.output_dir)), self.accelerator.unwrap_model(self.model))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL trains; the probe reads the training set once and solves for its head."""
@@ -129,7 +140,8 @@ class FeedbackRewardTrainer(RewardTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The objective's loss, and `center_rewards_coefficient` times the mean squared score."""
+        """The objective's loss, and of rankings `center_rewards_coefficient` times the mean squared score: nothing else
+        holds theirs near 0, as ratings and labels do."""
         objective = self.args.objective
         if objective in ON_PAIRS:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -139,18 +151,74 @@ class FeedbackRewardTrainer(RewardTrainer):
         if self.args.center_rewards_coefficient is not None and objective in ("ranking", "all_pairs"):
             loss = loss + self.args.center_rewards_coefficient * (scores**2).mean()
         logged = self._metrics["train" if model.training else "eval"]
-        gathered = self.accelerator.gather(scores.detach())
-        for name, value in (("min", gathered.min()), ("mean", gathered.mean()), ("max", gathered.max())):
+        given = scores.detach()
+        # Processes may hold rankings of different lengths, so not the scores themselves are gathered.
+        of_each = torch.stack([given.min(), given.max(), given.sum(), given.new_tensor(float(len(given)))])
+        least, most, total, count = self.accelerator.gather(of_each).view(-1, 4).unbind(dim=1)
+        for name, value in (("min", least.min()), ("mean", total.sum() / count.sum()), ("max", most.max())):
             logged[f"{name}_reward"].append(value.item())
         return (loss, outputs) if return_outputs else loss
 
 
+@dataclass(frozen=True)
+class Scale:
+    """What ratings and weights are brought to the scale of the training set by.
+
+    Attributes:
+        mean, std: of the ratings; 0 and 1 where there are none.
+        weight: mean weight; 1 where there are none.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+    weight: float = 1.0
+
+    @classmethod
+    def of(cls, dataset: Dataset, objective: str) -> Scale:
+        """Of a training set.
+
+        Raises:
+            ValueError: all ratings, all labels, or all ranks of every ranking are the same; or all weights are 0.
+        """
+        column = COLUMNS[objective][-1]
+        if column == "ranks" and all(len(set(ranks)) == 1 for ranks in dataset["ranks"]):
+            raise ValueError("Every ranking is one tie: nothing can be learned from answers that are all alike.")
+        if column not in ("rating", "label"):
+            return cls()
+        values = torch.tensor([float(value) for value in dataset[column]], dtype=torch.float64)
+        if len(values.unique()) == 1:
+            raise ValueError(f"Every {column} is {float(values[0]):g}: nothing can be learned from a constant.")
+        given = dataset["weight"] if "weight" in dataset.column_names else [1.0]
+        weight = fmean(1.0 if one is None else float(one) for one in given)
+        if weight <= 0:
+            raise ValueError("Every weight is 0: nothing can be learned from answers that do not count.")
+        return cls(float(values.mean()), float(values.std()), weight) if column == "rating" else cls(weight=weight)
+
+
+_NAMES = {"train": "train_dataset", "eval": "eval_dataset"}
+
+
+def _named(train: Dataset, evaluated: Any) -> list[tuple[str, Dataset]]:
+    several = evaluated if isinstance(evaluated, dict) else {} if evaluated is None else {"eval_dataset": evaluated}
+    return [("train_dataset", train), *several.items()]
+
+
+def check_columns(dataset: Dataset, name: str, objective: str) -> None:
+    """Refuse rows that lack a column of `objective`.
+
+    Raises:
+        ValueError: says which.
+    """
+    missing = [column for column in COLUMNS[objective] if column not in dataset.column_names]
+    if missing and objective not in ON_PAIRS:
+        raise ValueError(
+            f"{name} has no {' and no '.join(map(repr, missing))} column, only {dataset.column_names}: the objective "
+            f"{objective!r} needs {', '.join(COLUMNS[objective])} (see trl_ext.feedback)."
+        )
+
+
 def encode(
-    dataset: Dataset,
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    args: FeedbackRewardConfig,
-    scale: tuple[float, float],
+    dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, args: FeedbackRewardConfig, scale: Scale
 ) -> Dataset:
     """Rows of ids: `sequences` (lists of ids), `targets` and `weights` with one number a sequence.
 
@@ -159,26 +227,21 @@ def encode(
     Raises:
         ValueError: a column is missing, or every row is longer than `max_length`.
     """
-    missing = [column for column in COLUMNS[args.objective] if column not in dataset.column_names]
-    if missing:
-        raise ValueError(
-            f"{name} has no {' and no '.join(map(repr, missing))} column, only {dataset.column_names}: the objective "
-            f"{args.objective!r} needs {', '.join(COLUMNS[args.objective])} (see trl_ext.feedback)."
-        )
-    mean, std = scale
+    check_columns(dataset, name, args.objective)
     rows: list[dict[str, Any]] = []
     for row in dataset:
         answers = row["completions"] if "completions" in COLUMNS[args.objective] else [row["completion"]]
-        sequences = [sequence_ids(tokenizer, row.get("prompt", ""), answer) for answer in answers]
+        template = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+        sequences = [sequence_ids(tokenizer, row.get("prompt", ""), answer, **template) for answer in answers]
         if args.objective in ("ranking", "all_pairs"):
             targets = [float(rank) for rank in row["ranks"]]
         elif args.objective == "binary":
             targets = [float(row["label"])]
         else:
-            targets = [(float(row["rating"]) - mean) / std]
+            targets = [(float(row["rating"]) - scale.mean) / scale.std]
         longest = max(sequences, key=len)
         weight = row.get("weight")
-        weights = [1.0 if weight is None else float(weight)] * len(sequences)
+        weights = [(1.0 if weight is None else float(weight)) / scale.weight] * len(sequences)
         ids = {"sequences": sequences, "chosen_ids": longest, "rejected_ids": longest}
         rows.append(ids | {"targets": targets, "weights": weights})
     kept = [row for row in rows if args.max_length is None or len(row["chosen_ids"]) <= args.max_length]
@@ -198,49 +261,31 @@ def _with_lengths(rows: Dataset, name: str) -> Dataset:
     return rows.add_column(name, [max(len(chosen), len(rejected)) for chosen, rejected in pairs])
 
 
-def _scale(dataset: Dataset, objective: str) -> tuple[float, float]:
-    """Mean and standard deviation of the ratings; (0, 1) where there are none.
-
-    Raises:
-        ValueError: all ratings, all labels, or all ranks of every ranking are the same.
-    """
-    column = {"regression": "rating", "binary": "label"}.get(objective, "ranks")
-    if column not in dataset.column_names:
-        return 0.0, 1.0
-    if column == "ranks":
-        if all(len(set(ranks)) == 1 for ranks in dataset["ranks"]):
-            raise ValueError("Every ranking is one tie: nothing can be learned from answers that are all alike.")
-        return 0.0, 1.0
-    values = torch.tensor([float(value) for value in dataset[column]], dtype=torch.float64)
-    if len(values.unique()) == 1:
-        raise ValueError(f"Every {column} is {float(values[0]):g}: nothing can be learned from a constant.")
-    return (float(values.mean()), float(values.std())) if column == "rating" else (0.0, 1.0)
-
-
-def sequence_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, answer: Any) -> list[int]:
-    """As TRL's RewardTrainer tokenises: the chat template, or the text with an EOS at its end."""
+def sequence_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, answer: Any, **template: Any) -> list[int]:
+    """As TRL's RewardTrainer tokenises: the chat template (with the arguments `template`), or the text with an EOS at
+    its end."""
     if isinstance(answer, str):
         text = (prompt or "") + answer
         text = text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
         return list(tokenizer(text)["input_ids"])
     chat = [*(prompt or []), *answer]
-    return list(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"])
+    return list(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, **template)["input_ids"])
 
 
 class _Collator:
     """Rows of sequences to one batch, right-padded with the pad token, by which Transformers finds a row's end."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, multiple: int | None = None) -> None:
+        self._tokenizer, self._multiple = tokenizer, multiple or 1
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        sequences = [torch.tensor(ids) for row in rows for ids in row["sequences"]]
-        pad = torch.nn.utils.rnn.pad_sequence
+        sequences = [ids for row in rows for ids in row["sequences"]]
+        width = -(-max(map(len, sequences)) // self._multiple) * self._multiple
         fill = self._tokenizer.pad_token_id
         fill = fill if fill is not None else self._tokenizer.eos_token_id
         return {
-            "input_ids": pad(sequences, batch_first=True, padding_value=fill),
-            "attention_mask": pad([torch.ones_like(ids) for ids in sequences], batch_first=True),
+            "input_ids": torch.tensor([ids + [fill] * (width - len(ids)) for ids in sequences]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences]),
             "targets": torch.tensor([target for row in rows for target in row["targets"]]),
             "weights": torch.tensor([weight for row in rows for weight in row["weights"]]),
             "groups": torch.tensor([i for i, row in enumerate(rows) for _ in row["sequences"]]),
