@@ -248,3 +248,28 @@ def test_without_learning_every_ratio_is_one(tmp_path: Path, family: str, value:
     assert len(prompt_lengths) > 1 and len(completion_lengths) > 1, "padding on both sides"
     kls = [row["objective/kl"] for row in logged if "objective/kl" in row]
     assert len(kls) == 2 and all(abs(kl) > 1e-2 for kl in kls), "the policy is not the reference"
+
+
+def test_trls_view_of_the_policy_recomputes_under_the_right_role(tmp_path: Path) -> None:
+    """TRL 1.12 turns recomputation off and on again around each rollout, through the policy that it was given."""
+    base_folder = tiny.save_base(tmp_path / "base", tiny.config_of("llama"))
+    reward = tiny.save_reward_adapter(tmp_path / "reward", base_folder, 3)
+    base = SharedBase.from_pretrained(str(base_folder), policy=tiny.new_lora(), reward=reward)
+    tiny.randomise(base, 5)
+    policy, value_model, _ = base.as_trl_models()
+    batch = tiny.padded_batch()
+    gradients = []
+    for recompute in (False, True):
+        if recompute:
+            policy.gradient_checkpointing_enable()
+            policy.gradient_checkpointing_disable()
+            policy.gradient_checkpointing_enable()
+        base.train()
+        base.zero_grad()
+        hidden = value_model.trunk(input_ids=batch.ids, attention_mask=batch.mask, output_hidden_states=True)
+        value_model.score(hidden.hidden_states[-1]).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in base.named_parameters() if p.grad is not None})
+    assert base.causal_lm.is_activation_checkpointing
+    assert any(".value." in name for name in gradients[0]) and gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6, msg=name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 from tests.parity import tiny
 from trl_ext import SharedBase
-from trl_ext.roles.switching import adapter_layers, belongs_to
+from trl_ext.roles.switching import Parts, belongs_to
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -274,9 +276,34 @@ def test_a_forward_that_fails_leaves_no_hooks_behind(llama: tiny.Home, monkeypat
         with pytest.raises(torch.OutOfMemoryError):
             base.score_pass(*batch.args)
     assert everything(base) == before
-    assert not any(layer._forward_pre_hooks for layer in adapter_layers(base))
+    assert not any(layer._forward_pre_hooks for layer in Parts.of(base).layers)
     for got, was in zip(base.score_pass(*batch.args), expected, strict=True):
         close(got, was)
+
+
+def test_an_adapter_that_comes_later_is_switched_and_restored_too(llama: tiny.Home) -> None:
+    """What a switch looks through is found once; moving a model makes new parameters, adding an adapter new layers."""
+    base = llama.again()
+    with base.use("value"):
+        pass
+    base.model.add_adapter("late", tiny.new_lora())
+    layer: Any = Parts.of(base.model).layers[0].get_base_layer()
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    before = everything(base)
+    with base.use("value"):
+        base.requires_grad_(True)
+        base.train()
+    assert everything(base) == before
+    assert any(".late." in name for name, _ in base.named_parameters())
+
+
+def test_nothing_keeps_a_base_alive(llama: tiny.Home) -> None:
+    base = llama.again()
+    with base.use("value"):
+        alive = weakref.ref(base.causal_lm)
+    del base
+    gc.collect()
+    assert alive() is None
 
 
 def test_calls_leave_no_trace(llama: tiny.Home) -> None:

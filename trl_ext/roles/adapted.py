@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from trl_ext.roles.adapters import is_quantized
 from trl_ext.roles.aligned import AlignedBatch
 from trl_ext.roles.packing import Packing, can_pack, stacked
-from trl_ext.roles.switching import activate, active_adapter, adapter_layers, keep_differentiable, restored
+from trl_ext.roles.switching import Parts, activate, active_adapter, keep_differentiable, restored
 
-# Tokens a role up to which one forward for all roles is faster though nothing has to be dequantised: few rows are bound
-# by reading the weights (tests/benchmarks/score_pass.py, on two CPU cores).
+# Tokens a role up to which one forward for all roles is faster: few rows are bound by reading the weights, over a
+# quantised base by dequantising them (tests/benchmarks/score_pass.py, on two CPU cores). Beyond, it only takes memory.
 MIXED_TOKENS = 256
+MIXED_TOKENS_QUANTISED = 512
 
 
 class AdaptedModel(nn.Module):
@@ -123,11 +124,11 @@ class AdaptedModel(nn.Module):
     def _mixes(self, views: dict[str | None, AlignedBatch]) -> bool:
         if not can_mix(self.model, views):
             return False
-        if is_quantized(self.causal_lm):
-            return True
+        quantised = is_quantized(self.causal_lm)
+        most = MIXED_TOKENS_QUANTISED if quantised else MIXED_TOKENS
         # Over a plain base in half precision PEFT rounds once more where it mixes.
-        few = all(view.ids.numel() <= MIXED_TOKENS for view in views.values())
-        return few and self.causal_lm.dtype == torch.float32
+        as_exact = quantised or self.causal_lm.dtype == torch.float32
+        return as_exact and all(view.ids.numel() <= most for view in views.values())
 
     def _mixed_trunks(self, views: dict[str | None, AlignedBatch]) -> dict[str | None, Tensor]:
         packings = [self._packing(view) for view in views.values()]
@@ -144,7 +145,7 @@ class AdaptedModel(nn.Module):
     @contextmanager
     def _rows_under(self, names: list[str]) -> Iterator[None]:
         """Each row of a batch under its adapter. PEFT's own context leaves its hooks behind where a forward fails."""
-        layers = adapter_layers(self.model)
+        layers: list[nn.Module] = [*Parts.of(self.model).layers]
         known = [set(layer._forward_pre_hooks) for layer in layers]
         try:
             with self.model.base_model._enable_peft_forward_hooks(adapter_names=names):

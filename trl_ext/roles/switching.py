@@ -5,21 +5,39 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-
-def adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:
-    """Every layer of `model` that carries adapters."""
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+_KEPT = "_trl_ext_parts"  # attribute of a model
 
 
-def _wrappers(model: nn.Module) -> list[Any]:
-    """PEFT's own modules around the model: they repeat the name of the active adapter."""
-    return [module for module in model.modules() if isinstance(module, (PeftModel, BaseTuner))]
+class Parts(NamedTuple):
+    """What a switch looks through. A model of 36 layers under three adapters has 4,500 modules: to find these anew at
+    every switch would take as long as a small forward."""
+
+    modules: list[nn.Module]
+    layers: list[BaseTunerLayer]
+    wrappers: list[Any]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Parts:
+        """Of `model`, which keeps them; found again when it has more adapters."""
+        known = vars(model).get(_KEPT)
+        if known is None or known[0] != len(known[1].layers[0].scaling):
+            modules = list(model.modules())
+            layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
+            # PEFT's own modules around the model repeat the name of the active adapter.
+            wrappers = [module for module in modules if isinstance(module, (PeftModel, BaseTuner))]
+            known = vars(model)[_KEPT] = (len(layers[0].scaling), cls(modules, layers, wrappers))
+        parts: Parts = known[1]
+        return parts
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All there are now: moving a model may make new ones."""
+        return [p for module in self.modules for p in module._parameters.values() if p is not None]
 
 
 def belongs_to(parameter_name: str, adapter: str | None) -> bool:
@@ -37,44 +55,39 @@ def activate(model: nn.Module, adapter: str | None) -> None:
     """Make `adapter` (None: the bare base) the one that forwards use, without touching any requires_grad.
 
     PEFT's own `set_adapter` turns gradients on for the adapter it activates and off for the others; which parameters
-    train is not a matter of which role speaks, so the flags are put back.
+    train is not a matter of which role speaks.
     """
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    parts = Parts.of(model)
+    for layer in parts.layers:
+        layer._disable_adapters = adapter is None
+        if adapter is not None:
+            layer._active_adapter = [adapter]
     if adapter is not None:
-        for wrapper in _wrappers(model):
+        for wrapper in parts.wrappers:
             wrapper.active_adapter = adapter
-    for layer in adapter_layers(model):
-        if adapter is None:
-            layer.enable_adapters(False)
-        else:
-            if layer.disable_adapters:
-                layer.enable_adapters(True)
-            layer.set_adapter([adapter])
-    for parameter, flag in trainable:
-        parameter.requires_grad_(flag)
 
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """On exit, also after an exception, active adapters, every requires_grad and every train/eval flag are back."""
-    layers = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in adapter_layers(model)]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    training = [(module, module.training) for module in model.modules()]
-    wrappers = [(wrapper, wrapper.active_adapter) for wrapper in _wrappers(model)]
+    parts = Parts.of(model)
+    layers = [(layer, layer._active_adapter, layer._disable_adapters) for layer in parts.layers]
+    wrappers = [(wrapper, wrapper.active_adapter) for wrapper in parts.wrappers]
+    trainable = [(parameter, parameter.requires_grad) for parameter in parts.parameters()]
+    training = [(module, module.training) for module in parts.modules]
     try:
         yield
     finally:
-        for layer, adapters, disabled in layers:
-            if layer.disable_adapters != disabled:
-                layer.enable_adapters(not disabled)
-            if list(layer.active_adapters) != adapters:
-                layer.set_adapter(adapters)
+        for layer, active, disabled in layers:
+            layer._active_adapter, layer._disable_adapters = active, disabled
         for wrapper, name in wrappers:
             wrapper.active_adapter = name
         for module, mode in training:
-            module.training = mode
+            if module.training != mode:
+                module.training = mode
         for parameter, flag in trainable:
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
 
 
 def keep_differentiable(model: nn.Module) -> None:

@@ -57,11 +57,14 @@ def trl_models(base: SharedBase) -> tuple[nn.Module, nn.Module, nn.Module]:
     """(policy, value_model, reward_model) for `trl.experimental.ppo.PPOTrainer` of TRL 1.12.
 
     The policy is the PEFT model itself, so that TRL finds the reference by disabling its adapter; pass
-    `ref_adapter_name="reference"` in TRL's PPOConfig where the base has a frozen reference adapter.
+    `model_adapter_name="policy", ref_adapter_name="reference"` in TRL's PPOConfig where the base has a frozen reference
+    adapter. TRL's `save_model` knows nothing of heads: `base.save_pretrained(folder)` writes every role.
 
     Raises:
         ValueError: the base has no reward role.
     """
     if not base.has_role("reward"):
         raise ValueError("This base has no reward role: build it with reward=<folder of a reward adapter>.")
+    # TRL turns recomputation off and on around each rollout, and knows nothing of roles.
+    base.model.gradient_checkpointing_enable = base.gradient_checkpointing_enable
     return base.model, RoleView(base, "value", base.heads["value"]), RoleView(base, "reward", base.heads["reward"])
