@@ -1,4 +1,4 @@
-"""The code of the documentation's pages runs as it stands there."""
+"""The code of the pages about callbacks, rewards, feedback and diagnostics runs as it stands there."""
 
 import importlib.util
 import json

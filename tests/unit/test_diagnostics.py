@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
+from transformers import TrainerState
 
+from trl_ext import DiagnosticsCallback
 from trl_ext.cli import main
 from trl_ext.diagnostics import Finding, Limits, Remedy, RunLog, Sample, diagnose, read_run
 from trl_ext.diagnostics.log import Series
@@ -141,6 +144,20 @@ def test_the_coefficient_in_force_is_known_without_being_logged() -> None:
     log = RunLog.of(rows(**online), {"beta": 0.3})
     assert log.kind == "online"
     assert diagnose(log)[0].remedy.changes == {"beta": 1.0}
+
+
+def test_the_kl_of_an_answer_where_lengths_are_logged_now_and_then() -> None:
+    """GRPOTrainer logs a length where it samples, and a KL a token at every step."""
+    history = [{"step": 1, "kl": 0.5}, {"step": 2, "kl": 0.1, "reward_std": 1.0, "completions/mean_length": 20.0}]
+    log = RunLog.of([*history, {"step": 3, "kl": 0.2}, {"step": 4, "kl": 0.3, "completions/mean_length": 10.0}])
+    assert log.kind == "online"
+    assert log.series("kl") == Series([2, 3, 4], [2.0, 4.0, 3.0])
+
+
+def test_a_trainer_that_cannot_be_stopped_is_not_promised_to(tmp_path: Path) -> None:
+    args = SimpleNamespace(response_length=8, output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="TRL's PPOTrainer stops at no callback's word: let on_problem be 'warn'"):
+        DiagnosticsCallback(on_problem="stop").on_train_begin(args, TrainerState(), None)
 
 
 def test_settings_that_the_trainer_lacks_are_no_remedy() -> None:

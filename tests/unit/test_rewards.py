@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from tests.helpers import CHAT_TEMPLATE, rollout, tiny_classifier, word_tokenizer
 from trl_ext.rewards import Combination, RewardError, Scorer, name_of, weighted_total
 from trl_ext.rewards.sentiment import _analyzer, vader_sentiment
+from trl_ext.rewards.trl_module import RewardModule
 from trl_ext.types import Rollout
 
 NAN, INF = float("nan"), float("inf")
@@ -294,12 +296,13 @@ def direct(model: nn.Module, ids: list[int]) -> float:
         return model(input_ids=torch.tensor([ids])).logits[0, 0].item()
 
 
-def test_a_model_scores_prompt_and_completion() -> None:
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_a_model_scores_prompt_and_completion(batch_size: int) -> None:
     model, tokenizer = tiny_classifier(seed=1), word_tokenizer()
     # Ids: the 7, a 8, cat 9, dog 10, sat 12.
     expected = [direct(model, [7, 9, 12]), direct(model, [8, 10]), direct(model, [7, 9, 7, 9, 12, 12])]
     assert len({round(score, 3) for score in expected}) == 3
-    scorer = Scorer([model.train()], tokenizers=[tokenizer])
+    scorer = Scorer([model.train()], tokenizers=[tokenizer], batch_size=batch_size)
     total = scorer(texts(["the cat", "a", "the cat the"], [" sat", " dog", " cat sat sat"]), {"column": [1, 2, 3]})[
         :, 0
     ]
@@ -406,3 +409,22 @@ def test_sentiment_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> No
     _analyzer.cache_clear()
     with pytest.raises(ImportError, match=r"pip install 'trl-ext\[sentiment\]'"):
         vader_sentiment(["good"])
+
+
+# As the reward model of TRL 1.12's PPOTrainer ------------------------------------------------------------------------
+
+
+def test_answers_that_all_end_early_are_told_from_their_prompts() -> None:
+    """TRL generates as far as the longest answer goes, and gives prompt and answer in one row."""
+    seen: list[tuple[str, str]] = []
+
+    def judge(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        seen.extend(zip(prompts, completions, strict=True))
+        return [float(len(text.split())) for text in completions]
+
+    policy = SimpleNamespace(generate=lambda input_ids, **_: torch.cat([input_ids, torch.tensor([[9, 1], [10, 1]])], 1))
+    module = RewardModule(judge, word_tokenizer(), policy)
+    ids = policy.generate(input_ids=torch.tensor([[7, 8, 11], [0, 7, 12]]))
+    out = module.backbone(input_ids=ids, attention_mask=ids != 0)
+    assert seen == [("the a bird", "cat"), ("the sat", "dog")]
+    assert out.hidden_states[-1][:, -1, 0].tolist() == [1.0, 1.0]

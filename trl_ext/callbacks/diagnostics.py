@@ -78,7 +78,15 @@ class DiagnosticsCallback(RolloutCallback):
     # Events -----------------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Note the settings; take up what an interrupted run had said, done and seen."""
+        """Note the settings; take up what an interrupted run had said, done and seen.
+
+        Raises:
+            ValueError: this trainer cannot be stopped.
+        """
+        if self.on_problem == "stop" and hasattr(args, "response_length"):
+            raise ValueError("TRL's PPOTrainer stops at no callback's word: let on_problem be 'warn' or 'act'.")
+        if self.yardstick is not None and not hasattr(args, "steps_per_rollout"):
+            logger.warning("The yardstick is asked in trl_ext's PPOTrainer alone: here it says nothing.")
         self.findings = []
         self._saved = copy.deepcopy(state.stateful_callbacks.get(STATE_KEY)) or _nothing_yet()
         state.stateful_callbacks[STATE_KEY] = self._saved

@@ -62,6 +62,8 @@ class AdaptiveKLCallback(RolloutCallback):
                 f"AdaptiveKLCallback cannot act: the {type(self._trainer).__name__} was built with beta=0 and computes "
                 "no KL; set beta in its config to the controller's initial value."
             )
+        if getattr(args, "use_liger_kernel", False) and hasattr(self._trainer, "liger_loss"):
+            raise ValueError("AdaptiveKLCallback cannot act: Liger's loss copies beta; set use_liger_kernel to False.")
         self._in_trl_ext = hasattr(args, "steps_per_rollout")
         saved = state.stateful_callbacks.get(STATE_KEY)
         if saved:

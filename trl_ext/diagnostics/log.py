@@ -126,10 +126,8 @@ class RunLog:
         for key in NAMES.get(name, (name,)):
             found = [(row["step"], row[key]) for row in rows if key in row]
             if found:
-                if key == "kl" and self.kind == "online":  # logged a token
-                    found = [
-                        (row["step"], row["kl"] * row.get("completions/mean_length", 1.0)) for row in rows if key in row
-                    ]
+                if key == "kl" and self.kind == "online":
+                    found = _an_answer(rows)
                 return Series([step for step, _ in found], [value for _, value in found])
         return Series([], [])
 
@@ -164,6 +162,17 @@ class RunLog:
     def steps(self) -> tuple[int, int]:
         """The first and the last step that was logged."""
         return (self.rows[0]["step"], self.rows[-1]["step"]) if self.rows else (0, 0)
+
+
+def _an_answer(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """The KL, which GRPOTrainer and RLOOTrainer log a token. Lengths are logged where answers are sampled, and hold
+    until the next are."""
+    found, length = [], math.nan
+    for row in rows:
+        length = row.get("completions/mean_length", length)
+        if "kl" in row and length == length:
+            found.append((row["step"], row["kl"] * length))
+    return found
 
 
 def kind_of(rows: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]] = ()) -> str:

@@ -43,11 +43,17 @@ class ContinuousGenerator(BatchingGenerator):
         """
         with self.base.use(role):
             self.base.model.eval()
-            given = self.base.causal_lm.generate_batch(
-                prompts,
-                generation_config=config,
-                continuous_batching_config=self._config(prompts, config.max_new_tokens),
-            )
+            try:
+                given = self.base.causal_lm.generate_batch(
+                    prompts,
+                    generation_config=config,
+                    continuous_batching_config=self._config(prompts, config.max_new_tokens),
+                )
+            except MemoryError as error:
+                raise GenerationError(
+                    f"Continuous batching has no room for its cache ({error}): lower local_rollout_forward_batch_size "
+                    "or max_completion_length."
+                ) from error
         # Transformers logs what goes wrong, and goes on.
         ended = [one for one in given.values() if one.error is None]
         if len(ended) < len(prompts):

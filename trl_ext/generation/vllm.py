@@ -44,7 +44,7 @@ class VLLMGenerator(BatchingGenerator):
         self._llm = vllm.LLM(
             model=model,
             enable_lora=True,
-            max_lora_rank=max(8, config.r),
+            max_lora_rank=max(8, 1 << (config.r - 1).bit_length()),  # vLLM knows powers of two
             gpu_memory_utilization=memory,
             max_model_len=max_length,
             seed=seed,

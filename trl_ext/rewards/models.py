@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -57,39 +57,44 @@ def classifier(
     return classifier
 
 
-def fluency(base: Any, tokenizer: PreTrainedTokenizerBase) -> Reward:
+def fluency(base: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> Reward:
     """Mean log-probability of an answer's tokens under the reference role, nats a token: minus the logarithm of its
     perplexity. Near 0 is fluent, far below is word salad.
 
     Args:
         base: a `SharedBase`.
         tokenizer: of the base.
+        batch_size: answers at a time.
     """
 
     @torch.no_grad()
     def fluency(prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float | None]:
-        ids, mask, width = _rows(tokenizer, prompts, completion_ids)
-        logprobs = base.logprobs(ids.to(base.device), mask.to(base.device), width, role="reference").cpu()
-        means = masked_mean(logprobs, mask[:, -width:], dim=1).tolist()
+        means: list[float] = []
+        for ids, mask, width in _batches(tokenizer, prompts, completion_ids, batch_size):
+            logprobs = base.logprobs(ids.to(base.device), mask.to(base.device), width, role="reference").cpu()
+            means += masked_mean(logprobs, mask[:, -width:], dim=1).tolist()
         return [mean if len(row) else None for mean, row in zip(means, completion_ids, strict=True)]
 
     return fluency
 
 
-def reward_role(base: Any, tokenizer: PreTrainedTokenizerBase) -> Reward:
+def reward_role(base: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> Reward:
     """The score of the base's reward role, for trainers that know reward functions only.
 
     Args:
         base: a `SharedBase` with a reward role.
         tokenizer: of the base.
+        batch_size: answers at a time.
     """
     after = answer_suffix(tokenizer, [tokenizer.eos_token_id])
 
     @torch.no_grad()
     def reward_role(prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float | None]:
         ended = [list(ids) + after if list(ids[-1:]) == [tokenizer.eos_token_id] else ids for ids in completion_ids]
-        ids, mask, _width = _rows(tokenizer, prompts, completion_ids if isinstance(prompts[0], str) else ended)
-        scores: list[float | None] = base.scores(ids.to(base.device), mask.to(base.device)).cpu().tolist()
+        answers = completion_ids if isinstance(prompts[0], str) else ended
+        scores: list[float | None] = []
+        for ids, mask, _width in _batches(tokenizer, prompts, answers, batch_size):
+            scores += base.scores(ids.to(base.device), mask.to(base.device)).cpu().tolist()
         return scores
 
     return reward_role
@@ -111,6 +116,13 @@ def answer_suffix(
     ids = list(tokenizer.apply_chat_template(conversation, **kwargs)["input_ids"])
     last = [i for i, token in enumerate(ids) if i >= len(asked) and token in set(ends)]
     return ids[last[-1] + 1 :] if last else []
+
+
+def _batches(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], size: int
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    for start in range(0, len(prompts), size):
+        yield _rows(tokenizer, prompts[start : start + size], completion_ids[start : start + size])
 
 
 def _rows(

@@ -30,6 +30,7 @@ class Scorer:
         chat_template_kwargs: given to the chat template when a model scores conversations.
         trust_remote_code: passed on when a model is loaded by name.
         timeout: most seconds that one call of a function may take; None: any.
+        batch_size: most answers of one forward of a model.
 
     Raises:
         TypeError, ValueError: a function that cannot be called, or lists of different lengths.
@@ -43,6 +44,7 @@ class Scorer:
         chat_template_kwargs: dict[str, Any] | None = None,
         trust_remote_code: bool = False,
         timeout: float | None = None,
+        batch_size: int = 64,
     ) -> None:
         tokenizers = list(tokenizers) if tokenizers is not None else [None] * len(functions)
         if len(tokenizers) != len(functions):
@@ -56,7 +58,7 @@ class Scorer:
                     f"A reward function must be a callable, a model or a model's name, not {type(function).__name__}."
                 )
         self.names = _distinct([name_of(function) for function in functions])
-        self.timeout = timeout
+        self.timeout, self._batch_size = timeout, batch_size
         self._chat_template_kwargs = chat_template_kwargs or {}
         self._functions: list[Callable[..., Any]] = []
         for function, tokenizer in zip(functions, tokenizers, strict=True):
@@ -143,11 +145,15 @@ class Scorer:
                 else tokenizer.apply_chat_template(prompt + completion, tokenize=False, **self._chat_template_kwargs)
                 for prompt, completion in zip(prompts, completions, strict=True)
             ]
-            inputs = tokenizer(
-                text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
-            )
-            logits: Tensor = model(**inputs.to(device)).logits
-            return logits[:, 0].float().tolist()
+            scores: list[float] = []
+            for start in range(0, len(texts), self._batch_size):
+                part = texts[start : start + self._batch_size]
+                inputs = tokenizer(
+                    text=part, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
+                )
+                logits: Tensor = model(**inputs.to(device)).logits
+                scores += logits[:, 0].float().tolist()
+            return scores
 
         return score
 
@@ -165,7 +171,7 @@ class RewardError(ValueError):
 def _named(name: str, timeout: float | None) -> Iterator[None]:
     try:
         yield
-    except RewardError:
+    except (RewardError, torch.OutOfMemoryError):
         raise
     except TimeoutError as error:
         limit = f" ({timeout:g} s)" if timeout is not None else ""

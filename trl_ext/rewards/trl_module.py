@@ -12,15 +12,28 @@ from trl_ext.rewards.scorer import Scorer
 from trl_ext.types import Rollout
 
 
+class _Asked:
+    """Listens to a policy's `generate`: the width of the prompts that it was given last."""
+
+    def __init__(self, policy: Any) -> None:
+        self.width, self._generate = 0, policy.generate
+        policy.generate = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        self.width = ids.shape[1]
+        return self._generate(*args, **kwargs)
+
+
 class _Backbone(nn.Module):
     """Reads ids as text, asks the function, and says the score at every position."""
 
-    def __init__(self, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, response_length: int) -> None:
+    def __init__(self, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, asked: _Asked) -> None:
         super().__init__()
-        self._scorer, self._tokenizer, self._response_length = scorer, tokenizer, response_length
+        self._scorer, self._tokenizer, self._asked = scorer, tokenizer, asked
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> Any:
-        start = input_ids.shape[1] - self._response_length
+        start = self._asked.width
         ids, mask = input_ids.cpu(), attention_mask.bool().cpu()
         rollout = Rollout(
             prompts=self._texts(ids[:, :start], mask[:, :start]),
@@ -43,18 +56,18 @@ class _Backbone(nn.Module):
 class RewardModule(nn.Module):
     """A reward function as TRL 1.12's `PPOTrainer(reward_model=...)`.
 
-    That trainer knows ids only, and the last `response_length` of them are the answer, so the function gets texts
-    without further columns, and an abstention counts as a score of 0.
+    That trainer knows ids only, so the function gets texts without further columns, and an abstention counts as a score
+    of 0. How many of the ids are prompt is told by what the policy was asked to go on from: answers may all end early.
 
     Args:
         function: as TRL's GRPOTrainer calls it.
         tokenizer: of the policy.
-        response_length: as in TRL's PPOConfig.
+        policy: the trainer's `model`.
     """
 
     base_model_prefix = "backbone"
 
-    def __init__(self, function: Any, tokenizer: PreTrainedTokenizerBase, response_length: int) -> None:
+    def __init__(self, function: Any, tokenizer: PreTrainedTokenizerBase, policy: Any) -> None:
         super().__init__()
-        self.backbone = _Backbone(Scorer([function]), tokenizer, response_length)
+        self.backbone = _Backbone(Scorer([function]), tokenizer, _Asked(policy))
         self.score = nn.Identity()
