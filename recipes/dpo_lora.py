@@ -31,6 +31,7 @@ def main() -> None:
     if script.dataset == "demo":
         outcome["exam before"] = demo.run_exam(untrained, tokenizer)
     del untrained  # the trainer loads its own
+    launch.free_memory()
     trainer = DPOTrainer(
         model=name,
         args=args,
@@ -47,6 +48,7 @@ def main() -> None:
     trainer.save_model()
     trainer.save_state()
     del trainer
+    launch.free_memory()
 
     trained = launch.load_shared_base(model_args, value="head", policy=args.output_dir)
     launch.show_before_after(prompts[:6], before, launch.answers(trained, tokenizer, prompts[:6], **how))

@@ -38,11 +38,12 @@ def main() -> None:
     launch.show_progress(trainer)
     launch.match_precision(trainer, model_args)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    evaluation = trainer.evaluate()
     trainer.save_model()
+    evaluation = trainer.evaluate()
     trainer.save_state()
     tokenizer, rows = trainer.processing_class, args.per_device_eval_batch_size
     del trainer  # its base makes room for one with every role
+    launch.free_memory()
 
     base: SharedBase = launch.load_shared_base(model_args, policy=None, value="head", reward=args.output_dir)
     answers = launch.scored_answers(base, tokenizer, data.judged, rows)

@@ -10,8 +10,7 @@ __all__ = ["BaseConfig", "BaseTrainer", "train_in_float32"]
 
 
 def train_in_float32(model: Any) -> None:
-    """Take back that TRL holds adapters and score head over a quantised base in bfloat16, which needs autocast around
-    them and is slow on a CPU: what trains becomes float32."""
+    """Take back that TRL holds adapters and head over a quantised base in bfloat16: what trains becomes float32."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)

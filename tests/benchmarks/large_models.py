@@ -9,6 +9,7 @@ the largest difference in log-probabilities that the variant causes on one fixed
 """
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -95,6 +96,8 @@ def measure(chosen: argparse.Namespace) -> None:
             if "lora_" in name:
                 parameter.data = parameter.data.bfloat16()
     if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     sampling: dict[str, Any] = {"min_new_tokens": chosen.new_tokens}
     if chosen.variant == "static cache":
@@ -124,7 +127,7 @@ def measure(chosen: argparse.Namespace) -> None:
     peaks = Peaks()
     trainer = PPOTrainer(base, None, args, rows, None, word_tokenizer(), callbacks=[peaks])
     saved = chosen.work / f"{chosen.shape}-logprobs.pt"
-    with trainer.compute_loss_context_manager():
+    with trainer.accelerator.autocast():
         said = fixed_logprobs(base, chosen.new_tokens)
     if chosen.variant == "plain":
         torch.save(said, saved)

@@ -86,7 +86,7 @@ def test_torch_empty_cache_steps_is_obeyed(tmp_path: Path, monkeypatch: pytest.M
     emptied: list[int] = []
     trainer: PPOTrainer = trainer_for(tmp_path, torch_empty_cache_steps=2)
     monkeypatch.setattr(
-        "trl_ext.trainers.ppo_trainer.clear_device_cache", lambda: emptied.append(trainer.state.global_step)
+        "trl_ext.trainers.updater.clear_device_cache", lambda: emptied.append(trainer.state.global_step)
     )
     trainer.train()
     assert emptied == [0, 2]

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 
 from tests.helpers import CHAT_TEMPLATE, prompt_dataset, word_tokenizer
+from trl_ext.trainers.building import args_of_gpu
 from trl_ext.trainers.checks import as_list, check_datasets, check_output_dir, check_prompts, check_tokenizer
 from trl_ext.trainers.ppo_config import PPOConfig
 
@@ -215,3 +217,13 @@ def test_no_permission(below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 )
 def test_as_list(items: Any, expected: list[Any]) -> None:
     assert as_list(items) == expected
+
+
+# What is loaded by name ----------------------------------------------------------------------------------------------
+
+
+def test_a_base_is_loaded_where_and_as_it_computes() -> None:
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert args_of_gpu(cpu, False) == {}
+    assert args_of_gpu(gpu, False) == {"device_map": {"": gpu}}
+    assert args_of_gpu(gpu, True) == {"device_map": {"": gpu}, "dtype": torch.bfloat16}

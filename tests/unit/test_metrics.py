@@ -136,3 +136,13 @@ def test_print_shows_so_many_rows_and_takes_text_literally(
 def test_text_of_a_conversation_is_its_last_message() -> None:
     assert as_text("a") == "a"
     assert as_text([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]) == "b"
+
+
+def test_sums_from_a_checkpoint_go_on_where_training_computes() -> None:
+    """They come back on the CPU. ("meta" stands for a GPU: it mixes with no other device either.)"""
+    before, after = Metrics(), Metrics()
+    before.add_value("loss", 1.0)
+    after.load_state_dict(before.state_dict())
+    after.add_value("loss", torch.tensor(2.0, device="meta"))
+    after.add_tokens({"loss": torch.ones(2, 3, device="meta")}, torch.ones(2, 3, dtype=torch.bool, device="meta"))
+    assert after._local["loss"].device.type == "meta"

@@ -116,7 +116,7 @@ def test_bf16_where_the_gpu_has_it(
     available: bool, bf16: bool | None, fp16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: available)
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: available)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: available)
     seen: dict[str, Any] = {}
     # What TrainingArguments makes of it on this machine is another matter.
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: seen.update(bf16=self.bf16))

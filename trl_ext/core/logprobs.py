@@ -81,7 +81,7 @@ class _RunningSoftmax:
                 self.sums[1] = grown.mul_(rescale.unsqueeze(1)).add_(weighed.to(weight.dtype) @ weight)
             pulling = e if slope is None else e * slope
             self.sums[0].mul_(rescale.unsqueeze(1)).add_(pulling.to(weight.dtype) @ weight)
-        self.moment = rescale * (self.moment + shift * self.total) + torch.linalg.vecdot(e, z)
+        self.moment = rescale * (self.moment + shift * self.total) + (e * z).sum(dim=1)
         self.total = rescale * self.total + e.sum(dim=1)
 
     def logprobs(self) -> Tensor:

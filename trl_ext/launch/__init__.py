@@ -14,6 +14,7 @@ from trl_ext.launch.screen import (
     show_scored_pairs,
 )
 from trl_ext.launch.settings import (
+    free_memory,
     import_functions,
     load_shared_base,
     match_precision,
@@ -27,6 +28,7 @@ __all__ = [
     "DataArguments",
     "answers",
     "distinct_prompts",
+    "free_memory",
     "import_functions",
     "kl_to_reference",
     "load_feedback",

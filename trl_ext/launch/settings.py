@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
 from safetensors import SafetensorError
 from transformers import TrainingArguments
 from transformers.utils import CONFIG_NAME, cached_file
@@ -97,9 +98,15 @@ def model_kwargs(model_args: ModelConfig) -> dict[str, Any]:
     }
 
 
+def free_memory() -> None:
+    """Give back what deleted trainers and models held, which refer to themselves and wait for the collector."""
+    clear_device_cache(garbage_collection=True)
+
+
 def match_precision(trainer: Any, model_args: ModelConfig) -> None:
-    """Over a 4-bit base that computes in float32, train in float32 too: see `train_in_float32`."""
-    if model_args.load_in_4bit and model_args.dtype == "float32":
+    """Over a 4-bit base, train adapters in float32, as PPO does: in bfloat16, as TRL holds them there, small steps are
+    rounded away."""
+    if model_args.load_in_4bit:
         train_in_float32(trainer.model)
 
 
@@ -111,7 +118,9 @@ def load_shared_base(model_args: ModelConfig, **roles: Any) -> SharedBase:
     """
     quantization = get_quantization_config(model_args)
     roles.setdefault("policy", get_peft_config(model_args))
-    base = SharedBase.from_pretrained(
+    if quantization is None and PartialState().device.type == "cuda":
+        roles.setdefault("device_map", {"": PartialState().device})  # no trainer moves what is loaded to be looked at
+    return SharedBase.from_pretrained(
         model_name(model_args),
         quantization_config=quantization,
         dtype=model_args.dtype if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype),
@@ -119,8 +128,6 @@ def load_shared_base(model_args: ModelConfig, **roles: Any) -> SharedBase:
         attn_implementation=model_args.attn_implementation,
         **roles,
     )
-    # A quantised base is there already, and no trainer moves one that is loaded to look at what was trained.
-    return base if quantization is not None else base.to(PartialState().device)
 
 
 def import_functions(paths: Sequence[str]) -> list[Any]:

@@ -53,9 +53,20 @@ def build_base(model: Any, args: PPOConfig, quantization_config: Any | None, pef
     if peft_config is None and not isinstance(model, PeftModel):
         logger.warning("No peft_config: the policy is a LoRA adapter of rank 16 on every linear layer.")
     if isinstance(model, str):
-        kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
+        kwargs: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, **args_of_gpu(args.device, args.bf16)}
+        if quantization_config is not None:
+            kwargs.pop("dtype", None)
+        kwargs |= args.model_init_kwargs or {}  # type: ignore[arg-type]
         return SharedBase.from_pretrained(model, quantization_config=quantization_config, policy=peft_config, **kwargs)
     return SharedBase.from_model(model, policy=peft_config)
+
+
+def args_of_gpu(device: torch.device, bf16: bool | None) -> dict[str, Any]:
+    """What a base that is loaded by name is loaded with on a GPU: there at once, and, where it computes in bfloat16, in
+    bfloat16: autocast would cast frozen float32 weights anew in every forward. Nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {"device_map": {"": device}, **({"dtype": torch.bfloat16} if bf16 else {})}
 
 
 def build_scorer(functions: list[Any], tokenizers: Any, args: PPOConfig, device: torch.device) -> Scorer | None:
@@ -69,6 +80,7 @@ def build_scorer(functions: list[Any], tokenizers: Any, args: PPOConfig, device:
         chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
         trust_remote_code=args.trust_remote_code,
         timeout=args.reward_timeout,
+        batch_size=args.local_rollout_forward_batch_size,
     )
 
 

@@ -193,7 +193,9 @@ class PPOConfig(BaseConfig):
         if self.logging_steps is None:
             self.logging_steps = self.steps_per_rollout
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = (
+                not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+            )
         super().__post_init__()
         if self.auto_find_batch_size:
             raise ValueError(

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object, set_seed
-from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -15,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl_ext._trl import BaseTrainer
-from trl_ext.callbacks import PPOControl, RolloutEvents
+from trl_ext.callbacks import PPOControl, RolloutCallback, RolloutEvents
 from trl_ext.rewards import RewardFunction
 from trl_ext.trainers import checks
 from trl_ext.trainers.batching import RolloutSampler
@@ -147,6 +146,8 @@ class PPOTrainer(Checkpoints, BaseTrainer):
         checkpoint written; so does a reward function that fails."""
         self.updater.reset()
         self._step_end = None
+        # Trackers come after the callbacks that add to a log.
+        self.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, RolloutCallback))
         with self.interrupts:
             output = super().train(*args, **kwargs)
         self.interrupts.raise_received()
@@ -180,10 +181,9 @@ class PPOTrainer(Checkpoints, BaseTrainer):
         if self.updater.idle and not self.updater.finish_minibatch():
             # Accelerate's optimizer steps only where gradients are synchronised: weights and moments stay as they are.
             self.accelerator.gradient_state._set_sync_gradients(False)
+        if loss.is_cuda:
+            torch.cuda.synchronize(loss.device)  # or the clock stops while backward waits to begin
         self.collector.seconds["train"] += time.perf_counter() - started
-        every = self.args.torch_empty_cache_steps
-        if every is not None and self.state.global_step % every == 0:
-            clear_device_cache()
         return loss
 
     def collect(self, inputs: list[dict[str, Any]]) -> Experience:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
 from trl_ext.callbacks import EpochStats
@@ -101,6 +102,9 @@ class Updater:
         loss = torch.zeros((), device=self.trainer.accelerator.device)
         if not self.progress.stopped:
             loss = self._train_on(model, experience.rows(rows).to(self.base.device))
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.trainer.state.global_step % every == 0:
+            clear_device_cache()
         return loss
 
     def finish_minibatch(self) -> bool:

@@ -45,7 +45,7 @@ def main() -> None:
         began = time.perf_counter()
         answers = trainer.generate(queries, return_prompt=False, batch_size=given.batch, **sampling)
         generated = time.perf_counter()
-        whole = [torch.cat(pair) for pair in zip(queries, answers)]  # noqa: B905 (Python 3.11 everywhere, but of its day)
+        whole = [torch.cat((query.to(answer.device), answer)) for query, answer in zip(queries, answers)]  # noqa: B905 (Python 3.11 everywhere, but of its day)
         inputs = tokenizer.pad({"input_ids": whole}, return_tensors="pt").to(model.pretrained_model.device)
         with torch.no_grad():
             scores = trainer.model.compute_reward_score(**inputs)[:, -1, 0]

@@ -21,7 +21,7 @@ def main() -> None:
     clock = work.Clock()
     policy = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
     value = classifier(given.model)
-    reward = sentiment_model(tokenizer, given.new_tokens) if given.reviews else classifier(given.model)
+    reward = sentiment_model(tokenizer, policy) if given.reviews else classifier(given.model)
     if given.variant == "lora":
         # TRL reads the backbone under `base_model_prefix` of the model inside PEFT's wrapper.
         value = get_peft_model(value, LoraConfig(**{**work.LORA, "task_type": "SEQ_CLS"})).base_model.model
@@ -77,12 +77,12 @@ def classifier(model: str) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
 
 
-def sentiment_model(tokenizer: Any, new_tokens: int) -> Any:
+def sentiment_model(tokenizer: Any, policy: Any) -> Any:
     """The sentiment lexicon in the shape of a reward model."""
     from trl_ext.rewards.sentiment import vader_sentiment
     from trl_ext.rewards.trl_module import RewardModule
 
-    return RewardModule(vader_sentiment, tokenizer, new_tokens)
+    return RewardModule(vader_sentiment, tokenizer, policy)
 
 
 if __name__ == "__main__":
