@@ -106,8 +106,8 @@ class PPOConfig(BaseConfig):
     # Model
     model_init_kwargs: dict[str, Any] | str | None = _f(
         None,
-        "Arguments of AutoModelForCausalLM.from_pretrained (dtype, device_map, ...) where the model is a name. On a GPU "
-        "its dtype is bfloat16 where bf16 is on.",
+        "Arguments of AutoModelForCausalLM.from_pretrained (dtype, device_map, ...) where the model is a name. On a "
+        "GPU its dtype is bfloat16 where bf16 is on.",
     )
     trust_remote_code: bool = _f(False, "Run code that ships with a model on loading it.")
     disable_dropout: bool = _f(True, "Set every dropout of the model to 0: with dropout the first ratio is not 1.")
