@@ -27,6 +27,17 @@ def failing(event: str, step: int) -> RolloutCallback:
 SETTINGS: dict[str, Any] = {"total_episodes": 64, "score_normalization": "running", "rows": 16}
 
 
+EVALUATIONS: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> PPOTrainer:
+    """A run in which nothing fails."""
+    trainer = trainer_for(tmp_path_factory.mktemp("whole"), **SETTINGS, **EVALUATIONS)
+    trainer.train()
+    return trainer
+
+
 @pytest.mark.parametrize(
     ("event", "step"),
     [
@@ -38,15 +49,12 @@ SETTINGS: dict[str, Any] = {"total_episodes": 64, "score_normalization": "runnin
         ("on_evaluation_end", 6),
     ],
 )
-def test_a_run_goes_on_where_a_callback_failed(event: str, step: int, tmp_path: Path) -> None:
-    evaluations = {"eval_strategy": "steps", "eval_steps": 3}
-    whole = trainer_for(tmp_path / "whole", **SETTINGS, **evaluations)
-    whole.train()
-    trainer = trainer_for(tmp_path, **SETTINGS, **evaluations)
+def test_a_run_goes_on_where_a_callback_failed(event: str, step: int, whole: PPOTrainer, tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, **SETTINGS, **EVALUATIONS)
     trainer.add_callback(failing(event, step))
     with pytest.raises(CallbackError, match=rf"All {step} steps before are saved in .*checkpoint-{step}'"):
         trainer.train()
-    again = trainer_for(tmp_path, **SETTINGS, **evaluations)
+    again = trainer_for(tmp_path, **SETTINGS, **EVALUATIONS)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == whole.state.global_step == 16
     expected = trained_state(whole)

@@ -26,6 +26,9 @@ CLOCKS = (
 )
 
 
+Run = tuple[dict[str, torch.Tensor], list[dict[str, float]]]
+
+
 def start(model: str, out: Path, processes: int, *more: str) -> subprocess.CompletedProcess[str]:
     worker = str(Path(__file__).with_name("worker.py"))
     launch = [sys.executable]
@@ -37,7 +40,7 @@ def start(model: str, out: Path, processes: int, *more: str) -> subprocess.Compl
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def run(model: str, out: Path, processes: int, *more: str) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+def run(model: str, out: Path, processes: int, *more: str) -> Run:
     done = start(model, out, processes, *more)
     assert done.returncode == 0, done.stderr[-3000:]
     used, logs = json.loads((out / "logs.json").read_text())
@@ -45,11 +48,25 @@ def run(model: str, out: Path, processes: int, *more: str) -> tuple[dict[str, to
     return load_file(out / "trained.safetensors"), logs
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> str:
+    return saved_model(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, model: str) -> Run:
+    return run(model, folder / "two", 2)
+
+
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    model = saved_model(tmp_path / "model")
-    one, its_logs = run(model, tmp_path / "one", 1)
-    two, their_logs = run(model, tmp_path / "two", 2)
+def test_two_processes_equal_one(folder: Path, model: str, two: Run) -> None:
+    one, its_logs = run(model, folder / "one", 1)
+    both, their_logs = two
     assert len(its_logs) == len(their_logs)
     for ours, theirs in zip(its_logs, their_logs, strict=True):
         assert set(ours) == set(theirs)
@@ -58,15 +75,14 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
                 assert theirs[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-5), (name, ours["step"])
     assert any(float(ours["objective/kl_coef"]) != 0.1 for ours in its_logs if "objective/kl_coef" in ours)
     for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(both[name], weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_in_a_later_epoch_as_if_never_interrupted(tmp_path: Path) -> None:
+def test_two_processes_go_on_in_a_later_epoch_as_if_never_interrupted(folder: Path, model: str, two: Run) -> None:
     """The second epoch has an order of its own, which a resumed run must know too: step 10 is in its first rollout."""
-    model = saved_model(tmp_path / "model")
-    whole, its_logs = run(model, tmp_path / "whole", 2)
-    resumed, their_logs = run(model, tmp_path / "resumed", 2, str(tmp_path / "whole" / "checkpoint-10"))
+    whole, its_logs = two
+    resumed, their_logs = run(model, folder / "resumed", 2, str(folder / "two" / "checkpoint-10"))
     for name, weight in whole.items():
         assert torch.equal(resumed[name], weight), name
     last, its_last = ([row for row in logs if "objective/scores" in row][-1] for logs in (their_logs, its_logs))
@@ -74,9 +90,8 @@ def test_two_processes_go_on_in_a_later_epoch_as_if_never_interrupted(tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_judge_that_fails_on_one_process_ends_both_after_a_checkpoint(tmp_path: Path) -> None:
-    model = saved_model(tmp_path / "model")
-    done = start(model, tmp_path / "out", 2, "fail")
+def test_a_judge_that_fails_on_one_process_ends_both_after_a_checkpoint(folder: Path, model: str) -> None:
+    done = start(model, folder / "out", 2, "fail")
     assert done.returncode != 0
     assert done.stderr.count("raised ConnectionResetError: the judge went home") >= 2, "each process says why"
-    assert (tmp_path / "out" / "checkpoint-8" / "trainer_state.json").is_file()
+    assert (folder / "out" / "checkpoint-8" / "trainer_state.json").is_file()
