@@ -34,9 +34,8 @@ def scored_answers(
     answers = list(_answers(rows))
     sequences = [sequence_ids(tokenizer, prompt, answer) for prompt, answer, _, _ in answers]
     scores = torch.zeros(len(answers))
-    with base.evaluating():
-        for numbers, ids, mask in padded_by_length(sequences, batch_size):
-            scores[numbers] = base.scores(ids.to(base.device), mask.to(base.device)).float().cpu()
+    for numbers, ids, mask in padded_by_length(sequences, batch_size):
+        scores[numbers] = base.scores(ids.to(base.device), mask.to(base.device)).float().cpu()
     return [
         Judged(group, worth, score, len(as_text(answer)))
         for (_, answer, worth, group), score in zip(answers, scores.tolist(), strict=True)
@@ -60,18 +59,17 @@ def reference_scores(
     texts = isinstance(prompts[0], str)
     suffix = [] if texts else answer_suffix(tokenizer, eos_ids(base.causal_lm, tokenizer))
     scores: list[float] = []
-    with base.evaluating():
-        for rows in torch.arange(len(prompts)).split(batch_size):
-            part = rollout.rows(rows).to(base.device)
-            said = base(
-                part.input_ids,
-                part.attention_mask,
-                part.completion_ids.shape[1],
-                roles=("reward",),
-                reward_suffix_ids=suffix,
-                reward_suffix_rows=part.has_eos,
-            )
-            scores += said["scores"].tolist()
+    for rows in torch.arange(len(prompts)).split(batch_size):
+        part = rollout.rows(rows).to(base.device)
+        said = base(
+            part.input_ids,
+            part.attention_mask,
+            part.completion_ids.shape[1],
+            roles=("reward",),
+            reward_suffix_ids=suffix,
+            reward_suffix_rows=part.has_eos,
+        )
+        scores += said["scores"].tolist()
     return scores
 
 

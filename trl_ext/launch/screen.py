@@ -73,8 +73,7 @@ def show_scored_pairs(base: SharedBase, tokenizer: PreTrainedTokenizerBase, pair
         row = [Text(as_text(pair["prompt"]))]
         for side in ("chosen", "rejected"):
             ids = torch.tensor([sequence_ids(tokenizer, pair["prompt"], pair[side])], device=base.device)
-            with base.evaluating():
-                score = float(base.scores(ids, torch.ones_like(ids)))
+            score = float(base.scores(ids, torch.ones_like(ids)))
             row += [Text(as_text(pair[side])), Text(f"{score:.2f}")]
         table.add_row(*row)
     _print(table)
@@ -93,12 +92,11 @@ def kl_to_reference(
     `answered`."""
     rollout = answered(base, tokenizer, prompts, batch_size=batch_size, **how)
     total = 0.0
-    with base.evaluating():
-        for rows in torch.arange(len(prompts)).split(batch_size):
-            part = rollout.rows(rows).to(base.device)
-            width = part.completion_ids.shape[1]
-            said = base(part.input_ids, part.attention_mask, width, roles=("policy", "reference"))
-            total += float(masked_sum(said["logprobs"] - said["ref_logprobs"], part.completion_mask))
+    for rows in torch.arange(len(prompts)).split(batch_size):
+        part = rollout.rows(rows).to(base.device)
+        width = part.completion_ids.shape[1]
+        said = base(part.input_ids, part.attention_mask, width, roles=("policy", "reference"))
+        total += float(masked_sum(said["logprobs"] - said["ref_logprobs"], part.completion_mask))
     return total / len(prompts)
 
 

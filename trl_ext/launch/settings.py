@@ -24,6 +24,7 @@ from trl_ext._trl import train_in_float32
 from trl_ext.generation import GenerationError
 from trl_ext.launch.resuming import checkpoint_of
 from trl_ext.roles import SharedBase
+from trl_ext.trainers.building import args_of_gpu
 from trl_ext.trainers.checks import check_output_dir, check_trackers
 
 USER_ERRORS = (
@@ -118,8 +119,8 @@ def load_shared_base(model_args: ModelConfig, **roles: Any) -> SharedBase:
     """
     quantization = get_quantization_config(model_args)
     roles.setdefault("policy", get_peft_config(model_args))
-    if quantization is None and PartialState().device.type == "cuda":
-        roles.setdefault("device_map", {"": PartialState().device})  # no trainer moves what is loaded to be looked at
+    # No trainer moves what is loaded to be looked at.
+    roles = args_of_gpu(PartialState().device) | roles
     return SharedBase.from_pretrained(
         model_name(model_args),
         quantization_config=quantization,

@@ -99,22 +99,21 @@ class AdaptedModel(nn.Module):
             activate(self.model, adapter)
             yield
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Eval mode inside; on exit every flag is as before."""
-        with restored(self):
-            self.eval()
-            yield
-
     # Forwards -------------------------------------------------------------------------------------------------
 
     def hidden_states(self, views: dict[str | None, AlignedBatch]) -> dict[str | None, Tensor]:
         """Last hidden states (batch, longest, size) of each batch under its adapter (None: the bare base).
 
-        Without gradients they are computed in one forward where that is as exact, and as fast.
+        Without gradients nobody learns: there is no dropout, and one forward for all where that is as exact, and as
+        fast.
         """
-        if len(views) > 1 and not torch.is_grad_enabled() and self._mixes(views):
-            return self._mixed_trunks(views)
+        if torch.is_grad_enabled():
+            return self._trunks(views)
+        with restored(self):
+            self.eval()
+            return self._mixed_trunks(views) if len(views) > 1 and self._mixes(views) else self._trunks(views)
+
+    def _trunks(self, views: dict[str | None, AlignedBatch]) -> dict[str | None, Tensor]:
         hidden = {}
         for adapter, view in views.items():
             with self._under(adapter):
@@ -133,12 +132,10 @@ class AdaptedModel(nn.Module):
     def _mixed_trunks(self, views: dict[str | None, AlignedBatch]) -> dict[str | None, Tensor]:
         packings = [self._packing(view) for view in views.values()]
         names = [adapter or "__base__" for adapter, packing in zip(views, packings, strict=True) for _ in packing.ids]
-        with restored(self):
-            # PEFT mixes adapters in one batch in eval mode only, and with adapters on.
-            self.model.eval()
-            activate(self.model, next(adapter for adapter in views if adapter is not None))
-            with self._rows_under(names):
-                hidden = self._states(packings)
+        # PEFT mixes adapters in one batch in eval mode only, and with adapters on.
+        activate(self.model, next(adapter for adapter in views if adapter is not None))
+        with self._rows_under(names):
+            hidden = self._states(packings)
         parts = hidden.split([len(packing.ids) for packing in packings])
         return {adapter: packing.unpacked(part) for adapter, packing, part in zip(views, packings, parts, strict=True)}
 

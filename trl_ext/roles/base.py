@@ -168,8 +168,8 @@ class SharedBase(AdaptedModel):
     ) -> Tensor:
         """Log-probability of each completion token under `role`, (batch, num_completion_tokens), nats."""
         batch = AlignedBatch.of(input_ids, attention_mask, num_completion_tokens)
-        with self.use(role):
-            hidden = batch.predicting(self.trunk(batch))
+        adapter = self._adapter(role)
+        hidden = batch.predicting(self.hidden_states({adapter: batch})[adapter])
         return batch.padded(self._lm_head.logprobs(hidden, batch.targets, temperature)[0])
 
     def values(self, input_ids: Tensor, attention_mask: Tensor, num_completion_tokens: int) -> Tensor:
@@ -189,8 +189,7 @@ class SharedBase(AdaptedModel):
         roles: tuple[Role, ...] = (
             ("reference", "value", "reward") if self.has_role("reward") else ("reference", "value")
         )
-        with self.evaluating():
-            said = self(input_ids, attention_mask, num_completion_tokens, roles=roles, temperature=temperature)
+        said = self(input_ids, attention_mask, num_completion_tokens, roles=roles, temperature=temperature)
         scores = said.get("scores", said["values"].new_full((input_ids.shape[0],), float("nan")))
         return RoleScores(said["ref_logprobs"], said["values"], scores)
 

@@ -61,7 +61,7 @@ def build_base(model: Any, args: PPOConfig, quantization_config: Any | None, pef
     return SharedBase.from_model(model, policy=peft_config)
 
 
-def args_of_gpu(device: torch.device, bf16: bool | None) -> dict[str, Any]:
+def args_of_gpu(device: torch.device, bf16: bool | None = None) -> dict[str, Any]:
     """What a base that is loaded by name is loaded with on a GPU: there at once, and, where it computes in bfloat16, in
     bfloat16: autocast would cast frozen float32 weights anew in every forward. Nothing on a CPU."""
     if device.type != "cuda":

@@ -173,8 +173,7 @@ class Collector:
         roles += ["value"] if self.args.uses_value else []
         roles += ["reward"] if self.scorer is None else []
         order = rollout.attention_mask.sum(dim=1).argsort(descending=True, stable=True)
-        with self.base.evaluating():  # neither the judges nor what was sampled from know dropout
-            parts = [self._said(rollout.rows(rows), roles) for rows in order.split(self._batch)]
+        parts = [self._said(rollout.rows(rows), roles) for rows in order.split(self._batch)]
         return concatenate(parts, pad_token_id=0).rows(order.argsort())
 
     def _said(self, part: Rollout, roles: list[Role]) -> ScorePass:

@@ -98,10 +98,10 @@ class Checkpoints:
         self._step_end = RandomState(), self.collector.combination.moments.state_dict()
 
     def _back_to_step_end(self) -> None:
-        if self._step_end is not None:
-            random_state, moments = self._step_end
-            random_state.restore()
-            self.collector.combination.moments.load_state_dict(moments)
+        assert self._step_end is not None
+        random_state, moments = self._step_end
+        random_state.restore()
+        self.collector.combination.moments.load_state_dict(moments)
 
     @contextmanager
     def _saved_on_failure(self) -> Iterator[None]:

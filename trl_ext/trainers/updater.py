@@ -158,22 +158,16 @@ class Updater:
     def _plan(self, experience: Experience) -> None:
         """Rows of this process's micro-batches for the optimizer step to come."""
         args, mask, accelerator = self.args, experience.loss_mask, self.trainer.accelerator
-        shares = args.gradient_accumulation_steps * accelerator.num_processes
-        mine = slice(accelerator.process_index, None, accelerator.num_processes)
+        mine = (args.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index)
         rollout, step = divmod(self.trainer.state.global_step, args.steps_per_rollout)
         rows = mini_batch(len(mask), step, args.num_mini_batches, args.seed, rollout)
         self._num_tokens = mask[rows].sum()
-        self._queue = micro_batches(
-            rows,
-            experience.rollout.attention_mask.sum(dim=1),
-            args.gradient_accumulation_steps,
-            accelerator.num_processes,
-            accelerator.process_index,
-        )
+        self._queue = micro_batches(rows, experience.rollout.attention_mask.sum(dim=1), *mine)
         if self.pretrain_mix is not None and not self._warming_up:
             ids, mask = self.pretrain_mix(args.mini_batch_size, self.trainer.state.global_step)
             self._num_text_tokens = mask[:, 1:].sum()  # nothing predicts a text's first token
-            self._texts = [(ids[part], mask[part]) for part in torch.arange(len(ids)).chunk(shares)[mine]]
+            parts = micro_batches(torch.arange(len(ids)), mask.sum(dim=1), *mine)
+            self._texts = [(ids[part], mask[part]) for part in parts]
 
     def _roles(self) -> list[tuple[Role, ...]]:
         """Who is trained, in which forwards.
