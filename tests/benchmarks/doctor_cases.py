@@ -335,7 +335,7 @@ CASES: tuple[Case, ...] = (
         "functions_at_odds",
         "ppo",
         "a rating from 0 to 1, and a point for every character",
-        {"kl_coef": 0.05},
+        {"kl_coef": 0.05, "score_normalization": "none"},
         functions=(share_right, detail),
     ),
     Case(

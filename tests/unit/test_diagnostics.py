@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from trl_ext import DiagnosticsCallback
 from trl_ext.cli import main
 from trl_ext.diagnostics import Finding, Limits, Remedy, RunLog, Sample, diagnose, read_run
 from trl_ext.diagnostics.log import Series
+from trl_ext.diagnostics.scores import functions_at_odds, over_optimisation
 
 WIGGLE = [0.03, -0.02, 0.01, -0.03, 0.02, -0.01]
 
@@ -173,6 +175,93 @@ def test_one_function_may_drown_the_others() -> None:
     (finding,) = diagnose(log_of(**changed))
     assert finding.title == "judge dominates the other reward functions"
     assert finding.remedy.changes == {"reward_weights": [pytest.approx(0.01, rel=0.2), 1.0]}
+
+
+def names_of(log: RunLog) -> list[str]:
+    return [finding.name for finding in diagnose(log)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("score_normalization", "running"), ("multi_objective_aggregation", "normalize_then_sum")]
+)
+def test_functions_that_are_brought_to_one_scale_do_not_drown_each_other(name: str, value: str) -> None:
+    config = {**CONFIG, name: value}
+    changed = {"rewards/other/mean": 0.0, "rewards/other/std": 0.01, "rewards/correlation/judge~other": 0.0}
+    assert names_of(RunLog.of(rows(**{**HEALTHY, **changed}), config)) == []
+    changed["rewards/correlation/judge~other"] = -0.8  # but they may fight, whatever their scales
+    assert names_of(RunLog.of(rows(**{**HEALTHY, **changed}), config)) == ["functions_at_odds"]
+
+
+def test_a_correlation_over_eight_answers_is_noise() -> None:
+    """Two functions that know nothing of each other: r has a standard deviation of 1 / sqrt(7)."""
+    chance, found = random.Random(0), 0
+    for _ in range(200):
+        drawn = {"rewards/correlation/judge~other": [chance.gauss(0, 7**-0.5) for _ in range(16)]}
+        log = log_of(**{**SICK["functions_at_odds"], **drawn})
+        logs = (RunLog(log.kind, log.rows[:count], [], CONFIG) for count in range(3, 17))
+        found += any(functions_at_odds(log, Limits()) for log in logs)
+    assert found <= 10
+
+
+def test_a_plateau_is_no_decline() -> None:
+    """The best of many windows lies above the last one by chance alone."""
+    chance, found = random.Random(1), 0
+    for _ in range(50):
+        exact = [0.5 + 0.06 * chance.gauss(0, 1) for _ in range(300)]
+        made = rows(300, **{"objective/scores": HEALTHY["objective/scores"], "yardstick/exact": exact})
+        logs = (RunLog("ppo", made[:count]) for count in range(20, 301, 4))
+        found += any(over_optimisation(log, Limits()) for log in logs)
+    assert found <= 5
+
+
+def test_steps_are_not_small_because_the_rate_is_warming_up_or_they_are_few() -> None:
+    small = {**HEALTHY, **SICK["steps_too_small"]}
+    warming = rows(**{**small, "learning_rate": lambda t: 4e-4 * t})
+    assert names_of(RunLog.of(warming, CONFIG)) == []
+    running_out = rows(**{**small, "learning_rate": lambda t: 1e-3 * (1 - t)})
+    assert names_of(RunLog.of(running_out, CONFIG)) == ["steps_too_small"]
+    only_step = {**CONFIG, "num_ppo_epochs": 1, "num_mini_batches": 1}
+    assert names_of(RunLog.of(rows(**small), only_step)) == []
+    assert names_of(RunLog.of(rows(**small), {**only_step, "num_mini_batches": 2})) == ["steps_too_small"]
+
+
+def test_a_penalty_that_long_answers_can_pay() -> None:
+    """1,000 tokens do not spend 250 nats, so the default coefficient does not drown a score of spread 1."""
+    still = {"objective/kl": 0.05, "objective/scores": 0.1, "completions/mean_length": 1000.0}
+    assert names_of(log_of(**{**still, "objective/kl_coef": 0.05})) == []
+    (finding,) = diagnose(log_of(**{**still, "objective/kl_coef": 0.5}))
+    assert finding.name == "kl_drowns_score" and finding.remedy.changes == {"kl_coef": 0.04}
+
+
+def test_float16_overflows_now_and_then() -> None:
+    norms = [0.5, math.inf, math.inf] + [0.5] * 6 + [math.inf] + [0.5] * 6
+    log = rows(**{**HEALTHY, "grad_norm": norms})
+    assert names_of(RunLog.of(log, {**CONFIG, "fp16": True})) == []
+    assert names_of(RunLog.of(log, CONFIG)) == ["gradients_not_finite"]
+    lasting = rows(**{**HEALTHY, "grad_norm": [0.5] * 10 + [math.inf] * 6})
+    assert names_of(RunLog.of(lasting, {**CONFIG, "fp16": True})) == ["gradients_not_finite"]
+
+
+def test_answers_that_grow_where_nobody_knows_for_what() -> None:
+    online = {"reward": lambda t: t, "reward_std": 1.0, "kl": 0.001}
+    made = rows(**online, **{"completions/mean_length": lambda t: 300 + 150 * t})
+    (finding,) = diagnose(RunLog.of(made, {"beta": 0.05}))
+    assert (finding.name, finding.severity, finding.title) == ("length_exploitation", "warning", "Answers grow")
+
+
+def test_a_kl_below_0_by_its_noise() -> None:
+    """Where no spread is logged, the logs' own scatter says how far a mean of three may lie off."""
+    online = {"reward": lambda t: t, "reward_std": 1.0, "completions/mean_length": 1000.0}
+    noisy = [3e-4, -1e-4, -4e-4, 1e-4] * 3 + [2e-4, -5e-4, 0.0, -4e-4]
+    assert names_of(RunLog.of(rows(**online, kl=noisy), {"beta": 0.05})) == []
+    assert names_of(RunLog.of(rows(**online, kl=-5e-4), {"beta": 0.05})) == ["negative_kl"]
+
+
+def test_several_sets_to_evaluate_on_have_losses_of_their_own() -> None:
+    log = preference_log(REWARD, {"eval_accuracy": 0.55, "eval_loss": 0.5})
+    evals = [{("a_loss" if name == "loss" else name): value for name, value in row.items()} for row in log.evals]
+    (finding,) = diagnose(RunLog(log.kind, log.rows, evals, log.config))
+    assert finding.name == "overfit" and "held-out loss" not in finding.evidence
 
 
 REWARD: dict[str, Any] = {

@@ -42,9 +42,9 @@ def negative_kl(log: RunLog, limits: Limits) -> Finding | None:
     if len(kl) < 3:
         return None
     recent = kl.recent(3)
-    answers = float(log.setting("rollout_batch_size", 1)) * 3
-    error = spread.recent(3) / math.sqrt(answers) if spread else 0.0
-    if recent > -limits.negative_kl or recent > -3 * error:
+    answers = float(log.setting("rollout_batch_size", 1))
+    error = (spread.recent(3) / math.sqrt(answers) if spread else kl.noise()) / math.sqrt(3)
+    if recent > -limits.negative_kl or recent > -limits.noticeable * error:
         return None
     return Finding(
         "negative_kl",
@@ -91,8 +91,7 @@ def suggested_kl_coef(log: RunLog, limits: Limits) -> float:
     spread, length = log.series("score_std"), log.series("length")
     if not spread or not length or spread.start() == 0.0:
         return math.nan
-    coefficient = spread.start() / (limits.budget_per_token * max(length.start(), 1.0))
-    return float(f"{coefficient:.1g}")
+    return spread.start() / min(limits.budget_per_token * max(length.start(), 1.0), limits.budget)
 
 
 def stronger(log: RunLog, limits: Limits) -> dict[str, float]:
@@ -143,7 +142,7 @@ def kl_drowns_score(log: RunLog, limits: Limits) -> Finding | None:
     suggested = suggested_kl_coef(log, limits)
     if len(kl) < limits.least_rows or not coefficient or suggested != suggested:
         return None
-    stays = abs(kl.recent()) < 0.02 * length.recent()
+    stays = abs(kl.recent()) < limits.stays * min(limits.budget_per_token * length.recent(), limits.budget)
     gained = score.rise()[1] > limits.noticeable
     if not stays or gained or coefficient.recent() < limits.drowned * max(suggested, 1e-6):
         return None
@@ -153,10 +152,10 @@ def kl_drowns_score(log: RunLog, limits: Limits) -> Finding | None:
         "The KL penalty drowns the score",
         log.steps,
         f"kl_coef is {coefficient.recent():.3g} where the scores' spread ({log.series('score_std').start():.2g}) suits "
-        f"{suggested:.3g}; KL stays at {kl.recent():.3f} nats an answer and the score does not rise.",
+        f"{suggested:.2g}; KL stays at {kl.recent():.3f} nats an answer and the score does not rise.",
         {"kl": kl.recent(), "kl_coef": coefficient.recent(), "suggested": suggested},
         "any step away from the reference costs more than the score can repay.",
-        _coefficient({_field(log): suggested}),
+        _coefficient({_field(log): float(f"{suggested:.1g}")}),
     )
 
 

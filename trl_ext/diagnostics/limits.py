@@ -1,4 +1,4 @@
-"""Every threshold of the doctor, once, with where it comes from."""
+"""The doctor's main thresholds, with where they come from."""
 
 from dataclasses import dataclass
 
@@ -21,6 +21,8 @@ class Limits:
             (measured).
         budget_per_token: nats a token that an answer may well spend; kl_coef is suggested so that the penalty for it
             equals the spread of the scores. It gives within a factor of 2 what the recipes use.
+        budget: and nats an answer, however long; chosen, below the 40 at which Ziegler et al. 2019 lost the language.
+        stays: share of that budget up to which the policy has not moved.
         drowned: times the suggested kl_coef from which the penalty leaves the score nothing to say.
         entropy: nats a token below which every answer is certain; healthy runs here end above 0.1 (measured).
         temperature: below it a low entropy is its doing.
@@ -39,7 +41,7 @@ class Limits:
         length_correlation: of score and length.
         repetition: share of an answer's trigrams that it has had before; healthy runs here stay below 0.01 (measured).
         distinct: different answers to different prompts.
-        noticeable: standard errors from which a rise or a fall counts.
+        noticeable: standard errors from which a rise, a fall or a correlation counts.
         fighting: correlation of two reward functions below which they pull apart.
         dominates: times that one function's weighted spread exceeds every other's.
         gradient_growth: times the median of the first `least_rows` gradient norms.
@@ -71,6 +73,8 @@ class Limits:
     first_approxkl_half: float = 2e-3
     kl_per_token: float = 0.4
     budget_per_token: float = 0.25
+    budget: float = 25.0
+    stays: float = 0.08
     drowned: float = 5.0
     entropy: float = 0.03
     temperature: float = 0.5

@@ -22,13 +22,14 @@ def overfit(log: RunLog, limits: Limits) -> Finding | None:
     rises = growth > limits.overfit_loss and gap > limits.overfit_accuracy / 3
     if not (rises if len(loss) >= 2 else gap > limits.overfit_accuracy):
         return None
+    # Of several sets to evaluate on, each has a loss under a name of its own.
+    losses = f"; held-out loss {min(loss.values):.3f} at its best and {loss.values[-1]:.3f} now" if loss else ""
     return Finding(
         "overfit",
         "problem",
         "It learns its pairs by heart",
         log.steps,
-        f"Training accuracy {accuracy.recent():.0%}, held-out {held_out.recent(1):.0%}; held-out loss "
-        f"{min(loss.values):.3f} at its best and {loss.values[-1]:.3f} now.",
+        f"Training accuracy {accuracy.recent():.0%}, held-out {held_out.recent(1):.0%}{losses}.",
         {"gap": gap, "growth": growth},
         "too many epochs over too few pairs.",
         Remedy("Stop where the held-out loss was lowest, or collect more pairs.", _epochs_of_best(log)),

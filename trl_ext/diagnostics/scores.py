@@ -80,7 +80,7 @@ def truncation(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def length_exploitation(log: RunLog, limits: Limits) -> Finding | None:
-    """Answers grow because length is rewarded."""
+    """Answers grow because length is rewarded; or, where scores are not known, they grow."""
     length, pull = log.series("length"), log.series("completions/score_length_correlation")
     if len(length) < limits.least_rows or length.recent() < limits.length_growth * length.start():
         return None
@@ -89,12 +89,12 @@ def length_exploitation(log: RunLog, limits: Limits) -> Finding | None:
     shown = f" Score and length correlate at {max(pull.start(), pull.recent()):.2f}." if pull else ""
     return Finding(
         "length_exploitation",
-        "problem",
-        "Answers grow because length is rewarded",
+        "problem" if pull else "warning",
+        "Answers grow because length is rewarded" if pull else "Answers grow",
         (length.steps[0], length.steps[-1]),
         f"From {length.start():.0f} to {length.recent():.0f} tokens.{shown}",
         {"length": length.recent(), "start": length.start()},
-        "a reward that longer answers earn more of.",
+        f"a reward that longer answers earn more of{'' if pull else ', or a task that takes more words'}.",
         Remedy(
             "Add a penalty on length beyond what an answer needs.",
             code=f"reward_funcs=[..., trl_ext.rewards.texts.length_penalty(soft={length.start():.0f}, "
@@ -157,7 +157,9 @@ def over_optimisation(log: RunLog, limits: Limits) -> Finding | None:
     for name, yardstick in yardsticks(log).items():
         lost = yardstick.best() - yardstick.recent()
         error = yardstick.noise() * math.sqrt(2 / 4)
-        if len(yardstick) < limits.least_rows or error <= 0 or lost < limits.noticeable * error:
+        # Of n means the best and the worst lie sqrt(2 ln n) standard deviations each from the middle by chance alone.
+        needed = math.sqrt(limits.noticeable**2 + 4 * math.log(max(len(yardstick) / 4, 1.0)))
+        if len(yardstick) < limits.least_rows or error <= 0 or lost < needed * error:
             continue
         if score.rise()[1] < limits.noticeable or lost < 0.1 * abs(yardstick.best()):
             continue
@@ -202,10 +204,17 @@ def functions_at_odds(log: RunLog, limits: Limits) -> Finding | None:
     active = [name for name in names if weights.get(name, 1.0)]
     if len(active) < 2 or len(log.rows) < 3:
         return None
-    spread = {name: abs(weights.get(name, 1.0)) * log.series(f"rewards/{name}/std").recent() for name in active}
+    scaled = _each_scaled(log)
+    spread = {
+        name: abs(weights.get(name, 1.0)) * (1.0 if scaled else log.series(f"rewards/{name}/std").recent())
+        for name in active
+    }
     for pair in log.names("rewards/correlation/"):
-        r, both = log.series(f"rewards/correlation/{pair}").recent(), pair.split("~")
-        if r < limits.fighting and all(name in spread and spread[name] > 0.1 * max(spread.values()) for name in both):
+        series, both = log.series(f"rewards/correlation/{pair}"), pair.split("~")
+        rows = min(len(series), 2 * limits.least_rows)
+        r, error = series.recent(rows), series.noise() / math.sqrt(rows)
+        fight = rows >= limits.least_rows and r < min(limits.fighting, -limits.noticeable * error)
+        if fight and all(name in spread and spread[name] > 0.1 * max(spread.values()) for name in both):
             return _odds(
                 f"{both[0]} and {both[1]} pull in opposite directions",
                 log,
@@ -216,7 +225,7 @@ def functions_at_odds(log: RunLog, limits: Limits) -> Finding | None:
                 ),
             )
     first, second, *_ = sorted(spread.values(), reverse=True)
-    if first > limits.dominates * max(second, 1e-9) and second > 0:
+    if not scaled and first > limits.dominates * max(second, 1e-9) and second > 0:
         name = max(spread, key=spread.__getitem__)
         return _odds(
             f"{name} dominates the other reward functions",
@@ -226,6 +235,12 @@ def functions_at_odds(log: RunLog, limits: Limits) -> Finding | None:
             Remedy("Bring them to one scale.", _weights(names, weights, name, second / first)),
         )
     return None
+
+
+def _each_scaled(log: RunLog) -> bool:
+    """Whether each function's scores are divided by their spread before they are weighted."""
+    here = log.setting("score_normalization", "none") != "none"
+    return here or log.setting("multi_objective_aggregation") == "normalize_then_sum"
 
 
 def _odds(title: str, log: RunLog, evidence: str, figures: dict[str, float], remedy: Remedy) -> Finding:

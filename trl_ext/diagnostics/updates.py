@@ -7,7 +7,7 @@ from statistics import median
 
 from trl_ext.diagnostics.finding import Finding, Remedy
 from trl_ext.diagnostics.limits import Limits
-from trl_ext.diagnostics.log import RunLog
+from trl_ext.diagnostics.log import RunLog, Series
 
 
 def gradients_not_finite(log: RunLog, limits: Limits) -> Finding | None:
@@ -15,7 +15,9 @@ def gradients_not_finite(log: RunLog, limits: Limits) -> Finding | None:
     for name in ("grad_norm", "grad_norm/policy", "grad_norm/value"):
         norms = log.series(name)
         broken = [step for step, value in zip(norms.steps, norms.values, strict=True) if not math.isfinite(value)]
-        if broken:
+        # In float16 gradients are scaled up until they overflow, again and again: that step is passed over.
+        lasting = len(norms) >= limits.least_rows and set(norms.steps[-limits.least_rows :]) <= set(broken)
+        if broken and (lasting or not log.setting("fp16")):
             return Finding(
                 "gradients_not_finite",
                 "problem",
@@ -42,10 +44,10 @@ def gradients_absent(log: RunLog, limits: Limits) -> Finding | None:
                 (norms.steps[-3], norms.steps[-1]),
                 f"grad_norm/{role} has been exactly 0 in the last three logs.",
                 {"grad_norm": 0.0},
-                f"the {role}'s adapter or head is frozen, its loss has weight 0, or it is still warming up.",
+                f"the {role}'s adapter or head is frozen, or its loss has weight 0.",
                 Remedy(
                     f"Let trainer.base.trainable_parameters({role!r}) require gradients, and give its loss a weight.",
-                    {"vf_coef": 0.1} if role == "value" else {"value_warmup_rollouts": 0},
+                    {"vf_coef": 0.1} if role == "value" else {},
                 ),
             )
     return None
@@ -99,9 +101,11 @@ def clipping_saturated(log: RunLog, limits: Limits) -> Finding | None:
 
 def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
     """Updates hardly change the policy."""
-    approxkl, score = log.series("approxkl"), log.series("score")
+    approxkl, score = _at_full_rate(log, "approxkl"), log.series("score")
     if len(approxkl) < limits.least_rows or approxkl.recent() > limits.tiny_approxkl:
         return None
+    if log.setting("num_ppo_epochs", 4) * log.setting("num_mini_batches", 1) == 1:
+        return None  # it is measured before each step, so it does not know of a rollout's only one
     if log.series("score_std").recent() == 0.0 or score.rise()[1] > limits.noticeable:
         return None
     if log.series("entropy").recent() < limits.entropy:
@@ -118,6 +122,15 @@ def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
         "a learning rate that suits full fine-tuning; LoRA wants one 10 to 100 times as large.",
         Remedy("Raise the learning rate.", higher_rate(log)),
     )
+
+
+def _at_full_rate(log: RunLog, name: str) -> Series:
+    """A metric where the learning rate is at least half of its setting: neither warming up nor running out."""
+    whole, rates = log.series(name), log.series("learning_rate")
+    full = float(log.setting("learning_rate", 0.0))
+    low = {step for step, rate in zip(rates.steps, rates.values, strict=True) if rate < full / 2}
+    kept = [(step, value) for step, value in zip(whole.steps, whole.values, strict=True) if step not in low]
+    return Series([step for step, _ in kept], [value for _, value in kept])
 
 
 def value_not_learning(log: RunLog, limits: Limits) -> Finding | None:
