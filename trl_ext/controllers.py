@@ -107,12 +107,13 @@ class PIKLController(_Controller):
     """A proportional-integral controller, for a KL budget that must be kept.
 
         error    = clip(log(kl / target), -1, 1)
-        integral = integral + error * n / horizon
+        integral = clip(integral + error * min(n / horizon, 1), -log 100, log 100)
         value    = init * exp(gain * error + integral)
 
     The integral removes the offset that a proportional term alone leaves, the proportional term answers at once; both
     work on the logarithm, so the coefficient stays positive. (The textbook form, Åström and Hägglund 1995, "PID
-    Controllers", with the error taken relative to the target.)
+    Controllers", with the error taken relative to the target.) The integral's bound keeps it from winding up while the
+    KL is still on its way to the target, as it is at the start of every run.
 
     Args:
         init: coefficient to start with.
@@ -122,6 +123,7 @@ class PIKLController(_Controller):
     """
 
     _state = ("value", "integral")
+    MOST = math.log(100)
 
     def __init__(self, init: float = 0.15, target: float = 6.0, gain: float = 0.5, horizon: float = 1_000) -> None:
         super().__init__(_positive("init", init))
@@ -132,7 +134,8 @@ class PIKLController(_Controller):
     def _update(self, kl: float, n: int) -> None:
         # A KL estimate can be 0 or below at the start of a run: far under the target.
         error = max(-1.0, min(1.0, math.log(kl / self.target))) if kl > 0 else -1.0
-        self.integral += error * n / self.horizon
+        integral = self.integral + error * min(n / self.horizon, 1.0)
+        self.integral = max(-self.MOST, min(self.MOST, integral))
         self.value = self.init * math.exp(self.gain * error + self.integral)
 
 

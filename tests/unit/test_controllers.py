@@ -62,6 +62,19 @@ def test_pi_without_a_proportional_term_and_by_default() -> None:
     assert default.value == pytest.approx(0.15 * 1.1, rel=1e-12)  # gain 1/2 and half a horizon: once log 1.1
 
 
+def test_pi_does_not_wind_up() -> None:
+    """However long the KL is on its way, the coefficient is back within a few rollouts above the target."""
+    controller = PIKLController(init=0.15, target=6.0)
+    for _ in range(200):
+        controller.update(0.0, 5000)
+    assert controller.value == pytest.approx(0.15 * math.exp(-0.5) / 100, rel=1e-12)
+    controller.update(100.0, 5000)  # five horizons count as one
+    assert controller.value == pytest.approx(0.15 * math.exp(0.5 + 1) / 100, rel=1e-12)
+    for _ in range(20):
+        controller.update(100.0, 1000)
+    assert controller.value == pytest.approx(0.15 * math.exp(0.5) * 100, rel=1e-12)
+
+
 @pytest.mark.parametrize(("kl", "factor"), [(0.0, 0.8), (100.0, 1.2)])
 def test_a_log_of_many_horizons_moves_the_coefficient_as_one_does(kl: float, factor: float) -> None:
     """Ziegler's product with n / horizon = 6 is negative, and would pay the policy for its KL."""
