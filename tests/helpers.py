@@ -65,7 +65,7 @@ def tiny_classifier(seed: int = 0, **changes: Any) -> LlamaForSequenceClassifica
     """The same trunk with a score head of one label."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForSequenceClassification(_config(num_labels=1, **changes)).eval()
+        return LlamaForSequenceClassification(_config(**{"num_labels": 1, **changes})).eval()
 
 
 def saved_model(folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(chosen.run(chosen))
     except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("TRL_EXT_TRACEBACK"):
+            raise
         print(f"trl-ext: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
 

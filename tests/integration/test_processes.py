@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers import saved_model
+from trl_ext import demo
+from trl_ext.demo import store
 
 ROOT = Path(__file__).parents[2]
 CLOCKS = (
@@ -29,15 +32,18 @@ CLOCKS = (
 Run = tuple[dict[str, torch.Tensor], list[dict[str, float]]]
 
 
-def start(model: str, out: Path, processes: int, *more: str) -> subprocess.CompletedProcess[str]:
-    worker = str(Path(__file__).with_name("worker.py"))
-    launch = [sys.executable]
+def launch(processes: int, script: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable]
     if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    out.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [*launch, worker, model, str(out), *more]
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
+    command += [str(script), *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def start(model: str, out: Path, processes: int, *more: str) -> subprocess.CompletedProcess[str]:
+    out.mkdir()
+    return launch(processes, Path(__file__).with_name("worker.py"), model, str(out), *more)
 
 
 def run(model: str, out: Path, processes: int, *more: str) -> Run:
@@ -87,6 +93,27 @@ def test_two_processes_go_on_in_a_later_epoch_as_if_never_interrupted(folder: Pa
         assert torch.equal(resumed[name], weight), name
     last, its_last = ([row for row in logs if "objective/scores" in row][-1] for logs in (their_logs, its_logs))
     assert last["objective/scores"] == its_last["objective/scores"]
+
+
+@pytest.mark.slow
+def test_the_demo_s_reward_adapter_is_trained_by_one_process_for_all(folder: Path) -> None:
+    """RewardTrainer would wait for the other process, which waits for its lock."""
+    whole = demo.build()
+    for name in ("model", "data", store.DONE):  # and no adapter
+        place = folder / "cache" / whole.name / name
+        (shutil.copytree if (whole / name).is_dir() else shutil.copy)(whole / name, place)
+    script = folder / "both.py"
+    script.write_text(
+        "from accelerate import PartialState\n"
+        "from trl_ext import demo\n"
+        "assert PartialState(cpu=True).num_processes == 2\n"
+        "print('adapter:', demo.reward_adapter())\n"
+    )
+    done = launch(2, script, TRL_EXT_CACHE=str(folder / "cache"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    folders = {line.removeprefix("adapter: ") for line in done.stdout.splitlines() if line.startswith("adapter: ")}
+    assert len(folders) == 1 and (Path(folders.pop()) / "adapter_config.json").is_file()
+    assert done.stdout.count("training the demo's reward adapter") == 1
 
 
 @pytest.mark.slow

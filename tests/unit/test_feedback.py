@@ -350,34 +350,79 @@ def test_facts_of_pairs() -> None:
         Pair("q", "bb", "ccc", None),
         Pair("q", "ccc", "a", None),  # a circle
         Pair("r", "same", "same", None),
+        Pair("r", "itself", "itself", None),
         Pair("s", "x", "y", 1.0),
         Pair("s", "x", "y", 1.0),  # twice
     ]
     report = feedback.check(feedback.Feedback("pairs", pairs, "here"))
     facts = report.facts
-    assert (facts["records"], facts["prompts"], facts["pairs"]) == (8, 4, 8)
+    assert (facts["records"], facts["prompts"], facts["pairs"]) == (9, 4, 9)
     assert facts["duplicates"] == 1
     assert facts["contradictory pairs"] == 1
     assert facts["prompts with a cycle of preferences"] == 1
-    assert facts["identical answers in a pair"] == 1
+    assert facts["identical answers in a pair"] == 2
     assert facts["longer answer preferred"] == "40.0%"  # of five pairs whose lengths differ, two
     assert len(report.advice) == 4
 
 
-def test_length_bias_is_named() -> None:
-    pairs = [Pair(f"p{i}", "a long answer", "short", None) for i in range(10)]
+@pytest.mark.parametrize("which", ["longer", "shorter"])
+def test_length_bias_is_named(which: str) -> None:
+    chosen, rejected = ("a long answer", "short") if which == "longer" else ("short", "a long answer")
+    pairs = [Pair(f"p{i}", chosen, rejected, None) for i in range(10)]
     advice = feedback.check(feedback.Feedback("pairs", pairs, "here")).advice
-    assert any("longer answer wins 100%" in sentence for sentence in advice)
+    assert any(f"The {which} answer wins 100% of the pairs" in sentence for sentence in advice)
+
+
+def test_raters_who_agree_moderately() -> None:
+    noise = [0.0, 1.0, -1.0, 0.0]
+    records = [Rating(f"p{i}", "a", tuple(i % 5 + n for n in noise)) for i in range(20)]
+    report = feedback.check(feedback.Feedback("ratings", records, "here"))
+    assert 0.667 <= report.facts["Krippendorff's alpha (interval)"] < 0.8
+    assert any("Raters agree moderately" in sentence for sentence in report.advice)
+
+
+def test_what_cannot_be_made_is_said() -> None:
+    middle = feedback.Feedback("ratings", [Rating("p", "a", (3.0,)), Rating("p", "b", (3.0,))], "here")
+    with pytest.raises(FeedbackError, match="all of them stand in the middle"):
+        feedback.to_unpaired(middle)
+    alone = feedback.Feedback("ratings", [Rating("p", "a", (3.0,)), Rating("q", "b", (4.0,))], "here")
+    with pytest.raises(FeedbackError, match="makes no ranking: every prompt has one answer only"):
+        feedback.to_rankings(alone)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"on_error": "skip"}, "choose raise or drop"), ({"form": "stars"}, "form is 'stars': choose")],
+)
+def test_what_reading_cannot_do(given: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        feedback.read(jsonl(tmp_path, FORMS["ratings"][0][0]), **given)
+
+
+def test_what_is_drawn_depends_on_the_seed_alone() -> None:
+    records = [Rating(f"p{i % 10}", f"answer {i}", (float(i % 7),)) for i in range(100)]
+    given = feedback.Feedback("ratings", records, "here")
+    pairs = feedback.to_preference(given)
+    draws: list[Any] = [
+        lambda seed: list(feedback.to_preference(given, pairs_per_answer=2, seed=seed)),
+        lambda seed: list(feedback.to_rankings(given, size=3, seed=seed)),
+        lambda seed: list(feedback.balance_lengths(pairs, seed=seed)),
+        lambda seed: list(feedback.to_prompts(feedback.split_by_prompt(given, 0.3, seed=seed)[1])),
+    ]
+    for draw in draws:
+        assert draw(0) == draw(0) != draw(1)
 
 
 def test_alpha_against_the_definition() -> None:
     """alpha = 1 - D_o / D_e with squared differences, over all pairs of ratings within, and of all, answers."""
     units = [[1.0, 2.0, 2.0], [4.0, 5.0], [3.0, 3.0, 1.0]]
+    alone = [[9.0], [math.nan, -7.0]]  # nobody to agree with
     everyone = [rating for unit in units for rating in unit]
     n = len(everyone)
     observed = sum(sum((a - b) ** 2 for a in unit for b in unit) / (len(unit) - 1) for unit in units) / n
     expected = sum((a - b) ** 2 for a in everyone for b in everyone) / (n * (n - 1))
-    assert feedback.agreement_alpha(units) == pytest.approx(1 - observed / expected, rel=1e-9)
+    assert feedback.agreement_alpha([*units, *alone]) == pytest.approx(1 - observed / expected, rel=1e-9)
+    assert feedback.agreement_alpha([[2.0, 2.0], [2.0, 2.0, 2.0], [4.0]]) == 1.0
 
 
 @pytest.mark.parametrize(

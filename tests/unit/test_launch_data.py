@@ -60,6 +60,27 @@ def test_columns_are_renamed_in_files_of_every_kind(tmp_path: Path) -> None:
     assert (len(found.train), len(found.test)) == (40, 10) and found.judged is not None
 
 
+def test_good_begins_where_it_does_in_training(tmp_path: Path) -> None:
+    """The held-out answers' own scale would have its middle at 7."""
+    train = [{"prompt": f"p{i}", "completion": "a", "rating": float(i)} for i in range(11)]
+    test = [{"prompt": f"q{i}", "completion": "a", "rating": float(i)} for i in (4, 6, 10)]
+    files = [jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in (("train", train), ("test", test))]
+    found = load_feedback(DataArguments(files[0], eval_split=files[1]), "binary")
+    assert found.test["label"] == [False, True, True]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_an_answer_may_read_none(kind: str, tmp_path: Path) -> None:
+    words = ["None", "NA", "null", "nan", "N/A"]
+    between = "," if kind == "csv" else "\t"
+    lines = [["prompt", "chosen", "rejected", "strength"], *([f"p{i}", word, "no", ""] for i, word in enumerate(words))]
+    file = tmp_path / f"pairs.{kind}"
+    file.write_text("".join(between.join(line) + "\n" for line in lines))
+    train, test = load_pairs(DataArguments(str(file), eval_rows=1))
+    assert sorted([*train["chosen"], *test["chosen"]]) == sorted(words)
+    assert set(train["margin"]) == {0.0}, "an empty field holds nothing"
+
+
 @pytest.mark.parametrize(("objective", "most"), [("pairwise", 5 * 180), ("probe", 5 * 180), ("ranking", 23)])
 def test_many_answers_without_a_prompt_do_not_explode(objective: str, most: int, tmp_path: Path) -> None:
     """180 answers make 16,110 pairs, or one ranking that fits into no memory."""

@@ -42,11 +42,28 @@ def test_classifier_with_labels(tmp_path: Path) -> None:
         classifier(str(tmp_path))
 
 
+@pytest.mark.parametrize(("count", "kind"), [(3, "multi_label_classification"), (1, None)])
+def test_labels_that_stand_alone_have_a_probability_each(count: int, kind: str | None, tmp_path: Path) -> None:
+    """As in Transformers' pipeline: a toxicity model says no to every label of a harmless text."""
+    from transformers import pipeline
+
+    folder = saved(tmp_path, num_labels=count, problem_type=kind)
+    asked = pipeline("text-classification", folder, top_k=None, device="cpu")
+    for text, score in zip(TEXTS, classifier(folder, label="LABEL_0")(completions=TEXTS), strict=True):
+        expected = {row["label"]: row["score"] for row in asked([text])[0]}
+        assert score == pytest.approx(expected["LABEL_0"], rel=1e-4)
+        assert 0.0 < score < 1.0
+
+
 def test_classifier_with_one_label_reads_with_its_own_tokenizer(tmp_path: Path) -> None:
     folder = saved(tmp_path / "judge")
     together = classifier(folder)(completions=TEXTS)
-    apart = [classifier(folder)(completions=[text])[0] for text in TEXTS]
-    assert together == pytest.approx(apart, rel=1e-4)
+    model, tokenizer = tiny_classifier(), word_tokenizer()
+    expected = [model(**tokenizer(text, return_tensors="pt")).logits.item() for text in TEXTS]
+    assert together == pytest.approx(expected, rel=1e-4)
+    assert classifier(folder, max_length=1)(completions=["the cat sat"]) == pytest.approx(
+        classifier(folder)(completions=["the"]), rel=1e-4
+    )
 
 
 def test_fluency_is_the_references_mean_log_probability() -> None:

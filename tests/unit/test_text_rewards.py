@@ -38,6 +38,8 @@ def test_keywords_are_whole_words() -> None:
     score = keywords(["cat", "red dog"])
     assert score(completions=["A CAT and a red dog.", "concatenate", "the cat"]) == [1.0, 0.0, 0.5]
     assert forbidden(["kill"])(completions=["a skill", "to kill!", ""]) == [1.0, 0.0, 1.0]
+    rude = forbidden(["笨蛋", "ばか", " kill "])  # no spaces between words there
+    assert rude(completions=["你是笨蛋吗", "聪明", "おばかさん", "kill"]) == [0.0, 1.0, 0.0, 0.0]
 
 
 def test_a_broken_limit_gives_the_worst_score() -> None:
@@ -57,6 +59,7 @@ def test_a_broken_limit_gives_the_worst_score() -> None:
         (lambda: matches("("), "is no regular expression"),
         (lambda: json_schema({"type": "nothing"}), "is no JSON schema"),
         (lambda: keywords([]), "at least one word"),
+        (lambda: forbidden(["rude", ""]), "is blank: drop it"),
         (lambda: limited([], [], -1.0, weights=[1.0]), "1 weights for 0 rewards"),
     ],
 )

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 import uuid
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
 from trl_ext._trl import train_in_float32
 from trl_ext.demo.store import DONE, build, load
 
+# What torchrun and accelerate tell each process that they launch.
+LAUNCHER = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
 SETTINGS = {
     "num_train_epochs": 4,
     "per_device_train_batch_size": 16,
@@ -28,6 +35,9 @@ def reward_adapter(cache_dir: str | Path | None = None, load_in_4bit: bool = Fal
     """
     demo = build(cache_dir)
     folder = demo / f"reward-{'nf4' if load_in_4bit else 'float32'}"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (folder / DONE).is_file():
+        _train_alone({"cache_dir": str(demo.parent), "load_in_4bit": load_in_4bit})
+        return str(folder)
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / DONE).is_file():
             print(f"training the demo's reward adapter into {folder} ...", flush=True)
@@ -40,6 +50,14 @@ def reward_adapter(cache_dir: str | Path | None = None, load_in_4bit: bool = Fal
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     return str(folder)
+
+
+def _train_alone(arguments: dict[str, Any]) -> None:
+    """`reward_adapter` in a process that does not know of the others that were launched with this one: RewardTrainer
+    would train together with them, while they wait for its lock."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER)}
+    code = "import json, sys; from trl_ext.demo import reward_adapter; reward_adapter(**json.loads(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, json.dumps(arguments)], env=variables, check=True)
 
 
 def _train(folder: Path, demo: Path, cache_dir: str | Path | None, load_in_4bit: bool) -> None:

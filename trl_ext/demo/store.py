@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from trl_ext.demo import data, model
 
-SOURCES = ("world.py", "grading.py", "data.py", "model.py")
+SOURCES = ("world.py", "grading.py", "data.py", "model.py", "reward.py")
 DATA_SEED = 0
 DONE = "recipe.json"  # written last
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, variance
 from typing import Any
 
 from trl_ext.feedback.converting import to_preference
@@ -94,19 +94,20 @@ def _look_at_ratings(feedback: Feedback, facts: dict[str, Any], advice: list[str
 def agreement_alpha(ratings: Sequence[Sequence[float]]) -> float:
     """Krippendorff's alpha for interval data: 1 perfect agreement, 0 that of chance.
 
+        alpha = 1 - sum_u m_u var_u / (n var)
+
+    over the answers u that m_u >= 2 raters rated, with n ratings in all; var_u is an answer's sample variance, var that
+    of all n. Source: Krippendorff 2004, "Content Analysis", chapter 11, where 1 - D_o / D_e has squared differences
+    between every two ratings: the same, but quadratic in the ratings.
+
     Args:
         ratings: each answer's, one a rater; which rater gave which does not enter alpha. NaN: none given.
-
-    Raises:
-        ImportError: the package krippendorff is missing.
     """
-    try:
-        import krippendorff
-    except ImportError as error:
-        raise ImportError("Rater agreement needs krippendorff: pip install 'trl-ext[feedback]'.") from error
-    width = max(map(len, ratings))
-    table = [[(list(row) + [float("nan")] * width)[i] for row in ratings] for i in range(width)]
-    return float(krippendorff.alpha(reliability_data=table, level_of_measurement="interval"))
+    shared = [given for row in ratings if len(given := [rating for rating in row if rating == rating]) > 1]
+    every = [rating for given in shared for rating in given]
+    if len(set(every)) < 2:
+        return 1.0  # nobody who was asked disagreed
+    return 1 - sum(len(given) * variance(given) for given in shared) / (len(every) * variance(every))
 
 
 def _look_at_pairs(feedback: Feedback, facts: dict[str, Any], advice: list[str]) -> None:
@@ -125,7 +126,7 @@ def _look_at_pairs(feedback: Feedback, facts: dict[str, Any], advice: list[str])
         lengths = len(as_text(pair["chosen"])), len(as_text(pair["rejected"]))
         unequal += lengths[0] != lengths[1]
         longer += lengths[0] > lengths[1]
-    contradictions = sum((prompt, b, a) in won for prompt, a, b in won) // 2
+    contradictions = sum(a != b and (prompt, b, a) in won for prompt, a, b in won) // 2
     same = sum(a == b for _, a, b in won)
     cycles = _cycles(won)
     facts["identical answers in a pair"] = same

@@ -110,13 +110,12 @@ def to_unpaired(feedback: Feedback, threshold: float | None = None) -> Dataset:
 
     Args:
         feedback: any form but rankings' middle ranks: of a ranking, the better half is good.
-        threshold: ratings: above it is good, below it bad, on it neither; None: the middle of the scale, between the
-            lowest and the highest number that any rater gave. The weight is the share of an answer's raters on its
-            side.
+        threshold: ratings: above it is good, below it bad, on it neither; None: `middle_of_scale`. The weight is the
+            share of an answer's raters on its side.
     """
     rows = []
     if feedback.form == "ratings":
-        limit = _middle(feedback.records) if threshold is None else threshold
+        limit = middle_of_scale(feedback) if threshold is None else threshold
         for record in feedback.records:
             if record.mean != limit:
                 good = record.mean > limit
@@ -227,8 +226,9 @@ def _answers_of(record: Record) -> str:
     return key_of(record.completion)
 
 
-def _middle(records: Sequence[Rating]) -> float:
-    every = [rating for record in records for rating in record.ratings if rating == rating]
+def middle_of_scale(feedback: Feedback) -> float:
+    """Between the lowest and the highest number that any rater gave."""
+    every = [rating for record in feedback.records for rating in record.ratings if rating == rating]
     return (min(every) + max(every)) / 2
 
 

@@ -15,14 +15,17 @@ from datasets.exceptions import DatasetsError
 from trl import extract_prompt
 
 from trl_ext import demo, feedback
+from trl_ext.feedback.converting import middle_of_scale
 from trl_ext.feedback.reading import renaming
 from trl_ext.feedback.records import key_of
 
+# An answer may well read "None" or "N/A"; only an empty field holds nothing.
+CSV = {"path": "csv", "keep_default_na": False, "na_values": [""]}
 READERS: dict[str, dict[str, Any]] = {
     ".jsonl": {"path": "json"},
     ".json": {"path": "json"},
-    ".csv": {"path": "csv"},
-    ".tsv": {"path": "csv", "sep": "\t", "quoting": csv.QUOTE_NONE},
+    ".csv": CSV,
+    ".tsv": {**CSV, "sep": "\t", "quoting": csv.QUOTE_NONE},
     ".parquet": {"path": "parquet"},
 }
 
@@ -149,7 +152,7 @@ def _as_pairs(data: DataArguments, rows: Dataset) -> Dataset:
     if "prompt" not in rows.column_names:
         rows = rows.map(extract_prompt)
     if "strength" in rows.column_names and "margin" not in rows.column_names:
-        rows = rows.map(lambda row: {"margin": row["strength"] or 0.0}, remove_columns="strength")
+        rows = rows.map(lambda row: {"margin": float(row["strength"] or 0.0)}, remove_columns="strength")
     return rows.select_columns([c for c in ("prompt", "chosen", "rejected", "margin") if c in rows.column_names])
 
 
@@ -218,6 +221,8 @@ def load_feedback(data: DataArguments, objective: str) -> RewardData:
         kept, held_out = _split_feedback(data)
         pairs = None
     convert = CONVERTERS[objective]
+    if objective == "binary" and kept.form == "ratings":  # where good begins is not for the held-out answers to say
+        convert = partial(feedback.to_unpaired, threshold=middle_of_scale(kept))
     test = convert(held_out)
     judged = feedback.to_ratings(held_out) if held_out.form == "ratings" else test
     if pairs is None:

@@ -21,7 +21,8 @@ def classifier(
 
     Args:
         name_or_path: the model; its tokenizer lies beside it.
-        label: whose probability (0 to 1) is the score; None: the raw output of a model with one label.
+        label: whose probability (0 to 1) is the score, one by one where several labels can hold at once; None: the raw
+            output of a model with one label.
         device: where it runs.
         max_length: tokens that it reads.
         batch_size: answers at a time.
@@ -37,6 +38,9 @@ def classifier(
     if label is not None and label not in labels:
         raise ValueError(f"The classifier {name_or_path!r} has no label {label!r}: choose one of {', '.join(labels)}.")
 
+    # As in Transformers' own text-classification pipeline.
+    apart = model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
+
     @torch.inference_mode()
     def classifier(completions: Sequence[Any], **_: Any) -> list[float | None]:
         texts = [as_text(completion) for completion in completions]
@@ -50,8 +54,8 @@ def classifier(
                 return_tensors="pt",
             )
             logits: Tensor = model(**batch.to(device)).logits.float()
-            chosen = logits[:, 0] if label is None else logits.softmax(dim=-1)[:, labels[label]]
-            scores += chosen.tolist()
+            probabilities = logits.sigmoid() if apart else logits.softmax(dim=-1)
+            scores += (logits[:, 0] if label is None else probabilities[:, labels[label]]).tolist()
         return scores
 
     return classifier

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from trl_ext.types import as_text
 
 Reward = Callable[..., "list[float | None]"]
+# First words of Unicode's names: scripts that write no spaces between words.
+UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"}
 
 
 def length_penalty(soft: int, hard: int) -> Reward:
@@ -98,7 +101,12 @@ def json_schema(schema: dict[str, Any]) -> Reward:
 
 
 def keywords(wanted: Iterable[str]) -> Reward:
-    """Share of the `wanted` words or phrases that occur in an answer, as whole words, upper and lower case alike."""
+    """Share of the `wanted` words or phrases that occur in an answer, upper and lower case alike; as whole words, where
+    the script has spaces between them.
+
+    Raises:
+        ValueError: no word, or a blank one.
+    """
     patterns = [_whole_words(word) for word in wanted]
     if not patterns:
         raise ValueError("keywords needs at least one word to look for.")
@@ -112,7 +120,11 @@ def keywords(wanted: Iterable[str]) -> Reward:
 
 def forbidden(words: Iterable[str]) -> Reward:
     """1 where none of `words` (words or phrases, case aside) occurs in an answer, 0 where one does: a limit for
-    `limited`."""
+    `limited`. Words are found as `keywords` finds them.
+
+    Raises:
+        ValueError: no word, or a blank one.
+    """
     patterns = [_whole_words(word) for word in words]
     if not patterns:
         raise ValueError("forbidden needs at least one word to look for.")
@@ -125,7 +137,11 @@ def forbidden(words: Iterable[str]) -> Reward:
 
 
 def _whole_words(phrase: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<!\w){re.escape(phrase)}(?!\w)", re.IGNORECASE)
+    phrase = phrase.strip()
+    if not phrase:
+        raise ValueError("A word to look for is blank: drop it from the list.")
+    first, last = (unicodedata.name(phrase[i], "").split(" ")[0] in UNSPACED for i in (0, -1))
+    return re.compile(("" if first else r"(?<!\w)") + re.escape(phrase) + ("" if last else r"(?!\w)"), re.IGNORECASE)
 
 
 def limited(
