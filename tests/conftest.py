@@ -9,12 +9,15 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.reward_server import Server
 
+# The demo of this tree, not of whoever runs the tests; git does not see it.
+os.environ["TRL_EXT_CACHE"] = str(Path(__file__).parents[1] / ".ci" / "cache")
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose a lot on a busy machine
 
 

@@ -83,7 +83,7 @@ def draw(curves: dict[str, list[list[Point]]], picture: Path) -> None:
                 label = name if i == 0 else None
                 axis.plot(minutes, [p[what] for p in run], color=COLOURS[name], label=label, ls=["-", "--", ":"][i % 3])
     panels[0].set_ylabel("gain in score")
-    panels[0].legend(frameon=False, loc="upper left")
+    panels[0].legend(frameon=False, loc="lower right")
     panels[1].set_ylabel("KL, nats an answer")
     panels[1].set_xlabel("minutes")
     for axis in panels:

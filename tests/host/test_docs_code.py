@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.helpers import QUIET, prompt_dataset, saved_model, word_tokenizer
 from tests.unit.test_diagnostics import SICK, SICK_DPO, SICK_REWARD
-from trl_ext import PPOConfig, SharedBase
+from trl_ext import AdaptiveKLController, PPOConfig, SharedBase
 from trl_ext.diagnostics import RunLog, diagnose
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +90,12 @@ def test_callbacks_page(tmp_path: Path) -> None:
     assert rloo.beta != 0.05, "the controller has acted"
     assert [row for row in rloo.state.log_history if "objective/kl_coef" in row]
     if HAS_TRL_PPO:
-        assert trainers[3].args.kl_coef != 0.05, "the controller has acted"
+        expected, seen = AdaptiveKLController(init=0.05, target=1.0, horizon=200), 0
+        for row in (row for row in trainers[3].state.log_history if "objective/kl" in row):
+            assert row["objective/kl_coef"] == pytest.approx(expected.value) and row["objective/kl_target"] == 1.0
+            expected.update(row["objective/kl"], round(row["episode"] - seen))
+            seen = row["episode"]
+        assert seen == 24 and trainers[3].args.kl_coef == pytest.approx(expected.value) and expected.value < 0.05
 
 
 def test_every_worked_callback_is_short() -> None:
@@ -132,6 +137,7 @@ def test_every_problem_has_its_page_and_every_page_its_problem() -> None:
 
 def test_rewards_page() -> None:
     namespace: dict[str, Any] = {}
+    assert sum("limited" in block for block in blocks("rewards.md")) == 1
     for block in blocks("rewards.md"):
         exec(compile(block, "rewards.md", "exec"), namespace)
         if "limited" in block:

@@ -75,7 +75,9 @@ def test_a_yardstick_may_count_tokens(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path)
     trainer.add_callback(DiagnosticsCallback(yardstick=length_penalty(0, 100)))
     trainer.train()
-    for row in (row for row in trainer.state.log_history if "objective/kl" in row):
+    logged = rows_with(trainer, "objective/kl")
+    assert len(logged) == 2
+    for row in logged:
         assert row["yardstick/length_penalty"] == pytest.approx(-row["completions/mean_length"] / 100)
 
 

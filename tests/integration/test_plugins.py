@@ -23,6 +23,7 @@ from trl_ext import (
 )
 from trl_ext.callbacks import CallbackError
 from trl_ext.rewards import RewardError
+from trl_ext.trainers.updater import NAMES
 
 # Events --------------------------------------------------------------------------------------------------------------
 
@@ -79,8 +80,9 @@ def test_each_pass_averages_its_own_minibatches(tmp_path: Path) -> None:
     logged = rows_with(trainer, "policy/approxkl_avg")
     assert len(stats) == len(logged) == 2
     for stat, row in zip(stats, logged, strict=True):
-        assert stat.approxkl == pytest.approx(row["policy/approxkl_avg"], rel=1e-9)
-        assert stat.value_loss == pytest.approx(row["loss/value_avg"], rel=1e-9)
+        for field, name in NAMES.items():
+            assert getattr(stat, field) == pytest.approx(row[name], rel=1e-9), field
+    assert len({round(value, 6) for value in vars(stats[1]).values()}) >= len(NAMES), "no two are alike"
 
 
 class ShorterIsBetter(RolloutCallback):
@@ -253,9 +255,10 @@ def test_an_update_that_goes_too_far_ends_without_its_last_step(tmp_path: Path) 
     recorder = Recorder()
     trainer.add_callback(Watch())
     trainer.add_callback(recorder)
+    before = trained_state(trainer)
     trainer.train()
     assert len(steps) == 4
-    assert any(not torch.equal(steps[0][n], torch.zeros_like(steps[0][n])) for n in steps[0])
+    assert any(not torch.equal(steps[0][name], before[name]) for name in before)
     for later in steps[1:]:
         assert all(torch.equal(later[name], steps[0][name]) for name in later)
     stats = [what for name, what in recorder.events if name == "epoch"]
@@ -264,21 +267,24 @@ def test_an_update_that_goes_too_far_ends_without_its_last_step(tmp_path: Path) 
     assert rows_with(trainer, "eps")[0]["policy/skipped_minibatches"] == 0.5
 
 
-def test_a_minibatch_whose_ratio_explodes_is_skipped_and_the_others_are_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rows", "shift", "skipped"), [(1, -20.0, 1), (16, 20.0, 2)], ids=["too high", "too low"])
+def test_minibatches_whose_ratio_explodes_are_skipped_and_the_others_are_not(
+    tmp_path: Path, rows: int, shift: float, skipped: int
+) -> None:
     class Explode(RolloutCallback):
-        """Old log-probs of half the rows far too low."""
+        """Old log-probs of some rows far too low or high."""
 
         def on_advantages(self, args: Any, state: Any, control: Any, experience: Any) -> Any:
             pass_ = experience.score_pass
             logprobs = pass_.logprobs.clone()
-            logprobs[0] -= 20.0
+            logprobs[:rows] += shift
             return replace(experience, score_pass=replace(pass_, logprobs=logprobs))
 
     trainer, recorder = trainer_for(tmp_path, num_mini_batches=2, total_episodes=16, max_ratio=10.0), Recorder()
     trainer.add_callback(Explode())
     trainer.add_callback(recorder)
     trainer.train()
-    assert [what.skipped for name, what in recorder.events if name == "epoch"] == [1, 1]
+    assert [what.skipped for name, what in recorder.events if name == "epoch"] == [skipped] * 2
     assert trainer.state.global_step == 4
     assert all(bool(t.isfinite().all()) for t in trained_state(trainer).values())
 
@@ -441,6 +447,25 @@ def test_reference_normalisation(tmp_path: Path) -> None:
     assert abs(float(totals[0].mean())) < 1.0 and 0.3 < float(totals[0].std()) < 3.0
     std = (moments.squares / moments.count).sqrt()
     torch.testing.assert_close(totals[1], ((raw[1] - moments.mean) / std).float())
+
+
+def test_the_reference_s_answers_make_the_moments_however_far_the_policy_is(tmp_path: Path) -> None:
+    def sums(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [float(sum(ids)) for ids in completion_ids]
+
+    moments, answers = [], []
+    for moved in (False, True):
+        how = {"score_normalization": "reference", "normalization_samples": 32}
+        trainer = trainer_for(tmp_path / str(moved), sums, **how)
+        if moved:
+            for parameter in trainer.base.trainable_parameters("policy"):
+                torch.nn.init.normal_(parameter, std=0.3)
+        trainer.collector.normalize_by_reference(trainer.train_dataset, trainer.state)
+        moments.append(trainer.collector.combination.moments.state_dict())
+        torch.manual_seed(0)
+        judged = trainer.collector(trainer.train_dataset.select(range(8)).to_list(), trainer.state)
+        answers.append(judged.rollout.completion_ids.tolist())
+    assert moments[0] == moments[1] and answers[0] != answers[1]
 
 
 def test_running_moments_survive_resuming(tmp_path: Path) -> None:

@@ -4,15 +4,17 @@ import asyncio
 import copy
 import json
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from transformers import OPTConfig, OPTForCausalLM, TrainerCallback
+from transformers import BitsAndBytesConfig, OPTConfig, OPTForCausalLM, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from tests.helpers import CHAT_TEMPLATE, prompt_dataset, saved_model, tiny_classifier, tiny_llama, word_tokenizer
@@ -20,6 +22,7 @@ from tests.parity.tiny import save_reward_adapter
 from trl_ext import PPOConfig, PPOTrainer, RolloutCallback, SharedBase
 from trl_ext.trainers import saving
 from trl_ext.trainers.batching import mini_batch
+from trl_ext.trainers.building import default_config
 
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -203,16 +206,32 @@ def test_a_run_that_was_killed_after_its_last_step_is_not_trained_further(tmp_pa
     assert len(rows_with(resumed, "loss")) == len(rows_with(whole, "loss"))
 
 
-def test_old_checkpoints_go_and_the_best_one_stays(tmp_path: Path) -> None:
+def test_old_checkpoints_go_and_the_best_one_stays_and_is_loaded(tmp_path: Path) -> None:
+    def judge(completions: list[str], prompts: list[str], trainer_state: Any, **_: Any) -> list[float]:
+        """Evaluations, of five prompts, only get worse."""
+        return [-float(trainer_state.global_step)] * 5 if len(prompts) == 5 else cats(completions)
+
     evaluation = {"eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "objective/scores"}
     kept_of = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 2, "load_best_model_at_end": True}
-    trainer = trainer_for(tmp_path, total_episodes=96, num_mini_batches=2, **evaluation, **kept_of)
+    trainer = trainer_for(tmp_path, judge, total_episodes=96, num_mini_batches=2, **evaluation, **kept_of)
     trainer.train()
-    best = trainer.state.best_model_checkpoint
-    kept = sorted(path.name for path in (tmp_path / "out").glob("**/checkpoint-*"))
-    assert len(kept) == 2 and "checkpoint-24" in kept and Path(best).name in kept
-    state = json.loads((Path(best) / "trainer_state.json").read_text())
-    assert state["best_model_checkpoint"] == best == str(tmp_path / "out" / Path(best).name)
+    best, last = (tmp_path / "out" / f"checkpoint-{step}" for step in (3, 24))
+    assert set((tmp_path / "out").glob("**/checkpoint-*")) == {best, last}
+    state = json.loads((best / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == trainer.state.best_model_checkpoint == str(best)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    of_best, of_last, loaded = (
+        torch.cat([base.logprobs(ids, torch.ones_like(ids), 4), base.values(ids, torch.ones_like(ids), 4)])
+        for base in (
+            *(
+                SharedBase.from_pretrained(str(tmp_path / "model"), policy=folder, value=folder / "value")
+                for folder in (best, last)
+            ),
+            trainer.base,
+        )
+    )
+    torch.testing.assert_close(loaded, of_best, rtol=1e-5, atol=1e-6)
+    assert bool(((of_last - of_best).abs().amax(dim=1) > 1e-3).all()), "policy and value have moved since"
 
 
 def test_save_model_writes_a_plain_policy_adapter_with_the_value_role_beside_it(tmp_path: Path) -> None:
@@ -229,6 +248,57 @@ def test_save_model_writes_a_plain_policy_adapter_with_the_value_role_beside_it(
     torch.testing.assert_close(again.values(ids, mask, 4), trainer.base.values(ids, mask, 4))
     assert float(again.values(ids, mask, 4).abs().sum()) > 0
     assert json.loads((out / "ppo_config.json").read_text())["num_ppo_epochs"] == 2
+
+
+def test_a_base_in_4_bits_by_name_and_several_sets_to_evaluate_on(tmp_path: Path) -> None:
+    """The first example of the README."""
+    data = prompt_dataset(16)
+    trainer = PPOTrainer(
+        saved_model(tmp_path / "model"),
+        cats,
+        config(tmp_path / "out"),
+        data,
+        {"easy": data.select(range(3)), "hard": data.select(range(5))},
+        word_tokenizer(),
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32"
+        ),
+        peft_config=LORA,
+    )
+    assert sum(isinstance(module, bitsandbytes.nn.Linear4bit) for module in trainer.base.modules()) == 2 * 7
+    before = trained_state(trainer)
+    trainer.train()
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in trained_state(trainer).items() if "B" in name)
+    found = trainer.evaluate()
+    assert {"eval_easy_objective/scores", "eval_hard_objective/scores"} <= set(found)
+
+
+def test_an_optimizer_and_a_schedule_of_the_user_s(tmp_path: Path) -> None:
+    base = SharedBase.from_pretrained(saved_model(tmp_path / "model"), policy=LORA)
+    parameters = [p for role in ("policy", "value") for p in base.trainable_parameters(role)]
+    plain = torch.optim.SGD(parameters, lr=0.5)
+    halving = torch.optim.lr_scheduler.LambdaLR(plain, lambda step: 0.5**step)
+    args, data = config(tmp_path / "out", logging_steps=1), prompt_dataset(16)
+    trainer = PPOTrainer(base, cats, args, data, processing_class=word_tokenizer(), optimizers=(plain, halving))
+    before = trained_state(trainer)
+    trainer.train()
+    assert trainer.optimizer.optimizer is plain
+    assert [row["learning_rate"] for row in rows_with(trainer, "loss")] == [0.5, 0.25, 0.125, 0.0625]
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in trained_state(trainer).items())
+
+
+def test_settings_of_a_trainer_that_was_given_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert default_config("org/model/").output_dir == "model-PPO"
+    assert default_config(tiny_llama()).output_dir == "model-PPO", "a model without a name"
+
+
+def test_answers_are_sampled_as_configured(tmp_path: Path) -> None:
+    given = {"temperature": 0.7, "top_p": 0.9, "top_k": 3, "min_p": 0.05, "repetition_penalty": 1.2}
+    used = trainer_for(tmp_path, generation_kwargs={"no_repeat_ngram_size": 2}, **given).collector.generation_config
+    assert {name: getattr(used, name) for name in given} == given
+    assert (used.do_sample, used.max_new_tokens, used.no_repeat_ngram_size) == (True, 6, 2)
+    assert (used.eos_token_id, used.pad_token_id) == ([1], 0)
 
 
 def test_reward_functions_get_columns_may_be_async_abstain_and_are_weighted(tmp_path: Path) -> None:
@@ -343,9 +413,16 @@ def test_the_reward_role_reads_answers_as_reward_models_are_trained(chat: bool, 
 
 
 def test_evaluation_reports_every_prompt_once_and_leaves_training_untouched(tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+
+    class Watch(RolloutCallback):
+        def on_evaluation_end(self, args: Any, state: Any, control: Any, experience: Any, metrics: Any) -> None:
+            asked.append(experience.rollout.prompts)
+
     runs = {}
     for name, changes in (("with", {"eval_strategy": "steps", "eval_steps": 2}), ("without", {})):
-        trainer = trainer_for(tmp_path / name, **changes)
+        trainer = trainer_for(tmp_path / name, per_device_eval_batch_size=2, **changes)
+        trainer.add_callback(Watch())
         trainer.train()
         runs[name] = trainer
     rows = rows_with(runs["with"], "eval_objective/scores")
@@ -356,6 +433,7 @@ def test_evaluation_reports_every_prompt_once_and_leaves_training_untouched(tmp_
     assert all(torch.equal(tensor, expected[name]) for name, tensor in trained_state(runs["with"]).items())
     again = [runs["with"].evaluate() for _ in range(2)]
     assert again[0]["eval_objective/scores"] == again[1]["eval_objective/scores"]
+    assert asked == [list(runs["with"].eval_dataset["prompt"])] * 4
 
 
 def test_what_reward_functions_log_in_an_evaluation_is_the_evaluations(tmp_path: Path) -> None:
@@ -369,7 +447,9 @@ def test_what_reward_functions_log_in_an_evaluation_is_the_evaluations(tmp_path:
     trainer.train()
     assert [row["asked"] for row in rows_with(trainer, "asked")] == [8.0, 8.0]
     assert [row["eval_asked"] for row in rows_with(trainer, "eval_asked")] == [5.0] * 4
-    for path in (tmp_path / "out" / "completions").glob("*.parquet"):
+    tables = list((tmp_path / "out" / "completions").glob("*.parquet"))
+    assert len(tables) == 2
+    for path in tables:
         assert not pd.read_parquet(path)["evaluated"].any()
 
 
@@ -482,7 +562,7 @@ def test_max_grad_norm_schedule_and_gradient_checkpointing_do_what_a_trainer_use
     before = trained_state(trainer)
     trainer.train()
     rates = [row["learning_rate"] for row in rows_with(trainer, "loss")]
-    assert rates == sorted(rates, reverse=True)
+    assert len(rates) == 4 and all(a > b for a, b in pairwise(rates))
     assert rates[0] == pytest.approx(1e-2)
     assert rows_with(trainer, "loss")[0]["grad_norm"] > 1e-6
     # AdamW divides by the gradient's size, but not below adam_epsilon: clipped gradients hardly move anything.

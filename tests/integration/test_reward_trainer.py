@@ -238,6 +238,37 @@ def test_processes_may_hold_rankings_of_different_lengths(tmp_path: Path, monkey
     assert logged["mean_reward"][-1] == pytest.approx((float(scores.sum()) + 3.0) / (len(scores) + 3), rel=1e-5)
 
 
+@pytest.mark.parametrize("objective", ["ranking", "all_pairs"])
+def test_scores_of_rankings_are_held_near_0_where_that_is_asked_for(objective: str, tmp_path: Path) -> None:
+    trainer = train(objective, tmp_path, num_train_epochs=1)
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    trainer.model.eval()
+    losses = []
+    for coefficient in (None, 0.5):
+        trainer.args.center_rewards_coefficient = coefficient
+        with torch.no_grad():
+            loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        losses.append(float(loss))
+    assert losses[1] - losses[0] == pytest.approx(0.5 * float((outputs.logits**2).mean()), rel=1e-4)
+
+
+def test_some_rows_too_long_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = Dataset.from_dict({"completion": ["the cat", "a dog sat on the mat", "a bird"], "rating": [1.0, 2.0, 3.0]})
+    args = FeedbackRewardConfig(str(tmp_path / "out"), objective="regression", max_length=4, **CPU)
+    with caplog.at_level("WARNING"):
+        trainer = FeedbackRewardTrainer(saved_model(tmp_path / "model"), args, rows)
+    assert [ids[0] for ids in trainer.train_dataset["sequences"]] == [[7, 9, 1], [8, 11, 1]]
+    assert "1 rows of" in caplog.text and "are longer than max_length 4 and left out" in caplog.text
+
+
+def test_the_probe_is_told_the_margins(tmp_path: Path) -> None:
+    pairs = rows_for("probe")
+    with_margins = pairs.add_column("margin", [float(i % 3) for i in range(len(pairs))])
+    args = FeedbackRewardConfig(str(tmp_path / "out"), objective="probe", **CPU)
+    trainer = FeedbackRewardTrainer(saved_model(tmp_path / "model"), args, with_margins)
+    assert probe_data(trainer.model, trainer.train_dataset).margins.tolist() == with_margins["margin"]
+
+
 def test_held_out_answers_score_the_same_in_batches_of_any_size(tmp_path: Path) -> None:
     train("regression", tmp_path, num_train_epochs=1)
     base = SharedBase.from_pretrained(str(tmp_path / "model"), reward=str(tmp_path / "out"))

@@ -137,14 +137,18 @@ def test_code_that_ships_with_a_model_runs_only_when_asked(model_with_code: Path
 
 
 WATCHED = """
-import runpy, socket, sys
+import os, runpy, socket, sys
+
+def gone(why):  # an exception would end no more than the thread that telemetry runs in
+    os.write(2, why.encode())
+    os._exit(97)
 
 def refuse(self, address, *rest):
     if self.family in (socket.AF_INET, socket.AF_INET6):
-        raise SystemExit(f"a connection to {address}")
+        gone(f"a connection to {address}")
 
 def look_up(host, *rest, **more):
-    raise SystemExit(f"an address was looked for: {host}")
+    gone(f"an address was looked for: {host}")
 
 socket.socket.connect = socket.socket.connect_ex = refuse
 socket.getaddrinfo = look_up
@@ -153,18 +157,34 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["ppo", "reward", "dpo"])
-def test_a_recipe_speaks_to_nobody(recipe: str, tmp_path: Path) -> None:
-    """Though nothing forbids it: neither HF_HUB_OFFLINE nor HF_HUB_DISABLE_TELEMETRY is set."""
+def watched(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The script in a process that ends at the first word to anybody. Nothing forbids it to speak: neither
+    HF_HUB_OFFLINE nor HF_HUB_DISABLE_TELEMETRY is set."""
     quiet = {key: value for key, value in os.environ.items() if not key.startswith(("HF_HUB_", "DO_NOT_TRACK"))}
-    script = str(ROOT / "recipes" / f"{recipe}_lora.py")
-    short = ["--max_steps", "8"] if recipe != "ppo" else ["--total_episodes", "64"]
-    run = subprocess.run(
-        [sys.executable, "-c", WATCHED, script, "--output_dir", str(tmp_path / "out"), "--use_cpu", "true", *short],
+    return subprocess.run(
+        [sys.executable, "-c", WATCHED, script, *arguments],
         env={**quiet, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
+        timeout=600,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["ppo", "reward", "dpo"])
+def test_a_recipe_speaks_to_nobody(recipe: str, tmp_path: Path) -> None:
+    short = ["--max_steps", "8"] if recipe != "ppo" else ["--total_episodes", "64"]
+    script, out = str(ROOT / "recipes" / f"{recipe}_lora.py"), str(tmp_path / "out")
+    run = watched(script, "--output_dir", out, "--use_cpu", "true", *short)
     assert run.returncode == 0, run.stderr[-2000:]
     assert (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize("who", ["socket.create_connection(('127.0.0.1', 9))", "socket.getaddrinfo('localhost', 9)"])
+def test_a_word_in_a_thread_of_its_own_would_be_heard(who: str, tmp_path: Path) -> None:
+    """As telemetry is sent, where nobody waits for it."""
+    script = tmp_path / "speaks.py"
+    script.write_text(
+        f"import socket, threading\nthread = threading.Thread(target=lambda: {who})\nthread.start()\nthread.join()\n"
+    )
+    assert watched(str(script)).returncode == 97

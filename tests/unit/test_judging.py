@@ -36,6 +36,16 @@ def test_by_hand() -> None:
     assert found.expected_calibration_error == pytest.approx(expected)
 
 
+def test_scores_beside_those_of_the_reference() -> None:
+    found = judge([Judged("p", 1.0, 2.0, 1), Judged("p", 2.0, 6.0, 3)], reference_scores=[1.0, 3.0])
+    assert (found.mean, found.std) == (4.0, 2.0)
+    assert (found.reference_mean, found.reference_std, found.centred_mean) == (2.0, 1.0, 2.0)
+    assert found.length_correlation == found.length_correlation_of_people == pytest.approx(1.0)
+    against = judge([Judged("p", 1.0, 2.0, 3), Judged("p", 2.0, 6.0, 1)])
+    assert against.length_correlation_of_people == pytest.approx(-1.0)
+    assert math.isnan(against.reference_mean) and math.isnan(against.centred_mean)
+
+
 def test_spearman_with_ties() -> None:
     # Ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4.
     x, y = [1.0, 2.5, 2.5, 4.0], [1.0, 2.0, 3.0, 4.0]

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,42 @@ def test_policy(batch: Experience, said: dict[str, Tensor], args: PPOConfig) -> 
     assert said["logprobs"].grad is not None
     assert torch.equal(said["logprobs"].grad[batch.loss_mask] == 0, torch.tensor(clipped))
     assert not said["logprobs"].grad[~batch.loss_mask].any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "term"),
+    [
+        ({"objective": "kl_penalty"}, lambda x, a, new: -a * math.exp(x) + PENALTY * (math.exp(x) - 1 - x)),
+        ({"objective": "reinforce", "num_ppo_epochs": 1}, lambda x, a, new: -a * new),
+        ({"objective": "sequence"}, lambda x, a, new: max(-a * math.exp(x), -a * min(max(math.exp(x), 0.9), 1.1))),
+        (
+            {"dual_clip": 1.05},
+            lambda x, a, new: (
+                min(max(-a * math.exp(x), -a * max(math.exp(x), 0.9)), -a * 1.05)
+                if a < 0
+                else -a * min(math.exp(x), 1.1)
+            ),
+        ),
+    ],
+    ids=["kl_penalty", "reinforce", "sequence", "dual_clip"],
+)
+@pytest.mark.parametrize("bonus", [0.0, 0.3])
+def test_every_other_objective(
+    settings: dict[str, Any], term: Any, bonus: float, batch: Experience, said: dict[str, Tensor], tmp_path: Path
+) -> None:
+    args = PPOConfig(
+        str(tmp_path), use_cpu=True, report_to="none", cliprange=0.1, penalty_coef=9.0, entropy_coef=bonus, **settings
+    )
+    loss, watched = policy_loss(batch, said, torch.tensor(NUM_TOKENS), args, PENALTY)
+    columns = (said["logprobs"], batch.score_pass.logprobs, batch.advantages, said["entropy"])
+    rows = tokens(batch.loss_mask, *columns)
+    terms = [term(new - old, advantage, new) for new, old, advantage, _ in rows]
+    assert watched["loss/policy_avg"][batch.loss_mask].tolist() == pytest.approx(terms, rel=1e-12)
+    entropies = [entropy for *_, entropy in rows]
+    expected = math.fsum(t - bonus * entropy for t, entropy in zip(terms, entropies, strict=True)) / NUM_TOKENS
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    if "dual_clip" in settings:
+        assert any(a < 0 and -a * math.exp(new - old) > -a * 1.05 for new, old, a, _ in rows), "it makes a difference"
 
 
 def test_value(batch: Experience, said: dict[str, Tensor], args: PPOConfig) -> None:

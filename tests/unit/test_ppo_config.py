@@ -1,6 +1,7 @@
 """The settings: defaults, refusals, the arithmetic of a rollout, the command line, and that every field is read."""
 
 import ast
+import json
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -247,8 +248,10 @@ def test_help_can_be_printed() -> None:
 def test_as_json_and_back() -> None:
     """As a run's folder keeps it."""
     args = make(kl_coef=0.2, reward_weights=[1.0, 2.0], generation_kwargs={"num_beams": 1})
-    kept = args.to_dict()
-    assert all(kept[name] == getattr(args, name) for name in own_fields())
+    kept = json.loads(args.to_json_string())
+    again = make(**{name: kept[name] for name in own_fields()})
+    assert all(getattr(again, name) == getattr(args, name) for name in own_fields())
+    assert (again.kl_coef, again.reward_weights, again.generation_kwargs) == (0.2, [1.0, 2.0], {"num_beams": 1})
 
 
 # Every field is read -------------------------------------------------------------------------------------------------

@@ -206,8 +206,9 @@ class SharedBase(AdaptedModel):
     ) -> dict[str, Tensor]:
         """What several roles say about one batch; roles that share an adapter share a forward.
 
-        Without gradients, roles with different adapters share one forward too, over a quantised base or for few rows:
-        these travel in one batch, and the base's weights are read (and dequantised) once.
+        Without gradients, roles with different adapters share one forward too where rows are few (up to 512 tokens a
+        role over a quantised base, 256 over one in float32): these travel in one batch, and the base's weights are read
+        (and dequantised) once.
 
         Args:
             input_ids, attention_mask: (batch, columns).

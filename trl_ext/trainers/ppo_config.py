@@ -118,7 +118,9 @@ class PPOConfig(BaseConfig):
     local_rollout_forward_batch_size: int = _f(
         64, "Rows of one forward without gradient, and of one generate, a process."
     )
-    num_generations: int = _f(1, "Answers to each prompt of a rollout; above 1 leave_one_out compares them.")
+    num_generations: int = _f(
+        1, "Answers to each prompt of a rollout; above 1, objectives without a critic compare them."
+    )
     max_completion_length: int = _f(256, "Most tokens of an answer.")
     temperature: float = _f(1.0, "Sampling temperature; log-probabilities are taken at it too.")
     top_p: float = _f(1.0, "Nucleus sampling. Below 1, sampled tokens no longer follow the scored distribution.")
