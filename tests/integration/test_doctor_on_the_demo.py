@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
-FEW = {"total_episodes": 64 * 7}
+ROLLOUTS = {"sampling_differs": 12}  # the others take 7; a demo built on another machine shows it sooner or later
 FAST = ("sampling_differs", "steps_too_small", "truncation", "gradients_absent", "clipping_saturated")
 
 
@@ -21,7 +21,7 @@ def doctor() -> Iterator[Any]:
 
 
 def short(case: Any) -> Any:
-    return replace(case, settings={**case.settings, **FEW})
+    return replace(case, settings={**case.settings, "total_episodes": 64 * ROLLOUTS.get(case.finds, 7)})
 
 
 @pytest.mark.slow

@@ -179,6 +179,7 @@ def repacks_in_eval_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     original = bitsandbytes.nn.Linear4bit.forward
 
     def forward(self: Any, x: Tensor) -> Tensor:
+        self.support_avx512bf16_for_cpu = False  # these layers are too small for the real thing
         self.repacked = getattr(self, "repacked", False) or not self.training
         return original(self, x).detach() if self.repacked else original(self, x)
 
