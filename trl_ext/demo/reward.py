@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock
 
 from trl_ext._trl import train_in_float32
-from trl_ext.demo.store import DONE, build, load
+from trl_ext.demo.store import DONE, build, is_whole, load
 
 # What torchrun and accelerate tell each process that they launch.
 LAUNCHER = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
@@ -35,11 +35,11 @@ def reward_adapter(cache_dir: str | Path | None = None, load_in_4bit: bool = Fal
     """
     demo = build(cache_dir)
     folder = demo / f"reward-{'nf4' if load_in_4bit else 'float32'}"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (folder / DONE).is_file():
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not is_whole(folder):
         _train_alone({"cache_dir": str(demo.parent), "load_in_4bit": load_in_4bit})
         return str(folder)
     with FileLock(folder.with_suffix(".lock")):
-        if not (folder / DONE).is_file():
+        if not is_whole(folder):
             print(f"training the demo's reward adapter into {folder} ...", flush=True)
             temporary = demo / f".{folder.name}-{uuid.uuid4().hex}"
             try:

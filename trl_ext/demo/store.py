@@ -28,11 +28,11 @@ def build(cache_dir: str | Path | None = None, recipe: model.Recipe = model.RECI
     that build at once wait for the first; a build that dies leaves nothing that would be taken for a demo.
     """
     folder = _cache(cache_dir) / f"demo-{_digest(recipe)}"
-    if _is_whole(folder):
+    if is_whole(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        if not _is_whole(folder):
+        if not is_whole(folder):
             _build_into(folder, recipe)
     return folder
 
@@ -81,7 +81,8 @@ def _build_into(folder: Path, recipe: model.Recipe) -> None:
     print(f"built {folder} in {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
+    """Whether what was built there was built to its end."""
     return (folder / DONE).is_file()
 
 

@@ -91,7 +91,12 @@ def suggested_kl_coef(log: RunLog, limits: Limits) -> float:
     spread, length = log.series("score_std"), log.series("length")
     if not spread or not length or spread.start() == 0.0:
         return math.nan
-    return spread.start() / min(limits.budget_per_token * max(length.start(), 1.0), limits.budget)
+    return spread.start() / _budget(length.start(), limits)
+
+
+def _budget(tokens: float, limits: Limits) -> float:
+    """The KL that an answer of so many tokens may well spend, nats."""
+    return min(limits.budget_per_token * max(tokens, 1.0), limits.budget)
 
 
 def stronger(log: RunLog, limits: Limits) -> dict[str, float]:
@@ -142,7 +147,7 @@ def kl_drowns_score(log: RunLog, limits: Limits) -> Finding | None:
     suggested = suggested_kl_coef(log, limits)
     if len(kl) < limits.least_rows or not coefficient or suggested != suggested:
         return None
-    stays = abs(kl.recent()) < limits.stays * min(limits.budget_per_token * length.recent(), limits.budget)
+    stays = abs(kl.recent()) < limits.stays * _budget(length.recent(), limits)
     gained = score.rise()[1] > limits.noticeable
     if not stays or gained or coefficient.recent() < limits.drowned * max(suggested, 1e-6):
         return None

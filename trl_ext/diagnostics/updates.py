@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from statistics import median
 
 from trl_ext.diagnostics.finding import Finding, Remedy
@@ -16,7 +17,7 @@ def gradients_not_finite(log: RunLog, limits: Limits) -> Finding | None:
         norms = log.series(name)
         broken = [step for step, value in zip(norms.steps, norms.values, strict=True) if not math.isfinite(value)]
         # In float16 gradients are scaled up until they overflow, again and again: that step is passed over.
-        lasting = len(norms) >= limits.least_rows and set(norms.steps[-limits.least_rows :]) <= set(broken)
+        lasting = len(broken) >= limits.least_rows and broken[-limits.least_rows :] == norms.steps[-limits.least_rows :]
         if broken and (lasting or not log.setting("fp16")):
             return Finding(
                 "gradients_not_finite",
@@ -126,11 +127,8 @@ def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
 
 def _at_full_rate(log: RunLog, name: str) -> Series:
     """A metric where the learning rate is at least half of its setting: neither warming up nor running out."""
-    whole, rates = log.series(name), log.series("learning_rate")
     full = float(log.setting("learning_rate", 0.0))
-    low = {step for step, rate in zip(rates.steps, rates.values, strict=True) if rate < full / 2}
-    kept = [(step, value) for step, value in zip(whole.steps, whole.values, strict=True) if step not in low]
-    return Series([step for step, _ in kept], [value for _, value in kept])
+    return replace(log, rows=[row for row in log.rows if row.get("learning_rate", full) >= full / 2]).series(name)
 
 
 def value_not_learning(log: RunLog, limits: Limits) -> Finding | None:

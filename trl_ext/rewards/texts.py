@@ -107,9 +107,7 @@ def keywords(wanted: Iterable[str]) -> Reward:
     Raises:
         ValueError: no word, or a blank one.
     """
-    patterns = [_whole_words(word) for word in wanted]
-    if not patterns:
-        raise ValueError("keywords needs at least one word to look for.")
+    patterns = _patterns("keywords", wanted)
 
     def keywords(completions: Sequence[Any], **_: Any) -> list[float | None]:
         texts = map(as_text, completions)
@@ -125,15 +123,20 @@ def forbidden(words: Iterable[str]) -> Reward:
     Raises:
         ValueError: no word, or a blank one.
     """
-    patterns = [_whole_words(word) for word in words]
-    if not patterns:
-        raise ValueError("forbidden needs at least one word to look for.")
+    patterns = _patterns("forbidden", words)
 
     def forbidden(completions: Sequence[Any], **_: Any) -> list[float | None]:
         texts = map(as_text, completions)
         return [float(not any(pattern.search(text) for pattern in patterns)) for text in texts]
 
     return forbidden
+
+
+def _patterns(function: str, words: Iterable[str]) -> list[re.Pattern[str]]:
+    patterns = [_whole_words(word) for word in words]
+    if not patterns:
+        raise ValueError(f"{function} needs at least one word to look for.")
+    return patterns
 
 
 def _whole_words(phrase: str) -> re.Pattern[str]:
