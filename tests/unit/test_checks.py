@@ -10,9 +10,9 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from tests.helpers import CHAT_TEMPLATE, prompt_dataset, word_tokenizer
-from trl_ext.trainers.building import args_of_gpu
-from trl_ext.trainers.checks import as_list, check_datasets, check_output_dir, check_prompts, check_tokenizer
-from trl_ext.trainers.ppo_config import PPOConfig
+from trl_ext.ppo.building import args_of_gpu
+from trl_ext.ppo.checks import as_list, check_datasets, check_output_dir, check_prompts, check_tokenizer
+from trl_ext.ppo.config import PPOConfig
 
 
 def rows(**columns: list[Any]) -> Dataset:

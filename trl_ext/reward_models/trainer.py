@@ -18,8 +18,9 @@ from trl import RewardConfig, RewardTrainer
 
 from trl_ext.core.probe import choose_penalty, fit_probe
 from trl_ext.core.reward_losses import all_pairs_loss, binary_loss, plackett_luce_loss, regression_loss
+from trl_ext.reward_models.probing import probe_data, score_head
 from trl_ext.roles.adapters import write_note
-from trl_ext.trainers.probing import probe_data, score_head
+from trl_ext.tokens import sequence_ids
 
 logger = logging.getLogger(__name__)
 
@@ -259,17 +260,6 @@ def _with_lengths(rows: Dataset, name: str) -> Dataset:
         return rows
     pairs = zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)
     return rows.add_column(name, [max(len(chosen), len(rejected)) for chosen, rejected in pairs])
-
-
-def sequence_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, answer: Any, **template: Any) -> list[int]:
-    """As TRL's RewardTrainer tokenises: the chat template (with the arguments `template`), or the text with an EOS at
-    its end."""
-    if isinstance(answer, str):
-        text = (prompt or "") + answer
-        text = text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
-        return list(tokenizer(text)["input_ids"])
-    chat = [*(prompt or []), *answer]
-    return list(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, **template)["input_ids"])
 
 
 class _Collator:

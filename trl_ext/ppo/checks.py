@@ -11,9 +11,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 
-from trl_ext.generation import check_chat_template
+from trl_ext.ppo.config import PPOConfig
 from trl_ext.roles import SharedBase
-from trl_ext.trainers.ppo_config import PPOConfig
+from trl_ext.tokens import check_chat_template
 
 
 def check_prompts(dataset: Any, name: str) -> None:

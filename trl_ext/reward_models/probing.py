@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from trl_ext.trainers.batching import padded_by_length
+from trl_ext.tokens import padded_by_length
 
 
 @dataclass(frozen=True)

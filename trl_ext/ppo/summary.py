@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from trl_ext.core import masked_mean, masked_sum, penalize_missing_eos
+from trl_ext.ppo.config import PPOConfig
 from trl_ext.rewards import correlations
-from trl_ext.trainers.ppo_config import PPOConfig
 from trl_ext.types import Experience, Rollout, ScorePass, as_text
 
 NGRAM = 3
