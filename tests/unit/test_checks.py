@@ -153,7 +153,7 @@ def test_a_tokenizer_without_an_end() -> None:
     tokenizer = word_tokenizer()
     tokenizer.eos_token = None
     sentence = refused(lambda: check_tokenizer(tokenizer, prompt_dataset()), ValueError)
-    assert sentence == "The tokenizer has no EOS token, so no answer could ever end: set tokenizer.eos_token."
+    assert sentence == "The tokenizer has no EOS token, so no completion could ever end: set tokenizer.eos_token."
 
 
 def test_padding_is_the_eos_where_there_is_none() -> None:

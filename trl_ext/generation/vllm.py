@@ -23,7 +23,7 @@ class VLLMGenerator:
         base: the `SharedBase`; its policy adapter is written to a temporary folder before each rollout.
         model: name or folder of the base model.
         memory: share of the GPU's memory that vLLM may use, 0 to 1.
-        max_length: most tokens of prompt and answer; None: the model's own limit.
+        max_length: most tokens of prompt and completion; None: the model's own limit.
         seed: of vLLM's sampling.
 
     Raises:

@@ -95,8 +95,8 @@ def kl_to_reference(
     for rows in torch.arange(len(prompts)).split(batch_size):
         part = rollout.rows(rows).to(base.device)
         width = part.completion_ids.shape[1]
-        said = base(part.input_ids, part.attention_mask, width, roles=("policy", "reference"))
-        total += float(masked_sum(said["logprobs"] - said["ref_logprobs"], part.completion_mask))
+        outputs = base(part.input_ids, part.attention_mask, width, roles=("policy", "reference"))
+        total += float(masked_sum(outputs["logprobs"] - outputs["ref_logprobs"], part.completion_mask))
     return total / len(prompts)
 
 

@@ -53,8 +53,8 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, args: PPOConfig) -> No
     check_prompts(train_dataset, "train_dataset")
     if args.rollout_batch_size % args.num_generations:
         raise ValueError(
-            f"num_generations is {args.num_generations}, which does not divide the {args.rollout_batch_size} answers "
-            "of a rollout: choose a divisor."
+            f"num_generations is {args.num_generations}, which does not divide the {args.rollout_batch_size} "
+            "completions of a rollout: choose a divisor."
         )
     prompts = args.rollout_batch_size // args.num_generations
     if len(train_dataset) < prompts:
@@ -80,7 +80,7 @@ def check_tokenizer(tokenizer: Any, train_dataset: Dataset) -> PreTrainedTokeniz
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"processing_class must be a tokenizer, not {type(tokenizer).__name__}.")
     if tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has no EOS token, so no answer could ever end: set tokenizer.eos_token.")
+        raise ValueError("The tokenizer has no EOS token, so no completion could ever end: set tokenizer.eos_token.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if not isinstance(train_dataset[0]["prompt"], str):

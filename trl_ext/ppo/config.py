@@ -101,9 +101,9 @@ class PPOConfig(BaseConfig):
         64, "Rows of one forward without gradient, and of one generate, a process."
     )
     num_generations: Count = _f(
-        1, "Answers to each prompt of a rollout; above 1, objectives without a critic compare them."
+        1, "Completions of each prompt of a rollout; above 1, objectives without a critic compare them."
     )
-    max_completion_length: Count = _f(256, "Most tokens of an answer.")
+    max_completion_length: Count = _f(256, "Most tokens of a completion.")
     temperature: Positive = _f(1.0, "Sampling temperature; log-probabilities are taken at it too.")
     top_p: PositiveShare = _f(
         1.0, "Nucleus sampling. Below 1, sampled tokens no longer follow the scored distribution."
@@ -111,11 +111,11 @@ class PPOConfig(BaseConfig):
     top_k: Number = _f(0, "Sample among so many tokens only; 0: all. See top_p.")
     min_p: Share | None = _f(None, "Least probability of a token, relative to the likeliest. See top_p.")
     repetition_penalty: Positive = _f(1.0, "Above 1: repeated tokens become less likely. See top_p.")
-    use_vllm: bool = _f(False, "Let vLLM answer, with a copy of the base of its own on this GPU.")
+    use_vllm: bool = _f(False, "Let vLLM generate, with a copy of the base of its own on this GPU.")
     vllm_gpu_memory_utilization: PositiveShare = _f(0.3, "Share of the GPU's memory for vLLM.")
-    vllm_max_model_length: int | None = _f(None, "Most tokens of prompt and answer in vLLM; None: the model's limit.")
+    vllm_max_model_length: int | None = _f(None, "Most tokens of prompt and completion in vLLM; None: the model's.")
     use_transformers_continuous_batching: bool = _f(
-        False, "Answer by Transformers' continuous batching: an answer that has ended makes room at once."
+        False, "Generate by Transformers' continuous batching: a completion that has ended makes room at once."
     )
     transformers_continuous_batching_config: dict[str, Any] | str | None = _f(
         None, "Fields of transformers' ContinuousBatchingConfig."
@@ -130,12 +130,12 @@ class PPOConfig(BaseConfig):
     score_normalization: Literal["none", "running", "reference"] = _f(
         "none",
         "Scale each reward function: 'running' divides by a running std after taking off the running mean; 'reference' "
-        "makes mean 0 and std 1 on answers of the reference, once, at the start.",
+        "makes mean 0 and std 1 on completions of the reference, once, at the start.",
     )
-    normalization_samples: Count = _f(256, "Answers of the reference that 'reference' normalisation is made from.")
+    normalization_samples: Count = _f(256, "Completions of the reference that 'reference' normalisation is made from.")
     reward_timeout: Positive | None = _f(None, "Most seconds that one call of a reward function may take; None: any.")
     missing_eos_penalty: Positive | None = _f(
-        None, "Subtracted from the score of an answer that was cut off. Positive."
+        None, "Subtracted from the score of a completion that was cut off. Positive."
     )
     kl_coef: NotNegative = _f(
         0.05, "Weight of the per-token KL to the reference in the reward; read anew each rollout."
@@ -161,7 +161,7 @@ class PPOConfig(BaseConfig):
     ptx_max_length: Count = _f(256, "Most tokens of such a text.")
 
     # Update
-    num_ppo_epochs: Count = _f(4, "Passes over a rollout.")
+    num_ppo_epochs: Count = _f(4, "Epochs on each rollout.")
     cliprange: Positive = _f(0.2, "Clip range of the policy's probability ratio.")
     cliprange_value: Positive = _f(0.2, "Clip range of the value's step.")
     dual_clip: AtLeastOne | None = _f(None, "Bound on the ratio where the advantage is negative, above 1; None: none.")

@@ -27,10 +27,10 @@ class Scorer:
         functions: callables (sync or async), models, or names of models.
         tokenizers: for the models among the functions, one a function; None: loaded from the model's name.
         device: where the models run.
-        chat_template_kwargs: given to the chat template when a model scores conversations.
+        chat_template_kwargs: passed to the chat template when a model scores conversations.
         trust_remote_code: passed on when a model is loaded by name.
         timeout: most seconds that one call of a function may take; None: any.
-        batch_size: most answers of one forward of a model.
+        batch_size: most completions of one forward of a model.
 
     Raises:
         TypeError, ValueError: a function that cannot be called, or lists of different lengths.
