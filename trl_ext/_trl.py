@@ -1,4 +1,8 @@
-"""The one door to what TRL does not promise: every name that is not in `trl.__all__` is imported here, nowhere else."""
+"""The one door to what TRL does not promise: every name that is not in `trl.__all__` is imported here, nowhere else.
+
+It is not the door to methods: a subclass overrides those of Transformers' and TRL's trainers where it stands, and
+`roles/` switches PEFT's layers by their own attributes. `tests/unit/test_borrowed.py` lists all of these by name.
+"""
 
 from typing import Any
 
