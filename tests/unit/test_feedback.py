@@ -245,9 +245,9 @@ PAIRED = feedback.Feedback("pairs", [Pair("p", "a", "b", None), Pair("p", "c", "
 
 def test_ratings_to_pairs_keep_margin_and_agreement() -> None:
     rows = feedback.to_preference(RATED).to_list()
-    found = {(row["chosen"], row["rejected"]): (row["margin"], row["agreement"]) for row in rows}
+    pairs = {(row["chosen"], row["rejected"]): (row["margin"], row["agreement"]) for row in rows}
     # b against a: 2>1, 2=2, 5>1, 5>2: 3.5 of 4. b against c: 2>1.5, 5>1.5. a and c are tied at 1.5.
-    assert found == {("b", "a"): (2.0, 0.875), ("b", "c"): (2.0, 1.0)}
+    assert pairs == {("b", "a"): (2.0, 0.875), ("b", "c"): (2.0, 1.0)}
     assert feedback.to_preference(RATED, min_gap=2.0).num_rows == 2
     with pytest.raises(FeedbackError, match="makes no pair"):
         feedback.to_preference(RATED, min_gap=2.1)
@@ -255,9 +255,9 @@ def test_ratings_to_pairs_keep_margin_and_agreement() -> None:
 
 def test_rankings_to_pairs_leave_out_ties() -> None:
     rows = feedback.to_preference(RANKED).to_list()
-    found = {(row["chosen"], row["rejected"]): row["margin"] for row in rows}
+    pairs = {(row["chosen"], row["rejected"]): row["margin"] for row in rows}
     expected = {("b", "a"): 1 / 3, ("b", "c"): 1 / 3, ("b", "d"): 1.0, ("a", "d"): 2 / 3, ("c", "d"): 2 / 3}
-    assert found == pytest.approx(expected)
+    assert pairs == pytest.approx(expected)
 
 
 def test_labels_and_pairs_to_pairs() -> None:
@@ -328,8 +328,8 @@ def test_records_without_prompts_are_split_by_their_answers(form: str) -> None:
     records: list[Any] = [Pair("", f"a{i // 2}", f"b{i // 2}", None) for i in range(20)]
     if form == "rankings":
         records = [Ranking("", (f"a{i // 2}", f"b{i // 2}"), (1, 2)) for i in range(20)]
-    given = feedback.Feedback(form, records, "here")
-    train, test = feedback.split_by_prompt(given, held_out=0.3)
+    whole = feedback.Feedback(form, records, "here")
+    train, test = feedback.split_by_prompt(whole, held_out=0.3)
     assert (len(train.records), len(test.records)) == (14, 6)
     assert not {repr(record) for record in train.records} & {repr(record) for record in test.records}
 
@@ -346,8 +346,8 @@ def test_a_split_has_something_on_both_sides() -> None:
 def test_the_prompt_of_two_conversations_is_what_both_begin_with(tmp_path: Path) -> None:
     pairs = jsonl(tmp_path, {"chosen": [*CHAT, *PARIS], "rejected": [*CHAT, *LYON]})
     assert feedback.read(pairs).records == [Pair(CHAT, PARIS, LYON, None)]
-    said_twice = jsonl(tmp_path, {"prompt": CHAT[0]["content"], "chosen": [*CHAT, *PARIS], "rejected": [*CHAT, *LYON]})
-    assert feedback.read(said_twice).records == [Pair(CHAT, PARIS, LYON, None)]
+    repeated = jsonl(tmp_path, {"prompt": CHAT[0]["content"], "chosen": [*CHAT, *PARIS], "rejected": [*CHAT, *LYON]})
+    assert feedback.read(repeated).records == [Pair(CHAT, PARIS, LYON, None)]
     texts = jsonl(tmp_path, {"chosen": "the cat", "rejected": "the dog"})
     assert feedback.read(texts).records == [Pair("", "the cat", "the dog", None)]
 
@@ -419,23 +419,23 @@ def test_what_cannot_be_made_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [({"on_error": "skip"}, "choose raise or drop"), ({"form": "stars"}, "form is 'stars': choose")],
 )
-def test_what_reading_cannot_do(given: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_what_reading_cannot_do(arguments: dict[str, str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        feedback.read(jsonl(tmp_path, FORMS["ratings"][0][0]), **given)
+        feedback.read(jsonl(tmp_path, FORMS["ratings"][0][0]), **arguments)
 
 
 def test_what_is_drawn_depends_on_the_seed_alone() -> None:
     records = [Rating(f"p{i % 10}", f"answer {i}", (float(i % 7),)) for i in range(100)]
-    given = feedback.Feedback("ratings", records, "here")
-    pairs = feedback.to_preference(given)
+    whole = feedback.Feedback("ratings", records, "here")
+    pairs = feedback.to_preference(whole)
     draws: list[Any] = [
-        lambda seed: list(feedback.to_preference(given, pairs_per_answer=2, seed=seed)),
-        lambda seed: list(feedback.to_rankings(given, size=3, seed=seed)),
+        lambda seed: list(feedback.to_preference(whole, pairs_per_answer=2, seed=seed)),
+        lambda seed: list(feedback.to_rankings(whole, size=3, seed=seed)),
         lambda seed: list(feedback.balance_lengths(pairs, seed=seed)),
-        lambda seed: list(feedback.to_prompts(feedback.split_by_prompt(given, 0.3, seed=seed)[1])),
+        lambda seed: list(feedback.to_prompts(feedback.split_by_prompt(whole, 0.3, seed=seed)[1])),
     ]
     for draw in draws:
         assert draw(0) == draw(0) != draw(1)
@@ -522,8 +522,8 @@ def test_old_names_say_the_new_ones(old: str, new: str) -> None:
 def test_lengths_are_balanced_by_repeating_the_rarer_pairs() -> None:
     pairs = [("long answer", "short")] * 5 + [("tiny", "a longer one"), ("few", "many words")] + [("same", "size")]
     rows = Dataset.from_list([{"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs])
-    kept = [(row["chosen"], row["rejected"]) for row in feedback.balance_lengths(rows)]
-    counts = [kept.count(pair) for pair in dict.fromkeys(pairs)]
+    balanced = [(row["chosen"], row["rejected"]) for row in feedback.balance_lengths(rows)]
+    counts = [balanced.count(pair) for pair in dict.fromkeys(pairs)]
     assert counts in ([5, 3, 2, 1], [5, 2, 3, 1])
     assert len(feedback.balance_lengths(rows.select([7]))) == 1
     with pytest.raises(FeedbackError, match="In every pair the longer answer was chosen"):

@@ -54,8 +54,8 @@ def test_a_second_file_to_evaluate_on(name: str, tmp_path: Path) -> None:
     train, test = (jsonl(tmp_path / f"{part}.jsonl", pairs(n)) for part, n in (("train", 5), ("test", 3)))
     data = DataArguments(train, eval_split=test)
     if name == "feedback":
-        found = load_feedback(data, "binary")
-        assert (len(found.train), len(found.test)) == (2 * 20, 2 * 12)
+        loaded = load_feedback(data, "binary")
+        assert (len(loaded.train), len(loaded.test)) == (2 * 20, 2 * 12)
     else:
         assert [len(rows) for rows in (load_rows(data, "prompts") if name == "rows" else load_pairs(data))] == [20, 12]
 
@@ -68,8 +68,8 @@ def test_columns_are_renamed_in_files_of_every_kind(tmp_path: Path) -> None:
         columns=["question=prompt", "text=completion", "stars=rating"],
     )
     assert load_rows(data, "prompts")[0].column_names == ["prompt", "completion", "rating"]
-    found = load_feedback(data, "regression")
-    assert (len(found.train), len(found.test)) == (40, 10) and found.held_out is not None
+    loaded = load_feedback(data, "regression")
+    assert (len(loaded.train), len(loaded.test)) == (40, 10) and loaded.held_out is not None
 
 
 def test_good_begins_where_it_does_in_training(tmp_path: Path) -> None:
@@ -77,8 +77,8 @@ def test_good_begins_where_it_does_in_training(tmp_path: Path) -> None:
     train = [{"prompt": f"p{i}", "completion": "a", "rating": float(i)} for i in range(11)]
     test = [{"prompt": f"q{i}", "completion": "a", "rating": float(i)} for i in (4, 6, 10)]
     files = [jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in (("train", train), ("test", test))]
-    found = load_feedback(DataArguments(files[0], eval_split=files[1]), "binary")
-    assert found.test["label"] == [False, True, True]
+    loaded = load_feedback(DataArguments(files[0], eval_split=files[1]), "binary")
+    assert loaded.test["label"] == [False, True, True]
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv"])
@@ -97,11 +97,11 @@ def test_an_answer_may_read_none(kind: str, tmp_path: Path) -> None:
 def test_many_answers_without_a_prompt_do_not_explode(objective: str, most: int, tmp_path: Path) -> None:
     """180 answers make 16,110 pairs, or one ranking that fits into no memory."""
     rows = [{"completion": f"answer {i}", "rating": float(i)} for i in range(200)]
-    found = load_feedback(DataArguments(jsonl(tmp_path / "rated.jsonl", rows), eval_rows=20), objective)
-    assert 20 <= len(found.train) <= most
-    assert len(found.held_out) == 20 and len(found.pairs) <= 5 * 20
+    loaded = load_feedback(DataArguments(jsonl(tmp_path / "rated.jsonl", rows), eval_rows=20), objective)
+    assert 20 <= len(loaded.train) <= most
+    assert len(loaded.held_out) == 20 and len(loaded.pairs) <= 5 * 20
     if objective == "ranking":
-        assert max(len(row["completions"]) for row in found.train) == 8
+        assert max(len(row["completions"]) for row in loaded.train) == 8
 
 
 def test_conversations_without_a_prompt_column(tmp_path: Path) -> None:
@@ -110,11 +110,11 @@ def test_conversations_without_a_prompt_column(tmp_path: Path) -> None:
 
     rows = [{"chosen": turns(f"q{i % 10}", f"a{i}"), "rejected": turns(f"q{i % 10}", f"b{i}")} for i in range(40)]
     file = jsonl(tmp_path / "pairs.jsonl", rows)
-    for found in (
+    for loaded in (
         load_pairs(DataArguments(file, eval_rows=8)),
         load_feedback(DataArguments(file, eval_rows=8), "probe"),
     ):
-        train, test = found if isinstance(found, tuple) else (found.train, found.test)
+        train, test = loaded if isinstance(loaded, tuple) else (loaded.train, loaded.test)
         asked = [{prompt[0]["content"] for prompt in part["prompt"]} for part in (train, test)]
         assert len(asked[0]) == 8 and len(asked[1]) == 2 and not asked[0] & asked[1]
         assert {len(answer) for answer in train["chosen"]} == {1}
