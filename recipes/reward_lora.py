@@ -46,13 +46,13 @@ def main() -> None:
     launch.free_memory()
 
     base: SharedBase = launch.load_shared_base(model_args, policy=None, value="head", reward=args.output_dir)
-    answers = launch.scored_answers(base, tokenizer, data.judged, rows)
+    answers = launch.scored_answers(base, tokenizer, data.held_out, rows)
     prompts = launch.distinct_prompts(data.pairs)[:64]
     reference = launch.reference_scores(base, tokenizer, prompts, batch_size=rows)
-    judged = feedback.judge(answers, reference_scores=reference)
-    feedback.save_judgement(judged, Path(args.output_dir), answers, reference)
-    on_pairs = judged
-    if data.pairs is not data.judged:
+    judgement = feedback.judge(answers, reference_scores=reference)
+    feedback.save_judgement(judgement, Path(args.output_dir), answers, reference)
+    on_pairs = judgement
+    if data.pairs is not data.held_out:
         on_pairs = feedback.judge(launch.scored_answers(base, tokenizer, data.pairs, rows))
     launch.show_scored_pairs(base, tokenizer, data.pairs.select(range(min(6, len(data.pairs)))))
     launch.report(
@@ -60,10 +60,10 @@ def main() -> None:
         {
             "held-out pair accuracy": f"{on_pairs.pair_accuracy:.1%}",
             "held-out loss": f"{evaluation['eval_loss']:.3f}",
-            "rank correlation with people": f"{judged.spearman:.2f}",
-            "calibration error": f"{judged.expected_calibration_error:.3f} (see judgement.json)",
-            "mean score": f"{judged.mean:.2f}, of the reference's answers {judged.reference_mean:.2f}",
-            "rank correlation with length": f"{judged.length_correlation:.2f}",
+            "rank correlation with people": f"{judgement.spearman:.2f}",
+            "calibration error": f"{judgement.expected_calibration_error:.3f} (see judgement.json)",
+            "mean score": f"{judgement.mean:.2f}, of the reference's answers {judgement.reference_mean:.2f}",
+            "rank correlation with length": f"{judgement.length_correlation:.2f}",
             "memory": launch.megabytes(base),
             "saved in": f"{args.output_dir} (use it with recipes/ppo_lora.py --reward_adapter {args.output_dir})",
         },

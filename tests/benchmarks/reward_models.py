@@ -21,7 +21,7 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from trl_ext import FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, feedback
-from trl_ext.feedback import Feedback, Judged, judge
+from trl_ext.feedback import Feedback, ScoredAnswer, judge
 from trl_ext.launch import reference_scores, scored_answers
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,9 @@ def training_rows(train: Feedback, objective: str) -> tuple[Dataset, int, float]
     return convert(train), SENTENCES, 1.0
 
 
-def trained(args: argparse.Namespace, train: Feedback, test: Feedback, objective: str, folder: Path) -> list[Judged]:
+def trained(
+    args: argparse.Namespace, train: Feedback, test: Feedback, objective: str, folder: Path
+) -> list[ScoredAnswer]:
     """Train one reward model; its scores of the held-out sentences."""
     rows, batch, share = training_rows(train, objective)
     config = FeedbackRewardConfig(
@@ -80,7 +82,7 @@ def trained(args: argparse.Namespace, train: Feedback, test: Feedback, objective
     return scored_answers(base, trainer.processing_class, feedback.to_ratings(test))
 
 
-def baseline(name: str, train: Feedback, test: Feedback) -> list[Judged]:
+def baseline(name: str, train: Feedback, test: Feedback) -> list[ScoredAnswer]:
     """A lexicon, which learns nothing; or ridge regression on counts of words and word pairs."""
     texts = [record.completion for record in test.records]
     if name == "VADER lexicon":
@@ -97,10 +99,10 @@ def baseline(name: str, train: Feedback, test: Feedback) -> list[Judged]:
         model.fit([record.completion for record in train.records], [record.mean for record in train.records])
         scores = model.predict(texts)
     worth = [record.mean for record in test.records]
-    return [Judged("", w, float(s), len(t)) for w, s, t in zip(worth, scores, texts, strict=True)]
+    return [ScoredAnswer("", w, float(s), len(t)) for w, s, t in zip(worth, scores, texts, strict=True)]
 
 
-def one_point_apart(answers: list[Judged]) -> float:
+def one_point_apart(answers: list[ScoredAnswer]) -> float:
     """Share of the pairs at least one rating point apart that the scores order as people do."""
     right = total = 0.0
     for i, a in enumerate(answers):

@@ -91,9 +91,9 @@ def test_words_for_good_and_bad(word: Any, label: bool) -> None:
 
 
 BAD: list[tuple[dict[str, Any] | str, str]] = [
-    ({"completion": "a", "rating": "lots"}, "column 'rating': 'lots' is no number"),
-    ({"completion": "a", "rating": True}, "column 'rating': True is no number"),
-    ({"completion": "a", "rating": 1e999}, "column 'rating': inf is no number"),
+    ({"completion": "a", "rating": "lots"}, "column 'rating': 'lots' is not a number"),
+    ({"completion": "a", "rating": True}, "column 'rating': True is not a number"),
+    ({"completion": "a", "rating": 1e999}, "column 'rating': inf is not a number"),
     ({"completion": "a", "ratings": []}, "column 'ratings': no rating was given"),
     ({"completion": "a", "ratings": [None]}, "column 'ratings': no rating was given"),
     ({"completion": " ", "rating": 1}, "column 'completion': empty"),
@@ -105,15 +105,24 @@ BAD: list[tuple[dict[str, Any] | str, str]] = [
     ({"prompt": 7, "completion": "a", "rating": 1}, "column 'prompt': 7"),
     ({"completions": ["a"], "ranks": [1]}, "column 'completions': a ranking needs two"),
     ({"completions": ["a", "b"], "ranks": [1]}, "column 'ranks': 1 ranks for 2 completions"),
-    ({"completions": ["a", "b"], "ranks": [0, 1]}, "column 'ranks': [0, 1] are no whole numbers from 1"),
-    ({"completions": ["a", "b"], "ranks": [1, 1.5]}, "column 'ranks': [1, 1.5] are no whole numbers from 1"),
-    ({"completions": "a, b", "ranks": [1, 2]}, "column 'completions': 'a, b' is no list"),
+    ({"completions": ["a", "b"], "ranks": [0, 1]}, "column 'ranks': [0, 1] are not whole numbers from 1"),
+    ({"completions": ["a", "b"], "ranks": [1, 1.5]}, "column 'ranks': [1, 1.5] are not whole numbers from 1"),
+    ({"completions": "a, b", "ranks": [1, 2]}, "column 'completions': 'a, b' is not a list"),
     ({"chosen": "a", "rejected": ""}, "column 'rejected': empty"),
     ({"chosen": "a", "rejected": "b\ud800"}, "column 'rejected': half of a surrogate pair"),
+    ({"prompt": CHAT, "chosen": PARIS, "rejected": "b"}, "column 'rejected': a text, where others are messages"),
+    ({"prompt": "p", "chosen": "a", "rejected": "b"}, "column 'chosen': a text, where others are messages"),
+    ({"chosen": PARIS, "rejected": LYON}, "column 'prompt': the conversations begin with no message in common"),
+    (
+        {"prompt": "Why?", "chosen": [*CHAT, *PARIS], "rejected": [*CHAT, *LYON]},
+        "column 'prompt': a text that neither conversation begins with",
+    ),
+    ({"chosen": "a", "rejected": "b", "margin": "wide"}, "column 'margin': 'wide' is not a number"),
+    ({"completion": "a", "rating": 10**400}, "is not a number"),
     ({"chosen": "a", "rejected": "b", "strength": -1}, "column 'strength': -1 is not above 0"),
     ({"completion": "a", "label": "meh"}, "column 'label': 'meh' is neither good nor bad"),
-    ("{broken", "no JSON ("),
-    ("[1, 2]", "no JSON object"),
+    ("{broken", "not JSON ("),
+    ("[1, 2]", "not a JSON object"),
 ]
 
 
@@ -144,12 +153,13 @@ def test_broken_unicode_names_its_line(tmp_path: Path) -> None:
     for suffix, header in (("jsonl", b""), ("csv", b"completion,rating\n")):
         good = b'{"completion": "a", "rating": 1}' if suffix == "jsonl" else b"a,1"
         path = tmp_path / f"feedback.{suffix}"
-        path.write_bytes(header + good + b"\n\xff\xfe\n" + good.replace(b"a", b"b", 1) + b"\n")
+        bad = good.replace(b"1", b"lots" if suffix == "csv" else b'"lots"')
+        path.write_bytes(header + good + b"\n\xff\xfe\n" + good.replace(b"a", b"b", 1) + b"\n" + bad)
         line = 2 + header.count(b"\n")
-        with pytest.raises(FeedbackError, match=rf"line {line}, column '': byte 1 is no UTF-8"):
+        with pytest.raises(FeedbackError, match=rf"line {line}, column '': byte 1 is not UTF-8"):
             feedback.read(path)
         read = feedback.read(path, on_error="drop")
-        assert [problem.line for problem in read.dropped] == [line]
+        assert [problem.line for problem in read.dropped] == [line, line + 2]
 
 
 def test_a_line_with_too_few_fields(tmp_path: Path) -> None:
@@ -185,14 +195,24 @@ def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
         ("odd.jsonl", '{"question": "a"}', r"has the columns \['question'\], which are no form of feedback"),
         ("file.txt", "a", "is of no known kind: give one of .jsonl"),
         ("object.json", "{}", "holds dict, not a list"),
-        ("broken.json", "[", "is no JSON"),
-        ("broken.parquet", "a", "is no Parquet file"),
+        ("broken.json", "[", "is not JSON"),
+        ("broken.parquet", "a", "is not a Parquet file"),
     ],
 )
 def test_files_without_feedback(name: str, content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(FeedbackError, match=message):
         feedback.read(tmp_path / name)
+
+
+def test_a_json_file_may_hold_a_record_a_line(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, *({"completion": text, "rating": 1} for text in "ab"), name="ratings.json")
+    assert feedback.read(path).records == [Rating("", "a", (1.0,)), Rating("", "b", (1.0,))]
+
+
+def test_what_is_read_may_have_a_name() -> None:
+    with pytest.raises(FeedbackError, match=r"^hub/ratings: line 1, column 'rating'"):
+        feedback.read(Dataset.from_list([{"completion": "a", "rating": "x"}]), name="hub/ratings")
 
 
 def test_nothing_left_names_the_first_reason(tmp_path: Path) -> None:
@@ -225,9 +245,9 @@ PAIRED = feedback.Feedback("pairs", [Pair("p", "a", "b", None), Pair("p", "c", "
 
 def test_ratings_to_pairs_keep_margin_and_agreement() -> None:
     rows = feedback.to_preference(RATED).to_list()
-    found = {(row["chosen"], row["rejected"]): (row["margin"], row["agreement"]) for row in rows}
+    pairs = {(row["chosen"], row["rejected"]): (row["margin"], row["agreement"]) for row in rows}
     # b against a: 2>1, 2=2, 5>1, 5>2: 3.5 of 4. b against c: 2>1.5, 5>1.5. a and c are tied at 1.5.
-    assert found == {("b", "a"): (2.0, 0.875), ("b", "c"): (2.0, 1.0)}
+    assert pairs == {("b", "a"): (2.0, 0.875), ("b", "c"): (2.0, 1.0)}
     assert feedback.to_preference(RATED, min_gap=2.0).num_rows == 2
     with pytest.raises(FeedbackError, match="makes no pair"):
         feedback.to_preference(RATED, min_gap=2.1)
@@ -235,9 +255,9 @@ def test_ratings_to_pairs_keep_margin_and_agreement() -> None:
 
 def test_rankings_to_pairs_leave_out_ties() -> None:
     rows = feedback.to_preference(RANKED).to_list()
-    found = {(row["chosen"], row["rejected"]): row["margin"] for row in rows}
+    pairs = {(row["chosen"], row["rejected"]): row["margin"] for row in rows}
     expected = {("b", "a"): 1 / 3, ("b", "c"): 1 / 3, ("b", "d"): 1.0, ("a", "d"): 2 / 3, ("c", "d"): 2 / 3}
-    assert found == pytest.approx(expected)
+    assert pairs == pytest.approx(expected)
 
 
 def test_labels_and_pairs_to_pairs() -> None:
@@ -308,8 +328,8 @@ def test_records_without_prompts_are_split_by_their_answers(form: str) -> None:
     records: list[Any] = [Pair("", f"a{i // 2}", f"b{i // 2}", None) for i in range(20)]
     if form == "rankings":
         records = [Ranking("", (f"a{i // 2}", f"b{i // 2}"), (1, 2)) for i in range(20)]
-    given = feedback.Feedback(form, records, "here")
-    train, test = feedback.split_by_prompt(given, held_out=0.3)
+    whole = feedback.Feedback(form, records, "here")
+    train, test = feedback.split_by_prompt(whole, held_out=0.3)
     assert (len(train.records), len(test.records)) == (14, 6)
     assert not {repr(record) for record in train.records} & {repr(record) for record in test.records}
 
@@ -326,17 +346,25 @@ def test_a_split_has_something_on_both_sides() -> None:
 def test_the_prompt_of_two_conversations_is_what_both_begin_with(tmp_path: Path) -> None:
     pairs = jsonl(tmp_path, {"chosen": [*CHAT, *PARIS], "rejected": [*CHAT, *LYON]})
     assert feedback.read(pairs).records == [Pair(CHAT, PARIS, LYON, None)]
+    repeated = jsonl(tmp_path, {"prompt": CHAT[0]["content"], "chosen": [*CHAT, *PARIS], "rejected": [*CHAT, *LYON]})
+    assert feedback.read(repeated).records == [Pair(CHAT, PARIS, LYON, None)]
     texts = jsonl(tmp_path, {"chosen": "the cat", "rejected": "the dog"})
     assert feedback.read(texts).records == [Pair("", "the cat", "the dog", None)]
 
 
-def test_lists_stand_as_json_in_tables(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("prompt", "completion", "ratings", "expected"),
+    [
+        (json.dumps(CHAT), json.dumps(PARIS), "[3, 4]", Rating(CHAT, PARIS, (3.0, 4.0))),
+        ("[1]", "[x] is a cross", "1;2", Rating("[1]", "[x] is a cross", (1.0, 2.0))),  # only looks like a list
+    ],
+)
+def test_lists_stand_as_json_in_tables(
+    prompt: str, completion: str, ratings: str, expected: Rating, tmp_path: Path
+) -> None:
     table = tmp_path / "rated.csv"
-    said = {"prompt": json.dumps(CHAT), "completion": json.dumps(PARIS), "ratings": "[3, 4]"}
-    pd.DataFrame([said, {"prompt": "[1]", "completion": "[x] is a cross", "ratings": "1;2"}]).to_csv(table, index=False)
-    first, second = feedback.read(table).records
-    assert first == Rating(CHAT, PARIS, (3.0, 4.0))
-    assert second == Rating("[1]", "[x] is a cross", (1.0, 2.0)), "what only looks like a list is text"
+    pd.DataFrame([{"prompt": prompt, "completion": completion, "ratings": ratings}]).to_csv(table, index=False)
+    assert feedback.read(table).records == [expected]
 
 
 # Looking -------------------------------------------------------------------------------------------------------------
@@ -391,23 +419,23 @@ def test_what_cannot_be_made_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [({"on_error": "skip"}, "choose raise or drop"), ({"form": "stars"}, "form is 'stars': choose")],
 )
-def test_what_reading_cannot_do(given: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_what_reading_cannot_do(arguments: dict[str, str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        feedback.read(jsonl(tmp_path, FORMS["ratings"][0][0]), **given)
+        feedback.read(jsonl(tmp_path, FORMS["ratings"][0][0]), **arguments)
 
 
 def test_what_is_drawn_depends_on_the_seed_alone() -> None:
     records = [Rating(f"p{i % 10}", f"answer {i}", (float(i % 7),)) for i in range(100)]
-    given = feedback.Feedback("ratings", records, "here")
-    pairs = feedback.to_preference(given)
+    whole = feedback.Feedback("ratings", records, "here")
+    pairs = feedback.to_preference(whole)
     draws: list[Any] = [
-        lambda seed: list(feedback.to_preference(given, pairs_per_answer=2, seed=seed)),
-        lambda seed: list(feedback.to_rankings(given, size=3, seed=seed)),
+        lambda seed: list(feedback.to_preference(whole, pairs_per_answer=2, seed=seed)),
+        lambda seed: list(feedback.to_rankings(whole, size=3, seed=seed)),
         lambda seed: list(feedback.balance_lengths(pairs, seed=seed)),
-        lambda seed: list(feedback.to_prompts(feedback.split_by_prompt(given, 0.3, seed=seed)[1])),
+        lambda seed: list(feedback.to_prompts(feedback.split_by_prompt(whole, 0.3, seed=seed)[1])),
     ]
     for draw in draws:
         assert draw(0) == draw(0) != draw(1)
@@ -451,14 +479,51 @@ def test_shared_prompts_are_counted() -> None:
     assert any("split by prompt" in sentence for sentence in report.advice)
 
 
+def test_conversations_without_a_prompt_make_no_pairs() -> None:
+    """TRL's trainers of pairs stop at an empty list of messages, or not, as the hash of a string will have it."""
+    rated = feedback.Feedback(
+        "ratings", [Rating("", [*CHAT, *PARIS], (2.0,)), Rating("", [*CHAT, *LYON], (1.0,))], "here"
+    )
+    with pytest.raises(FeedbackError, match="here has conversations without a prompt"):
+        feedback.to_preference(rated)
+    assert len(feedback.to_ratings(rated)) == 2
+
+
+def test_messages_keep_their_own_keys() -> None:
+    named = [{"role": "assistant", "content": [{"type": "text", "text": "Paris."}], "name": "Ada"}]
+    (row,) = feedback.to_preference(feedback.Feedback("pairs", [Pair(CHAT, named, LYON, None)], "here"))
+    assert (row["prompt"], row["chosen"], row["rejected"]) == (CHAT, named, LYON)
+    rows = feedback.to_rankings(feedback.Feedback("rankings", [Ranking(CHAT, (named, LYON), (1, 2))], "here"))
+    assert rows[0]["completions"] == [named, LYON]
+
+
+def test_a_split_by_number_holds_out_whole_prompts() -> None:
+    records = [Rating(f"p{i % 10}", str(i), (1.0,)) for i in range(40)]
+    for number, size in ((1, 4), (4, 4), (5, 8), (39, 36), (400, 36)):
+        train, test = feedback.split_by_prompt(feedback.Feedback("ratings", records, "here"), held_out=number)
+        assert (len(train.records), len(test.records)) == (40 - size, size)
+
+
+# Old names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("old", "new"), [("Judged", "ScoredAnswer"), ("Report", "FeedbackReport")])
+def test_old_names_say_the_new_ones(old: str, new: str) -> None:
+    with pytest.warns(FutureWarning, match=rf"trl_ext\.feedback\.{old} is called {new}; .* version 0\.3\."):
+        assert getattr(feedback, old) is getattr(feedback, new)
+    assert old not in feedback.__all__
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        _ = feedback.Nothing
+
+
 # Balancing ------------------------------------------------------------------------------------------------------------
 
 
 def test_lengths_are_balanced_by_repeating_the_rarer_pairs() -> None:
     pairs = [("long answer", "short")] * 5 + [("tiny", "a longer one"), ("few", "many words")] + [("same", "size")]
     rows = Dataset.from_list([{"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs])
-    kept = [(row["chosen"], row["rejected"]) for row in feedback.balance_lengths(rows)]
-    counts = [kept.count(pair) for pair in dict.fromkeys(pairs)]
+    balanced = [(row["chosen"], row["rejected"]) for row in feedback.balance_lengths(rows)]
+    counts = [balanced.count(pair) for pair in dict.fromkeys(pairs)]
     assert counts in ([5, 3, 2, 1], [5, 2, 3, 1])
     assert len(feedback.balance_lengths(rows.select([7]))) == 1
     with pytest.raises(FeedbackError, match="In every pair the longer answer was chosen"):

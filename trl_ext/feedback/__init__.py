@@ -1,10 +1,12 @@
-"""Human feedback in every form: read, looked at, converted to what trainers take."""
+"""Human feedback of every form: read, checked, converted to the rows that trainers take."""
 
-from trl_ext.feedback.checking import Report, agreement_alpha, check, draw_ratings
+import warnings
+from typing import Any
+
+from trl_ext.feedback.balancing import balance_labels, balance_lengths
+from trl_ext.feedback.checking import FeedbackReport, agreement_alpha, check, draw_ratings
 from trl_ext.feedback.converting import (
     agreement,
-    balance_labels,
-    balance_lengths,
     split_by_prompt,
     to_preference,
     to_prompts,
@@ -13,7 +15,7 @@ from trl_ext.feedback.converting import (
     to_unpaired,
 )
 from trl_ext.feedback.files import FeedbackError
-from trl_ext.feedback.judging import Judged, Judgement, judge, save_judgement
+from trl_ext.feedback.judging import Judgement, ScoredAnswer, judge, save_judgement
 from trl_ext.feedback.reading import FORMS, Feedback, read
 from trl_ext.feedback.records import Label, Pair, Problem, Ranking, Rating, Record
 
@@ -21,7 +23,7 @@ __all__ = [
     "FORMS",
     "Feedback",
     "FeedbackError",
-    "Judged",
+    "FeedbackReport",
     "Judgement",
     "Label",
     "Pair",
@@ -29,7 +31,7 @@ __all__ = [
     "Ranking",
     "Rating",
     "Record",
-    "Report",
+    "ScoredAnswer",
     "agreement",
     "agreement_alpha",
     "balance_labels",
@@ -46,3 +48,16 @@ __all__ = [
     "to_ratings",
     "to_unpaired",
 ]
+
+_RENAMED = {"Judged": "ScoredAnswer", "Report": "FeedbackReport"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        f"trl_ext.feedback.{name} is called {_RENAMED[name]}; the old name goes in version 0.3.",
+        FutureWarning,
+        stacklevel=2,
+    )
+    return globals()[_RENAMED[name]]

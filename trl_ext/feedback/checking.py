@@ -1,4 +1,4 @@
-"""A look at feedback before anything is trained on it: what is there, what is wrong with it, what to do about it."""
+"""A look at feedback before training: what is there, what is wrong with it, and what to do about it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any
 from trl_ext.feedback.converting import to_preference
 from trl_ext.feedback.files import FeedbackError
 from trl_ext.feedback.reading import Feedback
-from trl_ext.feedback.records import key_of
+from trl_ext.feedback.records import key_of, without_nan
 from trl_ext.types import as_text
 
-# Alpha below which conclusions are not even tentative, and below which they are: Krippendorff 2004, "Content Analysis",
-# chapter 11.
+# Below the first, alpha allows no conclusions; below the second, tentative ones. Source: Krippendorff 2004, "Content
+# Analysis", chapter 11.
 ALPHA_POOR, ALPHA_TENTATIVE = 0.667, 0.8
-# A reward model learns length where length alone picks the winner this often.
+# Where length alone picks the winner this often, a reward model learns length.
 LENGTH_BIAS = 0.65
-MANY_PAIRS = 20  # pairs an answer is in, at most, while looking
+MAX_PAIRS_PER_ANSWER = 20
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was found.
+class FeedbackReport:
+    """What `check` found.
 
     Attributes:
         facts: name to number or text, in the order to print.
@@ -39,8 +39,8 @@ class Report:
     ratings: list[float] = field(default_factory=list)
 
 
-def check(feedback: Feedback, held_out: Feedback | None = None) -> Report:
-    """Look at `feedback`, and at what it shares with `held_out`."""
+def check(feedback: Feedback, held_out: Feedback | None = None) -> FeedbackReport:
+    """Look at `feedback`, and at the prompts that it shares with `held_out`."""
     facts: dict[str, float | int | str] = {"form": feedback.form, "records": len(feedback.records)}
     facts["prompts"] = len({key_of(record.prompt) for record in feedback.records})
     facts["dropped records"] = len(feedback.dropped)
@@ -60,7 +60,7 @@ def check(feedback: Feedback, held_out: Feedback | None = None) -> Report:
     _look_at_pairs(feedback, facts, advice)
     if held_out is not None:
         _look_at_overlap(feedback, held_out, facts, advice)
-    return Report(facts, advice, ratings)
+    return FeedbackReport(facts, advice, ratings)
 
 
 def _identity(record: Any) -> str:
@@ -68,15 +68,16 @@ def _identity(record: Any) -> str:
 
 
 def _look_at_ratings(feedback: Feedback, facts: dict[str, Any], advice: list[str]) -> list[float]:
-    given = [[rating for rating in record.ratings if rating == rating] for record in feedback.records]
-    every = [rating for ratings in given for rating in ratings]
+    by_answer = [without_nan(record.ratings) for record in feedback.records]
+    counts = [len(ratings) for ratings in by_answer]
+    every = [rating for ratings in by_answer for rating in ratings]
     facts["ratings"] = len(every)
-    facts["ratings an answer"] = f"{min(map(len, given))} to {max(map(len, given))}"
+    facts["ratings an answer"] = f"{min(counts)} to {max(counts)}"
     facts["mean rating"] = round(fmean(every), 3)
     facts["scale"] = f"{min(every):g} to {max(every):g}"
     if len(set(every)) == 1:
         advice.append("Every rating is the same: nothing can be learned from a constant; collect ratings that differ.")
-    elif max(map(len, given)) == 1:
+    elif max(counts) == 1:
         advice.append("Each answer has one rater, so nobody knows how far raters agree: have some rated twice.")
     else:
         alpha = agreement_alpha([record.ratings for record in feedback.records])
@@ -101,18 +102,18 @@ def agreement_alpha(ratings: Sequence[Sequence[float]]) -> float:
     between every two ratings: the same, but quadratic in the ratings.
 
     Args:
-        ratings: each answer's, one a rater; which rater gave which does not enter alpha. NaN: none given.
+        ratings: a row for each answer, with a number for each rater, in any order; NaN where a rater gave none.
     """
-    shared = [given for row in ratings if len(given := [rating for rating in row if rating == rating]) > 1]
-    every = [rating for given in shared for rating in given]
+    shared = [row for row in map(without_nan, ratings) if len(row) > 1]
+    every = [rating for row in shared for rating in row]
     if len(set(every)) < 2:
-        return 1.0  # nobody who was asked disagreed
-    return 1 - sum(len(given) * variance(given) for given in shared) / (len(every) * variance(every))
+        return 1.0  # no rater disagrees with another
+    return 1 - sum(len(row) * variance(row) for row in shared) / (len(every) * variance(every))
 
 
 def _look_at_pairs(feedback: Feedback, facts: dict[str, Any], advice: list[str]) -> None:
     try:
-        pairs = to_preference(feedback, pairs_per_answer=MANY_PAIRS)
+        pairs = to_preference(feedback, pairs_per_answer=MAX_PAIRS_PER_ANSWER)
     except FeedbackError:
         facts["pairs"] = 0
         advice.append("No pair can be made: use a rating or a good/bad objective, or collect several answers a prompt.")
@@ -149,12 +150,12 @@ def _look_at_pairs(feedback: Feedback, facts: dict[str, Any], advice: list[str])
 
 
 def _cycles(won: Counter[tuple[str, str, str]]) -> int:
-    """Prompts among whose answers preference goes round in a circle of three or more."""
+    """Number of prompts whose preferences contain a cycle of three answers or more."""
     import networkx as nx
 
     graphs: dict[str, Any] = {}
     for prompt, chosen, rejected in won:
-        if (prompt, rejected, chosen) not in won:  # those two alone are a contradiction, counted apart
+        if (prompt, rejected, chosen) not in won:  # two alone are a contradiction, counted elsewhere
             graphs.setdefault(prompt, nx.DiGraph()).add_edge(chosen, rejected)
     return sum(any(len(part) > 2 for part in nx.strongly_connected_components(graph)) for graph in graphs.values())
 
@@ -167,7 +168,7 @@ def _look_at_overlap(feedback: Feedback, held_out: Feedback, facts: dict[str, An
         advice.append(f"{shared} held-out prompts are trained on as well: split by prompt (split_by_prompt).")
 
 
-def draw_ratings(report: Report, picture: Path) -> None:
+def draw_ratings(report: FeedbackReport, picture: Path) -> None:
     """Draw the histogram of single ratings.
 
     Raises:

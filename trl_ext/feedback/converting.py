@@ -1,16 +1,17 @@
 """From one form of feedback to another, and to the data set types that TRL's trainers take.
 
-Margins and weights say how clear a preference was: `margin` (above 0) is a difference of mean ratings, or of ranks as a
-share of the list, or the strength that was given; `agreement` (0.5 to 1) is the chance that a rater of one answer and a
+Margins and weights say how clear a preference was. `margin` is a difference of mean ratings (above 0), or of ranks as a
+share of the list (above 0), or a pair's strength. `agreement` (0 to 1) is the chance that a rater of one answer and a
 rater of the other put them in this order, ties counting half.
 """
 
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import accumulate, combinations, product
 from statistics import fmean
 from typing import Any
 
@@ -18,8 +19,7 @@ from datasets import Dataset
 
 from trl_ext.feedback.files import FeedbackError
 from trl_ext.feedback.reading import Feedback
-from trl_ext.feedback.records import Label, Pair, Ranking, Rating, Record, key_of
-from trl_ext.types import as_text
+from trl_ext.feedback.records import Label, Ranking, Rating, Record, answers_of, key_of, without_nan
 
 
 def to_preference(
@@ -27,17 +27,17 @@ def to_preference(
 ) -> Dataset:
     """TRL's preference type: prompt, chosen, rejected, with `margin` and, from ratings, `agreement`.
 
-    Ratings and labels make pairs of answers to the same prompt, rankings of their own answers. Ties make none.
+    Ratings and labels make pairs of answers to the same prompt, rankings of their own answers. Ties make no pair.
 
     Args:
         feedback: any form.
-        min_gap: ratings: least difference of the means for a pair.
-        pairs_per_answer: at most so many pairs that an answer is in; None: all, which grows with the square of the
-            answers to one prompt.
-        seed: of the choice among them.
+        min_gap: of ratings, the least difference of the means for a pair.
+        pairs_per_answer: of ratings and labels, the largest number of pairs that one answer is in; None: all pairs,
+            whose number grows with the square of the answers to one prompt.
+        seed: of the choice among the pairs.
 
     Raises:
-        FeedbackError: nothing can be preferred to anything.
+        FeedbackError: no pair can be made, or conversations have no prompt.
     """
     rng = random.Random(seed)
     rows: list[dict[str, Any]] = []
@@ -56,62 +56,23 @@ def to_preference(
         raise FeedbackError(
             f"{feedback.source} makes no pair: every prompt has one answer only, or its answers are all tied."
         )
+    if not all(row["prompt"] or isinstance(row["chosen"], str) for row in rows):
+        raise FeedbackError(f"{feedback.source} has conversations without a prompt: give it as messages to make pairs.")
     if feedback.form == "pairs" and any("margin" in row for row in rows):
-        rows = [{"margin": 0.0} | row for row in rows]
-    return Dataset.from_list(rows)
-
-
-def balance_lengths(pairs: Dataset, seed: int = 0) -> Dataset:
-    """As many pairs whose chosen answer is the longer one as pairs whose chosen answer is the shorter one. Every pair
-    stays; of the rarer kind some, drawn at random, occur again and again.
-
-    Args:
-        pairs: with the columns chosen and rejected, texts or messages.
-
-    Raises:
-        FeedbackError: all pairs lean one way, so there is nothing to balance them with.
-    """
-    gaps = [len(as_text(row["chosen"])) - len(as_text(row["rejected"])) for row in pairs]
-    longer, shorter = ([i for i, gap in enumerate(gaps) if sign * gap > 0] for sign in (1, -1))
-    if bool(longer) != bool(shorter):
-        which = "longer" if longer else "shorter"
-        raise FeedbackError(f"In every pair the {which} answer was chosen: collect pairs in which it was not.")
-    rarer, commoner = sorted((longer, shorter), key=len)
-    rounds, rest = divmod(len(commoner) - len(rarer), max(len(rarer), 1))
-    again = [*rarer * rounds, *random.Random(seed).sample(rarer, rest)]
-    return pairs.select(sorted([*range(len(gaps)), *again]))
-
-
-def balance_labels(rows: Dataset) -> Dataset:
-    """Rows whose good and bad labels weigh the same in all, whatever their number, so that an answer as likely good as
-    bad is not scored by how rare bad labels are.
-
-    Args:
-        rows: with the columns label and, where there is one, weight, as `to_unpaired` makes them.
-
-    Raises:
-        FeedbackError: all labels are the same.
-    """
-    weights = [float(weight) for weight in rows["weight"]] if "weight" in rows.column_names else [1.0] * len(rows)
-    sums = {True: 0.0, False: 0.0}
-    for weight, label in zip(weights, rows["label"], strict=True):
-        sums[bool(label)] += weight
-    if not all(sums.values()):
-        raise FeedbackError(f"Every label is {'good' if sums[True] else 'bad'}: collect some of the other kind.")
-    # The rarer label keeps its weights, so that none exceeds 1.
-    rarer = min(sums.values())
-    balanced = [w * rarer / sums[bool(label)] for w, label in zip(weights, rows["label"], strict=True)]
-    columns = [name for name in rows.column_names if name != "weight"]
-    return rows.select_columns(columns).add_column("weight", balanced)
+        rows = [row | {"margin": row.get("margin", 0.0)} for row in rows]
+    return _dataset(rows)
 
 
 def to_unpaired(feedback: Feedback, threshold: float | None = None) -> Dataset:
     """TRL's unpaired preference type: prompt, completion, label (bool), with a `weight` from 0 to 1.
 
     Args:
-        feedback: any form but rankings' middle ranks: of a ranking, the better half is good.
-        threshold: ratings: above it is good, below it bad, on it neither; None: `middle_of_scale`. The weight is the
-            share of an answer's raters on its side.
+        feedback: any form. In a ranking, ranks better than the mean are good, worse ones bad; the mean is left out.
+        threshold: of ratings: a mean above it is good, below it bad; a mean equal to it is left out. None:
+            `middle_of_scale`. The weight is the share of an answer's raters on its side.
+
+    Raises:
+        FeedbackError: every answer is left out.
     """
     rows = []
     if feedback.form == "ratings":
@@ -119,9 +80,9 @@ def to_unpaired(feedback: Feedback, threshold: float | None = None) -> Dataset:
         for record in feedback.records:
             if record.mean != limit:
                 good = record.mean > limit
-                given = [rating for rating in record.ratings if rating == rating]
-                agreeing = sum((rating > limit) == good and rating != limit for rating in given)
-                weight = max(agreeing / len(given), 1e-3)
+                ratings = without_nan(record.ratings)
+                agreeing = sum((rating > limit) == good and rating != limit for rating in ratings)
+                weight = max(agreeing / len(ratings), 1e-3)
                 rows.append(_unpaired(record.prompt, record.completion, good, weight))
     elif feedback.form == "labels":
         rows = [_unpaired(record.prompt, record.completion, record.label) for record in feedback.records]
@@ -138,14 +99,12 @@ def to_unpaired(feedback: Feedback, threshold: float | None = None) -> Dataset:
             ]
     if not rows:
         raise FeedbackError(f"{feedback.source} makes no good or bad answer: all of them stand in the middle.")
-    return Dataset.from_list(rows)
+    return _dataset(rows)
 
 
 def to_prompts(feedback: Feedback) -> Dataset:
     """TRL's prompt-only type: each prompt once."""
-    return Dataset.from_list(
-        [{"prompt": prompt} for prompt in {key_of(r.prompt): r.prompt for r in feedback.records}.values()]
-    )
+    return _dataset([{"prompt": prompt} for prompt in {key_of(r.prompt): r.prompt for r in feedback.records}.values()])
 
 
 def to_ratings(feedback: Feedback) -> Dataset:
@@ -157,8 +116,8 @@ def to_ratings(feedback: Feedback) -> Dataset:
     """
     if feedback.form != "ratings":
         raise FeedbackError(f"{feedback.source} has {feedback.form}, which give no answer a number: read ratings.")
-    counts = [sum(rating == rating for rating in record.ratings) for record in feedback.records]
-    return Dataset.from_list(
+    counts = [len(without_nan(record.ratings)) for record in feedback.records]
+    return _dataset(
         [
             {"prompt": r.prompt, "completion": r.completion, "rating": r.mean, "weight": count / max(counts)}
             for r, count in zip(feedback.records, counts, strict=True)
@@ -170,8 +129,8 @@ def to_rankings(feedback: Feedback, size: int | None = None, seed: int = 0) -> D
     """Our ranking type: prompt, completions, ranks (1 the best, ties equal).
 
     Args:
-        feedback: rankings, ratings (answers to one prompt in the order of their means), pairs or labels.
-        size: ratings and labels: most answers a ranking, drawn at random; None: all of a prompt.
+        feedback: any form. Answers to one prompt are ranked by their mean ratings or labels.
+        size: of ratings and labels, the largest number of answers in a ranking, drawn at random; None: all of a prompt.
         seed: of the draw.
 
     Raises:
@@ -192,44 +151,47 @@ def to_rankings(feedback: Feedback, size: int | None = None, seed: int = 0) -> D
                     rows.append(_ranked(part[0].prompt, [r.completion for r in part], [_worth(r) for r in part]))
     if not rows:
         raise FeedbackError(f"{feedback.source} makes no ranking: every prompt has one answer only.")
-    return Dataset.from_list(rows)
+    return _dataset(rows)
 
 
 def split_by_prompt(feedback: Feedback, held_out: float, seed: int = 0) -> tuple[Feedback, Feedback]:
-    """The same feedback in two parts without a prompt in common. Records without one, or all with the same one, are
-    told apart by what was answered.
+    """The same feedback in two parts that share no prompt. Records without a prompt are told apart by their answers; so
+    are all records where there is only one prompt.
 
     Args:
-        held_out: share of the prompts in the second part, between 0 and 1; at least one prompt is in either.
+        held_out: below 1, the share of prompts in the second part; from 1 on, the number of records in it, or more,
+            since prompts stay whole. Each part gets at least one prompt.
 
     Raises:
         FeedbackError: all records are of one prompt and one answer.
     """
-    alone = len({key_of(record.prompt) for record in feedback.records}) == 1
-
-    def key(record: Record) -> str:
-        return _answers_of(record) if alone or not record.prompt else key_of(record.prompt)
-
-    keys = sorted({key(record) for record in feedback.records})
-    if len(keys) < 2:
+    by_answers = len({key_of(record.prompt) for record in feedback.records}) == 1
+    groups: defaultdict[str, list[int]] = defaultdict(list)
+    for number, record in enumerate(feedback.records):
+        answers = "\n".join(sorted(map(key_of, answers_of(record))))
+        groups[answers if by_answers or not record.prompt else key_of(record.prompt)].append(number)
+    if len(groups) < 2:
         raise FeedbackError(f"{feedback.source} cannot be split: all of it is about one answer to one prompt.")
+    keys = sorted(groups)
     random.Random(seed).shuffle(keys)
-    second = set(keys[: min(max(round(len(keys) * held_out), 1), len(keys) - 1)])
-    parts = ([r for r in feedback.records if key(r) not in second], [r for r in feedback.records if key(r) in second])
+    sizes = list(accumulate(len(groups[key]) for key in keys))
+    count = round(len(keys) * held_out) if held_out < 1 else bisect_left(sizes, held_out) + 1
+    second = {number for key in keys[: min(max(count, 1), len(keys) - 1)] for number in groups[key]}
+    parts: tuple[list[Record], list[Record]] = [], []
+    for number, record in enumerate(feedback.records):
+        parts[number in second].append(record)
     return tuple(Feedback(feedback.form, part, feedback.source) for part in parts)  # type: ignore[return-value]
-
-
-def _answers_of(record: Record) -> str:
-    if isinstance(record, Pair | Ranking):
-        answers = (record.chosen, record.rejected) if isinstance(record, Pair) else record.completions
-        return "\n".join(sorted(map(key_of, answers)))
-    return key_of(record.completion)
 
 
 def middle_of_scale(feedback: Feedback) -> float:
     """Between the lowest and the highest number that any rater gave."""
-    every = [rating for record in feedback.records for rating in record.ratings if rating == rating]
-    return (min(every) + max(every)) / 2
+    ratings = without_nan(rating for record in feedback.records for rating in record.ratings)
+    return (min(ratings) + max(ratings)) / 2
+
+
+def _dataset(rows: list[dict[str, Any]]) -> Dataset:
+    """Rows as they are: messages whose keys or contents differ in kind stay so."""
+    return Dataset.from_list(rows, on_mixed_types="use_json")
 
 
 def _by_prompt(records: Sequence[Any]) -> list[list[Any]]:
@@ -240,21 +202,21 @@ def _by_prompt(records: Sequence[Any]) -> list[list[Any]]:
 
 
 def _matched(records: list[Any], most: int | None, rng: random.Random) -> list[tuple[Any, Any]]:
-    """Pairs of records, each in at most `most` of them."""
+    """Pairs of records. Each record is in at most `most` of them."""
     if most is None or len(records) - 1 <= most:
         return list(combinations(records, 2))
-    # Rings over shuffled records: every ring gives each record two pairs, or one where `most` is odd at the end.
-    found: dict[tuple[int, int], None] = {}
+    # Each ring over shuffled records gives every record two pairs. An odd `most` ends with one pair each.
+    matched: dict[tuple[int, int], None] = {}
     order = list(range(len(records)))
     for _ in range(most // 2):
         rng.shuffle(order)
         for a, b in zip(order, [*order[1:], order[0]], strict=True):
-            found[min(a, b), max(a, b)] = None
+            matched[min(a, b), max(a, b)] = None
     if most % 2:
         rng.shuffle(order)
         for a, b in zip(order[::2], order[1::2], strict=False):
-            found[min(a, b), max(a, b)] = None
-    return [(records[a], records[b]) for a, b in found]
+            matched[min(a, b), max(a, b)] = None
+    return [(records[a], records[b]) for a, b in matched]
 
 
 def _worth(record: Rating | Label) -> float:
@@ -274,7 +236,7 @@ def _pair_of(first: Rating | Label, second: Rating | Label, min_gap: float) -> l
 
 def agreement(better: Sequence[float], worse: Sequence[float]) -> float:
     """Chance that a rater of the first gave more than a rater of the second, ties counting half (0 to 1)."""
-    both = [(a, b) for a in better for b in worse if a == a and b == b]
+    both = list(product(without_nan(better), without_nan(worse)))
     return sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in both) / len(both)
 
 

@@ -1,4 +1,4 @@
-"""How good a reward model is: its scores beside what people said, on answers that it was not trained on."""
+"""How good a reward model is: its scores beside people's feedback, on answers that it was not trained on."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ import pandas as pd
 from trl_ext.feedback.files import FeedbackError
 
 BINS = 10
-MOST_PAIRS = 200_000
+MAX_COMPARED_PAIRS = 200_000
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One held-out answer.
+class ScoredAnswer:
+    """One held-out answer with people's feedback and the reward model's score.
 
     Attributes:
-        prompt: answers with an equal one are compared.
-        worth: what people gave it: a mean rating, minus a rank, 1 or 0.
-        score: what the reward model gave it.
-        length: its characters or tokens.
+        prompt: answers with an equal prompt are compared.
+        worth: by people's feedback: a mean rating, the negative of a rank, or 1 (good, chosen) or 0 (bad, rejected).
+        score: by the reward model.
+        length: in characters or tokens.
     """
 
     prompt: str
@@ -39,24 +39,24 @@ class Judged:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The figures. What cannot be computed is NaN (null in JSON).
+    """The figures. A figure that cannot be computed is NaN (null in JSON).
 
     Attributes:
-        answers, pairs: how many were looked at.
-        pair_accuracy: share of pairs of answers to one prompt that the scores put in people's order, equal scores
-            counting half.
-        accuracy_by_strength: the same for the weakest to the strongest quarter of the pairs, each with the least
-            difference in worth that it holds.
+        answers, pairs: how many were compared.
+        pair_accuracy: of pairs of answers to one prompt, the share that the scores put in people's order; equal scores
+            count half.
+        accuracy_by_strength: (least difference in worth, pair accuracy) of each quarter of the pairs, weakest first.
         spearman: rank correlation of score and worth over all answers.
-        expected_calibration_error: mean distance of sigmoid(score difference) from the share of pairs that people order
-            so, over ten bins, weighed by their pairs (Guo et al. 2017, arXiv:1706.04599).
+        expected_calibration_error: mean distance between sigmoid(score difference) and the share of pairs in which
+            people agree, over ten bins weighted by their pairs (Guo et al. 2017, arXiv:1706.04599).
         reliability: per bin: mean prediction, share that came true, pairs.
-        length_correlation: rank correlation of score and length; `length_correlation_of_people` that of worth and
-            length, to compare it with.
+        length_correlation: rank correlation of score and length.
+        length_correlation_of_people: that of worth and length, for comparison.
         mean, std: of the scores; PPO's value role starts at 0, so a mean near 0 and a std near 1 suit it.
         reference_mean, reference_std: the same of samples of the reference, NaN where none were scored. PPO starts
-            there: `score_normalization="reference"` subtracts and divides by them.
-        centred_mean: `mean` less `reference_mean`: above 0, people's answers score above those that PPO starts from.
+            there: `score_normalization="reference"` subtracts the one and divides by the other.
+        centred_mean: `mean` minus `reference_mean`; above 0, people's answers score higher than those that PPO starts
+            from.
     """
 
     answers: int
@@ -75,12 +75,12 @@ class Judgement:
     centred_mean: float
 
 
-def judge(answers: Sequence[Judged], seed: int = 0, reference_scores: Sequence[float] = ()) -> Judgement:
-    """Compare scores with what people said.
+def judge(answers: Sequence[ScoredAnswer], seed: int = 0, reference_scores: Sequence[float] = ()) -> Judgement:
+    """Compare scores with people's feedback.
 
     Args:
-        answers: held-out ones.
-        seed: of the choice of pairs where there are more than can be looked at.
+        answers: held-out answers.
+        seed: of the choice of pairs where there are more than `MAX_COMPARED_PAIRS`.
         reference_scores: of samples of the reference.
 
     Raises:
@@ -123,24 +123,24 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     return float(ranks["x"].corr(ranks["y"])) if ranks["x"].std() > 0 and ranks["y"].std() > 0 else math.nan
 
 
-def _pairs(answers: Sequence[Judged], rng: random.Random) -> list[tuple[float, float]]:
+def _pairs(answers: Sequence[ScoredAnswer], rng: random.Random) -> list[tuple[float, float]]:
     """(difference in worth, above 0; difference in score) of pairs of answers to one prompt."""
-    groups: defaultdict[str, list[Judged]] = defaultdict(list)
+    groups: defaultdict[str, list[ScoredAnswer]] = defaultdict(list)
     for answer in answers:
         groups[answer.prompt].append(answer)
     total = sum(len(group) * (len(group) - 1) // 2 for group in groups.values())
-    found = []
+    differences = []
     for group in groups.values():
-        if total <= MOST_PAIRS:
+        if total <= MAX_COMPARED_PAIRS:
             chosen = list(combinations(group, 2))
         else:
-            count = max(1, round(MOST_PAIRS * len(group) * (len(group) - 1) / 2 / total))
+            count = max(1, round(MAX_COMPARED_PAIRS * len(group) * (len(group) - 1) / 2 / total))
             chosen = [tuple(rng.sample(group, 2)) for _ in range(count)] if len(group) > 1 else []  # type: ignore[misc]
         for a, b in chosen:
             if a.worth != b.worth:
                 better, worse = (a, b) if a.worth > b.worth else (b, a)
-                found.append((better.worth - worse.worth, better.score - worse.score))
-    return found
+                differences.append((better.worth - worse.worth, better.score - worse.score))
+    return differences
 
 
 def _by_strength(gaps: list[float], right: list[float]) -> list[tuple[float, float]]:
@@ -150,7 +150,7 @@ def _by_strength(gaps: list[float], right: list[float]) -> list[tuple[float, flo
 
 
 def _reliability(differences: list[float]) -> list[tuple[float, float, int]]:
-    """Predictions of the answer that the model prefers, 0.5 to 1, against how often people prefer it too."""
+    """How sure the model is of the answer that it prefers (0.5 to 1), and how often people prefer it too."""
     bins: defaultdict[int, list[tuple[float, float]]] = defaultdict(list)
     for difference in differences:
         confidence = 1 / (1 + math.exp(-min(abs(difference), 700.0)))
@@ -160,10 +160,10 @@ def _reliability(differences: list[float]) -> list[tuple[float, float, int]]:
 
 
 def save_judgement(
-    judgement: Judgement, folder: Path, answers: Sequence[Judged], reference_scores: Sequence[float] = ()
+    judgement: Judgement, folder: Path, answers: Sequence[ScoredAnswer], reference_scores: Sequence[float] = ()
 ) -> None:
-    """Write judgement.json and, where matplotlib is there, judgement.png: the reliability plot, accuracy by strength,
-    score against worth, and the scores beside the reference's."""
+    """Write judgement.json and, where matplotlib is installed, judgement.png: the reliability plot, accuracy by
+    strength, score against worth, and the scores beside the reference's."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = {
         name: None if isinstance(value, float) and math.isnan(value) else value

@@ -1,8 +1,10 @@
-"""What people say about answers, in four forms. An answer or a prompt is a text, or a list of messages."""
+"""What people say about answers, in four forms. A prompt or an answer is a text, or a list of messages."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -10,10 +12,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Rating:
-    """Numbers that people gave one answer.
+    """Numbers that people gave to one answer.
 
     Attributes:
-        ratings: one a rater, on any scale; NaN where a rater gave none.
+        ratings: one for each rater, on any scale; NaN where a rater gave none.
     """
 
     prompt: Any
@@ -22,8 +24,8 @@ class Rating:
 
     @property
     def mean(self) -> float:
-        """Mean of the numbers that were given."""
-        return fmean(rating for rating in self.ratings if rating == rating)
+        """Mean of the ratings, NaN left out."""
+        return fmean(without_nan(self.ratings))
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Ranking:
     """Several answers in order.
 
     Attributes:
-        ranks: one an answer, 1 the best; equal ranks are ties.
+        ranks: one for each answer; 1 is the best, equal ranks are ties.
     """
 
     prompt: Any
@@ -41,10 +43,11 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Pair:
-    """One answer preferred to another.
+    """Two answers, of which one was preferred.
 
     Attributes:
-        strength: how clearly, above 0, on any scale; None where nobody said.
+        strength: how clearly, on any scale: above 0 from a column `strength`, any number from a column `margin`. None
+            where nobody said.
     """
 
     prompt: Any
@@ -55,7 +58,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Label:
-    """An answer found good (True) or bad (False)."""
+    """An answer that was labelled good (True) or bad (False)."""
 
     prompt: Any
     completion: Any
@@ -67,12 +70,12 @@ Record = Rating | Ranking | Pair | Label
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a record was not taken in.
+    """Why a record cannot be used.
 
     Attributes:
-        line: where it stands in its file, from 1, the header counted; of a table without lines, its row from 1.
-        column: which column is at fault.
-        reason: what is wrong with it.
+        line: its line in the file, from 1, the header included; its row, from 1, where the source has no lines.
+        column: the column that is at fault; empty where it is the line as a whole.
+        reason: what is wrong.
     """
 
     line: int
@@ -83,6 +86,18 @@ class Problem:
         return f"line {self.line}, column {self.column!r}: {self.reason}"
 
 
+def answers_of(record: Record) -> tuple[Any, ...]:
+    """Every answer that the record is about."""
+    if isinstance(record, Pair):
+        return record.chosen, record.rejected
+    return record.completions if isinstance(record, Ranking) else (record.completion,)
+
+
 def key_of(item: Any) -> str:
-    """Prompts and answers as something that can be compared and looked up."""
+    """A prompt or an answer as a text that can be compared and looked up."""
     return item if isinstance(item, str) else json.dumps(item, sort_keys=True, ensure_ascii=False)
+
+
+def without_nan(ratings: Iterable[float]) -> list[float]:
+    """The ratings that were given."""
+    return [rating for rating in ratings if not math.isnan(rating)]

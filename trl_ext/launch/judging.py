@@ -1,4 +1,4 @@
-"""Held-out feedback, whatever its form, beside a reward role's scores."""
+"""Held-out feedback of any form beside a reward role's scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from trl_ext.feedback import Judged
+from trl_ext.feedback import ScoredAnswer
 from trl_ext.feedback.records import key_of
 from trl_ext.launch.screen import answered
 from trl_ext.roles import SharedBase
@@ -20,13 +20,13 @@ from trl_ext.types import as_text
 @torch.no_grad()
 def scored_answers(
     base: SharedBase, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int = 32
-) -> list[Judged]:
-    """The answers of `rows` with what people gave them and the reward role's score, for `trl_ext.feedback.judge`.
+) -> list[ScoredAnswer]:
+    """The answers of `rows` with people's feedback and the reward role's scores, for `trl_ext.feedback.judge`.
 
     Args:
         rows: with the columns of any objective: chosen and rejected, completion and rating or label, completions and
             ranks.
-        batch_size: answers of one forward; those of like length go together.
+        batch_size: answers in one forward; answers of like length share one.
     """
     answers = list(_answers(rows))
     sequences = [sequence_ids(tokenizer, prompt, answer) for prompt, answer, _, _ in answers]
@@ -34,7 +34,7 @@ def scored_answers(
     for numbers, ids, mask in padded_by_length(sequences, batch_size):
         scores[numbers] = base.scores(ids.to(base.device), mask.to(base.device)).float().cpu()
     return [
-        Judged(group, worth, score, len(as_text(answer)))
+        ScoredAnswer(group, worth, score, len(as_text(answer)))
         for (_, answer, worth, group), score in zip(answers, scores.tolist(), strict=True)
     ]
 
@@ -47,8 +47,8 @@ def reference_scores(
     max_new_tokens: int = 256,
     batch_size: int = 8,
 ) -> list[float]:
-    """The reward role's scores, as PPO would read them, of one sample of the bare base for each prompt, at temperature
-    1. Feedback without prompts leaves the base nothing to go on from: empty prompts are passed over."""
+    """The reward role's scores of one sample of the bare base for each prompt, at temperature 1, read as PPO reads
+    them. Empty prompts are left out: the base has nothing to continue."""
     prompts = [prompt for prompt in prompts if as_text(prompt)]
     if not prompts:
         return []
@@ -57,7 +57,7 @@ def reference_scores(
     scores: list[float] = []
     for rows in torch.arange(len(prompts)).split(batch_size):
         part = rollout.rows(rows).to(base.device)
-        said = base(
+        output = base(
             part.input_ids,
             part.attention_mask,
             part.completion_ids.shape[1],
@@ -65,12 +65,12 @@ def reference_scores(
             reward_suffix_ids=suffix,
             reward_suffix_rows=part.has_eos,
         )
-        scores += said["scores"].tolist()
+        scores += output["scores"].tolist()
     return scores
 
 
 def _answers(rows: Dataset) -> Iterator[tuple[Any, Any, float, str]]:
-    """(prompt, answer, what people gave it, which answers it is compared with) of every answer."""
+    """(prompt, answer, worth, group of answers that it is compared with) of every answer."""
     for number, row in enumerate(rows):
         prompt = row.get("prompt", "")
         if "chosen" in row:
