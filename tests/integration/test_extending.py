@@ -1,5 +1,6 @@
 """The examples of docs/extending.md, run as they stand there, and what each is meant to do."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from tests.helpers import QUIET, prompt_dataset, saved_model, word_tokenizer
 from tests.integration.test_ppo_trainer import LORA
 from trl_ext import PPOConfig, SharedBase
 from trl_ext.core import clipped_policy_loss, token_mean
+from trl_ext.feedback import FeedbackError, forms, read
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 
@@ -86,3 +88,28 @@ def test_a_rule_of_the_doctor(tmp_path: Path) -> None:
     doctor = run("A rule of the doctor", tmp_path)["doctor"]
     (finding,) = [finding for finding in doctor.findings if finding.name == "wordy"]
     assert "tokens per completion" in finding.evidence and finding.steps == (4, 4), "as first seen"
+
+
+def test_a_form_of_feedback(tmp_path: Path) -> None:
+    before = dict(forms.FORMS)
+    try:
+        path = tmp_path / "picked.jsonl"
+        rows = [
+            {"prompt": "p", "completions": ["a", "b", "c"], "best": 1},
+            {"prompt": "q", "completions": ["d", "e"], "best": 0},
+        ]
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        pairs = run("A form of feedback", tmp_path, feedback_file=path)["pairs"]
+        assert {(row["prompt"], row["chosen"], row["rejected"]) for row in pairs} == {
+            ("p", "b", "a"),
+            ("p", "b", "c"),
+            ("q", "d", "e"),
+        }
+        path.write_text(json.dumps(rows[0] | {"best": 3}), encoding="utf-8")
+        with pytest.raises(
+            FeedbackError, match=r"picked\.jsonl: line 1, column 'best': 3 is not the number of an answer"
+        ):
+            read(path)
+    finally:
+        forms.FORMS.clear()
+        forms.FORMS.update(before)

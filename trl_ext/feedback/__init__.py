@@ -14,9 +14,10 @@ from trl_ext.feedback.converting import (
     to_ratings,
     to_unpaired,
 )
-from trl_ext.feedback.files import FeedbackError
+from trl_ext.feedback.files import FeedbackError, Unusable
+from trl_ext.feedback.forms import FORMS, Form
 from trl_ext.feedback.judging import Judgement, ScoredAnswer, judge, save_judgement
-from trl_ext.feedback.reading import FORMS, Feedback, read
+from trl_ext.feedback.reading import Feedback, read
 from trl_ext.feedback.records import Label, Pair, Problem, Ranking, Rating, Record
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Feedback",
     "FeedbackError",
     "FeedbackReport",
+    "Form",
     "Judgement",
     "Label",
     "Pair",
@@ -32,6 +34,7 @@ __all__ = [
     "Rating",
     "Record",
     "ScoredAnswer",
+    "Unusable",
     "agreement",
     "agreement_alpha",
     "balance_labels",

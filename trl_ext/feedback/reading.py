@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from trl import extract_prompt
 
 from trl_ext.feedback.files import FeedbackError, Row, Unusable, numbered_rows
-from trl_ext.feedback.records import Label, Pair, Problem, Ranking, Rating, Record, key_of, without_nan
+from trl_ext.feedback.forms import FORMS
+from trl_ext.feedback.records import Label, Pair, Problem, Ranking, Rating, Record, key_of
 
-FORMS = ("ratings", "rankings", "pairs", "labels")
-GOOD = {"good", "true", "yes", "1", "+1", "up"}
-BAD = {"bad", "false", "no", "0", "-1", "down"}
+# What each record is called, whatever form it was written in.
+KINDS: dict[type[Record], str] = {Rating: "ratings", Ranking: "rankings", Pair: "pairs", Label: "labels"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ def read(
 
     Args:
         source: a .jsonl, .json, .csv, .tsv or .parquet file, or a dataset.
-        form: one of the four; None: the columns decide.
+        form: one of these, or of your own in `FORMS`; None: the columns decide.
         columns: names in the source to the names above, e.g. {"text": "completion"}.
         on_error: "raise" at the first bad record, or "drop" it and list it in `dropped`.
         name: what messages call the source; None: the file's name, or "dataset".
@@ -83,7 +80,7 @@ def read(
             present |= row.keys()
             row = {columns.get(key, key): value for key, value in row.items()}
             form = form or _form_of(row, name)
-            record = _MAKERS[form](row)
+            record = FORMS[form].record(row)
             _check_kind(record, records[0] if records else record)
             records.append(record)
         except Unusable as bad:
@@ -96,21 +93,16 @@ def read(
         raise FeedbackError(f"{name} holds no feedback{first}.")
     if missing := [column for column in columns if column not in present]:
         raise FeedbackError(f"{name} has no column {missing[0]!r} to rename, only {sorted(present)}.")
-    return Feedback(str(form), _raters_together(records) if form == "ratings" else records, name, dropped)
+    kind = KINDS[type(records[0])]
+    return Feedback(kind, _raters_together(records) if kind == "ratings" else records, name, dropped)
 
 
 def _form_of(row: Row, name: str) -> str:
-    present = set(row)
-    if {"chosen", "rejected"} <= present:
-        return "pairs"
-    if {"completions", "ranks"} <= present:
-        return "rankings"
-    if "completion" in present and present & {"rating", "ratings"}:
-        return "ratings"
-    if {"completion", "label"} <= present:
-        return "labels"
+    for form, shape in FORMS.items():
+        if any(columns <= set(row) for columns in shape.columns):
+            return form
     raise FeedbackError(
-        f"{name} has the columns {sorted(present)}, which are no form of feedback: it needs completion and rating, "
+        f"{name} has the columns {sorted(row)}, which are no form of feedback: it needs completion and rating, "
         "completions and ranks, chosen and rejected, or completion and label (rename with columns)."
     )
 
@@ -140,68 +132,6 @@ def renaming(pairs: Sequence[str]) -> dict[str, str]:
     return columns
 
 
-# One record ----------------------------------------------------------------------------------------------------------
-
-
-def _rating(row: Row) -> Record:
-    column = "ratings" if row.get("ratings") is not None else "rating"
-    value = row.get(column)
-    if isinstance(value, str) and column == "ratings":
-        value = _list(row, column) if value.startswith("[") else value.replace(",", " ").replace(";", " ").split()
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
-    ratings = tuple(math.nan if item in (None, "") else _number(item, column) for item in values)
-    if not without_nan(ratings):
-        raise Unusable(column, "no rating was given")
-    return Rating(_text_or_messages(row, "prompt"), _text_or_messages(row, "completion"), ratings)
-
-
-def _ranking(row: Row) -> Record:
-    completions, ranks = _list(row, "completions"), _list(row, "ranks")
-    if len(completions) < 2:
-        raise Unusable("completions", f"a ranking needs two completions or more, not {len(completions)}")
-    if len(ranks) != len(completions):
-        raise Unusable("ranks", f"{len(ranks)} ranks for {len(completions)} completions")
-    numbers = [_number(rank, "ranks") for rank in ranks]
-    if any(number != int(number) or number < 1 for number in numbers):
-        raise Unusable("ranks", f"{ranks!r:.60} are not whole numbers from 1 on")
-    answers = tuple(_text_or_messages({"completions": item}, "completions") for item in completions)
-    return Ranking(_text_or_messages(row, "prompt"), answers, tuple(int(number) for number in numbers))
-
-
-def _pair(row: Row) -> Record:
-    column = "margin" if row.get("margin") not in (None, "") else "strength"
-    strength = None if row.get(column) in (None, "") else _number(row[column], column)
-    if column == "strength" and strength is not None and strength <= 0:
-        raise Unusable("strength", f"{row['strength']!r} is not above 0: turn the pair round, or drop it as a tie")
-    prompt, chosen, rejected = (_text_or_messages(row, column) for column in ("prompt", "chosen", "rejected"))
-    if isinstance(prompt, str) and isinstance(chosen, list) and isinstance(rejected, list):
-        prompt, chosen, rejected = _shared_prompt(prompt, chosen, rejected)
-    return Pair(prompt, chosen, rejected, strength)
-
-
-def _shared_prompt(text: str, chosen: list[Any], rejected: list[Any]) -> tuple[Any, Any, Any]:
-    """Prompt and answers of two conversations. `text` is the prompt's text where it has a column of its own, too."""
-    parts = extract_prompt({"chosen": chosen, "rejected": rejected})
-    if not parts["prompt"]:
-        raise Unusable("prompt", "the conversations begin with no message in common: give the prompt as messages")
-    if text.strip() and text.strip() not in (str(message["content"]).strip() for message in parts["prompt"]):
-        raise Unusable("prompt", "a text that neither conversation begins with: give the prompt as messages")
-    return parts["prompt"], parts["chosen"], parts["rejected"]
-
-
-def _label(row: Row) -> Record:
-    value = row.get("label")
-    word = str(value).strip().lower()
-    if word.removesuffix(".0") not in GOOD | BAD:
-        raise Unusable("label", f"{value!r:.60} is neither good nor bad (true or false, 1 or 0, yes or no)")
-    return Label(
-        _text_or_messages(row, "prompt"), _text_or_messages(row, "completion"), word.removesuffix(".0") in GOOD
-    )
-
-
-_MAKERS = {"ratings": _rating, "rankings": _ranking, "pairs": _pair, "labels": _label}
-
-
 def _check_kind(record: Record, first: Record) -> None:
     """Refuse texts among messages: trainers tell which of them a data set holds by one row."""
     items = [*_items(first), *_items(record)]
@@ -219,66 +149,3 @@ def _items(record: Record) -> list[tuple[str, Any]]:
         value = getattr(record, column, None)
         items += [(column, item) for item in (value if isinstance(value, tuple) else (value,)) if item]
     return items
-
-
-def _text_or_messages(row: Row, column: str) -> Any:
-    """A prompt or an answer."""
-    value = _decoded(row.get(column))
-    if value is None and column == "prompt":
-        return ""
-    if _has_half_a_character(value):
-        raise Unusable(column, "half of a surrogate pair (\\ud800 to \\udfff), which is no character: mend the escapes")
-    if (isinstance(value, str) and (column == "prompt" or value.strip())) or _are_messages(value):
-        return value
-    shown = "missing" if value is None else "empty" if value in ("", []) or not str(value).strip() else f"{value!r:.60}"
-    raise Unusable(column, f"{shown}: give a text, or a list of messages with role and content")
-
-
-def _are_messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(m, dict) and m.get("role") and "content" in m for m in value)
-    )
-
-
-def _decoded(value: Any) -> Any:
-    """Messages, where a text is their JSON: the cells of a table are texts."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            decoded = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-        return decoded if _are_messages(decoded) else value
-    return value
-
-
-def _has_half_a_character(value: Any) -> bool:
-    """Escapes in JSON can spell what UTF-8 cannot hold and no tokenizer takes."""
-    try:
-        json.dumps(value, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _list(row: Row, column: str) -> list[Any]:
-    value = row.get(column)
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            value = None
-    if not isinstance(value, (list, tuple)):
-        raise Unusable(column, f"{row.get(column)!r:.60} is not a list")
-    return list(value)
-
-
-def _number(value: Any, column: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if isinstance(value, bool) or not math.isfinite(number):
-        raise Unusable(column, f"{value!r:.60} is not a number")
-    return number
