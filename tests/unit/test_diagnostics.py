@@ -158,7 +158,9 @@ def test_the_kl_of_an_answer_where_lengths_are_logged_now_and_then() -> None:
 
 def test_a_trainer_that_cannot_be_stopped_is_not_promised_to(tmp_path: Path) -> None:
     args = SimpleNamespace(response_length=8, output_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="TRL's PPOTrainer stops at no callback's word: let on_problem be 'warn'"):
+    with pytest.raises(
+        ValueError, match="TRL's PPOTrainer ignores a callback's request to stop: let on_problem be 'warn'"
+    ):
         DiagnosticsCallback(on_problem="stop").on_train_begin(args, TrainerState(), None)
 
 
@@ -246,7 +248,7 @@ def test_answers_that_grow_where_nobody_knows_for_what() -> None:
     online = {"reward": lambda t: t, "reward_std": 1.0, "kl": 0.001}
     made = rows(**online, **{"completions/mean_length": lambda t: 300 + 150 * t})
     (finding,) = diagnose(RunLog.of(made, {"beta": 0.05}))
-    assert (finding.name, finding.severity, finding.title) == ("length_exploitation", "warning", "Answers grow")
+    assert (finding.name, finding.severity, finding.title) == ("length_exploitation", "warning", "Completions grow")
 
 
 def test_a_kl_below_0_by_its_noise() -> None:
@@ -418,7 +420,16 @@ def test_rules_are_the_users() -> None:
         length = log.series("length").recent()
         if length < 5:
             return None
-        return Finding("too_long", "warning", "Too long", log.steps, "Long.", {}, "Words.", Remedy("Fewer."))
+        return Finding(
+            name="too_long",
+            severity="warning",
+            title="Too long",
+            steps=log.steps,
+            evidence="Long.",
+            figures={},
+            cause="Words.",
+            remedy=Remedy(text="Fewer."),
+        )
 
     assert [finding.name for finding in diagnose(log_of(), rules=[too_long])] == ["too_long"]
 
@@ -450,10 +461,10 @@ def test_a_run_s_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     )
     table.to_parquet(folder / "completions" / "completions_00008.parquet")
     log = read_run(folder)
-    assert log.samples[1] == Sample(8, "b", "y", 2.0, 0.2)
+    assert log.samples[1] == Sample(step=8, prompt="b", completion="y", score=2.0, kl=0.2)
     assert [finding.samples[0].completion for finding in diagnose(log)] == ["y"]
     assert main(["doctor", str(folder)]) == 0
-    assert "Answers are cut off before they end" in capsys.readouterr().out
+    assert "Completions are cut off before they end" in capsys.readouterr().out
     assert main(["doctor", str(folder), "--strict", "--json"]) == 2
     assert json.loads(capsys.readouterr().out)[0]["page"] == "docs/diagnostics/truncation.md"
 
