@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 from tests.parity import tiny
 from trl_ext import SharedBase
-from trl_ext.roles.switching import Parts, belongs_to
+from trl_ext.roles.switching import AdapterModules, belongs_to
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -276,7 +276,7 @@ def test_a_forward_that_fails_leaves_no_hooks_behind(llama: tiny.Home, monkeypat
         with pytest.raises(torch.OutOfMemoryError):
             base.score_pass(*batch.args)
     assert everything(base) == before
-    assert not any(layer._forward_pre_hooks for layer in Parts.of(base).layers)
+    assert not any(layer._forward_pre_hooks for layer in AdapterModules.of(base).layers)
     for got, was in zip(base.score_pass(*batch.args), expected, strict=True):
         close(got, was)
 
@@ -287,7 +287,7 @@ def test_an_adapter_that_comes_later_is_switched_and_restored_too(llama: tiny.Ho
     with base.use("value"):
         pass
     base.model.add_adapter("late", tiny.new_lora())
-    layer: Any = Parts.of(base.model).layers[0].get_base_layer()
+    layer: Any = AdapterModules.of(base.model).layers[0].get_base_layer()
     layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     before = everything(base)
     with base.use("value"):

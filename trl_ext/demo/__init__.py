@@ -4,7 +4,7 @@ The model was taught on a corpus in which most answers are wrong, so it speaks w
 from noisy raters; the exam counts exactly right answers. What training on the feedback is worth can be read off it.
 """
 
-from trl_ext.demo.exam import ExamResult, run_exam, sample_answers
+from trl_ext.demo.exam import ExamResult, run_exam
 from trl_ext.demo.grading import grade, rate
 from trl_ext.demo.reward import reward_adapter
 from trl_ext.demo.store import build, load, model_path
@@ -18,5 +18,4 @@ __all__ = [
     "rate",
     "reward_adapter",
     "run_exam",
-    "sample_answers",
 ]
