@@ -46,8 +46,8 @@ class AdaptiveKLCallback(RolloutCallback):
         """Take up the saved state and set the first coefficient.
 
         Raises:
-            ValueError: this trainer's KL penalty cannot be reached: the controller would have no
-                effect, and nothing would tell.
+            ValueError: this trainer's KL penalty cannot be set: the controller would silently have
+                no effect.
         """
         has_beta = hasattr(args, "num_generations") and hasattr(args, "beta")  # GRPOTrainer, RLOOTrainer
         if not hasattr(args, "kl_coef") and not (has_beta and self._trainer is not None):

@@ -29,8 +29,8 @@ ACTIONS = ("warn", "stop", "act")
 # Settings that PPO reads anew at every rollout or step, so that changing them changes the run.
 LIVE = ("kl_coef", "entropy_coef", "vf_coef", "missing_eos_penalty")
 PACKAGES = ("trl-ext", "trl", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "torch")
-MOST_ROWS = 5_000  # of the training data
-MOST_SAMPLES = 400  # of rollouts; evaluations lose none
+MAX_DATA_ROWS = 5_000  # of a reward model's data
+MAX_SAMPLES = 400  # of rollouts; evaluations lose none
 
 Yardstick = Callable[..., Sequence[float | None]]
 
@@ -65,7 +65,7 @@ class DiagnosticsCallback(RolloutCallback):
         self.findings: list[Finding] = []
         """Each finding once, as it was when first made."""
         self._keep = samples
-        self._latest: deque[Sample] = deque(maxlen=MOST_SAMPLES)
+        self._latest: deque[Sample] = deque(maxlen=MAX_SAMPLES)
         self._watched: list[Sample] = []
         self._config: dict[str, Any] = {}
         # Part of the trainer's state: a resumed run neither repeats a warning nor acts on a finding a second time.
@@ -96,7 +96,7 @@ class DiagnosticsCallback(RolloutCallback):
             setattr(args, name, value)
         earlier = _read_samples(Path(args.output_dir), state.global_step)
         self._watched = [sample for sample in earlier if sample.watched]
-        self._latest = deque((sample for sample in earlier if not sample.watched), MOST_SAMPLES)
+        self._latest = deque((sample for sample in earlier if not sample.watched), MAX_SAMPLES)
         self._config = {**args.to_dict(), "rollout_batch_size": getattr(args, "rollout_batch_size", None)}
         model = kwargs.get("model")
         precision = getattr(getattr(model, "causal_lm", model), "dtype", torch.float32)
@@ -266,7 +266,7 @@ def _data_figures(dataloader: Any, objective: str | None) -> dict[str, float]:
     names = set(getattr(dataset, "column_names", None) or [])
     if not {"chosen_ids", "rejected_ids"} <= names:
         return {}
-    rows = list(islice(dataset, MOST_ROWS))
+    rows = list(islice(dataset, MAX_DATA_ROWS))
     figures: dict[str, float] = {}
     gaps = [gap for row in rows if (gap := len(row["chosen_ids"]) - len(row["rejected_ids"]))]
     if gaps:

@@ -56,7 +56,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
 
 
 def _within_reach(finding: Finding, log: RunLog) -> Finding:
-    """The finding without settings that the trainer does not have, where all of its settings are known."""
+    """The finding with only those changes that the trainer has a setting for. Without run.json no setting is known, and
+    all changes stay."""
     if "output_dir" not in log.config:
         return finding
     changes = {name: value for name, value in finding.remedy.changes.items() if name in log.config}

@@ -9,7 +9,7 @@ from html import escape
 
 WIDTH, HEIGHT = 340, 170
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 20
-MOST_POINTS = 300
+MAX_POINTS = 300
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def line_chart(lines: Sequence[Line], caption: str) -> str:
 
 
 def scatter(lines: Sequence[Line], caption: str) -> str:
-    """The same as points, later ones stronger."""
+    """The same as points; later points are more opaque."""
     return _chart(lines, caption, scatter=True)
 
 
@@ -78,7 +78,7 @@ def number(value: float) -> str:
 def _thinned(line: Line) -> tuple[list[float], list[float]]:
     """Finite points, at most so many; the last one stays."""
     points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(x) and math.isfinite(y)]
-    stride = max(1, math.ceil(len(points) / MOST_POINTS))
+    stride = max(1, math.ceil(len(points) / MAX_POINTS))
     thinned = points[::-1][::stride][::-1]
     return [x for x, _ in thinned], [y for _, y in thinned]
 

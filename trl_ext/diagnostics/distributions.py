@@ -183,7 +183,7 @@ def kl_drowns_score(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def entropy_collapse(log: RunLog, limits: Limits) -> Finding | None:
-    """The policy explores nothing: its entropy has fallen to 0, or never was above it."""
+    """The policy does not explore: its entropy is near 0, or was from the start."""
     entropy = log.series("entropy")
     if len(entropy) < limits.least_rows or entropy.recent() > limits.entropy:
         return None
@@ -193,7 +193,7 @@ def entropy_collapse(log: RunLog, limits: Limits) -> Finding | None:
     return Finding(
         name="entropy_collapse",
         severity="problem",
-        title="The policy tries nothing" if sharp else "The policy's entropy has collapsed",
+        title="The policy does not explore" if sharp else "The policy's entropy has collapsed",
         steps=(entropy.steps[0], entropy.steps[-1]),
         evidence=(
             f"From {entropy.start():.3f} to {entropy.recent():.4f} nats a token: every completion is certain, and "

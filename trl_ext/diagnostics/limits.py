@@ -1,4 +1,4 @@
-"""The doctor's main thresholds, with where they come from."""
+"""The doctor's main thresholds, and where they come from."""
 
 from dataclasses import dataclass
 

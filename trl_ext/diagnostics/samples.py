@@ -75,7 +75,7 @@ def repetition_exploitation(log: RunLog, limits: Limits) -> Finding | None:
             "start."
         ),
         figures={"repetition": repeated.recent(3), "start": repeated.start()},
-        cause="a reward that counts something that can be said again and again.",
+        cause="a reward that counts something that a completion can repeat.",
         remedy=Remedy(
             text="Add a penalty on repetition, or count each thing once.",
             code="reward_funcs=[..., trl_ext.rewards.texts.repetition_penalty()]",
@@ -121,7 +121,10 @@ def prompts_truncated(log: RunLog, limits: Limits) -> Finding | None:
         steps=(share.steps[0], share.steps[-1]),
         evidence=f"{share.recent():.0%} of the prompts are exactly as long as the longest (mean {length:.0f} tokens).",
         figures={"at_max_length": share.recent()},
-        cause="the prompts were truncated before they came here, so the model answers questions that it cannot see.",
+        cause=(
+            "the prompts were truncated before they reached the trainer, so the model answers questions that it "
+            "cannot see."
+        ),
         remedy=Remedy(
             text="Filter long prompts out instead of cutting them.",
             code="dataset.filter(lambda row: len(row['prompt']) < limit)",

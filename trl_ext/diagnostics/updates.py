@@ -132,7 +132,7 @@ def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
     if log.series("score_std").recent() == 0.0 or score.rise()[1] > limits.noticeable:
         return None
     if log.series("entropy").recent() < limits.entropy:
-        return None  # nothing moves a policy that is certain of everything
+        return None  # a policy without entropy gets no gradient: that is `entropy_collapse`
     rate = float(log.setting("learning_rate", math.nan))
     return Finding(
         name="steps_too_small",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-LEAST_GAIN = 0.1  # share of the columns that must be saved, or rows stay as they are
+MIN_GAIN = 0.1  # share of the columns that must be saved, or rows stay as they are
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Packing:
                 room.append(width)
             bins[row], starts[row] = chosen, width - room[chosen]
             room[chosen] -= sizes[row]
-        if len(room) > (1 - LEAST_GAIN) * len(sizes):
+        if len(room) > (1 - MIN_GAIN) * len(sizes):
             return cls.none(ids)
         column = torch.arange(width, device=ids.device)
         real = column < lengths.to(ids.device).unsqueeze(1)
