@@ -30,7 +30,7 @@ ACTIONS = ("warn", "stop", "act")
 LIVE = ("kl_coef", "entropy_coef", "vf_coef", "missing_eos_penalty")
 PACKAGES = ("trl-ext", "trl", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "torch")
 MAX_DATA_ROWS = 5_000  # of a reward model's data
-MAX_SAMPLES = 400  # of rollouts; evaluations lose none
+MAX_SAMPLES = 400  # of rollouts; those of evaluations are not limited
 
 Yardstick = Callable[..., Sequence[float | None]]
 
@@ -69,7 +69,7 @@ class DiagnosticsCallback(RolloutCallback):
         self._watched: list[Sample] = []
         self._config: dict[str, Any] = {}
         # Part of the trainer's state: a resumed run neither repeats a warning nor acts on a finding a second time.
-        self._saved: dict[str, Any] = _initial_state()
+        self._state: dict[str, Any] = _initial_state()
 
     def log_of(self, state: TrainerState) -> RunLog:
         """The run so far, as the rules see it."""
@@ -90,9 +90,9 @@ class DiagnosticsCallback(RolloutCallback):
         if self.yardstick is not None and not hasattr(args, "steps_per_rollout"):
             logger.warning("Only trl_ext's PPOTrainer calls the yardstick: it has no effect here.")
         self.findings = []
-        self._saved = copy.deepcopy(state.stateful_callbacks.get(DIAGNOSTICS_STATE)) or _initial_state()
-        state.stateful_callbacks[DIAGNOSTICS_STATE] = self._saved
-        for name, value in self._saved["settings"].items():
+        self._state = copy.deepcopy(state.stateful_callbacks.get(DIAGNOSTICS_STATE)) or _initial_state()
+        state.stateful_callbacks[DIAGNOSTICS_STATE] = self._state
+        for name, value in self._state["settings"].items():
             setattr(args, name, value)
         earlier = _read_samples(Path(args.output_dir), state.global_step)
         self._watched = [sample for sample in earlier if sample.watched]
@@ -102,8 +102,8 @@ class DiagnosticsCallback(RolloutCallback):
         precision = getattr(getattr(model, "causal_lm", model), "dtype", torch.float32)
         self._config["dtype"] = str(precision).removeprefix("torch.")
         for name, value in _data_figures(kwargs.get("train_dataloader"), self._config.get("objective")).items():
-            self._saved["measured"][f"data/{name}"] = [value]
-        self._config["reward_names"] = self._saved.get("reward_names")
+            self._state["measured"][f"data/{name}"] = [value]
+        self._config["reward_names"] = self._state.get("reward_names")
         self._write_settings(args, state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -124,7 +124,7 @@ class DiagnosticsCallback(RolloutCallback):
             )
             numbers = [float(score) for score in scores if score is not None]
             if numbers:
-                self._saved["measured"].setdefault(f"yardstick/{name}", []).append(sum(numbers) / len(numbers))
+                self._state["measured"].setdefault(f"yardstick/{name}", []).append(sum(numbers) / len(numbers))
 
     def on_evaluation_end(
         self, args: Any, state: TrainerState, control: Any, experience: Experience, metrics: dict[str, float]
@@ -149,16 +149,16 @@ class DiagnosticsCallback(RolloutCallback):
             return
         self._note_functions(args, state, logs)
         if not any(name.startswith("eval_") for name in logs):
-            measured = {name: sum(values) / len(values) for name, values in self._saved["measured"].items()}
+            measured = {name: sum(values) / len(values) for name, values in self._state["measured"].items()}
             for row in (logs, state.log_history[-1]):
                 row.update(measured)
-            self._saved["measured"].clear()
+            self._state["measured"].clear()
         names = {finding.name for finding in self.findings}
         for finding in diagnose(self.log_of(state), self.limits, self.rules):
             if finding.name not in names:
                 self.findings.append(finding)
-                if finding.name not in self._saved["named"]:
-                    self._saved["named"].append(finding.name)
+                if finding.name not in self._state["named"]:
+                    self._state["named"].append(finding.name)
                     if state.is_world_process_zero:
                         logger.warning("%s", finding)
                     if finding.severity == "problem":
@@ -168,7 +168,7 @@ class DiagnosticsCallback(RolloutCallback):
         """Note the reward functions in the order of their weights: a saved log is sorted by name."""
         names = [name.split("/")[1] for name in logs if name.startswith("rewards/") and name.endswith("/std")]
         if names and not self._config.get("reward_names"):
-            self._config["reward_names"] = self._saved["reward_names"] = names
+            self._config["reward_names"] = self._state["reward_names"] = names
             self._write_settings(args, state)
 
     def _write_settings(self, args: Any, state: TrainerState) -> None:
@@ -196,7 +196,7 @@ class DiagnosticsCallback(RolloutCallback):
                 if name in LIVE and hasattr(args, name):
                     logger.warning("%s: %s changes from %s to %s.", finding.name, name, getattr(args, name), value)
                     setattr(args, name, value)
-                    self._saved["settings"][name] = value
+                    self._state["settings"][name] = value
                 elif name == "learning_rate" and kwargs.get("lr_scheduler") is not None:
                     scale_learning_rate(kwargs["optimizer"], kwargs["lr_scheduler"], value / args.learning_rate)
                     logger.warning("%s: learning_rate is multiplied by %.3g.", finding.name, value / args.learning_rate)

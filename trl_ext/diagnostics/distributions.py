@@ -32,7 +32,7 @@ def sampling_differs(log: RunLog, limits: Limits) -> Finding | None:
         ),
         figures={"gap": gap.recent(len(gap)), "z": total},
         cause=(
-            "generation settings that log-probabilities do not know: top_k, top_p, min_p, a repetition penalty, or "
+            "generation settings that the log-probabilities leave out: top_k, top_p, min_p, a repetition penalty, or "
             "generation_kwargs that forbid or force tokens."
         ),
         remedy=_plain_sampling(log),
@@ -57,7 +57,7 @@ def negative_kl(log: RunLog, limits: Limits) -> Finding | None:
         steps=(kl.steps[-3], kl.steps[-1]),
         evidence=f"The last three logs have a mean KL of {recent:.2f} nats a completion (standard error {error:.2f}).",
         figures={"kl": recent, "error": error},
-        cause="the policy was trained on completions that it would not have given: sampling and scoring differ.",
+        cause="the policy was trained on completions that it would not have sampled: sampling and scoring differ.",
         remedy=_plain_sampling(log),
         samples=log.last_samples(),
     )
@@ -72,8 +72,7 @@ def _plain_sampling(log: RunLog) -> Remedy:
 
 
 def first_ratio(log: RunLog, limits: Limits) -> Finding | None:
-    """The probability ratio is not 1 before the first step on a rollout, where policy and sampling policy are the "
-    "same."""
+    """The probability ratio is not 1 before the first step on a rollout, though the weights are the same."""
     first = log.series("policy/first_approxkl")
     if not first or first.recent() < (limits.first_approxkl_half if log.in_half_precision else limits.first_approxkl):
         return None
@@ -82,9 +81,7 @@ def first_ratio(log: RunLog, limits: Limits) -> Finding | None:
         severity="problem",
         title="The probability ratio is not 1 before the first step on a rollout",
         steps=(first.steps[0], first.steps[-1]),
-        evidence=(
-            f"Policy and sampling policy are {first.recent():.2g} nats a token apart where they are the same weights."
-        ),
+        evidence=(f"Policy and sampling policy differ by {first.recent():.2g} nats a token, with the same weights."),
         figures={"first_approxkl": first.recent()},
         cause=(
             "training computes other log-probabilities than scoring did: dropout in training, another precision, or a "
@@ -125,8 +122,8 @@ def _field(log: RunLog) -> str:
 def _coefficient(changes: dict[str, float]) -> Remedy:
     return Remedy(
         text=(
-            "Take a coefficient at which the scores' spread buys a moderate KL, or let AdaptiveKLCallback hold a "
-            "target."
+            "Choose a coefficient at which a moderate KL costs about the spread of the scores, or let "
+            "AdaptiveKLCallback hold a target."
         ),
         changes=changes,
     )
@@ -148,7 +145,8 @@ def kl_runs_away(log: RunLog, limits: Limits) -> Finding | None:
         title="The KL to the reference runs away",
         steps=(kl.steps[0], kl.steps[-1]),
         evidence=(
-            f"From {kl.start():.2f} to {kl.recent():.2f} nats a completion, {kl.recent() / tokens:.2f} a token{under}."
+            f"It went from {kl.start():.2f} to {kl.recent():.2f} nats a completion, which is "
+            f"{kl.recent() / tokens:.2f} a token{under}."
         ),
         figures={"kl": kl.recent(), "kl_per_token": kl.recent() / tokens},
         cause="the penalty is too weak for the scale of the scores, so the policy follows the score wherever it goes.",
@@ -173,11 +171,12 @@ def kl_drowns_score(log: RunLog, limits: Limits) -> Finding | None:
         title="The KL penalty drowns the score",
         steps=log.steps,
         evidence=(
-            f"kl_coef is {coefficient.recent():.3g} where the scores' spread ({log.series('score_std').start():.2g}) "
-            f"suits {suggested:.2g}; KL stays at {kl.recent():.3f} nats a completion and the score does not rise."
+            f"kl_coef is {coefficient.recent():.3g}; the spread of the scores ({log.series('score_std').start():.2g}) "
+            f"suggests {suggested:.2g}. The KL stays at {kl.recent():.3f} nats a completion, and the score does not "
+            "rise."
         ),
         figures={"kl": kl.recent(), "kl_coef": coefficient.recent(), "suggested": suggested},
-        cause="any step away from the reference costs more than the score can repay.",
+        cause="any step away from the reference costs more than it gains in score.",
         remedy=_coefficient({_field(log): float(f"{suggested:.1g}")}),
     )
 
@@ -196,8 +195,8 @@ def entropy_collapse(log: RunLog, limits: Limits) -> Finding | None:
         title="The policy does not explore" if sharp else "The policy's entropy has collapsed",
         steps=(entropy.steps[0], entropy.steps[-1]),
         evidence=(
-            f"From {entropy.start():.3f} to {entropy.recent():.4f} nats a token: every completion is certain, and "
-            "sampling teaches nothing."
+            f"It went from {entropy.start():.3f} to {entropy.recent():.4f} nats a token: every completion is certain, "
+            "so PPO has no differences to learn from."
         ),
         figures={"entropy": entropy.recent(), "start": entropy.start()},
         cause=(
@@ -208,7 +207,7 @@ def entropy_collapse(log: RunLog, limits: Limits) -> Finding | None:
         ),
         remedy=(
             Remedy(
-                text="Sample at temperature 1 in training; answer at a lower one afterwards.",
+                text="Sample at temperature 1 in training; use a lower one with the trained model.",
                 changes={"temperature": 1.0},
             )
             if sharp

@@ -11,7 +11,7 @@ class Limits:
         least_rows: logs (rollouts in PPO) before trends are judged.
         sampling_gap_z: standard errors that sampling may stray from scoring, over a whole run: the gap is a martingale
             with mean 0, so 6 is out of reach of chance.
-        sampling_gap: and nats a token that it must stray at least; chosen, above rounding errors.
+        sampling_gap: nats a token that it must stray besides; chosen, above rounding errors.
         negative_kl: nats a completion below 0; the k1 estimate is unbiased and its truth is never negative.
         first_approxkl: nats a token before the first optimizer step on a rollout, in float32: 0 in theory, 1e-13 as
             measured, 1e-4 with LoRA dropout of 0.1.
@@ -21,20 +21,20 @@ class Limits:
             (measured).
         budget_per_token: nats a token that a completion may well spend; kl_coef is suggested so that the penalty for it
             equals the spread of the scores. It gives within a factor of 2 what the recipes use.
-        budget: and nats a completion, however long; chosen, below the 40 at which Ziegler et al. 2019 lost the
-            language.
+        budget: upper bound of that budget, nats a completion; chosen, below the 40 at which Ziegler et al. 2019 lost
+            the language.
         stays: share of that budget up to which the policy has not moved.
         drowned: times the suggested kl_coef from which the score no longer counts beside the penalty.
         entropy: nats a token below which every completion is certain; healthy runs here end above 0.1 (measured).
-        temperature: below it, sampling explains a low entropy.
+        temperature: sampling below it explains a low entropy.
         clipfrac: share of tokens; PPO's papers and TRL's docs see 0.1 to 0.3 in healthy runs.
         huge_approxkl: nats a token that an update moves the policy; healthy updates stay below 0.3 (measured).
         tiny_approxkl: nats a token that an update moves the policy; healthy updates make 1e-4 and more (measured).
         score_std: spread of scores beyond which values, which start at 0, take long to arrive.
         score_drift: factor by which that spread may grow.
         explained_variance: below it the value role explains little; a useful one reaches 0.5 and more.
-        explained_nothing: and below it nothing at all, which is a problem; a value role on its slow way to scores far
-            from 0 is above it by the time of the first look (measured).
+        explained_nothing: below it the finding is a problem, above it a warning; a value role on its slow way to scores
+            far from 0 is above it by the first time that the rule judges (measured).
         value_loss_growth: times its start.
         value_error: times the error of a constant, the mean score.
         truncated: share of completions cut at the length limit.
@@ -60,7 +60,7 @@ class Limits:
         still: DPO's margin (in units of beta times nats) up to which the policy has not moved; its accuracy is then the
             sign of rounding errors.
         displacement: nats that a chosen answer's log-probability may fall: ln 2, half its probability.
-        displaced_share: and as a share of that log-probability, for long answers.
+        displaced_share: share of that log-probability that it may fall, which is the larger bound for long answers.
         dpo_margin: DPO's margin (in units of beta times nats) at which its loss leaves hardly any gradient:
             sigmoid(-5) is 0.007.
         reference_gap: DPO's first rewards in float32: 0 in theory and as measured; 0.005 is above rounding errors.

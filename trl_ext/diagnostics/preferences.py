@@ -39,8 +39,11 @@ def overfit(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def _epochs_of_best(log: RunLog) -> dict[str, int]:
-    """As many epochs as make the steps to the lowest held-out loss add up to the same, under a schedule that falls to 0
-    (a mean of one half): e (1 - e / 2n) of the highest rate's epochs until epoch e of n."""
+    """The epochs of a new run with as much learning in all as this one had at its lowest held-out loss.
+
+    The measure is the sum of learning rates, in epochs at the highest rate. Under a schedule that falls to 0 it is
+    e (1 - e / 2n) at epoch e of n, and half of a whole run's epochs.
+    """
     evals = [row for row in log.evals if "loss" in row and "epoch" in row]
     best = min(evals, key=lambda row: row["loss"], default=None)
     if best is None:
@@ -51,7 +54,7 @@ def _epochs_of_best(log: RunLog) -> dict[str, int]:
 
 
 def chance_level(log: RunLog, limits: Limits) -> Finding | None:
-    """It orders pairs no better than a coin."""
+    """The model orders pairs no better than chance."""
     held_out, trained = log.series("accuracy", evals=True), log.series("accuracy")
     rows, enough = _rows_of_pairs(log, limits)
     learned = trained.recent(rows)
@@ -94,7 +97,7 @@ def chance_level(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def _rows_of_pairs(log: RunLog, limits: Limits) -> tuple[int, bool]:
-    """How many of the last logs, four at least, tell of `chance_pairs` pairs; and whether there have been so many."""
+    """How many of the last logs, at least four, cover `chance_pairs` pairs; and whether the run has had so many."""
     batch = int(log.setting("per_device_train_batch_size", 8)) * int(log.setting("gradient_accumulation_steps", 1))
     first, last = log.steps
     a_row = batch * max(1.0, (last - first) / max(len(log.rows) - 1, 1))
@@ -119,12 +122,12 @@ def uncentred(log: RunLog, limits: Limits) -> Finding | None:
         ),
         figures={"mean": mean.recent(), "low": low.recent(), "high": high.recent()},
         cause=(
-            "labels of one kind are much rarer, and a score has their log-odds in it."
+            "labels of one kind are much rarer, and their log-odds are part of every score."
             if unequal
-            else "the pairwise loss does not care about an offset, so it drifts."
+            else "the pairwise loss ignores an offset, so the offset drifts."
         ),
         remedy=(
-            Remedy(text="Give both labels the same weight in all.", code="trl_ext.feedback.balance_labels(rows)")
+            Remedy(text="Give both labels the same total weight.", code="trl_ext.feedback.balance_labels(rows)")
             if unequal
             else Remedy(text="Keep the scores around 0 while training.", changes={"center_rewards_coefficient": 0.01})
         ),
@@ -145,18 +148,18 @@ def saturated(log: RunLog, limits: Limits) -> Finding | None:
         steps=log.steps,
         evidence=(
             f"The mean margin between chosen and rejected is {margin.recent():.1f}"
-            + (f"; the data ask for {demanded:.1f}." if wide else ".")
+            + (f"; the margins in the data have a mean of {demanded:.1f}." if wide else ".")
         ),
         figures={"margin": margin.recent()},
         cause=(
-            "the margins in the data are in a unit too small: a difference in score is one of log-odds, and 5 of them "
-            "is all but certain."
+            "the margins in the data are too large: a difference in score is one of log-odds, and 5 of them are nearly "
+            "certain."
             if wide
             else "too large steps or too many epochs; PPO would exploit scores of such a scale."
         ),
         remedy=(
             Remedy(
-                text="Divide the margins, so that the strongest preference asks for 2 or 3.",
+                text="Divide the margins, so that the largest is 2 or 3.",
                 code=f'pairs.map(lambda row: {{"margin": row["margin"] / {max(demanded, 1):.0f}}})',
             )
             if wide
@@ -189,7 +192,7 @@ def length_bias(log: RunLog, limits: Limits) -> Finding | None:
         steps=log.steps,
         evidence=" ".join(evidence),
         figures={"longer_chosen": share},
-        cause="pairs in which one side is longer throughout, as when raters or the collecting models favour length.",
+        cause="the longer side of the pairs was chosen too often, or the shorter one; raters often favour length.",
         remedy=Remedy(
             text="Balance the pairs: as many in which the shorter answer was chosen.",
             code="trl_ext.feedback.balance_lengths(pairs)",
@@ -201,7 +204,7 @@ def length_bias(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def reference_mismatch(log: RunLog, limits: Limits) -> Finding | None:
-    """Before the first step policy and reference are the same, and DPO's rewards 0; here they are not."""
+    """DPO's rewards are not 0 at the first step, where policy and reference are the same."""
     if not log.rows or log.rows[0]["step"] > 1:
         return None
     first = [abs(log.rows[0].get(f"rewards/{side}", 0.0)) for side in ("chosen", "rejected")]
@@ -250,8 +253,8 @@ def likelihood_displacement(log: RunLog, limits: Limits) -> Finding | None:
         ),
         figures={"fell": fell},
         cause=(
-            "DPO's loss sees the difference alone (Razin et al. 2024, arXiv:2410.08847): probability moves to answers "
-            "that nobody looked at."
+            "DPO's loss depends on the difference alone (Razin et al. 2024, arXiv:2410.08847): probability moves to "
+            "answers outside the data."
         ),
         remedy=Remedy(
             text="Add the likelihood of the chosen answers to the loss.",
@@ -261,7 +264,7 @@ def likelihood_displacement(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def margins_explode(log: RunLog, limits: Limits) -> Finding | None:
-    """DPO's margins leave its loss no gradient, and the policy no reference."""
+    """DPO's margins are so large that its loss has hardly any gradient left."""
     margin = log.series("margin")
     if len(margin) < 3 or margin.recent() < limits.dpo_margin:
         return None
@@ -271,10 +274,10 @@ def margins_explode(log: RunLog, limits: Limits) -> Finding | None:
         severity="problem",
         title="DPO's margins explode",
         steps=(margin.steps[0], margin.steps[-1]),
-        evidence=f"From {margin.start():.1f} to {margin.recent():.1f}, in units of beta times nats.",
+        evidence=f"They went from {margin.start():.1f} to {margin.recent():.1f}, in units of beta times nats.",
         figures={"margin": margin.recent()},
         cause=(
-            f"beta is {beta:g}: a nat more or less is all that its loss tells apart."
+            f"beta is {beta:g}, so a difference of one nat already saturates the loss."
             if beta > 1
             else "too large steps, or too many epochs over the same pairs."
         ),

@@ -26,7 +26,7 @@ def truncation(log: RunLog, limits: Limits) -> Finding | None:
         figures={"truncated": cut.recent(3), "start": cut.start()},
         cause="too short a limit, a reward for length, or a model that was never taught to stop.",
         remedy=Remedy(
-            text="Raise the limit, and take something off the score of a completion that was cut.",
+            text="Raise the limit, and take a penalty off the score of a completion that was cut.",
             changes={"max_completion_length": 2 * int(longest), "missing_eos_penalty": max(1.0, penalty)}
             if longest
             else {},
@@ -36,7 +36,7 @@ def truncation(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def length_exploitation(log: RunLog, limits: Limits) -> Finding | None:
-    """Completions grow because length is rewarded. Without logged correlations: they grow."""
+    """Completions grow because length is rewarded; a warning where the log does not correlate score and length."""
     length, pull = log.series("length"), log.series("completions/score_length_correlation")
     if len(length) < limits.least_rows or length.recent() < limits.length_growth * length.start():
         return None
@@ -48,9 +48,9 @@ def length_exploitation(log: RunLog, limits: Limits) -> Finding | None:
         severity="problem" if pull else "warning",
         title="Completions grow because length is rewarded" if pull else "Completions grow",
         steps=(length.steps[0], length.steps[-1]),
-        evidence=f"From {length.start():.0f} to {length.recent():.0f} tokens.{shown}",
+        evidence=f"The mean length went from {length.start():.0f} to {length.recent():.0f} tokens.{shown}",
         figures={"length": length.recent(), "start": length.start()},
-        cause=f"a reward that longer completions earn more of{'' if pull else ', or a task that takes more words'}.",
+        cause=f"a reward that is higher for longer completions{'' if pull else ', or a task that takes more words'}.",
         remedy=Remedy(
             text="Add a penalty on length beyond what a completion needs.",
             code=f"reward_funcs=[..., trl_ext.rewards.texts.length_penalty(soft={length.start():.0f}, "

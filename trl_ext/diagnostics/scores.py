@@ -37,7 +37,7 @@ def constant_scores(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def score_scale(log: RunLog, limits: Limits) -> Finding | None:
-    """Scores too spread for a value role that starts at 0, or of a scale that drifts."""
+    """The spread of the scores is too large for a value role that starts at 0, or it drifts."""
     spread = log.series("score_std")
     if len(spread) < 3:
         return None
@@ -87,7 +87,7 @@ def over_optimisation(log: RunLog, limits: Limits) -> Finding | None:
             ),
             figures={"score": score.recent(), "best": yardstick.best(), "now": yardstick.recent()},
             cause=(
-                "the policy has left the completions that the reward model was trained on and found some that it "
+                "the policy has moved away from the completions that the reward model was trained on, to some that it "
                 "overrates."
             ),
             remedy=Remedy(
@@ -103,7 +103,7 @@ def over_optimisation(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def yardsticks(log: RunLog) -> dict[str, Series]:
-    """What the score is measured by: `yardstick/...`, and reward functions of weight 0."""
+    """The series that measure what the score stands for: `yardstick/...`, and reward functions of weight 0."""
     series = {f"yardstick {name}": log.series(f"yardstick/{name}") for name in log.names("yardstick/")}
     for name, weight in weights_of(log).items():
         if weight == 0:
@@ -166,7 +166,7 @@ def _each_scaled(log: RunLog) -> bool:
 
 
 def _odds(title: str, log: RunLog, evidence: str, figures: dict[str, float], remedy: Remedy) -> Finding:
-    cause = "reward functions of different scales, or with different wishes, added up as they are."
+    cause = "reward functions of different scales, or with conflicting aims, summed as they are."
     return Finding(
         name="functions_at_odds",
         severity="problem",

@@ -93,7 +93,7 @@ def gradients_explode(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def clipping_saturated(log: RunLog, limits: Limits) -> Finding | None:
-    """So many tokens are clipped that most of each update is thrown away; or steps too large for clipping to hold."""
+    """So many tokens are clipped that most of each update is lost; or steps are too large for clipping to hold them."""
     clipped, approxkl = log.series("clipfrac"), log.series("approxkl")
     if len(clipped) < 3 or (clipped.recent(3) < limits.clipfrac and not approxkl.recent(3) > limits.huge_approxkl):
         return None
@@ -115,7 +115,7 @@ def clipping_saturated(log: RunLog, limits: Limits) -> Finding | None:
             Remedy(text="Widen it to the usual one.", changes={"cliprange": 0.2})
             if narrow
             else Remedy(
-                text="Take smaller steps; or fewer epochs, or an end to them at max_approx_kl.",
+                text="Take smaller steps or fewer epochs, or end the epochs at max_approx_kl.",
                 changes=lower_rate(log, 10),
             )
         ),
@@ -172,7 +172,7 @@ def value_not_learning(log: RunLog, limits: Limits) -> Finding | None:
             f"{explained.start():.0%} at the start."
         ),
         figures={"explained_variance": explained.recent()},
-        cause="its loss weighs nothing, its steps are too small, or scores are far from 0, where it starts.",
+        cause="its loss has no weight, its steps are too small, or scores are far from 0, where it starts.",
         remedy=Remedy(
             text=(
                 "Give it a weight and an adapter of its own; scores at mean 0 and standard deviation 1 are learned "
@@ -187,7 +187,7 @@ def value_not_learning(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def value_loss_explodes(log: RunLog, limits: Limits) -> Finding | None:
-    """The value role's errors grow beyond what there is to predict."""
+    """The value role's errors grow far beyond the spread of the scores."""
     loss, spread, score = log.series("value_loss"), log.series("score_std"), log.series("score")
     if len(loss) < limits.least_rows or loss.recent(2) < limits.value_loss_growth * max(loss.values[0], 1e-8):
         return None
@@ -210,7 +210,7 @@ def value_loss_explodes(log: RunLog, limits: Limits) -> Finding | None:
         ),
         figures={"value_loss": loss.recent(2), "start": loss.values[0]},
         cause=(
-            "scores that wander off faster than values can follow: a sum that is never reset, a reward without bounds."
+            "scores that drift faster than values can follow: a sum that is never reset, a reward without bounds."
             if wandering
             else "too large steps for the value role, or a clip range that does not suit the scale of the scores."
         ),
