@@ -48,8 +48,8 @@ def make(folder: Path, recipe: Recipe) -> None:
     """Teach the model of ``recipe`` and save it with its tokenizer into ``folder``."""
     rows = data.corpus(recipe.seed)
     tokenizer = _fit_tokenizer(rows, recipe.vocab_size)
-    with _apart(recipe.seed):
-        model = _untaught(tokenizer, recipe)
+    with _reproducible(recipe.seed):
+        model = _new_model(tokenizer, recipe)
         _teach(model, _encode(tokenizer, rows), recipe)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -81,7 +81,7 @@ def _fit_tokenizer(rows: Sequence[tuple[str, str, str]], vocab_size: int) -> Pre
 
 
 @contextmanager
-def _apart(seed: int) -> Iterator[None]:
+def _reproducible(seed: int) -> Iterator[None]:
     """Inside, torch is seeded, on the CPU and on one thread; outside, it is as before.
 
     ``torch.manual_seed`` would reseed the accelerators too, hence the default generator. The number of threads decides
@@ -99,7 +99,7 @@ def _apart(seed: int) -> Iterator[None]:
         yield
 
 
-def _untaught(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCausalLM:
+def _new_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden_size,

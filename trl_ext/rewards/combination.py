@@ -32,10 +32,10 @@ class ScoreMoments:
         scored = ~values.isnan()
         count, mean = scored.sum(dim=0).double(), masked_mean(values, scored, dim=0)
         squares = masked_sum((values - mean) ** 2, scored, dim=0)
-        total, apart = self.count + count, mean - self.mean
+        total, difference = self.count + count, mean - self.mean
         share = count / total.clamp(min=1)
-        self.squares = self.squares + squares + apart**2 * self.count * share
-        self.mean = self.mean + apart * share
+        self.squares = self.squares + squares + difference**2 * self.count * share
+        self.mean = self.mean + difference * share
         self.count = total
 
     def normalize(self, by_function: Tensor) -> Tensor:
