@@ -2,8 +2,9 @@
 
 from trl_ext.callbacks import AdaptiveKLCallback, DiagnosticsCallback, RolloutCallback
 from trl_ext.controllers import AdaptiveKLController, FixedKLController, PIKLController
+from trl_ext.ppo import PPOConfig, PPOTrainer
+from trl_ext.reward_models import FeedbackRewardConfig, FeedbackRewardTrainer
 from trl_ext.roles import SharedBase
-from trl_ext.trainers import FeedbackRewardConfig, FeedbackRewardTrainer, PPOConfig, PPOTrainer
 
 __all__ = [
     "AdaptiveKLCallback",

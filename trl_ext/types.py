@@ -51,16 +51,17 @@ class _TensorRecord:
 
 @dataclass(frozen=True)
 class Rollout(_TensorRecord):
-    """What the policy answered.
+    """What the policy wrote.
 
     Attributes:
         prompts: the prompts as the dataset gave them (text or messages), one a row.
-        completions: the answers in the same format, special tokens removed, one a row.
+        completions: in the same format, special tokens removed, one a row.
         prompt_ids: (batch, prompt) int64, left-padded.
         prompt_mask: (batch, prompt).
         completion_ids: (batch, tokens) int64, right-padded; the EOS, where there is one, is the last real token.
         completion_mask: (batch, tokens).
-        has_eos: (batch,) True where the answer ended by itself instead of being cut at the length limit.
+        has_eos: (batch,) True where the completion ended by itself instead of being cut at the length limit.
+        sampling_logprobs: (batch, tokens) under which the generator sampled, by its own word; None where it says none.
     """
 
     prompts: list[Any]
@@ -70,6 +71,7 @@ class Rollout(_TensorRecord):
     completion_ids: Tensor
     completion_mask: Tensor
     has_eos: Tensor
+    sampling_logprobs: Tensor | None = None
 
     @property
     def input_ids(self) -> Tensor:
@@ -80,6 +82,11 @@ class Rollout(_TensorRecord):
     def attention_mask(self) -> Tensor:
         """Mask of `input_ids`, (batch, prompt + tokens)."""
         return torch.cat([self.prompt_mask, self.completion_mask], dim=1)
+
+    @property
+    def prompt_tokens(self) -> list[list[int]]:
+        """Real prompt ids, one list a row."""
+        return [ids[mask].tolist() for ids, mask in zip(self.prompt_ids, self.prompt_mask, strict=True)]
 
     @property
     def completion_tokens(self) -> list[list[int]]:
@@ -125,8 +132,8 @@ class ScorePass(_TensorRecord):
 
 
 @dataclass(frozen=True)
-class Judged(_TensorRecord):
-    """A rollout of all processes and what everyone says about it."""
+class ScoredRollout(_TensorRecord):
+    """A rollout of all processes with its scores, and what the roles say about it."""
 
     rollout: Rollout
     scores: Scores
@@ -134,8 +141,8 @@ class Judged(_TensorRecord):
 
 
 @dataclass(frozen=True)
-class Shaped(Judged):
-    """A judged rollout with one reward a token.
+class ShapedRollout(ScoredRollout):
+    """A scored rollout with one reward a token.
 
     Attributes:
         kl: (batch, tokens) per-token KL to the reference, by the configured estimator.
@@ -149,7 +156,7 @@ class Shaped(Judged):
 
 
 @dataclass(frozen=True)
-class Experience(Shaped):
+class Experience(ShapedRollout):
     """A rollout ready to train on: the unit that an interrupted run must restore.
 
     Attributes:
@@ -177,6 +184,8 @@ def concatenate(records: Sequence[_Record], pad_token_id: int) -> _Record:
     joined: dict[str, Any] = {}
     for f in fields(first):
         parts = [getattr(record, f.name) for record in records]
+        if parts[0] is None:
+            continue
         if isinstance(parts[0], _TensorRecord):
             joined[f.name] = concatenate(parts, pad_token_id)
         elif isinstance(parts[0], list):

@@ -19,7 +19,7 @@ from timing import head, row, seconds
 from transformers import AutoTokenizer, GenerationConfig
 
 from trl_ext import SharedBase
-from trl_ext.generation import ContinuousGenerator, VLLMGenerator, generate
+from trl_ext.generation import ContinuousGenerator, Generator, TransformersGenerator, VLLMGenerator, generate
 from trl_ext.types import Rollout
 
 ASKED = [
@@ -51,7 +51,7 @@ def main() -> None:
     print(head("base", "backend", "s", "tokens an answer", "tokens / s"))
     for precision in chosen.precision:
         base = SharedBase.from_pretrained(chosen.model, policy=LORA, value="head", **loaded(precision, device))
-        for name, (generator, rows, more) in backends(base, chosen).items():
+        for name, (generator, more) in backends(base, chosen).items():
             config = GenerationConfig(
                 max_new_tokens=chosen.new_tokens,
                 do_sample=True,
@@ -60,7 +60,7 @@ def main() -> None:
                 eos_token_id=[tokenizer.eos_token_id],
                 **more,
             )
-            taken, tokens = measured(partial(generate, generator, prompts, tokenizer, config, rows), chosen.repeats)
+            taken, tokens = measured(partial(generate, generator, prompts, tokenizer, config), chosen.repeats)
             cells = f"{taken:.1f}", f"{tokens / len(prompts):.0f}", f"{tokens / taken:.0f}"
             print(row(precision, name, *cells), flush=True)
 
@@ -76,16 +76,17 @@ def measured(answer: Callable[[], Rollout], repeats: int) -> tuple[float, float]
     return seconds(seeded, repeats), mean(float(rollout.completion_mask.sum()) for rollout in rollouts)
 
 
-def backends(base: SharedBase, chosen: argparse.Namespace) -> dict[str, tuple[Any, int, dict[str, Any]]]:
-    """What generates, how many prompts it is given at a time, and further settings."""
-    found: dict[str, tuple[Any, int, dict[str, Any]]] = {
-        "generate": (base, chosen.rows, {}),
-        "generate, static cache": (base, chosen.rows, {"cache_implementation": "static"}),
-        "continuous batching": (ContinuousGenerator(base, chosen.rows), chosen.questions, {}),
+def backends(base: SharedBase, chosen: argparse.Namespace) -> dict[str, tuple[Generator, dict[str, Any]]]:
+    """Who answers, and further settings."""
+    plain = TransformersGenerator(base, chosen.rows)
+    choices: dict[str, tuple[Generator, dict[str, Any]]] = {
+        "generate": (plain, {}),
+        "generate, static cache": (plain, {"cache_implementation": "static"}),
+        "continuous batching": (ContinuousGenerator(base, chosen.rows), {}),
     }
     if find_spec("vllm"):
-        found["vLLM"] = (VLLMGenerator(base, chosen.model, 0.4, None, 0), chosen.questions, {})
-    return found
+        choices["vLLM"] = (VLLMGenerator(base, chosen.model, 0.4, None, 0), {})
+    return choices
 
 
 if __name__ == "__main__":

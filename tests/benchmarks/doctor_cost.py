@@ -17,10 +17,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer
 
-import trl_ext.trainers.ppo_trainer as ppo_trainer
+import trl_ext.ppo.update as ppo_update
 from trl_ext import DiagnosticsCallback, PPOConfig, PPOTrainer
+from trl_ext.ppo.update import Updater
 from trl_ext.rewards.texts import length_penalty
-from trl_ext.trainers.updater import Updater
 
 SPENT: list[float] = []
 HISTORY = 1_000
@@ -62,8 +62,8 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true")
     args = parser.parse_args()
     # All of summarize counts, though most of it is what TRL logs too.
-    ppo_trainer.summarize = timed(ppo_trainer.summarize)
-    Updater._watch_gradients = timed(Updater._watch_gradients)
+    ppo_update.summarize = timed(ppo_update.summarize)
+    Updater._gradients_finite = timed(Updater._gradients_finite)
     DiagnosticsCallback.on_update_end = timed(DiagnosticsCallback.on_update_end)
     prompts = Dataset.from_dict({"prompt": [f"Movie review: number {i} was a film that" for i in range(64)]})
     clock = Clock()

@@ -93,8 +93,6 @@ def test_training_again_after_an_error_amid_a_minibatch(tmp_path: Path, monkeypa
 def test_torch_empty_cache_steps_is_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     emptied: list[int] = []
     trainer: PPOTrainer = trainer_for(tmp_path, torch_empty_cache_steps=2)
-    monkeypatch.setattr(
-        "trl_ext.trainers.updater.clear_device_cache", lambda: emptied.append(trainer.state.global_step)
-    )
+    monkeypatch.setattr("trl_ext.ppo.trainer.clear_device_cache", lambda: emptied.append(trainer.state.global_step))
     trainer.train()
     assert emptied == [0, 2]

@@ -71,7 +71,7 @@ def test_events_come_in_the_order_of_the_sentence(tmp_path: Path) -> None:
     assert [m["objective/scores"] for m in metrics] == [r["objective/scores"] for r in rows_with(trainer, "eps")]
 
 
-def test_each_pass_averages_its_own_minibatches(tmp_path: Path) -> None:
+def test_each_epoch_averages_its_own_minibatches(tmp_path: Path) -> None:
     trainer, recorder = trainer_for(tmp_path, num_mini_batches=2, logging_steps=2), Recorder()
     trainer.add_callback(recorder)
     trainer.train()
@@ -139,7 +139,7 @@ def test_every_record_can_be_replaced(tmp_path: Path, event: str) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (lambda judged: judged.scores, r"returned a record of type Scores, not Judged"),
+        (lambda judged: judged.scores, r"returned a record of type Scores, not ScoredRollout"),
         (
             lambda judged: replace(judged, scores=replace(judged.scores, total=torch.zeros(3))),
             r"returned scores\.total as \(3,\) torch\.float32, not \(8,\) torch\.float32",

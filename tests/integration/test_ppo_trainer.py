@@ -20,9 +20,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from tests.helpers import CHAT_TEMPLATE, prompt_dataset, saved_model, tiny_classifier, tiny_llama, word_tokenizer
 from tests.parity.tiny import save_reward_adapter
 from trl_ext import PPOConfig, PPOTrainer, RolloutCallback, SharedBase
-from trl_ext.trainers import saving
-from trl_ext.trainers.batching import mini_batch
-from trl_ext.trainers.building import default_config
+from trl_ext.ppo import checkpoints
+from trl_ext.ppo.batches import mini_batch
+from trl_ext.ppo.building import default_config
 
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -181,7 +181,7 @@ def test_what_was_being_written_when_a_run_was_killed_is_no_checkpoint(
         if trainer.state.global_step == 6:
             raise Killed
 
-    monkeypatch.setattr(saving, "save_numbers", killed)
+    monkeypatch.setattr(checkpoints, "save_experience", killed)
     with pytest.raises(Killed):
         trainer.train()
     out = tmp_path / "out"
@@ -335,7 +335,7 @@ def test_reward_functions_get_columns_may_be_async_abstain_and_are_weighted(tmp_
 
 def test_rows_without_any_score_are_counted_and_not_trained_on(tmp_path: Path) -> None:
     """One minibatch of two has no score at all, and moves nothing."""
-    scored_rows = mini_batch(8, 0, 2, 42, 0).tolist()
+    scored_rows = mini_batch(8, 0, 2, 42, 0, 0).tolist()
 
     def some(completions: list[str], **_: Any) -> list[float | None]:
         return [1.0 if row in scored_rows else None for row in range(len(completions))]

@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 from tests.helpers import saved_model, word_tokenizer
 from trl_ext import FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, feedback, launch
-from trl_ext.trainers.probing import probe_data, score_head
+from trl_ext.reward_models.probing import probe_data, score_head
 
 ANSWERS = [" dog", " bird", " tree", " cat"]  # from bad to good
 CPU: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none"}

@@ -194,7 +194,8 @@ def make_trainer(base: SharedBase, folder: Path, **changes: Any) -> PPOTrainer:
 
 def make_experience(trainer: PPOTrainer) -> Experience:
     """A real rollout, its old log-probs and values moved so that ratios leave 1 and both clips bite."""
-    experience = trainer.collect([trainer.train_dataset[i] for i in range(6)])
+    rows = [trainer.train_dataset[i] for i in range(6)]
+    experience = trainer.updater.collect(rows, trainer.state, trainer.control)
     generator = torch.Generator().manual_seed(0)
     mask = experience.loss_mask
     for old in (experience.score_pass.logprobs, experience.score_pass.values):
@@ -208,8 +209,9 @@ def accumulate(trainer: PPOTrainer, experience: Experience) -> Gradients:
     trainer.model.zero_grad()
     updater = trainer.updater
     assert updater.idle
+    updater.experience = experience
     for part in range(3):
-        updater(trainer.model, experience)
+        updater.train_on_next(trainer.model, 0)
         assert updater.idle == (part == 2)
     assert updater.finish_minibatch()
     return gradients(trainer.base)

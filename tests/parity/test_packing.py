@@ -12,8 +12,8 @@ from torch import Tensor
 from tests.parity import tiny
 from tests.parity.test_roles import close
 from trl_ext import SharedBase
+from trl_ext.ppo.building import without_dropout
 from trl_ext.roles.packing import Packing, can_pack, stacked
-from trl_ext.trainers.building import without_dropout
 
 PROMPTS, ANSWERS = (4, 1, 2, 3, 2, 4), (8, 1, 2, 1, 6, 5)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tests.parity import tiny
 from trl_ext import PPOConfig, SharedBase
+from trl_ext.ppo.objectives import policy_loss, value_loss
 from trl_ext.roles import Role
-from trl_ext.trainers.updater import LOSSES
 from trl_ext.types import Experience, Rollout, ScorePass, Scores, concatenate
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -108,7 +108,10 @@ def trained_on(base: SharedBase, batches: list[Experience], args: PPOConfig) -> 
             said = base(
                 rollout.input_ids, rollout.attention_mask.long(), rollout.completion_ids.shape[1], roles=(role,)
             )
-            loss, _ = LOSSES[role](batch, said, torch.as_tensor(tokens), args, 1.0)
+            if role == "policy":
+                loss, _ = policy_loss(args.policy_objective, batch, said, torch.as_tensor(tokens), args, 1.0)
+            else:
+                loss, _ = value_loss(batch, said, torch.as_tensor(tokens), args)
             loss.backward()
             total += float(loss.detach())
     return total, {name: p.grad.clone() for name, p in base.named_parameters() if p.grad is not None}

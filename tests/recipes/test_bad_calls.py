@@ -87,7 +87,7 @@ CALLS = [
     Call("evaluations on nothing", "PPOTrainer(base, judge, PPOConfig(**quiet, eval_strategy='steps', eval_steps=1), prompts)", "ValueError", "eval_strategy is 'steps', but there is no eval_dataset: give one."),
     Call("an evaluation set without prompts", "PPOTrainer(base, judge, args, prompts, eval_dataset=prompts.rename_column('prompt', 'query'))", "ValueError", "eval_dataset has no 'prompt' column"),
     Call("a model for a tokenizer", "PPOTrainer(base, judge, args, prompts, processing_class=base)", "TypeError", "processing_class must be a tokenizer, not SharedBase."),
-    Call("a tokenizer without an end", "PPOTrainer(base, judge, args, prompts, processing_class=without_eos)", "ValueError", "The tokenizer has no EOS token, so no answer could ever end"),
+    Call("a tokenizer without an end", "PPOTrainer(base, judge, args, prompts, processing_class=without_eos)", "ValueError", "The tokenizer has no EOS token, so no completion could ever end"),
     Call("conversations without a template", "PPOTrainer(base, judge, args, chats, processing_class=without_template)", "ValueError", "the tokenizer has no chat template"),
     Call("a number for a reward function", "PPOTrainer(base, 3, args, prompts)", "TypeError", "A reward function must be a callable, a model or a model's name, not int."),
     Call("more tokenizers than reward functions", "PPOTrainer(base, judge, args, prompts, reward_processing_classes=[None, None])", "ValueError", "reward_processing_classes has 2 entries for 1 reward functions: give one each."),

@@ -77,7 +77,7 @@ ROWS = [
     Row("two generators", "ppo", "--use_vllm true --use_transformers_continuous_batching true", "are both set: choose one of them."),
     Row("a penalty that continuous batching drops", "ppo", "--use_transformers_continuous_batching true --repetition_penalty 1.1", "Continuous batching knows neither generation_kwargs nor repetition_penalty"),
     Row("a setting that continuous batching does not have", "ppo", '--use_transformers_continuous_batching true --transformers_continuous_batching_config {"page_sizes":16}', "transformers_continuous_batching_config: ContinuousBatchingConfig.__init__() got an unexpected keyword argument 'page_sizes'"),
-    Row("groups that do not fill a rollout", "ppo", "--num_generations 3", "which does not divide the 64 answers of a rollout: choose a divisor."),
+    Row("groups that do not fill a rollout", "ppo", "--num_generations 3", "which does not divide the 64 completions of a rollout: choose a divisor."),
     Row("a rollout larger than the dataset", "ppo", "--per_device_train_batch_size 5000", "prompts, but one rollout takes 10000"),
     Row("weights that match no functions", "ppo", "--reward_weights 1 2", "reward_weights has 2 entries for 1 reward functions: give one each."),
     Row("a pretraining term without texts", "ppo", "--ptx_coef 0.1", "the pretraining term needs both."),

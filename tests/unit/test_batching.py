@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from trl_ext.trainers.batching import RolloutSampler, micro_batches, mini_batch, padded_by_length, permutation
+from trl_ext.ppo.batches import RolloutSampler, micro_batches, mini_batch, permutation
+from trl_ext.tokens import padded_by_length
 
 
 def epoch_of(sampler: RolloutSampler, epoch: int) -> list[int]:
@@ -80,19 +81,19 @@ def test_first_places_are_fair() -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 6])
-def test_minibatches_of_a_pass_are_disjoint_and_cover_it(parts: int) -> None:
+def test_minibatches_of_an_epoch_are_disjoint_and_cover_it(parts: int) -> None:
     orders = []
     for epoch in range(3):
-        batches = [mini_batch(12, epoch * parts + part, parts, 42, 7).tolist() for part in range(parts)]
+        batches = [mini_batch(12, part, parts, 42, 7, epoch).tolist() for part in range(parts)]
         assert [len(batch) for batch in batches] == [12 // parts] * parts
         orders.append([row for batch in batches for row in batch])
         assert sorted(orders[-1]) == list(range(12))
-    assert orders[0] != orders[1] != orders[2] != orders[0]  # each pass draws anew
+    assert orders[0] != orders[1] != orders[2] != orders[0]  # each epoch draws anew
 
 
 def test_minibatches_of_another_update_differ_and_each_repeats() -> None:
-    assert torch.equal(mini_batch(12, 1, 2, 42, 7), mini_batch(12, 1, 2, 42, 7))
-    assert not torch.equal(mini_batch(12, 1, 2, 42, 7), mini_batch(12, 1, 2, 42, 8))
+    assert torch.equal(mini_batch(12, 1, 2, 42, 7, 0), mini_batch(12, 1, 2, 42, 7, 0))
+    assert not torch.equal(mini_batch(12, 1, 2, 42, 7, 0), mini_batch(12, 1, 2, 42, 8, 0))
 
 
 # Micro-batches -------------------------------------------------------------------------------------------------------

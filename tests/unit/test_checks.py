@@ -10,9 +10,9 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from tests.helpers import CHAT_TEMPLATE, prompt_dataset, word_tokenizer
-from trl_ext.trainers.building import args_of_gpu
-from trl_ext.trainers.checks import as_list, check_datasets, check_output_dir, check_prompts, check_tokenizer
-from trl_ext.trainers.ppo_config import PPOConfig
+from trl_ext.ppo.building import args_of_gpu
+from trl_ext.ppo.checks import as_list, check_datasets, check_output_dir, check_prompts, check_tokenizer
+from trl_ext.ppo.config import PPOConfig
 
 
 def rows(**columns: list[Any]) -> Dataset:
@@ -153,7 +153,7 @@ def test_a_tokenizer_without_an_end() -> None:
     tokenizer = word_tokenizer()
     tokenizer.eos_token = None
     sentence = refused(lambda: check_tokenizer(tokenizer, prompt_dataset()), ValueError)
-    assert sentence == "The tokenizer has no EOS token, so no answer could ever end: set tokenizer.eos_token."
+    assert sentence == "The tokenizer has no EOS token, so no completion could ever end: set tokenizer.eos_token."
 
 
 def test_padding_is_the_eos_where_there_is_none() -> None:

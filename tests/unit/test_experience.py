@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tests.helpers import rollout
-from trl_ext.trainers.experience import make_experience
-from trl_ext.trainers.ppo_config import PPOConfig
-from trl_ext.trainers.summary import explained_variance, repetition, sampling_gap, summarize
-from trl_ext.types import Judged, Rollout, ScorePass, Scores
+from trl_ext.ppo.config import PPOConfig
+from trl_ext.ppo.experience import make_experience
+from trl_ext.ppo.summary import explained_variance, repetition, sampling_gap, summarize
+from trl_ext.types import Rollout, ScoredRollout, ScorePass, Scores
 
 NAN, INF = float("nan"), float("inf")
 LENGTHS, ENDED = [4, 1, 3, 2, 4], [False, True, True, True, False]
@@ -38,10 +38,10 @@ def pass_over(answers: Rollout, seed: int = 0) -> ScorePass:
 
 
 @pytest.fixture
-def judged() -> Judged:
+def judged() -> ScoredRollout:
     answers = rollout(LENGTHS, ENDED)
     total = torch.tensor(TOTALS, dtype=torch.float64)
-    return Judged(answers, Scores(total, total.unsqueeze(1)), pass_over(answers))
+    return ScoredRollout(answers, Scores(total, total.unsqueeze(1)), pass_over(answers))
 
 
 def whitened(rows: dict[int, Row], keep_mean: bool) -> dict[int, Row]:
@@ -105,7 +105,7 @@ def by_loop(pass_: ScorePass, args: PPOConfig) -> dict[str, dict[int, Row]]:
     ],
     ids=lambda settings: "+".join(settings) or "defaults",
 )
-def test_against_a_loop(settings: dict[str, Any], judged: Judged, tmp_path: Path) -> None:
+def test_against_a_loop(settings: dict[str, Any], judged: ScoredRollout, tmp_path: Path) -> None:
     args = config(tmp_path, **settings)
     experience = make_experience(judged, args)
     for name, rows in by_loop(judged.score_pass, args).items():
@@ -123,7 +123,7 @@ def test_against_a_loop(settings: dict[str, Any], judged: Judged, tmp_path: Path
     ],
     ids=lambda settings: settings.get("baseline", "sequence"),
 )
-def test_without_a_critic_against_a_loop(settings: dict[str, Any], judged: Judged, tmp_path: Path) -> None:
+def test_without_a_critic_against_a_loop(settings: dict[str, Any], judged: ScoredRollout, tmp_path: Path) -> None:
     """An answer's return, KL included, less the mean of all or of the others, at each of its tokens."""
     args = config(tmp_path, kl_coef=0.7, whiten_advantages=False, **settings)
     experience, pass_ = make_experience(judged, args), judged.score_pass
@@ -139,14 +139,14 @@ def test_without_a_critic_against_a_loop(settings: dict[str, Any], judged: Judge
         )
 
 
-def test_what_goes_in_comes_out(judged: Judged, tmp_path: Path) -> None:
+def test_what_goes_in_comes_out(judged: ScoredRollout, tmp_path: Path) -> None:
     experience = make_experience(judged, config(tmp_path))
     assert experience.rollout is judged.rollout
     assert experience.scores is judged.scores
     assert experience.score_pass is judged.score_pass
 
 
-def test_a_row_without_a_score_is_left_out(judged: Judged, tmp_path: Path) -> None:
+def test_a_row_without_a_score_is_left_out(judged: ScoredRollout, tmp_path: Path) -> None:
     experience = make_experience(judged, config(tmp_path, whiten_rewards=True))
     assert experience.loss_mask.sum(dim=1).tolist() == [4, 1, 0, 2, 4]
     for name in ("rewards", "advantages", "returns", "kl"):
@@ -156,7 +156,7 @@ def test_a_row_without_a_score_is_left_out(judged: Judged, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("whiten_rewards", [True, False])
 def test_a_row_without_a_score_changes_nothing_for_the_others(
-    whiten_rewards: bool, judged: Judged, tmp_path: Path
+    whiten_rewards: bool, judged: ScoredRollout, tmp_path: Path
 ) -> None:
     args = config(tmp_path, whiten_rewards=whiten_rewards)
     others = torch.tensor(SCORED)
@@ -166,7 +166,7 @@ def test_a_row_without_a_score_changes_nothing_for_the_others(
         torch.testing.assert_close(getattr(among, name), getattr(without, name), rtol=1e-12, atol=1e-12)
 
 
-def test_no_row_has_a_score(judged: Judged, tmp_path: Path) -> None:
+def test_no_row_has_a_score(judged: ScoredRollout, tmp_path: Path) -> None:
     nothing = Scores(torch.full((5,), NAN), torch.full((5, 1), NAN))
     args = config(tmp_path, whiten_rewards=True, missing_eos_penalty=1.0)
     experience = make_experience(replace(judged, scores=nothing), args)
@@ -188,7 +188,9 @@ def test_what_the_doctor_reads_of_answers_and_prompts(tmp_path: Path) -> None:
     total, nothing = torch.tensor([1.0, 2.0, 3.0, 5.0]), torch.zeros(4, 4)
     pass_ = ScorePass(nothing, nothing, nothing, nothing, torch.full((4,), NAN))
     args = config(tmp_path)
-    metrics = summarize(make_experience(Judged(answers, Scores(total, total.unsqueeze(1)), pass_), args), args, ["f"])
+    metrics = summarize(
+        make_experience(ScoredRollout(answers, Scores(total, total.unsqueeze(1)), pass_), args), args, ["f"]
+    )
     expected = statistics.correlation([1.0, 2.0, 3.0, 5.0], [1.0, 2.0, 3.0, 4.0])
     assert metrics["completions/score_length_correlation"] == pytest.approx(expected, rel=1e-6)
     shares = ("completions/distinct", "prompts/distinct", "prompts/at_max_length")
@@ -210,7 +212,7 @@ def by_hand(folder: Path, **changes: Any) -> dict[str, float]:
         reward_scores=torch.full((3,), NAN),
     )
     args = config(folder, kl_coef=0.1, **changes)
-    return summarize(make_experience(Judged(answers, scores, pass_), args), args, ["first", "second"])
+    return summarize(make_experience(ScoredRollout(answers, scores, pass_), args), args, ["first", "second"])
 
 
 def test_summary_by_hand(tmp_path: Path) -> None:

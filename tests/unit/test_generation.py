@@ -10,7 +10,9 @@ from transformers import GenerationConfig
 
 from tests.helpers import CHAT_TEMPLATE, tiny_llama, word_tokenizer
 from trl_ext import SharedBase
-from trl_ext.generation import check_chat_template, cut_at_eos, eos_ids, generate, tokenize_prompts
+from trl_ext.generation import GenerationError, TransformersGenerator, generate
+from trl_ext.tokens import check_chat_template, cut_at_eos, eos_ids, tokenize_prompts
+from trl_ext.types import Rollout
 
 # Ids of `word_tokenizer`.
 PAD, EOS, START, NEWLINE, USER, ASSISTANT = 0, 1, 3, 4, 5, 6
@@ -109,20 +111,70 @@ def test_a_prompt_without_tokens_is_named() -> None:
 def test_cut_at_eos(
     ids: list[list[int]], eos: list[int], cut: list[list[int]], lengths: list[int], ended: list[bool]
 ) -> None:
-    completion_ids, mask, has_eos = cut_at_eos(torch.tensor(ids), torch.tensor(eos), pad_token_id=0)
-    assert completion_ids.tolist() == cut
-    assert mask.tolist() == [[i < length for i in range(max(lengths))] for length in lengths]
-    assert has_eos.tolist() == ended
+    rollout = rollout_of(ids, eos, pad=0)
+    assert rollout.completion_ids.tolist() == cut
+    assert rollout.completion_mask.tolist() == [[i < length for i in range(max(lengths))] for length in lengths]
+    assert rollout.has_eos.tolist() == ended
 
 
 def test_cut_where_padding_is_the_eos() -> None:
     """The first EOS is a token that was said, those that fill up are not."""
-    completion_ids, mask, has_eos = cut_at_eos(
-        torch.tensor([[7, 1, 1, 1], [7, 8, 9, 7], [1, 1, 1, 1]]), torch.tensor([1]), pad_token_id=1
-    )
-    assert completion_ids.tolist() == [[7, 1, 1, 1], [7, 8, 9, 7], [1, 1, 1, 1]]
-    assert mask.sum(dim=1).tolist() == [2, 4, 1]
-    assert has_eos.tolist() == [True, False, True]
+    rollout = rollout_of([[7, 1, 1, 1], [7, 8, 9, 7], [1, 1, 1, 1]], [1], pad=1)
+    assert rollout.completion_ids.tolist() == [[7, 1, 1, 1], [7, 8, 9, 7], [1, 1, 1, 1]]
+    assert rollout.lengths.tolist() == [2, 4, 1]
+    assert rollout.has_eos.tolist() == [True, False, True]
+
+
+def test_the_cut_is_after_the_first_eos() -> None:
+    assert cut_at_eos([7, 2, 8, 1], [1, 2]) == [7, 2]
+    assert cut_at_eos([7, 8], [1]) == [7, 8]
+    assert cut_at_eos([], [1]) == []
+
+
+# Who answers ---------------------------------------------------------------------------------------------------------
+
+
+def test_log_probs_of_the_generator_stay_beside_their_ids() -> None:
+    """Those after an EOS go with what they belong to; padding has none."""
+    rollout = rollout_of([[7, 1, 8], [7, 8, 9]], [1], pad=0, logprobs=[[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]])
+    assert rollout.sampling_logprobs is not None
+    assert rollout.sampling_logprobs.tolist() == [[-1.0, -2.0, 0.0], [-4.0, -5.0, -6.0]]
+    assert rollout_of([[7, 1, 8]], [1], pad=0).sampling_logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([[7]], r"returned 1 completions for 2 prompts: return one list of ids each"),
+        (None, r"returned NoneType for 2 prompts"),
+        ([[7], ["cat"]], r"returned something other than lists of numbers"),
+        ([7, 8], r"returned something other than lists of numbers"),
+        (([[7], [8]], [[0.5], []]), r"returned log-probs of other lengths than its ids"),
+        (KeyError("cat"), r"raised KeyError: 'cat'"),
+    ],
+)
+def test_a_generator_that_returns_something_else_is_named(answer: Any, message: str) -> None:
+    class Careless:
+        def answers(self, prompt_ids: Any, config: Any, role: str) -> Any:
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
+    with pytest.raises(GenerationError, match=rf"^Careless\.answers {message}") as error:
+        generate(Careless(), ["cat", "dog"], word_tokenizer(), config)
+    assert "\n" not in str(error.value)
+
+
+def rollout_of(ids: list[list[int]], eos: list[int], pad: int, logprobs: Any = None) -> Rollout:
+    """What becomes of these completions."""
+
+    class Fixed:
+        def answers(self, prompt_ids: Any, config: Any, role: str) -> Any:
+            return ids if logprobs is None else (ids, logprobs)
+
+    config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
+    return generate(Fixed(), ["cat"] * len(ids), word_tokenizer(), config)
 
 
 # Generating ----------------------------------------------------------------------------------------------------------
@@ -163,7 +215,7 @@ def test_rollout_of_texts(batch_size: int) -> None:
     """The same rollout however the prompts are batched."""
     policy = ScriptedPolicy(ANSWERS)
     config = GenerationConfig(eos_token_id=[EOS], pad_token_id=PAD)
-    rollout = generate(policy, PROMPTS, word_tokenizer(), config, batch_size)
+    rollout = generate(TransformersGenerator(policy, batch_size), PROMPTS, word_tokenizer(), config)
     assert rollout.prompts == PROMPTS
     assert rollout.completions == COMPLETIONS
     assert rollout.prompt_ids.tolist() == [[THE, CAT, SAT], [0, 0, CAT], [0, A, DOG], [0, 0, DOG], [0, 0, BIRD]]
@@ -184,7 +236,12 @@ def test_rollout_of_texts(batch_size: int) -> None:
 
 def test_rollout_where_padding_is_the_eos() -> None:
     policy = ScriptedPolicy(ANSWERS, fill=EOS)
-    rollout = generate(policy, PROMPTS, word_tokenizer(), GenerationConfig(eos_token_id=[EOS], pad_token_id=EOS), 5)
+    rollout = generate(
+        TransformersGenerator(policy, 5),
+        PROMPTS,
+        word_tokenizer(),
+        GenerationConfig(eos_token_id=[EOS], pad_token_id=EOS),
+    )
     assert rollout.prompt_ids[1].tolist() == [EOS, EOS, CAT]
     assert rollout.prompt_mask[1].tolist() == [False, False, True]
     assert rollout.lengths.tolist() == [3, 1, 4, 3, 2]
@@ -196,7 +253,7 @@ def test_rollout_of_conversations() -> None:
     policy = ScriptedPolicy({ids: [A, DOG, EOS]})
     prompts = [[says("the cat")], [says("the cat")]]
     config = GenerationConfig(eos_token_id=[EOS], pad_token_id=PAD)
-    rollout = generate(policy, prompts, word_tokenizer(CHAT_TEMPLATE), config, 2)
+    rollout = generate(TransformersGenerator(policy, 2), prompts, word_tokenizer(CHAT_TEMPLATE), config)
     assert rollout.prompts == prompts
     assert rollout.completions == [[says("a dog", "assistant")]] * 2
 
@@ -214,7 +271,8 @@ def test_a_models_answers_do_not_depend_on_the_batch() -> None:
         expected.append(answer)
     assert len({tuple(answer) for answer in expected}) > 2  # else mixed-up rows would not show
     config = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=[EOS], pad_token_id=PAD)
-    rollout = generate(model, PROMPTS, tokenizer, config, 3)
+    base = SharedBase.from_model(model)  # a new policy says what the model says
+    rollout = generate(TransformersGenerator(base, 3), PROMPTS, tokenizer, config)
     answers = [row[keep].tolist() for row, keep in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
     assert answers == expected
 

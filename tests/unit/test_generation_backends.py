@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from tests.helpers import tiny_llama, word_tokenizer
 from trl_ext import SharedBase
-from trl_ext.generation import ContinuousGenerator, GenerationError, VLLMGenerator, generate
+from trl_ext.generation import ContinuousGenerator, GenerationError, TransformersGenerator, VLLMGenerator, generate
 
 CONFIG = GenerationConfig(
     max_new_tokens=5, do_sample=True, temperature=0.7, top_p=1.0, top_k=0, pad_token_id=0, eos_token_id=[1]
@@ -56,7 +56,7 @@ def test_answers_come_back_as_a_rollout(calls: list[Any], tmp_path: Path) -> Non
     }
     for number in (1, 2):
         how = GenerationConfig(**{**CONFIG.to_diff_dict(), "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2})
-        rollout = generate(generator, ["the cat", "a"], word_tokenizer(), how, batch_size=2)
+        rollout = generate(generator, ["the cat", "a"], word_tokenizer(), how)
         prompts, sampling, request, files = calls[number]
         assert prompts == [{"prompt_token_ids": [7, 9]}, {"prompt_token_ids": [8]}]
         assert sampling == {
@@ -79,14 +79,13 @@ def test_an_answer_that_was_cut_off_early_is_refused(calls: list[Any]) -> None:
     """Its rest would be padding, and padding may be EOS: an end that nobody sampled."""
     generator = VLLMGenerator(SharedBase.from_model(tiny_llama()), "m", 0.3, 16, 0)
     longer = GenerationConfig(**{**CONFIG.to_diff_dict(), "max_new_tokens": 6})
-    with pytest.raises(GenerationError, match=r"^An answer was cut off after 5 of 6 tokens: give the generator room"):
-        generate(generator, ["the cat", "a"], word_tokenizer(), longer, batch_size=2)
+    with pytest.raises(GenerationError, match=r"^A completion was cut off after 5 of 6 tokens: give the generator"):
+        generate(generator, ["the cat", "a"], word_tokenizer(), longer)
 
 
 def test_the_bare_base_needs_no_adapter(calls: list[Any]) -> None:
     generator = VLLMGenerator(SharedBase.from_model(tiny_llama()), "m", 0.3, None, 0)
-    ids = torch.tensor([[5, 6], [7, 8]])
-    generator.generate(ids, torch.ones_like(ids), CONFIG, role="reference")
+    generator.answers([[5, 6], [7, 8]], CONFIG, "reference")
     assert calls[1][2] is None
 
 
@@ -129,8 +128,8 @@ def base() -> SharedBase:
 @pytest.mark.parametrize("rows", [2, 64])
 def test_continuous_batching_gives_the_answers_of_generate(rows: int, role: str, base: SharedBase) -> None:
     greedy = GenerationConfig(max_new_tokens=7, do_sample=False, pad_token_id=0, eos_token_id=[15, 16])
-    plain = generate(base, PROMPTS, word_tokenizer(), greedy, 5, role=role)
-    other = generate(ContinuousGenerator(base, rows), PROMPTS, word_tokenizer(), greedy, 5, role=role)
+    plain = generate(TransformersGenerator(base, 5), PROMPTS, word_tokenizer(), greedy, role=role)
+    other = generate(ContinuousGenerator(base, rows), PROMPTS, word_tokenizer(), greedy, role=role)
     assert len({int(n) for n in plain.completion_mask.sum(1)}) > 1, "answers end apart"
     assert other.completion_ids.tolist() == plain.completion_ids.tolist()
     assert other.has_eos.tolist() == plain.has_eos.tolist()
@@ -140,7 +139,7 @@ def test_continuous_batching_gives_the_answers_of_generate(rows: int, role: str,
 def test_continuous_batching_leaves_the_model_as_it_was(base: SharedBase) -> None:
     attention, ids = base.config._attn_implementation, torch.tensor([[7, 9, 12]])
     before = base(ids, torch.ones_like(ids), 2, roles=("policy",))["logprobs"]
-    generate(ContinuousGenerator(base, 2), PROMPTS, word_tokenizer(), CONFIG, 5)
+    generate(ContinuousGenerator(base, 2), PROMPTS, word_tokenizer(), CONFIG)
     after = base(ids, torch.ones_like(ids), 2, roles=("policy",))["logprobs"]
     assert base.config._attn_implementation == attention
     assert after.requires_grad and torch.equal(before, after)
@@ -150,15 +149,17 @@ def test_continuous_batching_follows_torchs_seed(base: SharedBase) -> None:
     drawn = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
-        drawn.append(generate(ContinuousGenerator(base, 2), PROMPTS, word_tokenizer(), CONFIG, 5).completions)
+        drawn.append(generate(ContinuousGenerator(base, 2), PROMPTS, word_tokenizer(), CONFIG).completions)
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_missing_answers_are_an_error(base: SharedBase, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"one": SimpleNamespace(error=None), "two": SimpleNamespace(error="out of blocks")}
     monkeypatch.setattr(base.causal_lm, "generate_batch", lambda *_, **__: given)
-    with pytest.raises(RuntimeError, match=r"^Continuous batching gave 1 answers to 5 prompts \(out of blocks\): see "):
-        generate(ContinuousGenerator(base, 2), PROMPTS, word_tokenizer(), CONFIG, 5)
+    with pytest.raises(
+        RuntimeError, match=r"^Continuous batching gave 1 completions for 5 prompts \(out of blocks\): see "
+    ):
+        generate(ContinuousGenerator(base, 2), PROMPTS, word_tokenizer(), CONFIG)
 
 
 def test_an_unknown_setting_is_named(base: SharedBase) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.helpers import rollout
-from trl_ext.trainers import metrics as module
-from trl_ext.trainers.completions import completions_frame, print_completions, save_completions
-from trl_ext.trainers.metrics import Metrics
+from trl_ext.ppo import metrics as module
+from trl_ext.ppo.completions import completions_frame, print_completions, save_completions
+from trl_ext.ppo.metrics import Metrics
 from trl_ext.types import Experience, ScorePass, Scores, as_text
 
 NAN = float("nan")

@@ -8,10 +8,18 @@ import torch
 
 from tests.helpers import CHAT_TEMPLATE, tiny_classifier, tiny_llama, word_tokenizer
 from trl_ext import SharedBase
-from trl_ext.rewards.models import answer_suffix, classifier, fluency, reward_role
+from trl_ext.rewards.models import classifier, fluency, reward_role
+from trl_ext.rewards.scorer import Scorer
+from trl_ext.tokens import padded, reward_suffix
+from trl_ext.types import Rollout
 
 TEXTS = ["the cat sat", "a dog"]
-EOS, NEWLINE, THE, CAT, SAT = 1, 4, 7, 9, 12  # of `word_tokenizer`
+CHAT = [[{"role": "user", "content": "the cat"}]]
+EOS, NEWLINE, THE, CAT, SAT, TREE, BIG = 1, 4, 7, 9, 12, 19, 24  # of `word_tokenizer`
+# A template with an argument, as Qwen3's `enable_thinking`: what is asked differs by it.
+LOUD = CHAT_TEMPLATE.replace(
+    "{% if add_generation_prompt %}", "{% if loud %}big {% endif %}{% if add_generation_prompt %}"
+)
 
 
 def saved(folder: Path, **changes: Any) -> str:
@@ -101,6 +109,48 @@ def test_reward_role_reads_texts_as_they_are() -> None:
     assert score == pytest.approx(float(base.scores(ids, torch.ones_like(ids))), rel=1e-5)
 
 
+def test_prompts_are_read_as_they_were_asked() -> None:
+    """With arguments of the chat template: by their ids where the trainer passes them on, else as told."""
+    base, tokenizer = SharedBase.from_model(tiny_llama()), word_tokenizer(LOUD)
+    base.adapters["reward"], base.heads["reward"] = "value", base.heads["value"]
+    torch.nn.init.normal_(base.heads["value"].weight)
+    asked = tokenizer.apply_chat_template(CHAT[0], add_generation_prompt=True, return_dict=True, loud=True)["input_ids"]
+    plain = tokenizer.apply_chat_template(CHAT[0], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert asked != plain
+    ids, read = torch.tensor([[*asked, SAT, EOS]]), torch.tensor([[*asked, SAT, EOS, NEWLINE, BIG]])
+    logprobs = tiny_llama()(ids).logits[0].log_softmax(-1)
+    expected = {
+        fluency: (logprobs[-3, SAT] + logprobs[-2, EOS]).item() / 2,
+        reward_role: float(base.scores(read, torch.ones_like(read))),
+    }
+    loud = {"loud": True}
+    written = Rollout(
+        CHAT,
+        [[{"role": "assistant", "content": "sat"}]],
+        *padded([asked], 0),
+        *padded([[SAT, EOS]], 0),
+        torch.tensor([True]),
+    )
+    for make, score in expected.items():
+        told = make(base, tokenizer, chat_template_kwargs=loud)
+        assert told(prompts=CHAT, completion_ids=[[SAT, EOS]]) == pytest.approx([score], rel=1e-4)
+        assert Scorer([told])(written, {})[0].tolist() == pytest.approx([score], rel=1e-4)
+    assert Scorer([fluency(base, tokenizer)])(written, {})[0].tolist() == pytest.approx([expected[fluency]], rel=1e-4)
+
+
+def test_every_eos_of_the_model_ends_what_the_reward_role_reads() -> None:
+    """The template ends a turn with an id that the tokenizer does not call its EOS, as chat models do."""
+    model, tokenizer = tiny_llama(), word_tokenizer(CHAT_TEMPLATE.replace("<eos>", " tree "))
+    model.generation_config.eos_token_id = [TREE, EOS]
+    base = SharedBase.from_model(model)
+    base.adapters["reward"], base.heads["reward"] = "value", base.heads["value"]
+    torch.nn.init.normal_(base.heads["value"].weight)
+    asked = tokenizer.apply_chat_template(CHAT[0], add_generation_prompt=True, return_dict=True)["input_ids"]
+    ids = torch.tensor([[*asked, SAT, TREE, NEWLINE]])
+    (score,) = reward_role(base, tokenizer)(prompts=CHAT, completion_ids=[[SAT, TREE]])
+    assert score == pytest.approx(float(base.scores(ids, torch.ones_like(ids))), rel=1e-5)
+
+
 # What follows an answer ----------------------------------------------------------------------------------------------
 
 
@@ -115,16 +165,17 @@ def test_reward_role_reads_texts_as_they_are() -> None:
     ],
     ids=["no-template", "chatml", "ends-at-eos", "longer", "no-eos"],
 )
-def test_answer_suffix(template: str | None, suffix: list[int]) -> None:
-    assert answer_suffix(word_tokenizer(template), [EOS]) == suffix
+def test_reward_suffix(template: str | None, suffix: list[int]) -> None:
+    assert reward_suffix(CHAT, word_tokenizer(template), [EOS]) == suffix
+    assert reward_suffix(TEXTS, word_tokenizer(template), [EOS]) == [], "texts end with their EOS"
 
 
-def test_answer_suffix_with_several_eos_ids() -> None:
-    assert answer_suffix(word_tokenizer(CHAT_TEMPLATE), [CAT, EOS]) == [NEWLINE]
-    assert answer_suffix(word_tokenizer(CHAT_TEMPLATE), [CAT]) == []
+def test_reward_suffix_with_several_eos_ids() -> None:
+    assert reward_suffix(CHAT, word_tokenizer(CHAT_TEMPLATE), [CAT, EOS]) == [NEWLINE]
+    assert reward_suffix(CHAT, word_tokenizer(CHAT_TEMPLATE), [CAT]) == []
 
 
 def test_an_eos_before_the_answer_is_not_its_end() -> None:
     """As where BOS and EOS are one token, and the template ends no turn with it."""
     bos = "<eos>" + CHAT_TEMPLATE.replace("<eos>", "")
-    assert answer_suffix(word_tokenizer(bos), [EOS]) == []
+    assert reward_suffix(CHAT, word_tokenizer(bos), [EOS]) == []

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.helpers import rollout
-from trl_ext.trainers.objective import policy_loss, value_loss
-from trl_ext.trainers.ppo_config import PPOConfig
+from trl_ext.ppo.config import PPOConfig
+from trl_ext.ppo.objectives import policy_loss, value_loss
 from trl_ext.types import Experience, ScorePass, Scores
 
 LENGTHS = [4, 2, 3]
@@ -62,7 +62,7 @@ def tokens(mask: Tensor, *columns: Tensor) -> list[tuple[float, ...]]:
 
 
 def test_policy(batch: Experience, said: dict[str, Tensor], args: PPOConfig) -> None:
-    loss, watched = policy_loss(batch, said, torch.tensor(NUM_TOKENS), args, PENALTY)
+    loss, watched = policy_loss(args.policy_objective, batch, said, torch.tensor(NUM_TOKENS), args, PENALTY)
     terms, log_ratios, clipped = [], [], []
     for new, old, advantage in tokens(batch.loss_mask, said["logprobs"], batch.score_pass.logprobs, batch.advantages):
         ratio = math.exp(new - old)
@@ -114,7 +114,7 @@ def test_every_other_objective(
     args = PPOConfig(
         str(tmp_path), use_cpu=True, report_to="none", cliprange=0.1, penalty_coef=9.0, entropy_coef=bonus, **settings
     )
-    loss, watched = policy_loss(batch, said, torch.tensor(NUM_TOKENS), args, PENALTY)
+    loss, watched = policy_loss(args.policy_objective, batch, said, torch.tensor(NUM_TOKENS), args, PENALTY)
     columns = (said["logprobs"], batch.score_pass.logprobs, batch.advantages, said["entropy"])
     rows = tokens(batch.loss_mask, *columns)
     terms = [term(new - old, advantage, new) for new, old, advantage, _ in rows]
@@ -127,7 +127,7 @@ def test_every_other_objective(
 
 
 def test_value(batch: Experience, said: dict[str, Tensor], args: PPOConfig) -> None:
-    loss, watched = value_loss(batch, said, torch.tensor(NUM_TOKENS), args, PENALTY)
+    loss, watched = value_loss(batch, said, torch.tensor(NUM_TOKENS), args)
     terms, clipped = [], []
     for new, old, target in tokens(batch.loss_mask, said["values"], batch.score_pass.values, batch.returns):
         bounded = min(max(new, old - 0.3), old + 0.3)
@@ -150,7 +150,12 @@ def test_a_step_down_the_gradient_makes_good_tokens_likelier(batch: Experience, 
     """At the start of an update, where new and old are equal, the slope is -advantage / tokens."""
     logprobs = batch.score_pass.logprobs.clone().requires_grad_()
     loss, _ = policy_loss(
-        batch, {"logprobs": logprobs, "entropy": logprobs.detach()}, torch.tensor(NUM_TOKENS), args, PENALTY
+        args.policy_objective,
+        batch,
+        {"logprobs": logprobs, "entropy": logprobs.detach()},
+        torch.tensor(NUM_TOKENS),
+        args,
+        PENALTY,
     )
     loss.backward()
     assert logprobs.grad is not None

@@ -12,7 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from trl import TrlParser
 
 import trl_ext
-from trl_ext.trainers.ppo_config import PPOConfig
+from trl_ext.ppo.config import PPOConfig
 
 PACKAGE = Path(trl_ext.__file__).parent
 
@@ -296,5 +296,5 @@ class C:
 def test_every_field_is_read() -> None:
     read: set[str] = set()
     for path in PACKAGE.rglob("*.py"):
-        read |= reads(path.read_text(encoding="utf-8"), own_file=path.name == "ppo_config.py")
+        read |= reads(path.read_text(encoding="utf-8"), own_file=path.name == "config.py")
     assert [name for name in own_fields() if name not in read] == []

@@ -12,6 +12,9 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
 ROOMS = (
     "trl_ext",
     "trl_ext.roles",
+    "trl_ext.generation",
+    "trl_ext.ppo",
+    "trl_ext.reward_models",
     "trl_ext.callbacks",
     "trl_ext.controllers",
     "trl_ext.rewards",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_ext.trainers.state import load_experience, save_experience
+from trl_ext.ppo.checkpoints import load_experience, save_experience
 from trl_ext.types import Experience, Rollout, ScorePass, Scores
 
 NAN = float("nan")

@@ -1,6 +1,6 @@
 """The records: picking rows, moving, and joining rows whose padding lies on different sides."""
 
-from dataclasses import FrozenInstanceError, fields, is_dataclass
+from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ def record() -> Experience:
 
     pass_ = ScorePass(tokens(1), tokens(2), tokens(3), tokens(4), torch.tensor([0.0, 100.0, 200.0]))
     scores = Scores(torch.tensor([1.0, 101.0, 201.0]), torch.tensor([[2.0, 3.0], [102.0, 103.0], [202.0, 203.0]]))
+    answers = replace(answers, sampling_logprobs=tokens(9))
     return Experience(answers, scores, pass_, tokens(5), tokens(6), answers.completion_mask, tokens(7), tokens(8))
 
 
@@ -57,6 +58,14 @@ def test_rows(record: Experience, index: list[int]) -> None:
             assert picked[name] == [value[i] for i in index], name
         else:
             assert picked[name].tolist() == [value.tolist()[i] for i in index], name
+
+
+def test_what_is_not_known_stays_unknown() -> None:
+    """A generator that tells no log-probs."""
+    answers = rollout(LENGTHS, ENDED, PROMPT_LENGTHS)
+    assert answers.sampling_logprobs is None
+    assert answers.rows(torch.tensor([1])).sampling_logprobs is None
+    assert concatenate([answers, answers], 0).sampling_logprobs is None
 
 
 def test_rows_leaves_the_original_alone(record: Experience) -> None:

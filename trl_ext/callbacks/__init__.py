@@ -2,7 +2,14 @@
 
 from trl_ext.callbacks.adaptive_kl import AdaptiveKLCallback
 from trl_ext.callbacks.diagnostics import DiagnosticsCallback
-from trl_ext.callbacks.rollout import CallbackError, EpochStats, PPOControl, RolloutCallback, RolloutEvents
+from trl_ext.callbacks.rollout import (
+    CallbackError,
+    EpochStats,
+    PPOControl,
+    RolloutCallback,
+    RolloutEvents,
+    check_events,
+)
 
 __all__ = [
     "AdaptiveKLCallback",
@@ -12,4 +19,5 @@ __all__ = [
     "PPOControl",
     "RolloutCallback",
     "RolloutEvents",
+    "check_events",
 ]

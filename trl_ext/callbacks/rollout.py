@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from trl_ext.types import Experience, Judged, Rollout, Shaped
+from trl_ext.types import Experience, Rollout, ScoredRollout, ShapedRollout
 
 _Record = TypeVar("_Record")
 
@@ -19,8 +20,8 @@ class PPOControl(TrainerControl):
     """TRL's and Transformers' switches, and one more.
 
     Attributes:
-        should_update_stop: train no more on the rollout in use; the next optimizer steps that would have are passed
-            over. Set back at the next rollout.
+        should_update_stop: train no more on the rollout in use: its remaining optimizer steps are skipped. Set back at
+            the next rollout.
     """
 
     should_update_stop: bool = False
@@ -28,16 +29,16 @@ class PPOControl(TrainerControl):
 
 @dataclass(frozen=True)
 class EpochStats:
-    """What one pass over the rollout did, averaged over its real tokens and all processes.
+    """What one epoch over the rollout did, averaged over its real tokens and all processes.
 
     Attributes:
-        epoch: which pass it was, from 0.
+        epoch: which one it was, from 0.
         approxkl: KL between the policy that sampled and the one in training, nats a token (k2).
         clipfrac: share of tokens whose policy gradient was clipped away.
         ratio: probability ratio.
         entropy: nats a token.
         policy_loss, value_loss: the losses; value_loss is NaN where no value role is trained.
-        skipped: minibatches of this pass that were not stepped on.
+        skipped: minibatches of this epoch that were not stepped on.
     """
 
     epoch: int
@@ -53,23 +54,28 @@ class EpochStats:
 class RolloutCallback(TrainerCallback):
     """A TrainerCallback that also hears PPO's own events; override the ones you need.
 
-    Every event gets `args` (PPOConfig), `state` (TrainerState), `control` (PPOControl) and frozen records (see
-    `trl_ext.types`, which gives every shape). An event that comes with a record may return another in its place, made
-    with `dataclasses.replace`; the next callback in the list and everything after it see the new one. None changes
-    nothing. Set `control.should_update_stop` to end the epochs of this update, `control.should_training_stop` to end
-    the training after the optimizer step under way.
+    Every event comes with `args` (PPOConfig), `state` (TrainerState), `control` (PPOControl) and frozen records (see
+    `trl_ext.types`, which gives every shape). A method may take some of these alone, by their names, as in `def
+    on_scores(self, judged)`; the signature is checked when the callback is added. An event that comes with a record may
+    return another in its place, made with `dataclasses.replace`; the next callback in the list and everything after it
+    see the new one. None changes nothing. Set `control.should_update_stop` to end the epochs of this update,
+    `control.should_training_stop` to end the training after the optimizer step under way.
 
-    With several processes, `on_rollout_end` sees this process's answers; all later events see those of all
-    processes, alike on each, and must come to the same result on each.
+    With several processes, `on_rollout_end` sees this process's completions; all later events see those of all
+    processes, the same on each, and must come to the same result on each.
     """
 
     def on_rollout_end(self, args: Any, state: TrainerState, control: PPOControl, rollout: Rollout) -> Rollout | None:
-        """The policy has answered; nobody has judged yet."""
+        """The policy has written its completions; nothing is scored yet."""
 
-    def on_scores(self, args: Any, state: TrainerState, control: PPOControl, judged: Judged) -> Judged | None:
-        """Reward functions and roles have spoken: scores by function, log-probabilities, values."""
+    def on_scores(
+        self, args: Any, state: TrainerState, control: PPOControl, judged: ScoredRollout
+    ) -> ScoredRollout | None:
+        """The completions have their scores by function, log-probabilities and values."""
 
-    def on_rewards(self, args: Any, state: TrainerState, control: PPOControl, shaped: Shaped) -> Shaped | None:
+    def on_rewards(
+        self, args: Any, state: TrainerState, control: PPOControl, shaped: ShapedRollout
+    ) -> ShapedRollout | None:
         """Each token has its reward, KL included."""
 
     def on_advantages(
@@ -80,39 +86,118 @@ class RolloutCallback(TrainerCallback):
     def on_ppo_epoch_end(
         self, args: Any, state: TrainerState, control: PPOControl, experience: Experience, stats: EpochStats
     ) -> None:
-        """One pass over the rollout is through."""
+        """One epoch over the rollout is through."""
 
     def on_update_end(
         self, args: Any, state: TrainerState, control: PPOControl, experience: Experience, metrics: dict[str, float]
     ) -> None:
-        """The last pass is through. `metrics` describe the rollout, under the names that are logged."""
+        """The last epoch is through. `metrics` describe the rollout, under the names that are logged."""
 
     def on_evaluation_end(
         self, args: Any, state: TrainerState, control: PPOControl, experience: Experience, metrics: dict[str, float]
     ) -> None:
-        """The evaluation's prompts have been answered and judged, always with the same random numbers."""
+        """The evaluation's prompts have their completions and scores, always with the same random numbers."""
 
 
 class CallbackError(ValueError):
     """A callback raised, or returned something unusable; the message names it, and what to do."""
 
 
+class Host(Protocol):
+    """What has callbacks: a trainer of Transformers."""
+
+    args: Any
+    state: TrainerState
+    control: Any
+    callback_handler: Any
+
+
+EVENTS: dict[str, tuple[str, ...]] = {
+    name: tuple(inspect.signature(method).parameters)[1:]
+    for name, method in vars(RolloutCallback).items()
+    if name.startswith("on_")
+}
+"""Each event of `RolloutCallback` and the names of what it comes with, in their order."""
+
+
+def check_events(callback: TrainerCallback) -> None:
+    """Refuse a callback whose methods cannot take what their events come with.
+
+    A method names the arguments that it wants, in any order, or takes all of them under names of its own.
+
+    Raises:
+        TypeError: names the method and the argument.
+    """
+    if isinstance(callback, RolloutCallback):
+        for event in EVENTS:
+            _arguments(callback, event)
+
+
+def _arguments(callback: RolloutCallback, event: str) -> tuple[str, ...] | None:
+    """Names of the arguments that `callback` takes of `event`; None: all, by position."""
+    offered, parameters = EVENTS[event], inspect.signature(getattr(callback, event)).parameters.values()
+    kinds = {parameter.kind for parameter in parameters}
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    foreign = [p.name for p in named if p.default is p.empty and p.name not in offered]
+    if inspect.Parameter.VAR_POSITIONAL in kinds or inspect.Parameter.POSITIONAL_ONLY in kinds:
+        return None
+    if foreign and len(named) == len(offered):
+        return None  # all of them, under names of its own
+    if foreign:
+        raise TypeError(
+            f"{type(callback).__name__}.{event} asks for {foreign[0]!r}, which this event does not come with: take "
+            f"{', '.join(offered)}, or some of these by their names."
+        )
+    return offered if inspect.Parameter.VAR_KEYWORD in kinds else tuple(p.name for p in named if p.name in offered)
+
+
 class RolloutEvents:
-    """Hands PPO's events to those callbacks of a trainer that listen.
+    """Hands PPO's events to those callbacks of a trainer that listen: a method an event, named as in `RolloutCallback`.
+
+    An event with a record gives back what the last callback made of it.
 
     Args:
-        trainer: anything with `callback_handler`, `args`, `state` and `control`.
+        host: the trainer.
+        together: runs what must fail on every process where it fails on one. `on_rollout_end`, which is told amid a
+            process's own work, does without.
+
+    Raises:
+        CallbackError: each event, where a callback raised, or returned something that is no such record, or of another
+            shape.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
+    def __init__(self, host: Host, together: Callable[[Callable[[], Any]], Any] = lambda work: work()) -> None:
+        self._host, self._together = host, together
 
-    def replace(self, event: str, record: _Record) -> _Record:
-        """Let each callback see `record`, the one after it what it returned, and give back the last.
+    def on_rollout_end(self, rollout: Rollout) -> Rollout:
+        """See `RolloutCallback`."""
+        return self._replaced("on_rollout_end", rollout)
 
-        Raises:
-            CallbackError: a callback raised, or returned something that is no such record, or of another shape.
-        """
+    def on_scores(self, scored: ScoredRollout) -> ScoredRollout:
+        """See `RolloutCallback`."""
+        return self._together(lambda: self._replaced("on_scores", scored))
+
+    def on_rewards(self, shaped: ShapedRollout) -> ShapedRollout:
+        """See `RolloutCallback`."""
+        return self._together(lambda: self._replaced("on_rewards", shaped))
+
+    def on_advantages(self, experience: Experience) -> Experience:
+        """See `RolloutCallback`."""
+        return self._together(lambda: self._replaced("on_advantages", experience))
+
+    def on_ppo_epoch_end(self, experience: Experience, stats: EpochStats) -> None:
+        """See `RolloutCallback`."""
+        self._together(lambda: self._tell("on_ppo_epoch_end", experience, stats))
+
+    def on_update_end(self, experience: Experience, metrics: dict[str, float]) -> None:
+        """See `RolloutCallback`."""
+        self._together(lambda: self._tell("on_update_end", experience, metrics))
+
+    def on_evaluation_end(self, experience: Experience, metrics: dict[str, float]) -> None:
+        """See `RolloutCallback`."""
+        self._together(lambda: self._tell("on_evaluation_end", experience, metrics))
+
+    def _replaced(self, event: str, record: _Record) -> _Record:
         for callback in self._listening():
             returned = self._call(callback, event, record)
             if returned is not None:
@@ -120,22 +205,21 @@ class RolloutEvents:
                 record = returned
         return record
 
-    def tell(self, event: str, *what: Any) -> None:
-        """Let each callback see `what`.
-
-        Raises:
-            CallbackError: a callback raised.
-        """
+    def _tell(self, event: str, *arguments: Any) -> None:
         for callback in self._listening():
-            self._call(callback, event, *what)
+            self._call(callback, event, *arguments)
 
     def _listening(self) -> Sequence[RolloutCallback]:
-        return [cb for cb in self._trainer.callback_handler.callbacks if isinstance(cb, RolloutCallback)]
+        return [cb for cb in self._host.callback_handler.callbacks if isinstance(cb, RolloutCallback)]
 
-    def _call(self, callback: RolloutCallback, event: str, *what: Any) -> Any:
-        args: TrainingArguments = self._trainer.args
+    def _call(self, callback: RolloutCallback, event: str, *arguments: Any) -> Any:
+        everything = (self._host.args, self._host.state, self._host.control, *arguments)
+        names, method = _arguments(callback, event), getattr(callback, event)
         try:
-            return getattr(callback, event)(args, self._trainer.state, self._trainer.control, *what)
+            if names is None:
+                return method(*everything)
+            by_name = dict(zip(EVENTS[event], everything, strict=True))
+            return method(**{name: by_name[name] for name in names})
         except Exception as error:
             raise CallbackError(f"{type(callback).__name__}.{event} raised {type(error).__name__}: {error}.") from error
 
@@ -156,6 +240,8 @@ def _check_same(before: Any, after: Any, where: str, path: str = "") -> None:
         if after.dtype.is_floating_point and bool((~after.isfinite() & before.isfinite()).any()):
             row = int((~after.isfinite() & before.isfinite()).nonzero()[0, 0])
             raise CallbackError(f"{where} returned {path} with a number that is not finite in row {row}.")
+    elif before is None:
+        return
     elif isinstance(before, list):
         if len(after) != len(before):
             raise CallbackError(f"{where} returned {len(after)} {path}, not {len(before)}: keep one entry a row.")

@@ -1,27 +1,16 @@
-"""Prompts in, rollout out; answers by Transformers' `generate`, its continuous batching, or vLLM."""
+"""Whoever answers: Transformers' `generate`, its continuous batching, vLLM, or anything with `answers`."""
 
 from trl_ext.generation.continuous import ContinuousGenerator
-from trl_ext.generation.rollouts import (
-    BatchingGenerator,
-    GenerationError,
-    Generator,
-    check_chat_template,
-    cut_at_eos,
-    eos_ids,
-    generate,
-    tokenize_prompts,
-)
+from trl_ext.generation.rollouts import Answers, GenerationError, Generator, generate
+from trl_ext.generation.transformers_generate import TransformersGenerator
 from trl_ext.generation.vllm import VLLMGenerator
 
 __all__ = [
-    "BatchingGenerator",
+    "Answers",
     "ContinuousGenerator",
     "GenerationError",
     "Generator",
+    "TransformersGenerator",
     "VLLMGenerator",
-    "check_chat_template",
-    "cut_at_eos",
-    "eos_ids",
     "generate",
-    "tokenize_prompts",
 ]

@@ -1,4 +1,4 @@
-"""Answers by Transformers' continuous batching: an answer that has ended makes room at once."""
+"""Completions by Transformers' continuous batching: one that has ended makes room at once."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
-from trl_ext.generation.rollouts import BatchingGenerator, GenerationError
+from trl_ext.generation.rollouts import Answers, GenerationError, check_whole
 
 
-class ContinuousGenerator(BatchingGenerator):
-    """`SharedBase.generate` through continuous batching, for `trl_ext.generation.generate`.
-
-    The roles' own base answers: unlike vLLM this needs no second copy of its weights, and no adapter is written. Keys
-    and values take the memory that `rows` answers need, and give it back afterwards.
+class ContinuousGenerator:
+    """The roles' own base answers: unlike vLLM this needs no second copy of its weights, and no adapter is written.
+    Keys and values take the memory that `rows` completions need, and give it back afterwards.
 
     Args:
         base: the `SharedBase`.
-        rows: most answers that are being written at a time.
+        rows: most completions that are being written at a time.
         settings: further fields of `transformers.generation.ContinuousBatchingConfig`.
 
     Raises:
@@ -35,19 +33,19 @@ class ContinuousGenerator(BatchingGenerator):
         if config.page_size < 1:
             raise ValueError(f"transformers_continuous_batching_config: page_size is {config.page_size}: raise it.")
 
-    def answers(self, prompts: list[list[int]], config: GenerationConfig, role: str) -> list[list[int]]:
-        """Ids of one answer to each prompt's ids, in their order.
+    def answers(self, prompt_ids: list[list[int]], config: GenerationConfig, role: str) -> Answers:
+        """See `Generator.answers`.
 
         Raises:
-            GenerationError: Transformers gave fewer answers than there are prompts.
+            GenerationError: Transformers gave fewer completions than there are prompts.
         """
         with self.base.use(role):
             self.base.model.eval()
             try:
-                given = self.base.causal_lm.generate_batch(
-                    prompts,
+                outputs = self.base.causal_lm.generate_batch(
+                    prompt_ids,
                     generation_config=config,
-                    continuous_batching_config=self._config(prompts, config.max_new_tokens),
+                    continuous_batching_config=self._config(prompt_ids, config.max_new_tokens),
                 )
             except MemoryError as error:
                 raise GenerationError(
@@ -55,18 +53,22 @@ class ContinuousGenerator(BatchingGenerator):
                     "or max_completion_length."
                 ) from error
         # Transformers logs what goes wrong, and goes on.
-        ended = [one for one in given.values() if one.error is None]
-        if len(ended) < len(prompts):
-            why = next((f" ({one.error})" for one in given.values() if one.error), "")
+        ended = [output for output in outputs.values() if output.error is None]
+        if len(ended) < len(prompt_ids):
+            why = next((f" ({output.error})" for output in outputs.values() if output.error), "")
             raise GenerationError(
-                f"Continuous batching gave {len(ended)} answers to {len(prompts)} prompts{why}: see the log above, or "
-                "unset use_transformers_continuous_batching."
+                f"Continuous batching gave {len(ended)} completions for {len(prompt_ids)} prompts{why}: see the log "
+                "above, or unset use_transformers_continuous_batching."
             )
-        return [one.generated_tokens for one in ended]
+        completions = [output.generated_tokens for output in ended]
+        check_whole(completions, config)
+        return Answers(completions)
 
-    def _config(self, prompts: list[list[int]], new_tokens: int) -> ContinuousBatchingConfig:
+    def _config(self, prompt_ids: list[list[int]], new_tokens: int) -> ContinuousBatchingConfig:
         config = ContinuousBatchingConfig(**self._settings)
         if config.num_blocks is None:  # or it would take nearly all memory there is
-            longest = max(len(prompt) for prompt in prompts) + new_tokens
-            config.num_blocks = min(len(prompts), config.max_requests_per_batch) * math.ceil(longest / config.page_size)
+            longest = max(map(len, prompt_ids)) + new_tokens
+            config.num_blocks = min(len(prompt_ids), config.max_requests_per_batch) * math.ceil(
+                longest / config.page_size
+            )
         return config

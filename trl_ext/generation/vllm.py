@@ -1,4 +1,4 @@
-"""Answers by vLLM, which loads the policy's adapter anew for each rollout.
+"""Completions by vLLM, which loads the policy's adapter anew for each rollout.
 
 vLLM keeps a copy of the base's weights of its own on the GPU.
 Not run on a GPU by this project's tests, which check the calls against a stand-in.
@@ -12,17 +12,18 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from trl_ext.generation.rollouts import BatchingGenerator
+from trl_ext.generation.rollouts import Answers, check_whole
+from trl_ext.tokens import as_ids
 
 
-class VLLMGenerator(BatchingGenerator):
-    """`SharedBase.generate` through vLLM, for `trl_ext.generation.generate`.
+class VLLMGenerator:
+    """vLLM answers, in this process, over a base of its own.
 
     Args:
         base: the `SharedBase`; its policy adapter is written to a temporary folder before each rollout.
         model: name or folder of the base model.
         memory: share of the GPU's memory that vLLM may use, 0 to 1.
-        max_length: most tokens of prompt and answer; None: the model's own limit.
+        max_length: most tokens of prompt and completion; None: the model's own limit.
         seed: of vLLM's sampling.
 
     Raises:
@@ -50,8 +51,8 @@ class VLLMGenerator(BatchingGenerator):
             seed=seed,
         )
 
-    def answers(self, prompts: list[list[int]], config: GenerationConfig, role: str) -> list[list[int]]:
-        """Ids of one answer to each prompt's ids, in their order."""
+    def answers(self, prompt_ids: list[list[int]], config: GenerationConfig, role: str) -> Answers:
+        """See `Generator.answers`."""
         sampling = self._vllm.SamplingParams(
             temperature=config.temperature,
             top_p=config.top_p,
@@ -59,9 +60,9 @@ class VLLMGenerator(BatchingGenerator):
             min_p=config.min_p or 0.0,
             repetition_penalty=config.repetition_penalty,
             max_tokens=config.max_new_tokens,
-            stop_token_ids=config.eos_token_id,
+            stop_token_ids=as_ids(config.eos_token_id),
         )
-        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        asked = [{"prompt_token_ids": ids} for ids in prompt_ids]
         adapter = self.base.adapters[role]
         with tempfile.TemporaryDirectory() as folder:
             request = None
@@ -72,4 +73,6 @@ class VLLMGenerator(BatchingGenerator):
                 path = str(nested if nested.is_dir() else folder)
                 request = self._request(f"{adapter}-{self._rollouts}", self._rollouts, path)
             outputs = self._llm.generate(asked, sampling, lora_request=request, use_tqdm=False)
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        completions = [list(output.outputs[0].token_ids) for output in outputs]
+        check_whole(completions, config)
+        return Answers(completions)

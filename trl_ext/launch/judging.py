@@ -11,12 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_ext.feedback import Judged
 from trl_ext.feedback.records import key_of
-from trl_ext.generation import eos_ids
 from trl_ext.launch.screen import answered
-from trl_ext.rewards.models import answer_suffix
 from trl_ext.roles import SharedBase
-from trl_ext.trainers.batching import padded_by_length
-from trl_ext.trainers.reward_trainer import sequence_ids
+from trl_ext.tokens import eos_ids, padded_by_length, reward_suffix, sequence_ids
 from trl_ext.types import as_text
 
 
@@ -56,8 +53,7 @@ def reference_scores(
     if not prompts:
         return []
     rollout = answered(base, tokenizer, prompts, max_new_tokens, batch_size)
-    texts = isinstance(prompts[0], str)
-    suffix = [] if texts else answer_suffix(tokenizer, eos_ids(base.causal_lm, tokenizer))
+    suffix = reward_suffix(prompts, tokenizer, eos_ids(base.causal_lm, tokenizer))
     scores: list[float] = []
     for rows in torch.arange(len(prompts)).split(batch_size):
         part = rollout.rows(rows).to(base.device)

@@ -17,9 +17,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl_ext.core import masked_sum
 from trl_ext.diagnostics import write_report
-from trl_ext.generation import eos_ids, generate
+from trl_ext.generation import TransformersGenerator, generate
 from trl_ext.roles import SharedBase
-from trl_ext.trainers.reward_trainer import sequence_ids
+from trl_ext.tokens import eos_ids, sequence_ids
 from trl_ext.types import Rollout, as_text
 
 
@@ -95,8 +95,8 @@ def kl_to_reference(
     for rows in torch.arange(len(prompts)).split(batch_size):
         part = rollout.rows(rows).to(base.device)
         width = part.completion_ids.shape[1]
-        said = base(part.input_ids, part.attention_mask, width, roles=("policy", "reference"))
-        total += float(masked_sum(said["logprobs"] - said["ref_logprobs"], part.completion_mask))
+        outputs = base(part.input_ids, part.attention_mask, width, roles=("policy", "reference"))
+        total += float(masked_sum(outputs["logprobs"] - outputs["ref_logprobs"], part.completion_mask))
     return total / len(prompts)
 
 
@@ -121,7 +121,7 @@ def answered(
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return generate(base, prompts, tokenizer, config, batch_size, chat_template_kwargs)
+        return generate(TransformersGenerator(base, batch_size), prompts, tokenizer, config, chat_template_kwargs)
 
 
 def _print(table: Table) -> None:

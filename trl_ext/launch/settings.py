@@ -23,9 +23,9 @@ from trl_ext import demo
 from trl_ext._trl import train_in_float32
 from trl_ext.generation import GenerationError
 from trl_ext.launch.resuming import checkpoint_of
+from trl_ext.ppo.building import args_of_gpu
+from trl_ext.ppo.checks import check_output_dir, check_trackers
 from trl_ext.roles import SharedBase
-from trl_ext.trainers.building import args_of_gpu
-from trl_ext.trainers.checks import check_output_dir, check_trackers
 
 USER_ERRORS = (
     *(ValueError, TypeError, OSError, ImportError, GenerationError),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from trl_ext.core import masked_mean
 from trl_ext.rewards.texts import Reward
+from trl_ext.tokens import eos_ids, reward_suffix, side_by_side, tokenize_prompts
 from trl_ext.types import as_text
 
 
 def classifier(
     name_or_path: str, label: str | None = None, device: str = "cpu", max_length: int = 512, batch_size: int = 32
 ) -> Reward:
-    """What a Transformers sequence classifier makes of an answer's text, read with the classifier's own tokenizer.
+    """What a Transformers sequence classifier makes of a completion's text, read with the classifier's own tokenizer.
 
     Args:
         name_or_path: the model; its tokenizer lies beside it.
@@ -25,7 +26,7 @@ def classifier(
             output of a model with one label.
         device: where it runs.
         max_length: tokens that it reads.
-        batch_size: answers at a time.
+        batch_size: completions at a time.
 
     Raises:
         ValueError: no such label, or several labels and none chosen.
@@ -61,20 +62,34 @@ def classifier(
     return classifier
 
 
-def fluency(base: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> Reward:
-    """Mean log-probability of an answer's tokens under the reference role, nats a token: minus the logarithm of its
+def fluency(
+    base: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 32,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> Reward:
+    """Mean log-probability of a completion's tokens under the reference role, nats a token: minus the logarithm of its
     perplexity. Near 0 is fluent, far below is word salad.
 
     Args:
         base: a `SharedBase`.
         tokenizer: of the base.
-        batch_size: answers at a time.
+        batch_size: completions at a time.
+        chat_template_kwargs: of the prompts, in trainers that do not pass on `prompt_ids`; ours does.
     """
 
     @torch.no_grad()
-    def fluency(prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float | None]:
+    def fluency(
+        prompts: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        prompt_ids: Sequence[Sequence[int]] | None = None,
+        **_: Any,
+    ) -> list[float | None]:
+        asked = prompt_ids or tokenize_prompts(prompts, tokenizer, chat_template_kwargs)
         means: list[float] = []
-        for ids, mask, width in _batches(tokenizer, prompts, completion_ids, batch_size):
+        for start in range(0, len(asked), batch_size):
+            part = slice(start, start + batch_size)
+            ids, mask, width = side_by_side(asked[part], completion_ids[part])
             logprobs = base.logprobs(ids.to(base.device), mask.to(base.device), width, role="reference").cpu()
             means += masked_mean(logprobs, mask[:, -width:], dim=1).tolist()
         return [mean if len(row) else None for mean, row in zip(means, completion_ids, strict=True)]
@@ -82,69 +97,37 @@ def fluency(base: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32)
     return fluency
 
 
-def reward_role(base: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> Reward:
+def reward_role(
+    base: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 32,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> Reward:
     """The score of the base's reward role, for trainers that know reward functions only.
 
     Args:
         base: a `SharedBase` with a reward role.
         tokenizer: of the base.
-        batch_size: answers at a time.
+        batch_size: completions at a time.
+        chat_template_kwargs: of the conversations: what the policy's prompts were written with.
     """
-    after = answer_suffix(tokenizer, [tokenizer.eos_token_id])
+    eos = eos_ids(base.causal_lm, tokenizer)
 
     @torch.no_grad()
-    def reward_role(prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float | None]:
-        ended = [list(ids) + after if list(ids[-1:]) == [tokenizer.eos_token_id] else ids for ids in completion_ids]
-        answers = completion_ids if isinstance(prompts[0], str) else ended
+    def reward_role(
+        prompts: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        prompt_ids: Sequence[Sequence[int]] | None = None,
+        **_: Any,
+    ) -> list[float | None]:
+        suffix = reward_suffix(prompts, tokenizer, eos, chat_template_kwargs)
+        asked = prompt_ids or tokenize_prompts(prompts, tokenizer, chat_template_kwargs)
+        read = [[*ids, *suffix] if len(ids) and ids[-1] in eos else list(ids) for ids in completion_ids]
         scores: list[float | None] = []
-        for ids, mask, _width in _batches(tokenizer, prompts, answers, batch_size):
+        for start in range(0, len(asked), batch_size):
+            part = slice(start, start + batch_size)
+            ids, mask, _width = side_by_side(asked[part], read[part])
             scores += base.scores(ids.to(base.device), mask.to(base.device)).cpu().tolist()
         return scores
 
     return reward_role
-
-
-def answer_suffix(
-    tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], chat_template_kwargs: dict[str, Any] | None = None
-) -> list[int]:
-    """What the chat template writes after an answer's last id of `ends`: often a newline after the EOS, which a reward
-    model was trained to read.
-
-    Empty where there is no chat template or nothing follows.
-    """
-    if tokenizer.chat_template is None:
-        return []
-    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    kwargs: dict[str, Any] = {"tokenize": True, "return_dict": True, **(chat_template_kwargs or {})}
-    asked = tokenizer.apply_chat_template(conversation[:1], **kwargs)["input_ids"]
-    ids = list(tokenizer.apply_chat_template(conversation, **kwargs)["input_ids"])
-    last = [i for i, token in enumerate(ids) if i >= len(asked) and token in set(ends)]
-    return ids[last[-1] + 1 :] if last else []
-
-
-def _batches(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], size: int
-) -> Iterator[tuple[Tensor, Tensor, int]]:
-    for start in range(0, len(prompts), size):
-        yield _rows(tokenizer, prompts[start : start + size], completion_ids[start : start + size])
-
-
-def _rows(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]]
-) -> tuple[Tensor, Tensor, int]:
-    """Prompts left-padded beside completions right-padded: ids, mask, width of the completions."""
-    asked = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
-    left, right = max(map(len, asked)), max(1, *map(len, completion_ids))
-    ids = torch.zeros(len(asked), left + right, dtype=torch.long)
-    mask = torch.zeros(ids.shape, dtype=torch.bool)
-    for i, (before, after) in enumerate(zip(asked, completion_ids, strict=True)):
-        ids[i, left - len(before) : left + len(after)] = torch.tensor([*before, *after])
-        mask[i, left - len(before) : left + len(after)] = True
-    return ids, mask, right
-
-
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    chat = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return list(chat["input_ids"])

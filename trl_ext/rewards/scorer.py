@@ -27,10 +27,10 @@ class Scorer:
         functions: callables (sync or async), models, or names of models.
         tokenizers: for the models among the functions, one a function; None: loaded from the model's name.
         device: where the models run.
-        chat_template_kwargs: given to the chat template when a model scores conversations.
+        chat_template_kwargs: passed to the chat template when a model scores conversations.
         trust_remote_code: passed on when a model is loaded by name.
         timeout: most seconds that one call of a function may take; None: any.
-        batch_size: most answers of one forward of a model.
+        batch_size: most completions of one forward of a model.
 
     Raises:
         TypeError, ValueError: a function that cannot be called, or lists of different lengths.
@@ -87,8 +87,9 @@ class Scorer:
         }
         results: list[Any] = []
         for name, function in zip(self.names, self._functions, strict=True):
+            more = {"prompt_ids": rollout.prompt_tokens} if _names_prompt_ids(function) else {}
             with _named(name, self.timeout):
-                results.append(self._call(function, arguments))
+                results.append(self._call(function, arguments | more))
         waiting = {i: result for i, result in enumerate(results) if inspect.isawaitable(result)}
         if waiting:
             finished = self._run(_gather(list(waiting.values()), self.timeout))
@@ -183,6 +184,14 @@ def _named(name: str, timeout: float | None) -> Iterator[None]:
             f"Reward function {name!r} raised {type(error).__name__}: {error}. Let it return None for a completion "
             "that it cannot judge."
         ) from error
+
+
+def _names_prompt_ids(function: Callable[..., Any]) -> bool:
+    """Whether a function asks for the ids of the prompts, which TRL's trainers do not pass on."""
+    try:
+        return "prompt_ids" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a callable that Python cannot look into
+        return False
 
 
 def _checked(values: Any, name: str, expected: int) -> Tensor:

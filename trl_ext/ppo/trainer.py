@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object, set_seed
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -14,43 +18,54 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl_ext._trl import BaseTrainer
-from trl_ext.callbacks import PPOControl, RolloutCallback, RolloutEvents
+from trl_ext.callbacks import PPOControl, RolloutCallback, RolloutEvents, check_events
+from trl_ext.generation import Generator
+from trl_ext.ppo import checks
+from trl_ext.ppo.batches import RolloutSampler
+from trl_ext.ppo.building import (
+    build_base,
+    build_generator,
+    build_scorer,
+    check_generator,
+    check_model,
+    default_config,
+    without_dropout,
+)
+from trl_ext.ppo.checkpoints import Checkpoints
+from trl_ext.ppo.collector import Collector
+from trl_ext.ppo.completions import completions_frame, print_completions, save_completions
+from trl_ext.ppo.config import PPOConfig
+from trl_ext.ppo.experience import make_experience
+from trl_ext.ppo.failures import together
+from trl_ext.ppo.interrupts import Interrupts
+from trl_ext.ppo.metrics import Metrics, peak_memory
+from trl_ext.ppo.pretraining import PretrainMix
+from trl_ext.ppo.summary import summarize
+from trl_ext.ppo.update import Updater
 from trl_ext.rewards import RewardFunction
-from trl_ext.trainers import checks
-from trl_ext.trainers.batching import RolloutSampler
-from trl_ext.trainers.building import build_base, build_scorer, check_model, default_config, without_dropout
-from trl_ext.trainers.collector import Collector
-from trl_ext.trainers.completions import completions_frame, print_completions, save_completions
-from trl_ext.trainers.experience import estimate, make_experience, shape
-from trl_ext.trainers.failing import SharedEvents
-from trl_ext.trainers.interrupts import Interrupts
-from trl_ext.trainers.metrics import Metrics, peak_memory
-from trl_ext.trainers.ppo_config import PPOConfig
-from trl_ext.trainers.pretraining import PretrainMix
-from trl_ext.trainers.saving import Checkpoints
-from trl_ext.trainers.summary import summarize
-from trl_ext.trainers.updater import Updater
 from trl_ext.types import Experience
 
 
 def _rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Collator: dataset rows stay dicts; they are tokenised when they are answered."""
+    """Collator: dataset rows stay dicts; prompts are tokenised when they are answered."""
     return rows
 
 
 class _AfterStep(TrainerCallback):
     """Tells the trainer that the optimizer has stepped."""
 
-    def __init__(self, after_step: Any) -> None:
+    def __init__(self, after_step: Callable[[], None]) -> None:
         self._after_step = after_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer after each optimizer step, taken or passed over."""
+        """Called by the Trainer after each optimizer step, taken or skipped."""
         self._after_step()
 
 
-class PPOTrainer(Checkpoints, BaseTrainer):
+class PPOTrainer(BaseTrainer):
     """Proximal policy optimisation with LoRA adapters over one shared base.
+
+    Transformers' Trainer keeps the loop; `trl_ext.ppo.update` is what happens in it, and says who calls whom.
 
     Args:
         model: a model's name or folder, a PreTrainedModel, a PeftModel (its adapter is trained, a frozen copy of it is
@@ -62,11 +77,13 @@ class PPOTrainer(Checkpoints, BaseTrainer):
         eval_dataset: the same, or a dict of such.
         processing_class: the tokenizer; None: the model's.
         reward_processing_classes: tokenizers of the models among `reward_funcs`; None: the models' own.
-        callbacks: TrainerCallbacks.
+        callbacks: TrainerCallbacks; `RolloutCallback`s hear PPO's own events.
         optimizers: optimizer and learning rate schedule; None: AdamW and what `args` says.
         quantization_config: `transformers.BitsAndBytesConfig`, where `model` is a name.
         peft_config: LoraConfig of the policy; None: LoRA of rank 16 on every linear layer.
         ptx_dataset: texts (column `text`) for the pretraining term of the loss, where `ptx_coef` is set.
+        generator: who answers: anything with `answers(prompt_ids, config, role)`, see `trl_ext.generation`; None: the
+            base itself, or what `args` says.
 
     Raises:
         ValueError, TypeError: bad input, found before a model is loaded where that is possible.
@@ -78,6 +95,19 @@ class PPOTrainer(Checkpoints, BaseTrainer):
         "title": "Fine-Tuning Language Models from Human Preferences",
         "id": "1909.08593",
     }
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a loss that nothing would call.
+
+        Raises:
+            TypeError: the subclass overrides `compute_loss`.
+        """
+        super().__init_subclass__(**kwargs)
+        if cls.compute_loss is not PPOTrainer.compute_loss:
+            raise TypeError(
+                f"{cls.__name__} overrides compute_loss, which PPO never calls, for each role has a loss of its own: "
+                "give PPOConfig an objective, a trl_ext.ppo.Objective with your own terms, instead."
+            )
 
     def __init__(
         self,
@@ -93,9 +123,13 @@ class PPOTrainer(Checkpoints, BaseTrainer):
         quantization_config: Any | None = None,
         peft_config: Any | None = None,
         ptx_dataset: Dataset | None = None,
+        generator: Generator | None = None,
     ) -> None:
         check_model(model, peft_config, quantization_config)
         args = args if args is not None else default_config(model)
+        check_generator(generator, args)
+        for callback in callbacks or []:
+            check_events(callback)
         checks.check_output_dir(str(args.output_dir))
         checks.check_devices(args)
         checks.check_datasets(train_dataset, eval_dataset, args)
@@ -127,25 +161,43 @@ class PPOTrainer(Checkpoints, BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        scorer = build_scorer(functions, reward_processing_classes, args, self.accelerator.device)
         self.control = PPOControl()
-        self.add_callback(_AfterStep(self._after_step))
-        events = RolloutEvents(self)
-        self.events = SharedEvents(events)
-        self.metrics = Metrics()
-        self.collector = Collector(self.base, tokenizer, scorer, args, self.accelerator, events)
-        self.updater = Updater(self, mix)
-        self.experience: Experience | None = None
-        self.rollout_metrics: dict[str, float] = {}
         self.interrupts = Interrupts()
+        events = self.events = RolloutEvents(self, together)
+        generator = generator if generator is not None else build_generator(self.base, args, self.accelerator)
+        scorer = build_scorer(functions, reward_processing_classes, args, self.accelerator.device)
+        self.collector = Collector(self.base, tokenizer, generator, scorer, args, self.accelerator, events)
+        self.updater = Updater(self.base, args, self.accelerator, self.collector, events, mix)
+        self.checkpoints = Checkpoints(args, self.updater, self.accelerator)
+        self.add_callback(_AfterStep(self._after_step))
         self._sampler: RolloutSampler | None = None
-        set_seed(args.seed, device_specific=True)  # processes sample different answers
+        set_seed(args.seed, device_specific=True)  # processes sample different completions
+
+    @property
+    def experience(self) -> Experience | None:
+        """The rollout in use; None before the first."""
+        return self.updater.experience
+
+    @property
+    def metrics(self) -> Metrics:
+        """What is logged next."""
+        return self.updater.metrics
+
+    def add_callback(self, callback: Any) -> None:
+        """As Transformers' `Trainer.add_callback`.
+
+        Raises:
+            TypeError: a method for one of PPO's events asks for what it does not come with.
+        """
+        callback = callback() if isinstance(callback, type) else callback
+        check_events(callback)
+        super().add_callback(callback)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Transformers' `Trainer.train`. Ctrl-C and SIGTERM take effect after the optimizer step under way, with a
         checkpoint written; so does a reward function that fails."""
         self.updater.reset()
-        self._step_end = None
+        self.checkpoints.forget_step_end()
         # Trackers come after the callbacks that add to a log.
         self.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, RolloutCallback))
         with self.interrupts:
@@ -170,65 +222,82 @@ class PPOTrainer(Checkpoints, BaseTrainer):
         Returns:
             This micro-batch's share of the minibatch's loss, times the number of processes.
         """
-        step = self.state.global_step % self.args.steps_per_rollout
-        if self.updater.idle and (step == 0 or self.experience is None):
-            self.experience = self.collect(inputs)
-        assert self.experience is not None
-        started = time.perf_counter()
-        loss = self.updater(model, self.experience)
-        # Transformers' own sum of losses since the last log is lost with an interrupted run.
-        self.metrics.add_value("loss", loss * self.args.gradient_accumulation_steps)
-        if self.updater.idle and not self.updater.finish_minibatch():
+        updater, step = self.updater, self.state.global_step
+        updater.begin_step(step)
+        if updater.needs_rollout:
+            with self._saved_on_failure():
+                self._normalize_scores()
+                updater.collect(inputs, self.state, self.control)
+        with self.collector.timed("train"):
+            loss = updater.train_on_next(model, step)
+            may_step = not updater.idle or updater.finish_minibatch()
+        if not may_step:
             # Accelerate's optimizer steps only where gradients are synchronised: weights and moments stay as they are.
             self.accelerator.gradient_state._set_sync_gradients(False)
-        if loss.is_cuda:
-            torch.cuda.synchronize(loss.device)  # or the clock stops while backward waits to begin
-        self.collector.seconds["train"] += time.perf_counter() - started
+        if self.args.torch_empty_cache_steps is not None and step % self.args.torch_empty_cache_steps == 0:
+            clear_device_cache()
         return loss
 
-    def collect(self, inputs: list[dict[str, Any]]) -> Experience:
-        """Answer this process's prompts and turn all processes' answers into experience."""
-        self.control.should_update_stop = False
-        if self.collector.combination.needs_reference:
-            self.collector.normalize_by_reference(self.train_dataset, self.state)
-        with self._saved_on_failure():
-            judged = self.events.replace("on_scores", self.collector(inputs, self.state))
-            shaped = self.events.replace("on_rewards", shape(judged, self.args))
-            experience = self.events.replace("on_advantages", estimate(shaped, self.args))
-        self.metrics.take_in(self.collector.reports.metrics)
-        self.rollout_metrics = summarize(experience, self.args, self.collector.score_names)
-        self.metrics.add_rollout(self.rollout_metrics)
-        self.state.num_input_tokens_seen += int(experience.rollout.attention_mask.sum())
-        self.updater.begin_rollout(stopped=self.control.should_update_stop)
-        return experience
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Not used: each role has a loss of its own.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("PPOTrainer has no single loss: see trl_ext.ppo.objectives for those of its roles.")
 
     def _after_step(self) -> None:
-        """Tell the callbacks of passes and updates that have ended."""
-        assert self.experience is not None
-        self._note_step_end()
-        args, step = self.args, (self.state.global_step - 1) % self.args.steps_per_rollout
-        epoch, minibatch = divmod(step, args.num_mini_batches)
-        progress, stats, ended = self.updater.progress, None, step == args.steps_per_rollout - 1
-        if minibatch == args.num_mini_batches - 1 and progress.sums:
-            self.metrics.add_value("policy/skipped_minibatches", progress.skipped)
-            stats = self.updater.end_epoch(epoch)
-        if ended:
-            if args.objective == "kl_penalty":
-                self.metrics.add_value("policy/penalty_coef", self.updater.penalty.value)
-            self.updater.end_update()
+        """Close the step, and the epoch and the update that end with it; take in a signal."""
+        self.checkpoints.note_step_end()
         with self._saved_on_failure():
-            if stats is not None:
-                self.events.tell("on_ppo_epoch_end", self.experience, stats)
-            if ended:
-                self.events.tell("on_update_end", self.experience, self.rollout_metrics)
-        if self.control.should_update_stop:
-            self.updater.progress.stopped = True
+            self.updater.end_step(self.control)
         if any(gather_object([self.interrupts.received is not None])):
             self.control.should_save = self.control.should_training_stop = True
+
+    def _normalize_scores(self) -> None:
+        if self.collector.combination.needs_reference and self.train_dataset is not None:
+            self.collector.normalize_by_reference(self.train_dataset, self.state)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         stepping = self.accelerator.gradient_state.sync_gradients
         return super()._clip_grad_norm(model) if stepping else torch.zeros(())
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def _saved_on_failure(self) -> AbstractContextManager[None]:
+        return self.checkpoints.saved_first(self.state.global_step, lambda: self._save_checkpoint(self.model, None))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The roles instead of the model."""
+        if self.args.should_save:
+            folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+            self.checkpoints.save_model(folder, self.processing_class)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Transformers', whole or not at all."""
+        self.create_model_card()
+        with self.checkpoints.written(self.state):
+            super()._save_checkpoint(model, trial)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(self.checkpoints.folder_of(self.state.global_step)))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        self.checkpoints.save_state(Path(output_dir))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.checkpoints.unfinished or super()._get_output_dir(trial))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Not while a checkpoint is written: it would be uploaded from a place that it leaves."""
+        if self.checkpoints.unfinished is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any | None = None) -> None:
+        self.checkpoints.load(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        self.checkpoints.load_best(Path(str(self.state.best_model_checkpoint)))
 
     # Data -------------------------------------------------------------------------------------------------------------
 
@@ -270,7 +339,7 @@ class PPOTrainer(Checkpoints, BaseTrainer):
             self.collector.seconds.clear()
         super().log(logs, start_time)
         if "loss" in logs and self.args.log_completions and self.experience is not None:
-            extra = gather_object([dict(self.collector.reports.columns)])
+            extra = gather_object([dict(self.collector.log.columns)])
             if self.is_world_process_zero():
                 step = self.state.global_step
                 frame = completions_frame(self.experience, self.collector.score_names, step, extra)
@@ -286,13 +355,12 @@ class PPOTrainer(Checkpoints, BaseTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Answer every prompt once, always with the same random numbers, and report the rollout's metrics."""
-        if self.collector.combination.needs_reference and self.train_dataset is not None:
-            self.collector.normalize_by_reference(self.train_dataset, self.state)
         with self._saved_on_failure():
-            judged, reported = self.collector.all_of(dataloader, self.state)
-            experience = make_experience(judged, self.args)
-            metrics = summarize(experience, self.args, self.collector.score_names) | reported
+            self._normalize_scores()
+            scored, logged = self.collector.all_of(dataloader, self.state)
+            experience = make_experience(scored, self.args)
+            metrics = summarize(experience, self.args, self.collector.score_names) | logged
             metrics["completions/eos_rate"] = 1.0 - metrics["completions/clipped_ratio"]
-            self.events.tell("on_evaluation_end", experience, metrics)
+            self.events.on_evaluation_end(experience, metrics)
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=prefixed, num_samples=len(experience.kl))

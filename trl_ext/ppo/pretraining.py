@@ -6,7 +6,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from trl_ext.trainers.batching import permutation
+from trl_ext.ppo.batches import permutation
 
 
 class PretrainMix:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -17,11 +17,11 @@ class RolloutSampler(Sampler[int]):
 
     Args:
         num_rows: rows of the dataset, at least `rollout_size`.
-        rollout_size: answers of one rollout, over all processes.
+        rollout_size: completions of one rollout, over all processes.
         repeats: micro-batches a rollout, a process.
         shuffle: draw the rows in a new order each epoch.
         seed: with the epoch's number, decides that order.
-        num_generations: answers to each prompt; divides `rollout_size`.
+        num_generations: completions of each prompt; divides `rollout_size`.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ def permutation(n: int, *seeds: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(mixed))
 
 
-def mini_batch(num_rows: int, step: int, num_mini_batches: int, *seeds: int) -> Tensor:
-    """Rows of the minibatch that optimizer step `step` of a rollout (0, 1, ...) trains on, over all processes.
+def mini_batch(num_rows: int, minibatch: int, num_mini_batches: int, *seeds: int) -> Tensor:
+    """Rows of the `minibatch`-th minibatch of an epoch over a rollout, over all processes.
 
-    Every pass over the rollout draws a new order; the minibatches of a pass are disjoint and of equal size.
+    `seeds` (the run's, the rollout, the epoch) decide the order: every epoch draws a new one. The minibatches of an
+    epoch are disjoint and of equal size.
     """
-    epoch, part = divmod(step, num_mini_batches)
-    return permutation(num_rows, *seeds, epoch).chunk(num_mini_batches)[part]
+    return permutation(num_rows, *seeds).chunk(num_mini_batches)[minibatch]
 
 
 def micro_batches(rows: Tensor, lengths: Tensor, count: int, processes: int, process: int) -> list[Tensor]:
@@ -79,21 +79,3 @@ def micro_batches(rows: Tensor, lengths: Tensor, count: int, processes: int, pro
     """
     by_length = rows[lengths[rows].argsort(descending=True, stable=True)]
     return [part.chunk(processes)[process] for part in by_length.chunk(count)]
-
-
-def padded_by_length(sequences: Sequence[Sequence[int]], size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Sequences of ids in right-padded batches, those of like length together.
-
-    Args:
-        sequences: of one id and more.
-        size: most sequences of a batch.
-
-    Yields:
-        Which sequences they are; their ids (rows, columns), 0 on padding; and the mask (rows, columns), bool.
-    """
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(sequences[i]) for i in rows], batch_first=True)
-        lengths = torch.tensor([len(sequences[i]) for i in rows])
-        yield rows, ids, torch.arange(ids.shape[1]) < lengths.unsqueeze(1)

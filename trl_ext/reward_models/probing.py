@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from trl_ext.trainers.batching import padded_by_length
+from trl_ext.tokens import padded_by_length
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,17 @@ def probe_data(model: Any, dataset: Dataset, batch_size: int = 32) -> ProbeData:
         for row in dataset
     ]
     padding = model.config.get_text_config().pad_token_id
-    given: list[Tensor] = []
+    inputs: list[Tensor] = []
     features: dict[int, Tensor] = {}
-    # What the head is given is what it can read, whatever the architecture does before it.
-    hook = score_head(model).register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    # The head's own input is what it can read, whatever the architecture does before it.
+    hook = score_head(model).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     try:
-        answers = list(numbers)
-        for rows, ids, mask in padded_by_length(answers, batch_size):
+        sequences = list(numbers)
+        for rows, ids, mask in padded_by_length(sequences, batch_size):
             model(input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device), use_cache=False)
-            hidden = given.pop()
+            hidden = inputs.pop()
             for i, number in enumerate(rows):
-                ids_of = answers[number]
+                ids_of = sequences[number]
                 end = max((k for k, token in enumerate(ids_of) if token != padding), default=len(ids_of) - 1)
                 features[number] = hidden[i, end].double().cpu()
     finally:

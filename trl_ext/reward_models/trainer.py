@@ -18,26 +18,42 @@ from trl import RewardConfig, RewardTrainer
 
 from trl_ext.core.probe import choose_penalty, fit_probe
 from trl_ext.core.reward_losses import all_pairs_loss, binary_loss, plackett_luce_loss, regression_loss
+from trl_ext.reward_models.probing import probe_data, score_head
 from trl_ext.roles.adapters import write_note
-from trl_ext.trainers.probing import probe_data, score_head
+from trl_ext.tokens import sequence_ids
 
 logger = logging.getLogger(__name__)
 
-# objective -> columns that its rows need
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "pairwise": ("chosen", "rejected"),
-    "regression": ("completion", "rating"),
-    "binary": ("completion", "label"),
-    "ranking": ("completions", "ranks"),
-    "all_pairs": ("completions", "ranks"),
-    "probe": ("chosen", "rejected"),
-}
-ON_PAIRS = ("pairwise", "probe")  # TRL's own rows and loss
-LOSSES: dict[str, Callable[[Tensor, dict[str, Tensor]], Tensor]] = {
-    "regression": lambda scores, given: regression_loss(scores, given["targets"], given["weights"]),
-    "binary": lambda scores, given: binary_loss(scores, given["targets"], given["weights"]),
-    "ranking": lambda scores, given: plackett_luce_loss(scores, given["targets"], given["groups"]),
-    "all_pairs": lambda scores, given: all_pairs_loss(scores, given["targets"], given["groups"]),
+
+@dataclass(frozen=True)
+class RewardObjective:
+    """What a reward model is trained on.
+
+    Attributes:
+        columns: that its rows need beside `prompt`.
+        loss: of the scores (answers,) of a batch and its targets, weights and groups; None: TRL's own, on pairs.
+    """
+
+    columns: tuple[str, ...]
+    loss: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None
+
+
+PAIRS = ("chosen", "rejected")
+OBJECTIVES: dict[str, RewardObjective] = {
+    "pairwise": RewardObjective(PAIRS),
+    "regression": RewardObjective(
+        ("completion", "rating"), lambda scores, batch: regression_loss(scores, batch["targets"], batch["weights"])
+    ),
+    "binary": RewardObjective(
+        ("completion", "label"), lambda scores, batch: binary_loss(scores, batch["targets"], batch["weights"])
+    ),
+    "ranking": RewardObjective(
+        ("completions", "ranks"), lambda scores, batch: plackett_luce_loss(scores, batch["targets"], batch["groups"])
+    ),
+    "all_pairs": RewardObjective(
+        ("completions", "ranks"), lambda scores, batch: all_pairs_loss(scores, batch["targets"], batch["groups"])
+    ),
+    "probe": RewardObjective(PAIRS),
 }
 
 
@@ -55,8 +71,8 @@ class FeedbackRewardConfig(RewardConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.objective not in COLUMNS:
-            raise ValueError(f"objective is {self.objective!r}: choose one of {', '.join(COLUMNS)}.")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective is {self.objective!r}: choose one of {', '.join(OBJECTIVES)}.")
         super().__post_init__()
 
 
@@ -100,15 +116,15 @@ class FeedbackRewardTrainer(RewardTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        if args.objective not in ON_PAIRS:
+        if OBJECTIVES[args.objective].loss is not None:
             self.data_collator: Any = _Collator(self.processing_class, args.pad_to_multiple_of)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         """Rows in ids, once TRL has put template and special tokens into the tokenizer; also rows for `evaluate`."""
-        if args.objective in ON_PAIRS or "sequences" in dataset.column_names:
+        if OBJECTIVES[args.objective].loss is None or "sequences" in dataset.column_names:
             rows = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         else:
-            rows = encode(dataset, _NAMES.get(dataset_name, dataset_name), processing_class, args, self._scale)
+            rows = encode(dataset, f"{dataset_name}_dataset", processing_class, args, self._scale)
         return _with_lengths(rows, args.length_column_name)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -142,19 +158,19 @@ class FeedbackRewardTrainer(RewardTrainer):
     ) -> Any:
         """The objective's loss, and of rankings `center_rewards_coefficient` times the mean squared score: nothing else
         holds theirs near 0, as ratings and labels do."""
-        objective = self.args.objective
-        if objective in ON_PAIRS:
+        objective = OBJECTIVES[self.args.objective]
+        if objective.loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         scores = outputs.logits.squeeze(-1).float()
-        loss = LOSSES[objective](scores, inputs)
-        if self.args.center_rewards_coefficient is not None and objective in ("ranking", "all_pairs"):
+        loss = objective.loss(scores, inputs)
+        if self.args.center_rewards_coefficient is not None and "ranks" in objective.columns:
             loss = loss + self.args.center_rewards_coefficient * (scores**2).mean()
         logged = self._metrics["train" if model.training else "eval"]
-        given = scores.detach()
+        scores = scores.detach()
         # Processes may hold rankings of different lengths, so not the scores themselves are gathered.
-        of_each = torch.stack([given.min(), given.max(), given.sum(), given.new_tensor(float(len(given)))])
-        least, most, total, count = self.accelerator.gather(of_each).view(-1, 4).unbind(dim=1)
+        summary = torch.stack([scores.min(), scores.max(), scores.sum(), scores.new_tensor(float(len(scores)))])
+        least, most, total, count = self.accelerator.gather(summary).view(-1, 4).unbind(dim=1)
         for name, value in (("min", least.min()), ("mean", total.sum() / count.sum()), ("max", most.max())):
             logged[f"{name}_reward"].append(value.item())
         return (loss, outputs) if return_outputs else loss
@@ -180,7 +196,7 @@ class Scale:
         Raises:
             ValueError: all ratings, all labels, or all ranks of every ranking are the same; or all weights are 0.
         """
-        column = COLUMNS[objective][-1]
+        column = OBJECTIVES[objective].columns[-1]
         if column == "ranks" and all(len(set(ranks)) == 1 for ranks in dataset["ranks"]):
             raise ValueError("Every ranking is one tie: nothing can be learned from answers that are all alike.")
         if column not in ("rating", "label"):
@@ -188,14 +204,11 @@ class Scale:
         values = torch.tensor([float(value) for value in dataset[column]], dtype=torch.float64)
         if len(values.unique()) == 1:
             raise ValueError(f"Every {column} is {float(values[0]):g}: nothing can be learned from a constant.")
-        given = dataset["weight"] if "weight" in dataset.column_names else [1.0]
-        weight = fmean(1.0 if one is None else float(one) for one in given)
+        weights = dataset["weight"] if "weight" in dataset.column_names else [1.0]
+        weight = fmean(1.0 if value is None else float(value) for value in weights)
         if weight <= 0:
             raise ValueError("Every weight is 0: nothing can be learned from answers that do not count.")
         return cls(float(values.mean()), float(values.std()), weight) if column == "rating" else cls(weight=weight)
-
-
-_NAMES = {"train": "train_dataset", "eval": "eval_dataset"}
 
 
 def _named(train: Dataset, evaluated: Any) -> list[tuple[str, Dataset]]:
@@ -209,11 +222,12 @@ def check_columns(dataset: Dataset, name: str, objective: str) -> None:
     Raises:
         ValueError: says which.
     """
-    missing = [column for column in COLUMNS[objective] if column not in dataset.column_names]
-    if missing and objective not in ON_PAIRS:
+    columns, loss = OBJECTIVES[objective].columns, OBJECTIVES[objective].loss
+    missing = [column for column in columns if column not in dataset.column_names]
+    if missing and loss is not None:
         raise ValueError(
             f"{name} has no {' and no '.join(map(repr, missing))} column, only {dataset.column_names}: the objective "
-            f"{objective!r} needs {', '.join(COLUMNS[objective])} (see trl_ext.feedback)."
+            f"{objective!r} needs {', '.join(columns)} (see trl_ext.feedback)."
         )
 
 
@@ -228,14 +242,17 @@ def encode(
         ValueError: a column is missing, or every row is longer than `max_length`.
     """
     check_columns(dataset, name, args.objective)
+    columns = OBJECTIVES[args.objective].columns
     rows: list[dict[str, Any]] = []
     for row in dataset:
-        answers = row["completions"] if "completions" in COLUMNS[args.objective] else [row["completion"]]
+        completions = row["completions"] if "completions" in columns else [row["completion"]]
         template = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-        sequences = [sequence_ids(tokenizer, row.get("prompt", ""), answer, **template) for answer in answers]
-        if args.objective in ("ranking", "all_pairs"):
+        sequences = [
+            sequence_ids(tokenizer, row.get("prompt", ""), completion, **template) for completion in completions
+        ]
+        if "ranks" in columns:
             targets = [float(rank) for rank in row["ranks"]]
-        elif args.objective == "binary":
+        elif "label" in columns:
             targets = [float(row["label"])]
         else:
             targets = [(float(row["rating"]) - scale.mean) / scale.std]
@@ -244,13 +261,13 @@ def encode(
         weights = [(1.0 if weight is None else float(weight)) / scale.weight] * len(sequences)
         ids = {"sequences": sequences, "chosen_ids": longest, "rejected_ids": longest}
         rows.append(ids | {"targets": targets, "weights": weights})
-    kept = [row for row in rows if args.max_length is None or len(row["chosen_ids"]) <= args.max_length]
-    if not kept:
+    fitting = [row for row in rows if args.max_length is None or len(row["chosen_ids"]) <= args.max_length]
+    if not fitting:
         raise ValueError(f"Every row of {name} is longer than max_length {args.max_length}: raise it.")
-    if len(kept) < len(rows):
-        lost = len(rows) - len(kept)
+    if len(fitting) < len(rows):
+        lost = len(rows) - len(fitting)
         logger.warning("%d rows of %s are longer than max_length %s and left out.", lost, name, args.max_length)
-    return Dataset.from_list(kept)
+    return Dataset.from_list(fitting)
 
 
 def _with_lengths(rows: Dataset, name: str) -> Dataset:
@@ -259,17 +276,6 @@ def _with_lengths(rows: Dataset, name: str) -> Dataset:
         return rows
     pairs = zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)
     return rows.add_column(name, [max(len(chosen), len(rejected)) for chosen, rejected in pairs])
-
-
-def sequence_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, answer: Any, **template: Any) -> list[int]:
-    """As TRL's RewardTrainer tokenises: the chat template (with the arguments `template`), or the text with an EOS at
-    its end."""
-    if isinstance(answer, str):
-        text = (prompt or "") + answer
-        text = text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
-        return list(tokenizer(text)["input_ids"])
-    chat = [*(prompt or []), *answer]
-    return list(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, **template)["input_ids"])
 
 
 class _Collator:

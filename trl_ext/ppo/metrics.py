@@ -78,8 +78,8 @@ class Metrics:
         return dict(totals)
 
     def _add(self, name: str, entry: Tensor) -> None:
-        kept = self._local.get(name)  # on the CPU where a checkpoint brought it
-        self._local[name] = entry if kept is None else kept.to(entry.device) + entry
+        before = self._local.get(name)  # on the CPU where a checkpoint brought it
+        self._local[name] = entry if before is None else before.to(entry.device) + entry
 
 
 def peak_memory(device: torch.device) -> int:

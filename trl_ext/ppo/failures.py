@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate.utils import gather_object
 
-from trl_ext.callbacks import CallbackError, RolloutEvents
+from trl_ext.callbacks import CallbackError
 from trl_ext.generation import GenerationError
 from trl_ext.rewards import RewardError
 
@@ -30,25 +30,10 @@ def together(work: Callable[[], _Result]) -> _Result:
     except FAILURES as error:
         failure = error
     kinds = [number for number, kind in enumerate(FAILURES) if isinstance(failure, kind)]
-    failures = [said for said in gather_object([(kinds, str(failure))]) if said[0]]
+    failures = [report for report in gather_object([(kinds, str(failure))]) if report[0]]
     if failure is not None:
         raise failure
     if failures:
         (kind, *_), message = failures[0]
         raise FAILURES[kind](message)
     return done[0]
-
-
-class SharedEvents:
-    """Events in which a callback that fails on one process fails on all."""
-
-    def __init__(self, events: RolloutEvents) -> None:
-        self._events = events
-
-    def replace(self, event: str, record: _Result) -> _Result:
-        """As `RolloutEvents.replace`."""
-        return together(lambda: self._events.replace(event, record))
-
-    def tell(self, event: str, *what: Any) -> None:
-        """As `RolloutEvents.tell`."""
-        together(lambda: self._events.tell(event, *what))

@@ -11,9 +11,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 
-from trl_ext.generation import check_chat_template
+from trl_ext.ppo.config import PPOConfig
 from trl_ext.roles import SharedBase
-from trl_ext.trainers.ppo_config import PPOConfig
+from trl_ext.tokens import check_chat_template
 
 
 def check_prompts(dataset: Any, name: str) -> None:
@@ -53,8 +53,8 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, args: PPOConfig) -> No
     check_prompts(train_dataset, "train_dataset")
     if args.rollout_batch_size % args.num_generations:
         raise ValueError(
-            f"num_generations is {args.num_generations}, which does not divide the {args.rollout_batch_size} answers "
-            "of a rollout: choose a divisor."
+            f"num_generations is {args.num_generations}, which does not divide the {args.rollout_batch_size} "
+            "completions of a rollout: choose a divisor."
         )
     prompts = args.rollout_batch_size // args.num_generations
     if len(train_dataset) < prompts:
@@ -80,7 +80,7 @@ def check_tokenizer(tokenizer: Any, train_dataset: Dataset) -> PreTrainedTokeniz
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"processing_class must be a tokenizer, not {type(tokenizer).__name__}.")
     if tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has no EOS token, so no answer could ever end: set tokenizer.eos_token.")
+        raise ValueError("The tokenizer has no EOS token, so no completion could ever end: set tokenizer.eos_token.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if not isinstance(train_dataset[0]["prompt"], str):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from trl_ext.core import masked_mean, masked_sum, penalize_missing_eos
+from trl_ext.ppo.config import PPOConfig
 from trl_ext.rewards import correlations
-from trl_ext.trainers.ppo_config import PPOConfig
 from trl_ext.types import Experience, Rollout, ScorePass, as_text
 
 NGRAM = 3
@@ -54,12 +54,16 @@ def summarize(experience: Experience, args: PPOConfig, names: list[str]) -> dict
     }
     for i, name in enumerate(names):
         column = experience.scores.by_function[:, i]
-        given = ~column.isnan()
-        metrics[f"rewards/{name}/mean"] = masked_mean(column, given)
-        metrics[f"rewards/{name}/std"] = column[given].std(unbiased=False) if bool(given.any()) else 0.0
+        judged = ~column.isnan()
+        metrics[f"rewards/{name}/mean"] = masked_mean(column, judged)
+        metrics[f"rewards/{name}/std"] = column[judged].std(unbiased=False) if bool(judged.any()) else 0.0
     metrics |= sampling_gap(pass_, mask)
-    found = {f"rewards/correlation/{pair}": r for pair, r in correlations(experience.scores.by_function, names).items()}
-    return found | {key: float(value) for key, value in metrics.items()}
+    if rollout.sampling_logprobs is not None:
+        # The mean of log q - log p over tokens drawn from q estimates KL(q || p): 0 where the generator is the policy.
+        metrics["val/sampling_kl"] = masked_mean(rollout.sampling_logprobs - pass_.logprobs, mask)
+    for pair, r in correlations(experience.scores.by_function, names).items():
+        metrics[f"rewards/correlation/{pair}"] = r
+    return {key: float(value) for key, value in metrics.items()}
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
@@ -72,7 +76,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 
 
 def sampling_gap(pass_: ScorePass, mask: Tensor) -> dict[str, float]:
-    """Whether the answers were drawn from the distribution that they are scored under.
+    """Whether the completions were drawn from the distribution that they are scored under.
 
     For a token drawn from pi, -log pi(token) has the mean H(pi): summed over a rollout, -log pi - H is a martingale,
     and its sum over the root of its squares' sum is about standard normal. Below 0 the sampling was sharper than the

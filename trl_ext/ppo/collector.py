@@ -1,4 +1,4 @@
-"""Answers and what everyone makes of them: the part of an update that needs no gradient."""
+"""Completions and what everyone makes of them: the part of an update that needs no gradient."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl_ext.callbacks import RolloutEvents
-from trl_ext.generation import BatchingGenerator, ContinuousGenerator, VLLMGenerator, eos_ids, generate
+from trl_ext.generation import Generator, generate
+from trl_ext.ppo.batches import permutation
+from trl_ext.ppo.config import PPOConfig
+from trl_ext.ppo.failures import together
+from trl_ext.ppo.metrics import Metrics
 from trl_ext.rewards import Combination, RewardError, Scorer
-from trl_ext.rewards.models import answer_suffix
 from trl_ext.roles import Role, SharedBase
-from trl_ext.trainers.batching import permutation
-from trl_ext.trainers.failing import together
-from trl_ext.trainers.metrics import Metrics
-from trl_ext.trainers.ppo_config import PPOConfig
-from trl_ext.types import Judged, Rollout, ScorePass, Scores, concatenate
+from trl_ext.tokens import as_ids, eos_ids, reward_suffix
+from trl_ext.types import Rollout, ScoredRollout, ScorePass, Scores, concatenate
 
 
 @dataclass
-class Reports:
+class RewardLog:
     """What reward functions log of their own: numbers, and columns for the table of completions."""
 
     metrics: Metrics = field(default_factory=Metrics)
@@ -37,50 +37,39 @@ class Reports:
 
 
 class Collector:
-    """Generates answers to a batch of prompts and has them judged.
+    """Has prompts answered, and the completions scored.
 
     Args:
         base: the roles.
         tokenizer: of the base.
+        generator: who answers.
         scorer: the reward functions; None: the reward role scores.
         args: settings.
         accelerator: for autocast and to gather over processes.
-        events: hears of each rollout before it is judged.
+        events: hears of each rollout before it is scored.
     """
 
     def __init__(
         self,
         base: SharedBase,
         tokenizer: PreTrainedTokenizerBase,
+        generator: Generator,
         scorer: Scorer | None,
         args: PPOConfig,
         accelerator: Accelerator,
         events: RolloutEvents,
     ) -> None:
-        self.base, self.tokenizer, self.scorer = base, tokenizer, scorer
+        self.base, self.tokenizer, self.generator, self.scorer = base, tokenizer, generator, scorer
         self.args, self.accelerator, self.events = args, accelerator, events
         self.generation_config = sampling_config(args, base, tokenizer)
-        self.generator: Any = base
-        if args.use_vllm:
-            memory, limit = args.vllm_gpu_memory_utilization, args.vllm_max_model_length
-            seed = args.seed + accelerator.process_index
-            self.generator = VLLMGenerator(base, base.config.name_or_path, memory, limit, seed)
-        elif args.use_transformers_continuous_batching:
-            settings: Any = args.transformers_continuous_batching_config
-            self.generator = ContinuousGenerator(base, self._batch, settings)
         self.score_names = scorer.names if scorer is not None else ["reward_role"]
         weights = args.reward_weights or [1.0] * len(self.score_names)
         self.combination = Combination(weights, args.score_normalization, args.reward_clip_range)
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.reports = Reports()
-        self._reward_suffix_ids = answer_suffix(
-            tokenizer,
-            self.generation_config.eos_token_id,
-            args.chat_template_kwargs,  # type: ignore[arg-type]
-        )
+        self.log = RewardLog()
 
-    def __call__(self, inputs: list[dict[str, Any]], trainer_state: Any) -> Judged:
-        """Answer this process's prompts and judge the answers, for training.
+    def __call__(self, inputs: list[dict[str, Any]], trainer_state: Any) -> ScoredRollout:
+        """Answer this process's prompts and score the completions, for training.
 
         Args:
             inputs: rows of the dataset, each a dict with "prompt".
@@ -89,83 +78,83 @@ class Collector:
         Returns:
             Rollout, scores and score pass of all processes, the same on each, on the CPU.
         """
-        self.reports = Reports()
-        part = together(lambda: self._judge(inputs, trainer_state, self.reports, listen=True))
+        self.log = RewardLog()
+        part = together(lambda: self._scored(inputs, trainer_state, self.log, listen=True))
         return self._combined([part], training=True)
 
-    def all_of(self, dataloader: DataLoader[Any], trainer_state: Any) -> tuple[Judged, dict[str, float]]:
-        """Answer and judge every prompt of `dataloader` once, always with the same random numbers, and without moving
-        those of training.
+    def all_of(self, dataloader: DataLoader[Any], trainer_state: Any) -> tuple[ScoredRollout, dict[str, float]]:
+        """Answer every prompt of `dataloader` once and score the completions, always with the same random numbers, and
+        without moving those of training.
 
         Returns:
             What `__call__` returns, and the means of what reward functions logged.
         """
-        reports = Reports()
+        log = RewardLog()
         with self._apart(self.args.seed):
-            parts = together(lambda: [self._judge(inputs, trainer_state, reports) for inputs in dataloader])
-        judged = self._combined(parts, training=False)
+            parts = together(lambda: [self._scored(inputs, trainer_state, log) for inputs in dataloader])
+        scored = self._combined(parts, training=False)
         # The last batch may hold repeated rows that only make the processes' shares equal.
-        kept = min(len(dataloader.dataset), len(judged.scores.total))  # type: ignore[arg-type]
-        return judged.rows(torch.arange(kept)), reports.metrics.drain()
+        count = min(len(dataloader.dataset), len(scored.scores.total))  # type: ignore[arg-type]
+        return scored.rows(torch.arange(count)), log.metrics.drain()
 
     def normalize_by_reference(self, dataset: Any, trainer_state: Any) -> None:
-        """Make each reward function's scores have mean 0 and standard deviation 1 on the reference's answers.
+        """Make each reward function's scores have mean 0 and standard deviation 1 on the reference's completions.
 
         Source: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", arXiv:2403.17031, detail 6; Ziegler
         et al. 2019, arXiv:1909.08593, section 2.1.
         """
         count = min(self.args.normalization_samples, len(dataset))
-        mine = permutation(len(dataset), self.args.seed)[:count].tolist()[
-            self.accelerator.process_index :: self.accelerator.num_processes
-        ]
+        drawn = permutation(len(dataset), self.args.seed)[:count].tolist()
+        share = drawn[self.accelerator.process_index :: self.accelerator.num_processes]
         with self._apart(self.args.seed):
-            batches = [dataset.select(mine[i : i + self._batch]).to_list() for i in range(0, len(mine), self._batch)]
-            parts = together(lambda: [self._judge(rows, trainer_state, Reports(), "reference")[1] for rows in batches])
+            batches = [dataset.select(share[i : i + self._batch]).to_list() for i in range(0, len(share), self._batch)]
+            parts = together(
+                lambda: [self._scored(rows, trainer_state, RewardLog(), "reference")[1] for rows in batches]
+            )
         self.combination.moments.update(torch.cat(gather_object(parts)))
 
-    def _judge(
+    def _scored(
         self,
         inputs: list[dict[str, Any]],
         trainer_state: Any,
-        reports: Reports,
+        log: RewardLog,
         role: Role = "policy",
         listen: bool = False,
     ) -> tuple[Rollout, Tensor, ScorePass]:
         """This process's rollout, its scores by function, its score pass."""
-        with self._timed("generate"), self.accelerator.autocast():
+        with self.timed("generate"), self.accelerator.autocast():
             rollout = generate(
                 self.generator,
                 [row["prompt"] for row in inputs],
                 self.tokenizer,
                 self.generation_config,
-                len(inputs) if isinstance(self.generator, BatchingGenerator) else self._batch,
                 self.args.chat_template_kwargs,  # type: ignore[arg-type]
                 role=role,
             )
         if listen:
-            rollout = self.events.replace("on_rollout_end", rollout)
-        with self._timed("roles"), self.accelerator.autocast():
+            rollout = self.events.on_rollout_end(rollout)
+        with self.timed("roles"), self.accelerator.autocast():
             pass_ = self.score_pass(rollout)
-        with self._timed("score"):
-            return rollout, self.score(rollout, pass_, inputs, trainer_state, reports), pass_
+        with self.timed("score"):
+            return rollout, self.score(rollout, pass_, inputs, trainer_state, log), pass_
 
-    def _combined(self, parts: list[tuple[Rollout, Tensor, ScorePass]], training: bool) -> Judged:
+    def _combined(self, parts: list[tuple[Rollout, Tensor, ScorePass]], training: bool) -> ScoredRollout:
         """All processes' parts in one, the processes' rows of each part side by side."""
         pad = int(self.generation_config.pad_token_id)
-        everyone = [part for one in parts for part in gather_object([one])]
-        rollouts, by_function, passes = zip(*everyone, strict=True)
-        given = torch.cat(by_function)
-        if bool(given.isnan().all()):
+        gathered = [part for one in parts for part in gather_object([one])]
+        rollouts, columns, passes = zip(*gathered, strict=True)
+        by_function = torch.cat(columns)
+        if bool(by_function.isnan().all()):
             raise RewardError(
-                f"No reward function ({', '.join(self.score_names)}) scored any of {len(given)} completions: all "
+                f"No reward function ({', '.join(self.score_names)}) scored any of {len(by_function)} completions: all "
                 "returned None."
             )
-        scores = Scores(total=self.combination(given, training), by_function=given)
-        return Judged(concatenate(rollouts, pad), scores, concatenate(passes, pad))
+        scores = Scores(total=self.combination(by_function, training), by_function=by_function)
+        return ScoredRollout(concatenate(rollouts, pad), scores, concatenate(passes, pad))
 
     @torch.no_grad()
     def score_pass(self, rollout: Rollout) -> ScorePass:
-        """What policy, reference, value and, where it is the judge, the reward role say about this process's rollout.
+        """What policy, reference, value and, where no function scores, the reward role make of this process's rollout.
 
         Rows of like length travel together, so that little padding is computed.
         """
@@ -173,29 +162,28 @@ class Collector:
         roles += ["value"] if self.args.uses_value else []
         roles += ["reward"] if self.scorer is None else []
         order = rollout.attention_mask.sum(dim=1).argsort(descending=True, stable=True)
-        parts = [self._said(rollout.rows(rows), roles) for rows in order.split(self._batch)]
+        parts = [self._forward(rollout.rows(rows), roles) for rows in order.split(self._batch)]
         return concatenate(parts, pad_token_id=0).rows(order.argsort())
 
-    def _said(self, part: Rollout, roles: list[Role]) -> ScorePass:
-        # A reward model was trained on texts that end with their EOS, and on conversations as the template writes them.
-        suffix = () if isinstance(part.prompts[0], str) else self._reward_suffix_ids
+    def _forward(self, part: Rollout, roles: list[Role]) -> ScorePass:
+        eos, template = self.generation_config.eos_token_id, self.args.chat_template_kwargs
         part = part.to(self.base.device)
-        said = self.base(
+        outputs = self.base(
             part.input_ids,
             part.attention_mask,
             part.completion_ids.shape[1],
             roles=roles,
             temperature=self.args.temperature,
-            reward_suffix_ids=suffix,
+            reward_suffix_ids=reward_suffix(part.prompts, self.tokenizer, eos, template),  # type: ignore[arg-type]
             reward_suffix_rows=part.has_eos,
         )
-        logprobs = said["logprobs"]
-        values = said.get("values", torch.zeros_like(logprobs))
-        scores = said.get("scores", logprobs.new_full((len(logprobs),), float("nan")))
-        return ScorePass(logprobs, said["entropy"], said["ref_logprobs"], values, scores).to("cpu")
+        logprobs = outputs["logprobs"]
+        values = outputs.get("values", torch.zeros_like(logprobs))
+        scores = outputs.get("scores", logprobs.new_full((len(logprobs),), float("nan")))
+        return ScorePass(logprobs, outputs["entropy"], outputs["ref_logprobs"], values, scores).to("cpu")
 
     def score(
-        self, rollout: Rollout, pass_: ScorePass, inputs: list[dict[str, Any]], trainer_state: Any, reports: Reports
+        self, rollout: Rollout, pass_: ScorePass, inputs: list[dict[str, Any]], trainer_state: Any, log: RewardLog
     ) -> Tensor:
         """Scores (batch, functions) of this process's completions, from the reward functions or the reward role."""
         if self.scorer is None:
@@ -204,8 +192,8 @@ class Collector:
             rollout,
             {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"},
             trainer_state=trainer_state,
-            log_extra=lambda column, values: reports.columns[column].extend(values),
-            log_metric=reports.metrics.add_value,
+            log_extra=lambda column, values: log.columns[column].extend(values),
+            log_metric=log.metrics.add_value,
         )
 
     @property
@@ -223,14 +211,15 @@ class Collector:
         self.seconds.update(seconds)
 
     @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds spent within to `seconds[phase]`."""
         started = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - started
 
 
 def sampling_config(args: PPOConfig, base: SharedBase, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """How answers are sampled: by `args` alone. Every EOS id that the model or the tokenizer names ends an answer."""
+    """How completions are sampled: by `args` alone. Every EOS id that the model or the tokenizer names ends one."""
     settings: dict[str, Any] = {
         "max_new_tokens": args.max_completion_length,
         "do_sample": True,
@@ -245,4 +234,5 @@ def sampling_config(args: PPOConfig, base: SharedBase, tokenizer: PreTrainedToke
         "use_cache": True,
         **(args.generation_kwargs or {}),  # type: ignore[dict-item]
     }
+    settings["eos_token_id"] = as_ids(settings["eos_token_id"])
     return GenerationConfig(**settings)

@@ -6,14 +6,16 @@ import logging
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from trl_ext.generation import ContinuousGenerator, Generator, TransformersGenerator, VLLMGenerator
+from trl_ext.ppo.checks import as_list
+from trl_ext.ppo.config import PPOConfig
 from trl_ext.rewards import Scorer
 from trl_ext.roles import SharedBase
-from trl_ext.trainers.checks import as_list
-from trl_ext.trainers.ppo_config import PPOConfig
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,36 @@ def args_of_gpu(device: torch.device, bf16: bool | None = None) -> dict[str, Any
     if device.type != "cuda":
         return {}
     return {"device_map": {"": device}, **({"dtype": torch.bfloat16} if bf16 else {})}
+
+
+def check_generator(generator: Any, args: PPOConfig) -> None:
+    """Refuse what cannot answer, and two who would.
+
+    Raises:
+        TypeError: it has no method `answers`.
+        ValueError: `args` name another one.
+    """
+    if generator is None:
+        return
+    if not isinstance(generator, Generator):
+        raise TypeError(
+            f"generator must have a method answers(prompt_ids, config, role), which {type(generator).__name__} lacks."
+        )
+    for name in ("use_vllm", "use_transformers_continuous_batching"):
+        if getattr(args, name):
+            raise ValueError(f"A generator is given and {name} is set: choose one of them.")
+
+
+def build_generator(base: SharedBase, args: PPOConfig, accelerator: Accelerator) -> Generator:
+    """Who answers, as `args` say."""
+    rows = args.local_rollout_forward_batch_size
+    if args.use_vllm:
+        memory, limit = args.vllm_gpu_memory_utilization, args.vllm_max_model_length
+        return VLLMGenerator(base, base.config.name_or_path, memory, limit, args.seed + accelerator.process_index)
+    if args.use_transformers_continuous_batching:
+        settings: Any = args.transformers_continuous_batching_config
+        return ContinuousGenerator(base, rows, settings)
+    return TransformersGenerator(base, rows)
 
 
 def build_scorer(functions: list[Any], tokenizers: Any, args: PPOConfig, device: torch.device) -> Scorer | None:

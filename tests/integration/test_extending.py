@@ -1,0 +1,88 @@
+"""The examples of docs/extending.md, run as they stand there, and what each is meant to do."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import QUIET, prompt_dataset, saved_model, word_tokenizer
+from tests.integration.test_ppo_trainer import LORA
+from trl_ext import PPOConfig, SharedBase
+from trl_ext.core import clipped_policy_loss, token_mean
+
+PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
+
+
+def example(title: str) -> str:
+    """The code of the section with this title."""
+    section = PAGE.read_text(encoding="utf-8").split(f"## {title}\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    return str(code)
+
+
+def run(title: str, tmp_path: Path, **names: Any) -> dict[str, Any]:
+    """The names of the section's example after it has run."""
+    folder = saved_model(tmp_path / "model")
+    settings: dict[str, Any] = {"per_device_train_batch_size": 4, "total_episodes": 8, "max_completion_length": 6}
+    namespace: dict[str, Any] = {
+        "model": SharedBase.from_pretrained(folder, policy=LORA),
+        "base": SharedBase.from_pretrained(folder, policy=LORA),
+        "reward_funcs": lambda completions, **_: [float(text.count("cat")) for text in completions],
+        "output_dir": str(tmp_path / "out"),
+        "settings": settings | QUIET,
+        "args": PPOConfig(str(tmp_path / "out"), **settings, **QUIET),
+        "train_dataset": prompt_dataset(16),
+        "tokenizer": word_tokenizer(),
+        **names,
+    }
+    exec("from trl_ext import PPOTrainer", namespace)
+    exec(compile(example(title), title, "exec"), namespace)
+    return namespace
+
+
+TITLES = re.findall(r"^## (.*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_examples_are_short(title: str) -> None:
+    assert len(example(title).splitlines()) <= 30
+
+
+def test_an_objective(tmp_path: Path) -> None:
+    made = run("An objective", tmp_path)
+    trainer, objective = made["trainer"], made["ClipHigher"](low=0.2, high=0.2)
+    assert type(trainer.updater.objective) is made["ClipHigher"] and trainer.state.global_step == 8
+    assert '"objective": "ClipHigher"' in trainer.args.to_json_string()
+    # With equal ranges it is PPO's own.
+    batch, mask = trainer.experience, trainer.experience.loss_mask
+    moved = batch.score_pass.logprobs + 0.4 * torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
+    terms = objective.terms(moved, batch, trainer.args, 0.0)
+    expected = clipped_policy_loss(moved, batch.score_pass.logprobs, batch.advantages, mask, 0.2)
+    assert float(token_mean(terms, mask)) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_reward_function(tmp_path: Path) -> None:
+    trainer = run("A reward function", tmp_path)["trainer"]
+    rows = [row for row in trainer.state.log_history if "objective/scores" in row]
+    assert [row["mentions/share"] for row in rows] == pytest.approx([row["objective/scores"] for row in rows])
+
+
+def test_a_generation_backend(tmp_path: Path) -> None:
+    """Each prompt gets its own completion: under greedy sampling the one that it gets alone."""
+    made = run("A generation backend", tmp_path)
+    trainer = made["trainer"]
+    assert type(trainer.collector.generator) is made["LikeLengths"] and trainer.state.global_step == 8
+    config = trainer.collector.generation_config
+    config.do_sample = False
+    prompts = [[7, 9, 12], [8], [10, 7], [5, 6, 9, 11]]
+    together = made["generator"].answers(prompts, config, "policy").ids
+    alone = [made["generator"].answers([ids], config, "policy").ids[0] for ids in prompts]
+    assert together == alone and len({tuple(ids) for ids in alone}) > 1
+
+
+def test_a_rule_of_the_doctor(tmp_path: Path) -> None:
+    doctor = run("A rule of the doctor", tmp_path)["doctor"]
+    (finding,) = [finding for finding in doctor.findings if finding.name == "wordy"]
+    assert "tokens per completion" in finding.evidence and finding.steps == (4, 4), "as first seen"

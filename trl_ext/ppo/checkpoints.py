@@ -1,0 +1,228 @@
+"""What a PPO run writes and reads: the trained roles, and checkpoints to go on from.
+
+Beside what Transformers saves itself (weights, optimizer, schedule, random numbers, step), a checkpoint holds all that
+a run interrupted between two optimizer steps needs to go on exactly: the rollout in use and `Updater.state_dict`. The
+order of prompts and minibatches follows from seed and step.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+
+from trl_ext.ppo.config import PPOConfig
+from trl_ext.ppo.failures import FAILURES
+from trl_ext.ppo.update import Updater
+from trl_ext.roles.saving import load_trained_roles, save_roles
+from trl_ext.types import Experience, Rollout, ScorePass, Scores
+
+UNFINISHED = "unfinished"  # holds a checkpoint while it is written
+TENSORS, TEXTS, NUMBERS = "rollout.safetensors", "rollout.json", "ppo_state.json"
+RECORDS = {"rollout": Rollout, "scores": Scores, "score_pass": ScorePass}
+
+
+class RandomState:
+    """The random numbers to come, of Python, NumPy and torch, as they were when this was made."""
+
+    def __init__(self) -> None:
+        self._python, self._numpy, self._cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def restore(self) -> None:
+        """Go back to them."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._cpu)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+
+class Checkpoints:
+    """Reads and writes the files of one run.
+
+    Args:
+        args: settings.
+        updater: whose roles and state are saved.
+        accelerator: for the processes to wait for each other.
+
+    Attributes:
+        unfinished: where a checkpoint is being written; None while none is.
+    """
+
+    def __init__(self, args: PPOConfig, updater: Updater, accelerator: Accelerator) -> None:
+        self.args, self.updater, self.accelerator = args, updater, accelerator
+        self.unfinished: Path | None = None
+        self._step_end: tuple[RandomState, dict[str, Any]] | None = None
+
+    # Files ------------------------------------------------------------------------------------------------------------
+
+    def save_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """The policy as a plain PEFT adapter in `folder`; value/, reward/ and reference/ beside it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_roles(self.updater.base, folder, policy_folder="")
+        tokenizer.save_pretrained(str(folder))
+        (folder / "ppo_config.json").write_text(self.args.to_json_string(), encoding="utf-8")
+
+    def save_state(self, folder: Path) -> None:
+        """The rollout in use and the updater's numbers. Every process must call it."""
+        numbers = self.updater.state_dict()
+        if self.args.should_save and self.updater.experience is not None:
+            save_experience(self.updater.experience, folder)
+            (folder / NUMBERS).write_text(json.dumps(numbers), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Go on from the checkpoint in `folder`."""
+        load_trained_roles(self.updater.base, folder)
+        path = folder / NUMBERS
+        numbers = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.updater.load_state_dict(numbers, load_experience(folder))
+
+    def load_best(self, folder: Path) -> None:
+        """Put the roles of the checkpoint in `folder` back, and nothing else."""
+        load_trained_roles(self.updater.base, folder)
+
+    def folder_of(self, step: int) -> Path:
+        """Where the checkpoint of `step` lies."""
+        return Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+    # A checkpoint appears whole, or not at all ------------------------------------------------------------------------
+
+    @contextmanager
+    def written(self, state: TrainerState) -> Iterator[None]:
+        """Within, Transformers writes the checkpoint into `unfinished`; on exit it moves to its place in one step, so
+        that a run that is killed while it writes leaves nothing that could be taken for a checkpoint.
+
+        Raises:
+            OSError: it cannot be written; those before it are as they were.
+        """
+        final = self.folder_of(state.global_step)
+        limit = self.args.save_total_limit
+        self.args.save_total_limit = None  # what is old goes once the new one is there
+        self.unfinished = final.parent / UNFINISHED
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: what torch.save makes of a full disk
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+            last = get_last_checkpoint(str(final.parent))
+            raise OSError(
+                f"{final.name} could not be written to {str(final.parent)!r} ({error}): make room there and "
+                + (f"resume from {Path(last).name}, which is whole." if last else "start again.")
+            ) from error
+        finally:
+            checkpoint, self.unfinished, self.args.save_total_limit = self.unfinished / final.name, None, limit
+        if state.best_model_checkpoint == str(checkpoint):
+            state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if final.exists():
+                shutil.rmtree(final)
+            checkpoint.replace(final)
+            shutil.rmtree(checkpoint.parent)
+            rotate_checkpoints(
+                output_dir=str(final.parent),
+                save_total_limit=limit,
+                best_model_checkpoint=state.best_model_checkpoint,
+            )
+        self.accelerator.wait_for_everyone()
+
+    # Nothing is lost where something fails ----------------------------------------------------------------------------
+
+    def note_step_end(self) -> None:
+        """Remember what moves between here and the next step, and must not have moved for a run that goes on from here:
+        random numbers (a new epoch's dataloader draws one before its first rollout), the moments of scores."""
+        self._step_end = RandomState(), self.updater.collector.combination.moments.state_dict()
+
+    def forget_step_end(self) -> None:
+        """A training begins: what was noted belongs to another."""
+        self._step_end = None
+
+    @contextmanager
+    def saved_first(self, step: int, save: Callable[[], None]) -> Iterator[None]:
+        """Call `save` when a generator, a reward function or a callback fails within, or memory runs out: nothing that
+        was trained is lost, and a run that goes on from there draws the same completions again.
+
+        Raises:
+            GenerationError, RewardError, CallbackError, torch.OutOfMemoryError: what was raised within, and where the
+                run is saved.
+        """
+        if self._step_end is None:
+            self.note_step_end()
+        try:
+            yield
+        except FAILURES as error:
+            sentence = str(error)
+            if isinstance(error, torch.OutOfMemoryError):
+                sentence = (
+                    f"Memory ran out over the rollout at step {step}: lower local_rollout_forward_batch_size, "
+                    f"per_device_train_batch_size or max_completion_length ({sentence.split('.')[0]})."
+                )
+            if step == 0:
+                raise type(error)(sentence) from error.__cause__
+            folder = self.folder_of(step)
+            if not folder.exists():
+                self._back_to_step_end()
+                save()
+            raise type(error)(
+                f"{sentence} All {step} steps before are saved in {str(folder)!r}: resume from there."
+            ) from error.__cause__
+
+    def _back_to_step_end(self) -> None:
+        assert self._step_end is not None
+        random_state, moments = self._step_end
+        random_state.restore()
+        self.updater.collector.combination.moments.load_state_dict(moments)
+
+
+def save_experience(experience: Experience, folder: Path) -> None:
+    """Write `experience` into `folder`: tensors as safetensors, texts as JSON."""
+    tensors: dict[str, Tensor] = {}
+    texts: dict[str, Any] = {}
+    for name, value in _flat(experience):
+        if isinstance(value, Tensor):
+            tensors[name] = value.contiguous().clone()  # safetensors refuses tensors that share memory
+        else:
+            texts[name] = value
+    save_file(tensors, folder / TENSORS)
+    (folder / TEXTS).write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
+
+
+def load_experience(folder: Path) -> Experience | None:
+    """What `save_experience` wrote into `folder`; None where there is nothing."""
+    if not (folder / TENSORS).is_file():
+        return None
+    values: dict[str, Any] = {
+        **load_file(folder / TENSORS),
+        **json.loads((folder / TEXTS).read_text(encoding="utf-8")),
+    }
+    top = {name: value for name, value in values.items() if "." not in name}
+    for record, cls in RECORDS.items():
+        inside = {name.partition(".")[2]: value for name, value in values.items() if name.startswith(f"{record}.")}
+        top[record] = cls(**inside)
+    return Experience(**top)
+
+
+def _flat(record: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted name, value) of every field, nested records taken apart."""
+    flat: list[tuple[str, Any]] = []
+    for f in fields(record):
+        value = getattr(record, f.name)
+        flat += _flat(value, f"{prefix}{f.name}.") if is_dataclass(value) else [(prefix + f.name, value)]
+    return flat

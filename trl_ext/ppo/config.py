@@ -1,0 +1,286 @@
+"""Settings of a PPO run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import torch
+
+from trl_ext._trl import BaseConfig
+from trl_ext.core import KLEstimator
+from trl_ext.ppo.objectives import OBJECTIVES, Baseline, Objective, ObjectiveName
+
+if TYPE_CHECKING:
+    ObjectiveChoice = ObjectiveName | Objective
+else:
+    ObjectiveChoice = ObjectiveName  # what a command line can say
+
+
+class Bounds(NamedTuple):
+    """What a number may be: finite, at least `low` (above it, where `open_`), at most `high`."""
+
+    low: float = 0.0
+    high: float = math.inf
+    open_: bool = False
+    whole: bool = False
+
+    def refusal(self, value: Any) -> str | None:
+        """What `value` must be instead, in words; None where it is fine."""
+        if self.whole:
+            fine = isinstance(value, int) and value >= self.low
+            return None if fine else f"a whole number, at least {self.low:g}"
+        number = isinstance(value, (int, float)) and math.isfinite(value)
+        if number and (value > self.low if self.open_ else value >= self.low) and value <= self.high:
+            return None
+        most = "" if self.high == math.inf else f" and at most {self.high:g}"
+        return f"{'positive' if self.open_ else f'at least {self.low:g}'}{most}"
+
+
+# Bounds are part of a field's type. Argument parsers read the type without them.
+Count = Annotated[int, Bounds(1, whole=True)]
+Number = Annotated[int, Bounds(0)]
+Episodes = Annotated[int, Bounds(1)]
+Positive = Annotated[float, Bounds(0, open_=True)]
+NotNegative = Annotated[float, Bounds(0)]
+Share = Annotated[float, Bounds(0, 1)]
+PositiveShare = Annotated[float, Bounds(0, 1, open_=True)]
+AtLeastOne = Annotated[float, Bounds(1)]
+
+
+def _f(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class PPOConfig(BaseConfig):
+    """`transformers.TrainingArguments` plus what PPO needs, under the names of TRL's own PPOConfig and RLOOConfig.
+
+    One rollout holds `per_device_train_batch_size * gradient_accumulation_steps * num_mini_batches` completions a
+    process and is trained on for `num_ppo_epochs * num_mini_batches` optimizer steps. `global_step`, and with it
+    `max_steps`, `save_steps` and `eval_steps`, counts optimizer steps, as for every Trainer.
+
+    Defaults that differ from TrainingArguments': `learning_rate` 1e-5; `adam_epsilon` 1e-5; `logging_steps` one row a
+    rollout; `gradient_checkpointing` on, as in TRL; `bf16` on where a GPU supports it; `dataloader_pin_memory` off
+    (rows are texts); `remove_unused_columns` off (reward functions may want them).
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *BaseConfig._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "transformers_continuous_batching_config",
+        "generation_kwargs",
+        "chat_template_kwargs",
+    ]
+
+    learning_rate: NotNegative = _f(1e-5, "Initial learning rate of AdamW; small models learn by 1e-4 and more.")
+    adam_epsilon: float = _f(1e-5, "Epsilon of AdamW (the value of the PPO papers).")
+    logging_steps: float | None = _f(None, "Log every so many optimizer steps; None: once a rollout.")
+    dataloader_pin_memory: bool = _f(False, "Rows are dicts of texts: there is nothing to pin.")
+    bf16: bool | None = _f(None, "bfloat16 autocast; None: where a GPU supports it and fp16 is off.")
+    remove_unused_columns: bool = _f(
+        False, "Drop dataset columns other than 'prompt' before reward functions see them."
+    )
+
+    # Model
+    model_init_kwargs: dict[str, Any] | str | None = _f(
+        None,
+        "Arguments of AutoModelForCausalLM.from_pretrained (dtype, device_map, ...) where the model is a name. On a "
+        "GPU its dtype is bfloat16 where bf16 is on.",
+    )
+    trust_remote_code: bool = _f(False, "Run code that ships with a model on loading it.")
+    disable_dropout: bool = _f(True, "Set every dropout of the model to 0: with dropout the first ratio is not 1.")
+
+    # Rollout
+    total_episodes: Episodes | None = _f(
+        None, "Completions of the whole run; overrides num_train_epochs and max_steps."
+    )
+    num_mini_batches: Count = _f(1, "Minibatches (optimizer steps) a rollout is split into, each PPO epoch.")
+    local_rollout_forward_batch_size: Count = _f(
+        64, "Rows of one forward without gradient, and of one generate, a process."
+    )
+    num_generations: Count = _f(
+        1, "Completions of each prompt of a rollout; above 1, objectives without a critic compare them."
+    )
+    max_completion_length: Count = _f(256, "Most tokens of a completion.")
+    temperature: Positive = _f(1.0, "Sampling temperature; log-probabilities are taken at it too.")
+    top_p: PositiveShare = _f(
+        1.0, "Nucleus sampling. Below 1, sampled tokens no longer follow the scored distribution."
+    )
+    top_k: Number = _f(0, "Sample among so many tokens only; 0: all. See top_p.")
+    min_p: Share | None = _f(None, "Least probability of a token, relative to the likeliest. See top_p.")
+    repetition_penalty: Positive = _f(1.0, "Above 1: repeated tokens become less likely. See top_p.")
+    use_vllm: bool = _f(False, "Let vLLM generate, with a copy of the base of its own on this GPU.")
+    vllm_gpu_memory_utilization: PositiveShare = _f(0.3, "Share of the GPU's memory for vLLM.")
+    vllm_max_model_length: int | None = _f(None, "Most tokens of prompt and completion in vLLM; None: the model's.")
+    use_transformers_continuous_batching: bool = _f(
+        False, "Generate by Transformers' continuous batching: a completion that has ended makes room at once."
+    )
+    transformers_continuous_batching_config: dict[str, Any] | str | None = _f(
+        None, "Fields of transformers' ContinuousBatchingConfig."
+    )
+    generation_kwargs: dict[str, Any] | str | None = _f(None, "Further fields of transformers.GenerationConfig.")
+    chat_template_kwargs: dict[str, Any] | str | None = _f(None, "Arguments of the chat template.")
+    shuffle_dataset: bool = _f(True, "Shuffle the prompts, anew each epoch.")
+
+    # Reward
+    reward_weights: list[float] | None = _f(None, "One weight a reward function; None: all 1.")
+    reward_clip_range: list[float] | None = _f(None, "Least and greatest score of a completion, after weighting.")
+    score_normalization: Literal["none", "running", "reference"] = _f(
+        "none",
+        "Scale each reward function: 'running' divides by a running std after taking off the running mean; 'reference' "
+        "makes mean 0 and std 1 on completions of the reference, once, at the start.",
+    )
+    normalization_samples: Count = _f(256, "Completions of the reference that 'reference' normalisation is made from.")
+    reward_timeout: Positive | None = _f(None, "Most seconds that one call of a reward function may take; None: any.")
+    missing_eos_penalty: Positive | None = _f(
+        None, "Subtracted from the score of a completion that was cut off. Positive."
+    )
+    kl_coef: NotNegative = _f(
+        0.05, "Weight of the per-token KL to the reference in the reward; read anew each rollout."
+    )
+    kl_estimator: KLEstimator = _f("k1", "Estimator of that KL: k1, k2 or k3.")
+    whiten_rewards: bool = _f(False, "Scale the rewards of a rollout to variance 1, keeping their mean.")
+
+    # Objective
+    objective: ObjectiveChoice = _f(
+        "clip",
+        "What the policy is trained on. 'clip': PPO's clipped surrogate; "
+        "'kl_penalty': PPO's penalty on the KL from the sampling policy, adaptive; "
+        "'reinforce': the plain policy gradient with a baseline; 'sequence': clipped, one advantage a completion, no "
+        "critic. In Python also an object of your own, a trl_ext.ppo.Objective.",
+    )
+    baseline: Baseline = _f("leave_one_out", "Of 'reinforce': 'value' (the value role), 'mean' or 'leave_one_out'.")
+    penalty_coef: Positive = _f(1.0, "Of 'kl_penalty': beta to start with.")
+    penalty_target: Positive = _f(0.01, "Of 'kl_penalty': KL that an update should make, nats a token.")
+    entropy_coef: NotNegative = _f(0.0, "Weight of an entropy bonus.")
+    ptx_coef: NotNegative = _f(
+        0.0, "Weight of the log-likelihood of ptx_dataset's texts, mixed into the policy's loss."
+    )
+    ptx_max_length: Count = _f(256, "Most tokens of such a text.")
+
+    # Update
+    num_ppo_epochs: Count = _f(4, "Epochs on each rollout.")
+    cliprange: Positive = _f(0.2, "Clip range of the policy's probability ratio.")
+    cliprange_value: Positive = _f(0.2, "Clip range of the value's step.")
+    dual_clip: AtLeastOne | None = _f(None, "Bound on the ratio where the advantage is negative, above 1; None: none.")
+    vf_coef: NotNegative = _f(0.1, "Weight of the value loss.")
+    gamma: Share = _f(1.0, "Discount a token.")
+    lam: Share = _f(0.95, "Lambda of generalised advantage estimation.")
+    lam_value: Share | None = _f(None, "Lambda of the returns that the value role learns; None: lam.")
+    whiten_advantages: bool = _f(True, "Scale the advantages of a rollout to mean 0 and variance 1.")
+
+    # Guards
+    max_approx_kl: Positive | None = _f(
+        None, "End an update's epochs when a minibatch's approxkl (nats a token) is above."
+    )
+    max_ratio: AtLeastOne | None = _f(
+        None, "Do not step on a minibatch whose mean ratio is above it or below its inverse."
+    )
+    value_warmup_rollouts: Number = _f(0, "Rollouts at the start on which the value role alone is trained.")
+
+    # Looking
+    log_completions: bool = _f(False, "Print sample completions at each log and save all of them under completions/.")
+    num_completions_to_print: Number = _f(4, "Rows of that table.")
+
+    def __post_init__(self) -> None:
+        self._check()
+        if self.logging_steps is None:
+            self.logging_steps = self.steps_per_rollout
+        if self.bf16 is None:
+            self.bf16 = (
+                not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+            )
+        super().__post_init__()
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size would change the number of completions a rollout has: set it to False and lower "
+                "per_device_train_batch_size (raising gradient_accumulation_steps) instead."
+            )
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps taken on one rollout."""
+        return self.num_ppo_epochs * self.num_mini_batches
+
+    @property
+    def policy_objective(self) -> Objective:
+        """The object that `objective` names, or is."""
+        return self.objective if isinstance(self.objective, Objective) else OBJECTIVES[self.objective]
+
+    @property
+    def objective_name(self) -> str:
+        """What to call the objective."""
+        return type(self.objective).__name__ if isinstance(self.objective, Objective) else self.objective
+
+    @property
+    def uses_value(self) -> bool:
+        """Whether the objective has a critic."""
+        return self.policy_objective.needs_critic(self)
+
+    @property
+    def mini_batch_size(self) -> int:
+        """Completions of one optimizer step, over all processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def rollout_batch_size(self) -> int:
+        """Completions of one rollout, over all processes."""
+        return self.mini_batch_size * self.num_mini_batches
+
+    def to_dict(self) -> dict[str, Any]:
+        """As TrainingArguments', an objective of your own by its name."""
+        return super().to_dict() | {"objective": self.objective_name}
+
+    def _check(self) -> None:
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            self._check_field(name, hint)
+        if self.policy_objective.single_epoch and self.num_ppo_epochs > 1:
+            raise ValueError(
+                f"objective {self.objective_name!r} knows no old policy, so a second epoch on a rollout would be "
+                f"off-policy: set num_ppo_epochs to 1, not {self.num_ppo_epochs}."
+            )
+        if self.value_warmup_rollouts and not self.uses_value:
+            raise ValueError(
+                f"value_warmup_rollouts is {self.value_warmup_rollouts}, but objective {self.objective_name!r} has no "
+                "critic here: leave it out."
+            )
+        if self.gamma != 1.0 and not self.uses_value:
+            raise ValueError(
+                f"gamma is {self.gamma}, but objective {self.objective_name!r} has no critic here and sums rewards as "
+                "they are: leave gamma at 1."
+            )
+        if self.use_vllm and self.generation_kwargs:
+            raise ValueError("generation_kwargs are Transformers' and would not reach vLLM: unset them, or use_vllm.")
+        if self.use_vllm and self.use_transformers_continuous_batching:
+            raise ValueError("use_vllm and use_transformers_continuous_batching are both set: choose one of them.")
+        if self.use_transformers_continuous_batching and (self.generation_kwargs or self.repetition_penalty != 1.0):
+            raise ValueError(
+                "Continuous batching knows neither generation_kwargs nor repetition_penalty: leave them out, or "
+                "use_transformers_continuous_batching."
+            )
+        if self.torch_compile and self.gradient_checkpointing:
+            raise ValueError(
+                "torch_compile cannot follow recomputation that restores a role's adapter: set gradient_checkpointing "
+                "to False, or leave torch_compile out."
+            )
+        clip = self.reward_clip_range
+        if clip is not None and (len(clip) != 2 or not clip[0] < clip[1]):
+            raise ValueError(f"reward_clip_range is {clip}: give the least and the greatest score, as in [-1, 1].")
+
+    def _check_field(self, name: str, hint: Any) -> None:
+        """Hold a field against its type: `Bounds`, or the choices of a Literal; both may be optional."""
+        value, kinds = getattr(self, name, None), [hint]
+        if type(None) in get_args(hint):
+            if value is None:
+                return
+            kinds = list(get_args(hint))
+        for kind in kinds:
+            if get_origin(kind) is Annotated and isinstance(kind.__metadata__[0], Bounds):
+                refusal = kind.__metadata__[0].refusal(value)
+                if refusal is not None:
+                    raise ValueError(f"{name} is {value}: it must be {refusal}.")
+            elif get_origin(kind) is Literal and value not in get_args(kind) and not isinstance(value, Objective):
+                yours = ", or give a trl_ext.ppo.Objective" if name == "objective" else ""
+                raise ValueError(f"{name} is {value!r}: choose one of {', '.join(get_args(kind))}{yours}.")

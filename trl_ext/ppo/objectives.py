@@ -1,0 +1,243 @@
+"""What the policy is trained on: one object an objective, and the two losses of a micro-batch.
+
+`OBJECTIVES` gives each objective its name. A new one is a subclass of `Objective` and a line there; your own goes into
+`PPOConfig(objective=YourObjective())`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from trl_ext.controllers import FixedKLController, KLController, PenaltyController
+from trl_ext.core import (
+    approx_kl,
+    batch_baseline,
+    clipped_policy_terms,
+    clipped_value_loss,
+    estimate_advantages,
+    kl_penalty_policy_terms,
+    masked_whiten,
+    policy_clipped,
+    probability_ratio,
+    reinforce_terms,
+    rewards_to_go,
+    sequence_returns,
+    token_mean,
+    value_clipped,
+)
+from trl_ext.types import Experience, ShapedRollout
+
+TokenMetrics = dict[str, Tensor]  # (batch, tokens) by metric name
+Baseline = Literal["value", "mean", "leave_one_out"]
+Estimates = tuple[Tensor, Tensor]  # advantages and returns, both (batch, tokens), 0 on padding
+
+
+class Settings(Protocol):
+    """What the objectives here read of PPOConfig, which documents it."""
+
+    baseline: Baseline
+    cliprange: float
+    cliprange_value: float
+    dual_clip: float | None
+    entropy_coef: float
+    gamma: float
+    lam: float
+    lam_value: float | None
+    num_generations: int
+    penalty_coef: float
+    penalty_target: float
+    vf_coef: float
+    whiten_advantages: bool
+
+
+class Objective:
+    """What the policy is trained on; override `terms`, and what else differs from PPO with a critic.
+
+    Attributes:
+        single_epoch: it knows no old policy, so a rollout can be trained on once only.
+    """
+
+    single_epoch: ClassVar[bool] = False
+
+    def needs_critic(self, args: Settings) -> bool:
+        """Whether a value role is trained beside the policy."""
+        return True
+
+    def advantages(self, shaped: ShapedRollout, args: Settings) -> Estimates:
+        """One advantage and one return a token, of a whole rollout. Here: generalised advantage estimation."""
+        advantages, returns = estimate_advantages(
+            shaped.rewards, shaped.score_pass.values, shaped.loss_mask, args.gamma, args.lam, args.lam_value
+        )
+        return masked_whiten(advantages, shaped.loss_mask) if args.whiten_advantages else advantages, returns
+
+    def terms(self, logprobs: Tensor, batch: Experience, args: Settings, coef: float) -> Tensor:
+        """Each token's term of the policy's loss, (batch, tokens).
+
+        Args:
+            logprobs: (batch, tokens) under the policy in training, nats; carries the gradient.
+            batch: the micro-batch; `batch.score_pass.logprobs` are those of the policy that sampled.
+            coef: the value of `controller`.
+        """
+        raise NotImplementedError
+
+    def clipped(self, logprobs: Tensor, batch: Experience, args: Settings) -> Tensor:
+        """Tokens whose gradient the objective cuts off, (batch, tokens) bool; logged as `policy/clipfrac_avg`."""
+        return torch.zeros_like(batch.loss_mask)
+
+    def controller(self, args: Settings) -> KLController:
+        """A coefficient that answers to the KL (nats a token) that each update's last epoch made."""
+        return FixedKLController(0.0)
+
+    def metrics(self, coef: float) -> dict[str, float]:
+        """What is logged of an update beside the usual."""
+        return {}
+
+
+class Clip(Objective):
+    """PPO's clipped surrogate: Schulman et al. 2017, arXiv:1707.06347, equation 7."""
+
+    def terms(self, logprobs: Tensor, batch: Experience, args: Settings, coef: float) -> Tensor:
+        """See `trl_ext.core.clipped_policy_loss`."""
+        ratio = probability_ratio(logprobs, batch.score_pass.logprobs, batch.loss_mask)
+        return clipped_policy_terms(ratio, batch.advantages, args.cliprange, args.dual_clip)
+
+    def clipped(self, logprobs: Tensor, batch: Experience, args: Settings) -> Tensor:
+        """See `trl_ext.core.policy_clipped`."""
+        old, mask = batch.score_pass.logprobs, batch.loss_mask
+        return policy_clipped(logprobs, old, batch.advantages, mask, args.cliprange, args.dual_clip)
+
+
+class KLPenalty(Objective):
+    """PPO's penalty on the KL from the policy that sampled, adaptive: Schulman et al. 2017, equation 8."""
+
+    def terms(self, logprobs: Tensor, batch: Experience, args: Settings, coef: float) -> Tensor:
+        """See `trl_ext.core.kl_penalty_policy_terms`."""
+        ratio = probability_ratio(logprobs, batch.score_pass.logprobs, batch.loss_mask)
+        return kl_penalty_policy_terms(ratio, batch.advantages, coef)
+
+    def controller(self, args: Settings) -> KLController:
+        """Beta, doubled and halved."""
+        return PenaltyController(args.penalty_coef, args.penalty_target)
+
+    def metrics(self, coef: float) -> dict[str, float]:
+        """Beta, as the update had it."""
+        return {"policy/penalty_coef": coef}
+
+
+class Reinforce(Objective):
+    """The plain policy gradient with a baseline: Williams 1992."""
+
+    single_epoch = True
+
+    def needs_critic(self, args: Settings) -> bool:
+        """Where the value role is the baseline."""
+        return args.baseline == "value"
+
+    def advantages(self, shaped: ShapedRollout, args: Settings) -> Estimates:
+        """Rewards to go less the baseline."""
+        if not self.needs_critic(args):
+            return without_critic(shaped, args, leave_one_out=args.baseline == "leave_one_out")
+        mask = shaped.loss_mask
+        returns = rewards_to_go(shaped.rewards, mask, args.gamma)
+        advantages = (returns - shaped.score_pass.values) * mask
+        return masked_whiten(advantages, mask) if args.whiten_advantages else advantages, returns
+
+    def terms(self, logprobs: Tensor, batch: Experience, args: Settings, coef: float) -> Tensor:
+        """See `trl_ext.core.reinforce_terms`."""
+        return reinforce_terms(logprobs, batch.advantages)
+
+
+class Sequence(Clip):
+    """Clipped, one advantage a completion, no critic."""
+
+    def needs_critic(self, args: Settings) -> bool:
+        """Never."""
+        return False
+
+    def advantages(self, shaped: ShapedRollout, args: Settings) -> Estimates:
+        """A completion's return less the mean of its group."""
+        return without_critic(shaped, args)
+
+
+ObjectiveName = Literal["clip", "kl_penalty", "reinforce", "sequence"]
+OBJECTIVES: dict[str, Objective] = {
+    "clip": Clip(),
+    "kl_penalty": KLPenalty(),
+    "reinforce": Reinforce(),
+    "sequence": Sequence(),
+}
+
+
+def without_critic(shaped: ShapedRollout, args: Settings, leave_one_out: bool = False) -> Estimates:
+    """A completion's return less its baseline, at each of its tokens."""
+    mask = shaped.loss_mask
+    scored = mask.any(dim=1)
+    returns = sequence_returns(shaped.rewards, mask)
+    groups = _same_prompt(shaped) if args.num_generations > 1 else None
+    advantages = returns - batch_baseline(returns, scored, leave_one_out, groups)
+    if args.whiten_advantages:
+        advantages = masked_whiten(advantages, scored)
+    by_token = advantages.unsqueeze(1) * mask
+    return by_token, by_token
+
+
+def _same_prompt(shaped: ShapedRollout) -> Tensor:
+    """A number a row, (batch,), the same for completions of the same prompt."""
+    numbers: dict[tuple[int, ...], int] = {}
+    return torch.tensor([numbers.setdefault(tuple(ids), len(numbers)) for ids in shaped.rollout.prompt_tokens])
+
+
+# The losses of a micro-batch -----------------------------------------------------------------------------------------
+
+
+def policy_loss(
+    objective: Objective,
+    batch: Experience,
+    outputs: dict[str, Tensor],
+    num_tokens: Tensor,
+    args: Settings,
+    coef: float,
+) -> tuple[Tensor, TokenMetrics]:
+    """The policy's share of the minibatch loss, a scalar, and (batch, tokens) tensors by metric name.
+
+        loss = mean_t (objective_t - entropy_coef * H_t)
+
+    Source of the entropy bonus: Schulman et al. 2017, arXiv:1707.06347, equation 9.
+
+    Args:
+        batch: the micro-batch.
+        outputs: "logprobs" (with gradient) and "entropy", (batch, tokens).
+        num_tokens: real tokens of the whole minibatch, over all processes.
+        coef: the value of the objective's controller.
+    """
+    new, old, mask = outputs["logprobs"], batch.score_pass.logprobs, batch.loss_mask
+    terms = objective.terms(new, batch, args, coef)
+    metrics = {
+        "policy/approxkl_avg": approx_kl(new.detach(), old, "k2"),
+        "policy/clipfrac_avg": objective.clipped(new.detach(), batch, args),
+        "policy/entropy_avg": outputs["entropy"].detach(),
+        "loss/policy_avg": terms.detach(),
+        "val/ratio": probability_ratio(new.detach(), old, mask),
+    }
+    if args.entropy_coef:
+        terms = terms - args.entropy_coef * outputs["entropy"]
+    return token_mean(terms, mask, num_tokens), metrics
+
+
+def value_loss(
+    batch: Experience, outputs: dict[str, Tensor], num_tokens: Tensor, args: Settings
+) -> tuple[Tensor, TokenMetrics]:
+    """The value role's share of the minibatch loss, `vf_coef` included, and (batch, tokens) tensors by metric name.
+    Arguments as of `policy_loss`, of `outputs` "values" (with gradient)."""
+    new, old, returns, mask = outputs["values"], batch.score_pass.values, batch.returns, batch.loss_mask
+    loss = clipped_value_loss(new, old, returns, mask, args.cliprange_value, num_tokens)
+    detached = new.detach()
+    clipped = value_clipped(detached, old, returns, mask, args.cliprange_value)
+    bounded = detached.clamp(old - args.cliprange_value, old + args.cliprange_value)
+    return args.vf_coef * loss, {
+        "loss/value_avg": 0.5 * (detached.where(~clipped, bounded) - returns) ** 2,
+        "val/clipfrac_avg": clipped,
+    }

@@ -1,0 +1,385 @@
+"""One PPO update: experience from a batch of prompts, then epochs of optimizer steps on it.
+
+    rollout    = generate(policy, prompts)                    # completions, masks
+    scores     = score(rollout, reward_functions)             # (batch,) one number a completion
+    pass_      = score_pass(roles, rollout)                   # log-probs, values, reward role
+    rewards    = shape_rewards(scores, kl, kl_coef)           # (batch, tokens), KL included
+    advantages = estimate_advantages(rewards, values, mask)   # by the objective
+    update(policy, value, rollout, advantages)                # clipped losses, several epochs
+
+Transformers' Trainer keeps the loop: it draws micro-batches, steps the optimizer, logs, saves. Who calls whom:
+
+    Trainer.train                              for each micro-batch of each optimizer step of each rollout:
+      PPOTrainer.training_step
+        Updater.collect                        at the first micro-batch of a rollout alone
+          Collector -> rollout, scores, pass_    heard by on_rollout_end, on_scores
+          shape     -> rewards                   heard by on_rewards
+          estimate  -> advantages, returns       heard by on_advantages
+        Updater.train_on_next                  forward, losses and backward of one micro-batch, role by role
+        Updater.finish_minibatch               after the last micro-batch of a step: may the optimizer step?
+      optimizer.step                           unless a guard said no
+      PPOTrainer._after_step
+        Updater.end_step                       after the last step of an epoch: on_ppo_epoch_end, of a rollout:
+                                               on_update_end
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import TrainerState
+
+from trl_ext.callbacks import EpochStats, PPOControl, RolloutEvents
+from trl_ext.core import token_mean
+from trl_ext.ppo.batches import micro_batches, mini_batch
+from trl_ext.ppo.collector import Collector
+from trl_ext.ppo.config import PPOConfig
+from trl_ext.ppo.experience import estimate, shape
+from trl_ext.ppo.metrics import Metrics
+from trl_ext.ppo.objectives import TokenMetrics, policy_loss, value_loss
+from trl_ext.ppo.pretraining import PretrainMix
+from trl_ext.ppo.summary import summarize
+from trl_ext.roles import Role, SharedBase
+from trl_ext.types import Experience
+
+# EpochStats' fields by the metric that each is the mean of.
+EPOCH_METRICS = {
+    "approxkl": "policy/approxkl_avg",
+    "clipfrac": "policy/clipfrac_avg",
+    "ratio": "val/ratio",
+    "entropy": "policy/entropy_avg",
+    "policy_loss": "loss/policy_avg",
+    "value_loss": "loss/value_avg",
+}
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where an optimizer step stands in the run; all numbers from 0.
+
+    Attributes:
+        rollout: which rollout it trains on.
+        epoch: which epoch over that rollout.
+        minibatch: which minibatch of that epoch.
+        first: it is the rollout's first step: nothing has been trained on yet.
+        last: it is the rollout's last step.
+    """
+
+    rollout: int
+    epoch: int
+    minibatch: int
+    first: bool
+    last: bool
+
+    @classmethod
+    def of(cls, global_step: int, args: PPOConfig) -> Position:
+        """Of the step to come, where `global_step` steps were taken."""
+        rollout, step = divmod(global_step, args.steps_per_rollout)
+        epoch, minibatch = divmod(step, args.num_mini_batches)
+        return cls(rollout, epoch, minibatch, first=step == 0, last=step == args.steps_per_rollout - 1)
+
+
+@dataclass
+class EpochProgress:
+    """How far the training on the rollout in use has come; part of what an interrupted run must restore.
+
+    Attributes:
+        stopped: no further step is taken on this rollout.
+        skipped: minibatches of the epoch under way that were not stepped on.
+        last_kl: approxkl of the last epoch that ended, nats a token; NaN before.
+        sums: of the epoch under way, each metric's sum over real tokens of all processes, and their number.
+    """
+
+    stopped: bool = False
+    skipped: int = 0
+    last_kl: float = float("nan")
+    sums: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, totals: dict[str, list[float]]) -> None:
+        """Take in a minibatch's sums and counts."""
+        _add_up(self.sums, totals)
+
+    def mean(self, metric: str) -> float:
+        """Mean of a metric over the epoch so far; NaN where there is none."""
+        total, count = self.sums.get(metric, [0.0, 0.0])
+        return total / count if count else float("nan")
+
+
+class Updater:
+    """Makes experience, and trains on it one micro-batch after the other.
+
+    Args:
+        base: the roles.
+        args: settings.
+        accelerator: for autocast, backward and gathering over processes.
+        collector: answers prompts and has the completions scored.
+        events: hears of each stage.
+        pretrain_mix: gives the PTX loss's texts; None: no such loss.
+
+    Attributes:
+        experience: the rollout in use; None before the first.
+        rollout_metrics: what describes it.
+        metrics: what is logged next.
+    """
+
+    def __init__(
+        self,
+        base: SharedBase,
+        args: PPOConfig,
+        accelerator: Accelerator,
+        collector: Collector,
+        events: RolloutEvents,
+        pretrain_mix: PretrainMix | None = None,
+    ) -> None:
+        self.base, self.args, self.accelerator = base, args, accelerator
+        self.collector, self.events, self.pretrain_mix = collector, events, pretrain_mix
+        self.objective = args.policy_objective
+        self.controller = self.objective.controller(args)
+        self.metrics, self.progress = Metrics(), EpochProgress()
+        self.experience: Experience | None = None
+        self.rollout_metrics: dict[str, float] = {}
+        self.position = Position.of(0, args)
+        self._queue: list[Tensor] = []
+        self._texts: list[tuple[Tensor, Tensor]] = []
+        self._sums: dict[str, Tensor] = {}
+        self._num_text_tokens = self._num_tokens = torch.zeros(())
+        self._parameters: dict[Role, list[nn.Parameter]] = {
+            "policy": base.trainable_parameters("policy"),
+            "value": base.trainable_parameters("value") if args.uses_value else [],
+        }
+        self._own_trunk = base.adapters["value"] != base.adapters["policy"]
+
+    def reset(self) -> None:
+        """Begin with a new minibatch, also where training ended amid one."""
+        self._queue, self._sums = [], {}
+
+    # Experience -------------------------------------------------------------------------------------------------------
+
+    def begin_step(self, global_step: int) -> None:
+        """Before an optimizer step's first micro-batch: find its place."""
+        if self.idle:
+            self.position = Position.of(global_step, self.args)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the next micro-batch begins a new minibatch."""
+        return not self._queue
+
+    @property
+    def needs_rollout(self) -> bool:
+        """Whether the step to come begins a rollout, or has none to train on."""
+        return self.idle and (self.position.first or self.experience is None)
+
+    def collect(self, prompts: list[dict[str, Any]], state: TrainerState, control: PPOControl) -> Experience:
+        """Answer this process's prompts (rows of the dataset) and turn all processes' completions into experience."""
+        control.should_update_stop = False
+        scored = self.events.on_scores(self.collector(prompts, state))
+        shaped = self.events.on_rewards(shape(scored, self.args))
+        self.experience = experience = self.events.on_advantages(estimate(shaped, self.args))
+        self.metrics.take_in(self.collector.log.metrics)
+        self.rollout_metrics = summarize(experience, self.args, self.collector.score_names)
+        self.metrics.add_rollout(self.rollout_metrics)
+        state.num_input_tokens_seen += int(experience.rollout.attention_mask.sum())
+        self.progress = EpochProgress(stopped=control.should_update_stop)
+        return experience
+
+    # Training ---------------------------------------------------------------------------------------------------------
+
+    def train_on_next(self, model: nn.Module, global_step: int) -> Tensor:
+        """Forward, loss and backward of the next micro-batch.
+
+        Returns:
+            Its share of the minibatch's loss, times the number of processes; 0 where the rollout is through already.
+        """
+        assert self.experience is not None
+        if self.idle:
+            self._plan(self.experience, global_step)
+        rows = self._queue.pop(0)
+        loss = torch.zeros((), device=self.accelerator.device)
+        if not self.progress.stopped:
+            loss = self._train_on(model, self.experience.rows(rows).to(self.base.device))
+        # Transformers' own sum of losses since the last log is lost with an interrupted run.
+        self.metrics.add_value("loss", loss * self.args.gradient_accumulation_steps)
+        if loss.is_cuda:
+            torch.cuda.synchronize(loss.device)  # or the clock stops while backward waits to begin
+        return loss
+
+    def _plan(self, experience: Experience, global_step: int) -> None:
+        """Rows of this process's micro-batches for the optimizer step to come."""
+        args, mask, at = self.args, experience.loss_mask, self.position
+        share = (args.gradient_accumulation_steps, self.accelerator.num_processes, self.accelerator.process_index)
+        rows = mini_batch(len(mask), at.minibatch, args.num_mini_batches, args.seed, at.rollout, at.epoch)
+        self._num_tokens = mask[rows].sum()
+        self._queue = micro_batches(rows, experience.rollout.attention_mask.sum(dim=1), *share)
+        if self.pretrain_mix is not None and not self._warming_up:
+            ids, mask = self.pretrain_mix(args.mini_batch_size, global_step)
+            self._num_text_tokens = mask[:, 1:].sum()  # nothing predicts a text's first token
+            parts = micro_batches(torch.arange(len(ids)), mask.sum(dim=1), *share)
+            self._texts = [(ids[part], mask[part]) for part in parts]
+
+    @property
+    def _warming_up(self) -> bool:
+        return self.position.rollout < self.args.value_warmup_rollouts
+
+    def _roles(self) -> list[tuple[Role, ...]]:
+        """Who is trained, in which forwards.
+
+        A value role with an adapter of its own follows the policy instead of joining it: only one graph is alive at a
+        time, and what gradient checkpointing recomputes runs under the adapter it belongs to.
+        """
+        if not self.args.uses_value:
+            return [("policy",)]
+        if self._warming_up:
+            return [("value",)]
+        return [("policy",), ("value",)] if self._own_trunk else [("policy", "value")]
+
+    def _train_on(self, model: nn.Module, batch: Experience) -> Tensor:
+        model.train()
+        total = torch.zeros((), device=self.accelerator.device)
+        for roles in self._roles():
+            with self.base.use(roles[0]):
+                if self._warming_up:  # the trunk may be the policy's
+                    for parameter in self.base.trainable_parameters("policy"):
+                        parameter.requires_grad_(False)
+                total = total + self._backward(self._loss(model, batch, roles))
+        if self.pretrain_mix is not None and not self._warming_up:
+            with self.base.use("policy"):
+                total = total + self._backward(self._pretraining_loss(model))
+        return total
+
+    def _backward(self, loss: Tensor) -> Tensor:
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _loss(self, model: nn.Module, batch: Experience, roles: tuple[Role, ...]) -> Tensor:
+        """The losses of `roles`, which share this forward."""
+        args, rollout = self.args, batch.rollout
+        loss = torch.zeros((), device=self.accelerator.device)
+        with self.accelerator.autocast():
+            outputs = model(
+                rollout.input_ids,
+                rollout.attention_mask,
+                rollout.completion_ids.shape[1],
+                roles=roles,
+                temperature=args.temperature,
+                entropy_grad=bool(args.entropy_coef),
+            )
+            if "policy" in roles:
+                coef = self.controller.value
+                part, metrics = policy_loss(self.objective, batch, outputs, self._num_tokens, args, coef)
+                self._note(metrics, batch.loss_mask)
+                if self.position.first:
+                    # Nothing was stepped on since the rollout was scored: policy and sampling policy are the same.
+                    first = {"policy/first_approxkl": metrics["policy/approxkl_avg"]}
+                    self.metrics.add_tokens(first, batch.loss_mask)
+                loss = loss + part * self.accelerator.num_processes  # DDP averages gradients; the loss is a sum
+            if "value" in roles:
+                part, metrics = value_loss(batch, outputs, self._num_tokens, args)
+                self._note(metrics, batch.loss_mask)
+                loss = loss + part * self.accelerator.num_processes
+        return loss
+
+    def _pretraining_loss(self, model: nn.Module) -> Tensor:
+        """-ptx_coef * mean_t log pi(x_t | x_<t) of some texts: the second term of Ouyang et al. 2022, arXiv:2203.02155,
+        equation 2, a mean over the tokens of the minibatch's texts as the policy's loss is over its completions'."""
+        ids, mask = (part.to(self.base.device) for part in self._texts[len(self._queue)])
+        with self.accelerator.autocast():
+            outputs = model(ids, mask, ids.shape[1], roles=("policy",))
+            terms = -outputs["logprobs"][:, 1:]
+        self.metrics.add_tokens({"loss/ptx": terms}, mask[:, 1:])
+        loss = token_mean(terms, mask[:, 1:], self._num_text_tokens)
+        return self.args.ptx_coef * loss * self.accelerator.num_processes
+
+    def _note(self, metrics: TokenMetrics, mask: Tensor) -> None:
+        for name, entry in self.metrics.add_tokens(metrics, mask).items():
+            self._sums[name] = self._sums[name] + entry if name in self._sums else entry
+
+    # The end of a minibatch, an epoch, a rollout ----------------------------------------------------------------------
+
+    def finish_minibatch(self) -> bool:
+        """Take stock after a minibatch's last micro-batch: whether the optimizer may step. Every process must call."""
+        if self.progress.stopped:
+            return False
+        finite = self._gradients_finite()
+        totals: dict[str, list[float]] = {}
+        for sums in gather_object([{name: entry.tolist() for name, entry in self._sums.items()}]):
+            _add_up(totals, sums)
+        self._sums = {}
+        self.progress.add(totals)
+        mean = {name: total / max(count, 1.0) for name, (total, count) in totals.items()}
+        args, kl, ratio = self.args, mean.get("policy/approxkl_avg", 0.0), mean.get("val/ratio", 1.0)
+        too_far = args.max_approx_kl is not None and kl > args.max_approx_kl
+        exploded = args.max_ratio is not None and not 1 / args.max_ratio <= ratio <= args.max_ratio
+        self.progress.stopped = too_far
+        skip = too_far or exploded or not finite
+        self.progress.skipped += int(skip)
+        return not skip
+
+    def _gradients_finite(self) -> bool:
+        """Log each role's gradient norm, before it is clipped; whether all are finite. A step on those that are not
+        would ruin weights and moments for good, so it is skipped."""
+        finite = True
+        scaler = getattr(self.accelerator, "scaler", None)
+        scale = scaler.get_scale() if scaler is not None else 1.0
+        for role, parameters in self._parameters.items():
+            if parameters and (role, self._warming_up) != ("policy", True):
+                gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+                norm = float(nn.utils.get_total_norm(gradients)) / scale if gradients else 0.0
+                self.metrics.add_value(f"grad_norm/{role}", norm)
+                finite = finite and math.isfinite(norm)
+        # fp16's scaler looks for overflows itself, and needs to see them to lower its scale.
+        return finite or scaler is not None
+
+    def end_step(self, control: PPOControl) -> None:
+        """After an optimizer step, taken or skipped: tell the callbacks of an epoch and an update that have ended."""
+        assert self.experience is not None
+        at, stats = self.position, None
+        if at.minibatch == self.args.num_mini_batches - 1 and self.progress.sums:
+            self.metrics.add_value("policy/skipped_minibatches", self.progress.skipped)
+            means = {key: self.progress.mean(name) for key, name in EPOCH_METRICS.items()}
+            stats = EpochStats(epoch=at.epoch, skipped=self.progress.skipped, **means)
+            self.progress = EpochProgress(stopped=self.progress.stopped, last_kl=stats.approxkl)
+        if at.last:
+            for name, value in self.objective.metrics(self.controller.value).items():
+                self.metrics.add_value(name, value)
+            self.controller.update(self.progress.last_kl, 1)
+        if stats is not None:
+            self.events.on_ppo_epoch_end(self.experience, stats)
+        if at.last:
+            self.events.on_update_end(self.experience, self.rollout_metrics)
+        if control.should_update_stop:
+            self.progress.stopped = True
+
+    # What an interrupted run must restore -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes here but the experience itself, as plain numbers. Every process must call it."""
+        return {
+            "updater": {"progress": asdict(self.progress), "penalty": self.controller.state_dict()},
+            "reward_moments": self.collector.combination.moments.state_dict(),
+            "metrics": self.metrics.state_dict(),
+            "rollout_metrics": self.rollout_metrics,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], experience: Experience | None) -> None:
+        """Go on from what `state_dict` gave (empty: from the start), with the rollout in use then."""
+        self.experience = experience
+        if state:
+            self.progress = EpochProgress(**state["updater"]["progress"])
+            self.controller.load_state_dict(state["updater"]["penalty"])
+            self.collector.combination.moments.load_state_dict(state["reward_moments"])
+            self.metrics.load_state_dict(state["metrics"], keep=self.args.process_index == 0)
+            self.rollout_metrics = state["rollout_metrics"]
+
+
+def _add_up(sums: dict[str, list[float]], more: dict[str, list[float]]) -> None:
+    """Add sums and counts by metric name."""
+    for name, (total, count) in more.items():
+        before = sums.get(name, [0.0, 0.0])
+        sums[name] = [before[0] + total, before[1] + count]

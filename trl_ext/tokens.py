@@ -1,0 +1,149 @@
+"""Text to ids and back, once: prompts, chat templates, what a reward role reads after a completion, EOS ids, batches.
+
+Lists of ids have one entry a token; masks are bool, True marks a real token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+# Prompts and completions -------------------------------------------------------------------------------------------
+
+
+def tokenize_prompts(
+    prompts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any] | None = None
+) -> list[list[int]]:
+    """Ids of each prompt; a conversation goes through the chat template with the generation prompt added.
+
+    Raises:
+        ValueError: a conversation and a tokenizer without a chat template, or a prompt without a single token.
+    """
+    if isinstance(prompts[0], str):
+        ids = tokenizer(list(prompts))["input_ids"]
+    else:
+        check_chat_template(tokenizer)
+        ids = tokenizer.apply_chat_template(
+            list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
+        )["input_ids"]
+    empty = next((i for i, row in enumerate(ids) if len(row) == 0), None)
+    if empty is not None:
+        raise ValueError(f"Prompt {prompts[empty]!r} has no tokens: give it some text, or a tokenizer that adds a BOS.")
+    return [list(row) for row in ids]
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse conversations for a tokenizer that cannot write them.
+
+    Raises:
+        ValueError: no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "The prompts are conversations, but the tokenizer has no chat template: set tokenizer.chat_template, use "
+            "an instruct model, or give prompts as plain text."
+        )
+
+
+def sequence_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any, **template: Any) -> list[int]:
+    """Prompt and completion as TRL's RewardTrainer tokenises them: through the chat template (with the arguments
+    `template`), or as one text with an EOS at its end."""
+    if isinstance(completion, str):
+        text = (prompt or "") + completion
+        text = text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
+        return list(tokenizer(text)["input_ids"])
+    chat = [*(prompt or []), *completion]
+    return list(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, **template)["input_ids"])
+
+
+# Where a completion ends -------------------------------------------------------------------------------------------
+
+
+def eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a completion: what the model's generation config or the tokenizer names.
+
+    Args:
+        model: a causal language model of Transformers.
+        tokenizer: its own.
+    """
+    ids = as_ids(model.generation_config.eos_token_id)
+    return ids if tokenizer.eos_token_id in ids else [tokenizer.eos_token_id, *ids]
+
+
+def as_ids(ids: int | Sequence[int] | None) -> list[int]:
+    """One id, several or none, as GenerationConfig takes them, as a list."""
+    return [ids] if isinstance(ids, int) else list(ids or [])
+
+
+def cut_at_eos(ids: Sequence[int], eos: Sequence[int]) -> list[int]:
+    """`ids` up to and with the first of `eos`; all of them where there is none."""
+    end = next((i for i, token in enumerate(ids) if token in eos), len(ids))
+    return list(ids[: end + 1])
+
+
+def reward_suffix(
+    prompts: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    eos: Sequence[int],
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[int]:
+    """Ids that a reward role reads after a completion that ended: what the chat template writes after its EOS, often a
+    newline. TRL's RewardTrainer trains on conversations as the template writes them, and on texts up to their EOS.
+
+    Args:
+        prompts: conversations, or texts, after which nothing is read.
+        eos: every id that ends a completion.
+
+    Returns:
+        An empty list where nothing follows.
+    """
+    if isinstance(prompts[0], str) or tokenizer.chat_template is None:
+        return []
+    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    kwargs: dict[str, Any] = {"tokenize": True, "return_dict": True, **(chat_template_kwargs or {})}
+    asked = tokenizer.apply_chat_template(conversation[:1], **kwargs)["input_ids"]
+    ids = list(tokenizer.apply_chat_template(conversation, **kwargs)["input_ids"])
+    last = [i for i, token in enumerate(ids) if i >= len(asked) and token in set(eos)]
+    return ids[last[-1] + 1 :] if last else []
+
+
+# Batches -----------------------------------------------------------------------------------------------------------
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Rows of ids as one tensor (rows, longest) int64, `fill` on padding, and its mask."""
+    width = max(1, *map(len, rows))
+    ids = torch.full((len(rows), width), fill, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        columns = slice(width - len(row), width) if left else slice(len(row))
+        ids[i, columns] = torch.tensor(row, dtype=torch.long)
+        mask[i, columns] = True
+    return ids, mask
+
+
+def side_by_side(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> tuple[Any, Any, int]:
+    """Prompts, padded on the left, beside their completions, padded on the right: ids and mask (rows, prompt +
+    completion), and how many columns are completion."""
+    (asked, asked_mask), (written, written_mask) = padded(prompt_ids, 0, left=True), padded(completion_ids, 0)
+    return torch.cat([asked, written], dim=1), torch.cat([asked_mask, written_mask], dim=1), written.shape[1]
+
+
+def padded_by_length(sequences: Sequence[Sequence[int]], size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Sequences of ids in right-padded batches, those of like length together.
+
+    Args:
+        sequences: of one id and more.
+        size: most sequences of a batch.
+
+    Yields:
+        Which sequences they are; their ids (rows, columns), 0 on padding; and the mask (rows, columns).
+    """
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        yield rows, *padded([sequences[i] for i in rows], 0)
