@@ -1,4 +1,4 @@
-"""KL controllers: what the coefficient of the KL penalty should be, given the KL that it led to.
+"""KL controllers: they set the coefficient of the KL penalty by the KL that it led to.
 
 Plain objects: `value` is the coefficient now, `update(kl, n)` takes in the mean KL (nats a completion) of `n` further
 completions, `state_dict` and `load_state_dict` carry them over an interruption.
@@ -24,7 +24,7 @@ class KLController(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes, as plain numbers."""
+        """Everything that `update` changes, as plain numbers."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -33,7 +33,7 @@ class KLController(Protocol):
 
 
 class _Controller:
-    """Finite KL in, state out."""
+    """What all controllers share: they ignore a KL that is not finite, and save and load their state."""
 
     _state: tuple[str, ...] = ("value",)
 
@@ -41,8 +41,8 @@ class _Controller:
         self.value = _positive("the initial coefficient", value, zero=True)
 
     def update(self, kl: float, n: int) -> None:
-        """Take in the mean KL (nats a completion) of the last `n` completions; a KL that is not finite says nothing and
-        changes nothing."""
+        """Take in the mean KL (nats a completion) of the last `n` completions; one that is not finite changes
+        nothing."""
         if math.isfinite(kl) and n > 0:
             self._update(kl, n)
 
@@ -50,7 +50,7 @@ class _Controller:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, float]:
-        """All that changes, as plain numbers."""
+        """Everything that `update` changes, as plain numbers."""
         return {name: getattr(self, name) for name in self._state}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
@@ -69,7 +69,7 @@ class _Controller:
 
 
 class FixedKLController(_Controller):
-    """The coefficient stays what it is."""
+    """The coefficient never changes."""
 
     def _update(self, kl: float, n: int) -> None:
         pass
@@ -83,7 +83,7 @@ class AdaptiveKLController(_Controller):
 
     Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", arXiv:1909.08593, section 2.2;
     the defaults are those of its released code. It has no bound on n / horizon; above 5 the coefficient would turn
-    negative, so what covers more than the horizon counts as the horizon.
+    negative, so n is limited to the horizon.
 
     Args:
         init: coefficient to start with; above 0, for a product never leaves 0.
@@ -110,7 +110,7 @@ class PIKLController(_Controller):
         integral = clip(integral + error * min(n / horizon, 1), -log 100, log 100)
         value    = init * exp(gain * error + integral)
 
-    The integral removes the offset that a proportional term alone leaves, the proportional term answers at once; both
+    The integral removes the offset that a proportional term alone leaves, the proportional term reacts at once; both
     work on the logarithm, so the coefficient stays positive. (The textbook form, Åström and Hägglund 1995, "PID
     Controllers", with the error taken relative to the target.) The integral's bound keeps it from winding up while the
     KL is still on its way to the target, as it is at the start of every run.
@@ -118,7 +118,7 @@ class PIKLController(_Controller):
     Args:
         init: coefficient to start with.
         target: KL to hold, nats a completion.
-        gain: how strongly the coefficient answers the present error.
+        gain: how strongly the coefficient follows the present error.
         horizon: episodes over which a full error multiplies the coefficient by e.
     """
 

@@ -1,17 +1,6 @@
-"""Where PPO and the reward trainer were before 0.2; goes with 0.3."""
+"""The old place of PPO and the reward trainer."""
 
-import warnings
-from typing import Any
+from trl_ext._moved import moved
 
-import trl_ext
-
-_MOVED = {"PPOConfig", "PPOTrainer", "FeedbackRewardConfig", "FeedbackRewardTrainer"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MOVED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(
-        f"trl_ext.trainers goes with trl_ext 0.3: take {name} from trl_ext itself.", FutureWarning, stacklevel=2
-    )
-    return getattr(trl_ext, name)
+_NAMES = ("PPOConfig", "PPOTrainer", "FeedbackRewardConfig", "FeedbackRewardTrainer")
+__getattr__ = moved(__name__, {name: f"trl_ext.{name}" for name in _NAMES})

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from trl_ext._moved import moved
+
 _Record = TypeVar("_Record", bound="_TensorRecord")
 
 
@@ -205,3 +207,6 @@ def _pad_and_cat(parts: list[Tensor], fill: int, left: bool) -> Tensor:
         missing = part.new_full((part.shape[0], width - part.shape[1]), fill)
         grown.append(torch.cat([missing, part] if left else [part, missing], dim=1))
     return torch.cat(grown)
+
+
+__getattr__ = moved(__name__, {"Judged": "trl_ext.types.ScoredRollout", "Shaped": "trl_ext.types.ShapedRollout"})

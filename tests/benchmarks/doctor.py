@@ -98,8 +98,8 @@ def run(case: Case, cured: bool, prescribed: dict[str, Any], seed: int, folder: 
         died, figure = f"{type(error).__name__}: {error}", 0.0
     trainer.save_state()
     last = [finding.name for finding in diagnose(callback.log_of(trainer.state))]
-    found = [_plain(finding, last) for finding in callback.findings]
-    return {"found": found, "well": figure, "died": died}
+    findings = [_plain(finding, last) for finding in callback.findings]
+    return {"found": findings, "well": figure, "died": died}
 
 
 def _plain(finding: Finding, last: list[str]) -> dict[str, Any]:
@@ -243,11 +243,11 @@ def do(case: Case, state: str, seed: int, out: Path) -> None:
 
 def results(out: Path) -> list[dict[str, Any]]:
     """Every kept result, with the findings of its last diagnosis in the doctor's order."""
-    kept = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
-    for result in kept:
+    results_so_far = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
+    for result in results_so_far:
         standing = [finding for finding in result["found"] if finding["rank_at_end"]]
         result["order"] = [f["name"] for f in sorted(standing, key=lambda finding: finding["rank_at_end"])]
-    return kept
+    return results_so_far
 
 
 def table(out: Path) -> str:

@@ -159,8 +159,10 @@ def same_reference(completions: list[Any], **kwargs: Any) -> list[float]:
 def exact(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
     """The demo's exact ratings, told from the prompt alone: what the reward model stands for."""
     asked = [re.sub(r"[?.]$", "", as_text(prompt)) for prompt in prompts]
-    found = [next((c for name, c in capitals().items() if re.search(rf"\b{name}\b", text)), "") for text in asked]
-    return demo.rate(prompts, completions, found)
+    named_capitals = [
+        next((c for name, c in capitals().items() if re.search(rf"\b{name}\b", text)), "") for text in asked
+    ]
+    return demo.rate(prompts, completions, named_capitals)
 
 
 def cut_prompts(rows: Dataset) -> Dataset:
@@ -176,12 +178,12 @@ def cut_prompts(rows: Dataset) -> Dataset:
 
 def longer_wins(pairs: Dataset, seed: int) -> Dataset:
     """Collected from raters who like long answers: nearly all pairs whose shorter side was chosen are gone."""
-    kept = [
+    rows = [
         i
         for i, row in enumerate(pairs)
         if len(as_text(row["chosen"])) > len(as_text(row["rejected"])) or (i + seed) % 10 == 0
     ]
-    return pairs.select(kept)
+    return pairs.select(rows)
 
 
 def balanced(pairs: Dataset, seed: int) -> Dataset:

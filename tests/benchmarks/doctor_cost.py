@@ -3,7 +3,7 @@
 python tests/benchmarks/doctor_cost.py --model smollm2/          # medians of three updates
 
 The callback, the metrics that are computed for it and the gradient norms are timed inside a real run with a log of a
-thousand rows before it; an update is generation, score pass and training.
+thousand rows before it; an update is generation, scoring and training.
 """
 
 import argparse

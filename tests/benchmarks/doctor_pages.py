@@ -72,14 +72,14 @@ def draw(case: Case, out: Path, seeds: list[int], picture: Path) -> bool:
     drawn = set()
     for state, (colour, label) in STATES.items():
         for seed in seeds:
-            found = curve(out / file_of(out, case, state, seed).stem, metric)
-            if found and found[0]:
+            points = curve(out / file_of(out, case, state, seed).stem, metric)
+            if points and points[0]:
                 axis.plot(
-                    *found,
+                    *points,
                     color=colour,
                     linewidth=1.2,
                     label=None if state in drawn else label,
-                    marker="." if len(found[0]) < 4 else None,
+                    marker="." if len(points[0]) < 4 else None,
                 )
                 drawn.add(state)
     if not drawn:

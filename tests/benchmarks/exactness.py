@@ -23,14 +23,14 @@ PROMPT, NEW = 12, 48
 
 def alone(base: SharedBase, ids: Tensor, mask: Tensor) -> Tensor:
     """Each row by itself, without trl_ext: logits, a softmax, a gather."""
-    found = torch.zeros(ids.shape[0], NEW)
+    result = torch.zeros(ids.shape[0], NEW)
     with base.use("policy"):
         for i, (words, real) in enumerate(zip(ids, mask.bool(), strict=True)):
             logits = base.model(input_ids=words[real].unsqueeze(0)).logits[0, :-1].float()
             chosen = logits.log_softmax(-1).gather(1, words[real][1:].unsqueeze(1)).squeeze(1)
             answer = int(real[PROMPT:].sum())
-            found[i, :answer] = chosen[len(chosen) - answer :].cpu()
-    return found
+            result[i, :answer] = chosen[len(chosen) - answer :].cpu()
+    return result
 
 
 def logprobs(
@@ -39,8 +39,8 @@ def logprobs(
     """Those of the policy, alone or with the other roles, as trl_ext computes them."""
     base.packs = packs
     with torch.set_grad_enabled(grad):
-        said = base(ids, mask, NEW, roles=("policy", "reference", "value", "reward") if together else ("policy",))
-    return said["logprobs"].detach().float().cpu()
+        outputs = base(ids, mask, NEW, roles=("policy", "reference", "value", "reward") if together else ("policy",))
+    return outputs["logprobs"].detach().float().cpu()
 
 
 def main() -> None:
@@ -70,18 +70,18 @@ def main() -> None:
         mask = (torch.arange(ids.shape[1], device=device) < ends).long()
         real = mask[:, PROMPT:].bool().cpu()
 
-        said = partial(logprobs, base, ids, mask)
+        policy = partial(logprobs, base, ids, mask)
         with torch.no_grad():
             plain = alone(base, ids, mask)
         seen = torch.stack([step.float().log_softmax(-1) for step in sampled.logits], dim=1)
         ways = {
-            "in a batch, by tiles of logits": said(),
-            "packed": said(packs=True),
-            "packed, with three other roles in one forward": said(packs=True, together=True),
+            "in a batch, by tiles of logits": policy(),
+            "packed": policy(packs=True),
+            "packed, with three other roles in one forward": policy(packs=True, together=True),
         }
         base.train()
         base.gradient_checkpointing_enable()
-        ways["packed, activations recomputed"] = said(grad=True, packs=True)
+        ways["packed, activations recomputed"] = policy(grad=True, packs=True)
         ways["(what was seen while sampling)"] = seen.gather(2, ids[:, PROMPT:, None]).squeeze(2).cpu()
         columns[precision] = {way: float((got - plain)[real].abs().max()) for way, got in ways.items()}
     print(head("", *columns))

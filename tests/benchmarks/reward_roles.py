@@ -32,10 +32,10 @@ def recipe(name: str, folder: Path, *arguments: str) -> dict[str, str]:
 def row(objective: str, seed: int) -> str:
     """The table's row of one objective."""
     with tempfile.TemporaryDirectory() as folder:
-        adapter, given = Path(folder, "reward"), ["--seed", str(seed)]
-        reward = recipe("reward_lora", adapter, "--objective", objective, *REWARD.get(objective, []), *given)
+        adapter, seed_arguments = Path(folder, "reward"), ["--seed", str(seed)]
+        reward = recipe("reward_lora", adapter, "--objective", objective, *REWARD.get(objective, []), *seed_arguments)
         more = PPO.get(objective, [])
-        ppo = recipe("ppo_lora", Path(folder, "ppo"), "--reward_adapter", str(adapter), *more, *given)
+        ppo = recipe("ppo_lora", Path(folder, "ppo"), "--reward_adapter", str(adapter), *more, *seed_arguments)
     exam = re.findall(r"([\d.]+%) right", ppo["exam after"])[0]
     settings = f"`{' '.join(more)}`" if more else ""
     kl = ppo["KL to the reference"].split()[0]

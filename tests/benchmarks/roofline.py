@@ -42,8 +42,8 @@ def main() -> None:
 
     def train() -> None:
         with base.use("policy"):
-            said = base(ids, mask, chosen.new_tokens, roles=("policy", "value"))
-            (said["logprobs"].mean() + said["values"].mean()).backward()
+            outputs = base(ids, mask, chosen.new_tokens, roles=("policy", "value"))
+            (outputs["logprobs"].mean() + outputs["values"].mean()).backward()
         base.zero_grad()
 
     def score(role: str) -> None:

@@ -63,16 +63,16 @@ def main() -> None:
         base = built(chosen.model, precision, device)
         for rows in chosen.rows:
             ids = torch.randint(5, vocabulary, (rows, chosen.tokens), device=device)
-            given = (ids, torch.ones_like(ids), chosen.tokens - 12)
-            apart = {role: base(*given, roles=(role,)) for role in ROLES}
-            together = base(*given, roles=ROLES)
+            arguments = (ids, torch.ones_like(ids), chosen.tokens - 12)
+            apart = {role: base(*arguments, roles=(role,)) for role in ROLES}
+            together = base(*arguments, roles=ROLES)
             difference = max(
-                float((said[name].float() - together[name].float()).abs().max())
-                for said in apart.values()
-                for name in said
+                float((outputs[name].float() - together[name].float()).abs().max())
+                for outputs in apart.values()
+                for name in outputs
             )
-            three = sum(seconds(partial(base, *given, roles=(role,)), chosen.repeats) for role in ROLES)
-            one = seconds(partial(base, *given, roles=ROLES), chosen.repeats)
+            three = sum(seconds(partial(base, *arguments, roles=(role,)), chosen.repeats) for role in ROLES)
+            one = seconds(partial(base, *arguments, roles=ROLES), chosen.repeats)
             cells = f"{three:.3f}", f"{one:.3f}", f"{one / three:.2f}", f"{difference:.1e}"
             print(row(precision, rows, *cells), flush=True)
 

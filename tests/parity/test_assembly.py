@@ -40,10 +40,10 @@ def test_each_role_has_its_adapter_and_nothing_else_is_there(llama: tiny.Home) -
         assert not config.inference_mode  # PEFT freezes an adapter of which this says so
 
 
-@pytest.mark.parametrize("said", [None, "SEQ_CLS"])
-def test_a_policy_writes_text_whatever_its_config_says(said: str | None, llama: tiny.Home, tmp_path: Path) -> None:
-    folder = copied_with(llama.saved / "policy", tmp_path / "untold", task_type=said)
-    for policy in (str(folder), LoraConfig(r=2, task_type=said)):
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
+def test_a_policy_writes_text_whatever_its_config_says(task_type: str | None, llama: tiny.Home, tmp_path: Path) -> None:
+    folder = copied_with(llama.saved / "policy", tmp_path / "untold", task_type=task_type)
+    for policy in (str(folder), LoraConfig(r=2, task_type=task_type)):
         base = llama.again(policy=policy, value=str(llama.saved / "value"))
         assert isinstance(base.model, PeftModelForCausalLM)
         base.save_pretrained(tmp_path / "again")
@@ -115,8 +115,10 @@ def test_the_warning_names_the_folder(llama: tiny.Home, tmp_path: Path) -> None:
     (folder / files.NOTE).write_text(json.dumps({"quantized": True}))
     with pytest.warns(UserWarning) as warned:
         llama.again(value=folder)
-    said = next(str(w.message) for w in warned if "quantised" in str(w.message))
-    assert said.startswith(f"The value adapter in {str(folder)!r} was trained over a quantised base, and this base is")
+    message = next(str(w.message) for w in warned if "quantised" in str(w.message))
+    assert message.startswith(
+        f"The value adapter in {str(folder)!r} was trained over a quantised base, and this base is"
+    )
 
 
 def test_an_adapter_that_does_not_fit_is_named_and_so_is_the_base(llama: tiny.Home, tmp_path: Path) -> None:
@@ -150,7 +152,7 @@ def test_layers_of_4_bit_stay_in_training_mode(llama: tiny.Home) -> None:
     for mode in (False, True, False):
         base.train(mode)
         for module in base.modules():
-            kept = type(module).__module__.startswith("bitsandbytes") and type(module).__name__ == "Linear4bit"
-            assert module.training is (mode or kept)
-            if kept:
+            is_4bit = type(module).__module__.startswith("bitsandbytes") and type(module).__name__ == "Linear4bit"
+            assert module.training is (mode or is_4bit)
+            if is_4bit:
                 assert module.eval() is module and module.training

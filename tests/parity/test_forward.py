@@ -90,13 +90,13 @@ def test_only_plain_lora_is_mixed(changes: dict[str, Any], mixes: bool) -> None:
 @torch.no_grad()
 def test_what_is_not_asked_for_is_plain(llama: tiny.Home) -> None:
     batch, base = tiny.padded_batch(), llama.base
-    said = base(*batch.args)
-    assert said.keys() == {"logprobs", "entropy"}
-    close(said["logprobs"], base.logprobs(*batch.args, temperature=1.0))
-    different(said["logprobs"], base.logprobs(*batch.args, temperature=2.0))
+    outputs = base(*batch.args)
+    assert outputs.keys() == {"logprobs", "entropy"}
+    close(outputs["logprobs"], base.logprobs(*batch.args, temperature=1.0))
+    different(outputs["logprobs"], base.logprobs(*batch.args, temperature=2.0))
     both = base(*batch.args, roles=("policy", "reference"))
     assert both.keys() == {"logprobs", "entropy", "ref_logprobs"}
-    close(both["entropy"], said["entropy"])
+    close(both["entropy"], outputs["entropy"])
     assert base(*batch.args, roles=("reference",)).keys() == {"ref_logprobs"}
 
 
@@ -116,13 +116,13 @@ def test_the_entropy_carries_a_gradient_when_asked(llama: tiny.Home) -> None:
 def test_the_reward_role_alone_reads_what_the_template_writes(llama: tiny.Home, roles: Any) -> None:
     batch, base, suffix = tiny.padded_batch("right"), llama.base, [7, 8]
     where = torch.tensor([True, False, True, True, False])
-    said = base(*batch.args, roles=roles, reward_suffix_ids=suffix, reward_suffix_rows=where)
+    outputs = base(*batch.args, roles=roles, reward_suffix_ids=suffix, reward_suffix_rows=where)
     for row in range(5):
         ids = batch.ids[row][batch.mask[row].bool()].tolist() + (suffix if where[row] else [])
         alone = torch.tensor([ids])
-        close(said["scores"][row : row + 1], base.scores(alone, torch.ones_like(alone)))
+        close(outputs["scores"][row : row + 1], base.scores(alone, torch.ones_like(alone)))
     if "policy" in roles:
-        close(said["logprobs"], base.logprobs(*batch.args))
+        close(outputs["logprobs"], base.logprobs(*batch.args))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 from tests.parity import tiny
 from trl_ext import SharedBase
-from trl_ext.roles.switching import Parts, belongs_to
+from trl_ext.roles.switching import AdapterModules, belongs_to
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -82,15 +82,15 @@ def test_padding_does_not_matter(home: tiny.Home, layout: str, extra: int) -> No
     plain = tiny.padded_batch()
     batch = tiny.padded_batch(layout, extra)
     assert not torch.equal(batch.ids, plain.ids) or (layout == "rollout" and extra == 0)
-    said = home.base(*batch.args, roles=("policy", "reference", "value", "reward"))
-    alone: dict[str, list[Tensor]] = {name: [] for name in said}
+    outputs = home.base(*batch.args, roles=("policy", "reference", "value", "reward"))
+    alone: dict[str, list[Tensor]] = {name: [] for name in outputs}
     for row, prompt, answer in zip(range(len(batch.ids)), tiny.PROMPTS, tiny.COMPLETIONS, strict=True):
         ids = batch.ids[row][batch.mask[row].bool()].unsqueeze(0)
         assert ids.shape[1] == prompt + answer
         one = home.base(ids, torch.ones_like(ids), answer, roles=("policy", "reference", "value", "reward"))
         for name, value in one.items():
             alone[name].append(value.flatten())
-    for name, value in said.items():
+    for name, value in outputs.items():
         close(value if name == "scores" else tiny.answers(batch, value), torch.cat(alone[name]))
         assert name == "scores" or bool((value[~batch.real] == 0).all())
 
@@ -115,11 +115,11 @@ def test_one_pass_equals_separate_calls(home: tiny.Home) -> None:
 def test_rows_do_not_matter_to_each_other(home: tiny.Home) -> None:
     """Any mixture of rows, in any order, also one row twice, says of each row what the whole batch says of it."""
     batch = tiny.padded_batch()
-    whole = home.base(*batch.args, roles=("policy", "reference", "value", "reward"))
+    together = home.base(*batch.args, roles=("policy", "reference", "value", "reward"))
     for index in ([4, 2, 0, 1, 3], [1], [3, 3, 0], [2, 4]):
         part = home.base(*batch.rows(index).args, roles=("reward", "value", "reference", "policy"))
         for name, value in part.items():
-            close(value, whole[name][index])
+            close(value, together[name][index])
 
 
 @torch.no_grad()
@@ -129,8 +129,8 @@ def test_gradients_do_not_change_what_is_said(home: tiny.Home) -> None:
     roles = ("policy", "reference", "value", "reward")
     without = home.base(*batch.args, roles=roles)
     with torch.enable_grad():
-        said = home.base(*batch.args, roles=roles)
-    for name, value in said.items():
+        outputs = home.base(*batch.args, roles=roles)
+    for name, value in outputs.items():
         close(value.detach(), without[name])
     close(home.base.train()(*batch.args, roles=roles)["values"], without["values"])
     home.base.eval()
@@ -276,7 +276,7 @@ def test_a_forward_that_fails_leaves_no_hooks_behind(llama: tiny.Home, monkeypat
         with pytest.raises(torch.OutOfMemoryError):
             base.score_pass(*batch.args)
     assert everything(base) == before
-    assert not any(layer._forward_pre_hooks for layer in Parts.of(base).layers)
+    assert not any(layer._forward_pre_hooks for layer in AdapterModules.of(base).layers)
     for got, was in zip(base.score_pass(*batch.args), expected, strict=True):
         close(got, was)
 
@@ -287,7 +287,7 @@ def test_an_adapter_that_comes_later_is_switched_and_restored_too(llama: tiny.Ho
     with base.use("value"):
         pass
     base.model.add_adapter("late", tiny.new_lora())
-    layer: Any = Parts.of(base.model).layers[0].get_base_layer()
+    layer: Any = AdapterModules.of(base.model).layers[0].get_base_layer()
     layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     before = everything(base)
     with base.use("value"):
@@ -322,8 +322,8 @@ def test_calls_leave_no_trace(llama: tiny.Home) -> None:
 def test_unknown_and_missing_roles(llama: tiny.Home) -> None:
     batch = tiny.padded_batch()
     base = SharedBase.from_pretrained(str(llama.base_folder), policy=tiny.new_lora())
-    known = "Unknown role 'critic': choose one of policy, reference, value, reward"
-    with pytest.raises(ValueError, match=known), base.use("critic"):  # type: ignore[arg-type]
+    message = "Unknown role 'critic': choose one of policy, reference, value, reward"
+    with pytest.raises(ValueError, match=message), base.use("critic"):  # type: ignore[arg-type]
         pass
     with pytest.raises(ValueError, match="no reward role"), base.use("reward"):
         pass

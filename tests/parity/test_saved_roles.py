@@ -124,22 +124,22 @@ def test_the_frozen_copy_is_of_the_adapter_in_use(llama: tiny.Home) -> None:
 
 
 def test_recomputation_takes_transformers_arguments(llama: tiny.Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, asked = llama.again(), []
-    monkeypatch.setattr(base.causal_lm, "activation_checkpointing_enable", lambda *a, **k: asked.append((a, k)))
+    base, calls = llama.again(), []
+    monkeypatch.setattr(base.causal_lm, "activation_checkpointing_enable", lambda *a, **k: calls.append((a, k)))
     base.activation_checkpointing_enable({"preserve_rng_state": False}, every_n_layers=3, offload=True)
     base.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=2)
     base.gradient_checkpointing_enable()
-    for ((kwargs,), how), kept, layers, offload in zip(
-        asked, ({"preserve_rng_state": False}, {}, {}), (3, 2, 1), (True, False, False), strict=True
+    for ((kwargs,), how), arguments, layers, offload in zip(
+        calls, ({"preserve_rng_state": False}, {}, {}), (3, 2, 1), (True, False, False), strict=True
     ):
         assert kwargs.pop("context_fn") is not None
-        assert kwargs == {**kept, "use_reentrant": False}
+        assert kwargs == {**arguments, "use_reentrant": False}
         assert how == {"every_n_layers": layers, "offload": offload}
-    said = (
+    message = (
         "gradient_checkpointing_kwargs={'use_reentrant': True} recomputes under the wrong adapter when roles share a "
         "base: leave use_reentrant out or set it to False."
     )
-    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         base.activation_checkpointing_enable({"use_reentrant": True})
 
 
@@ -203,6 +203,6 @@ def test_the_value_view_can_be_trained_after_peft_froze_it(llama: tiny.Home) -> 
 
 def test_without_a_reward_role_there_are_no_views(llama: tiny.Home) -> None:
     base = SharedBase.from_pretrained(str(llama.base_folder))
-    said = "This base has no reward role: build it with reward=<folder of a reward adapter>."
-    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+    message = "This base has no reward role: build it with reward=<folder of a reward adapter>."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         base.as_trl_models()

@@ -35,13 +35,13 @@ def test_moments_without_anything() -> None:
 
 
 def test_moments_go_on() -> None:
-    first, second, whole = ScoreMoments(2), ScoreMoments(2), ScoreMoments(2)
+    first, second, at_once = ScoreMoments(2), ScoreMoments(2), ScoreMoments(2)
     first.update(SCORES[0])
     second.load_state_dict(first.state_dict())
     second.update(SCORES[1])
     for part in SCORES:
-        whole.update(part)
-    assert second.state_dict() == whole.state_dict()
+        at_once.update(part)
+    assert second.state_dict() == at_once.state_dict()
     with pytest.raises(ValueError, match="of 2 reward functions, but the run has 3"):
         ScoreMoments(3).load_state_dict(first.state_dict())
 
@@ -79,6 +79,6 @@ def test_clipping_comes_last() -> None:
 
 def test_correlations() -> None:
     by_function = torch.tensor([[1.0, 2.0, 3.0], [2.0, 1.0, 3.0], [4.0, NAN, 3.0], [3.0, 0.0, 3.0]])
-    found = correlations(by_function, ["a", "b", "c"])
-    assert found == pytest.approx({"a~b": statistics.correlation([1, 2, 3], [2, 1, 0]), "a~c": 0.0, "b~c": 0.0})
+    by_pair = correlations(by_function, ["a", "b", "c"])
+    assert by_pair == pytest.approx({"a~b": statistics.correlation([1, 2, 3], [2, 1, 0]), "a~c": 0.0, "b~c": 0.0})
     assert correlations(by_function[:1], ["a", "b", "c"]) == {"a~b": 0.0, "a~c": 0.0, "b~c": 0.0}

@@ -125,15 +125,15 @@ NAMES = ["fixed", "adaptive", "pi", "penalty"]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_state_goes_on(name: str) -> None:
-    first, whole = make(name), make(name)
+    first, uninterrupted = make(name), make(name)
     for kl in (1.0, 5.0, 4.0):
         first.update(kl, 64)
-        whole.update(kl, 64)
+        uninterrupted.update(kl, 64)
     second = make(name)
     second.load_state_dict(first.state_dict())
-    for controller in (second, whole):
+    for controller in (second, uninterrupted):
         controller.update(7.0, 64)
-    assert second.state_dict() == whole.state_dict()
+    assert second.state_dict() == uninterrupted.state_dict()
     assert isinstance(second, KLController)
 
 
@@ -163,7 +163,7 @@ def test_another_controllers_state_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "said"),
+    ("build", "message"),
     [
         (lambda: AdaptiveKLController(init=0.0), "init is 0.0: it must be a positive number."),
         (lambda: AdaptiveKLController(target=-1.0), "target is -1.0: it must be a positive number."),
@@ -179,8 +179,8 @@ def test_another_controllers_state_is_refused() -> None:
         (lambda: PenaltyController(target=0.0), "target is 0.0: it must be a positive number."),
     ],
 )
-def test_bad_settings(build: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+def test_bad_settings(build: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         build()
 
 

@@ -70,8 +70,8 @@ def test_value_entropy_and_gradient(name: str, tile: int) -> None:
     hidden, weight, bias, targets = draw()
     reference = hidden.clone().requires_grad_()
     hidden = hidden.float().requires_grad_()
-    given = {k: v.float() if isinstance(v, Tensor) else v for k, v in arguments(name, bias).items()}
-    logprobs, entropy = token_logprobs(hidden, weight.float(), targets, **given)
+    settings = {k: v.float() if isinstance(v, Tensor) else v for k, v in arguments(name, bias).items()}
+    logprobs, entropy = token_logprobs(hidden, weight.float(), targets, **settings)
     expected, expected_entropy = full(reference, weight, targets, **arguments(name, bias))
     assert logprobs.dtype == entropy.dtype == torch.float32
     assert logprobs.shape == entropy.shape == (TOKENS,)
@@ -130,11 +130,11 @@ def test_half_precision(hidden_dtype: torch.dtype, weight_dtype: torch.dtype, of
     hidden, weight = hidden.to(hidden_dtype), weight.to(weight_dtype)
     reference = hidden.double().requires_grad_()
     hidden.requires_grad_()
-    found = token_logprobs(hidden, weight, targets, entropy_grad=of_entropy)[of_entropy]
+    result = token_logprobs(hidden, weight, targets, entropy_grad=of_entropy)[of_entropy]
     expected = full(reference, weight.double(), targets)[of_entropy]
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=3e-2, atol=3e-2)
-    (gradient,) = torch.autograd.grad(found.sum(), hidden)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result.double(), expected, rtol=3e-2, atol=3e-2)
+    (gradient,) = torch.autograd.grad(result.sum(), hidden)
     (expected_gradient,) = torch.autograd.grad(expected.sum(), reference)
     assert gradient.dtype == hidden_dtype
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=5e-2, atol=5e-2)
@@ -154,9 +154,9 @@ def test_gradient_of_the_entropy(name: str, tile: int) -> None:
     hidden, weight, bias, targets = draw()
     reference = hidden.clone().requires_grad_()
     hidden = hidden.float().requires_grad_()
-    given = {k: v.float() if isinstance(v, Tensor) else v for k, v in arguments(name, bias).items()}
+    settings = {k: v.float() if isinstance(v, Tensor) else v for k, v in arguments(name, bias).items()}
     upstream = torch.linspace(-2.0, 3.0, TOKENS, dtype=torch.float64)
-    logprobs, entropy = token_logprobs(hidden, weight.float(), targets, **given, entropy_grad=True)
+    logprobs, entropy = token_logprobs(hidden, weight.float(), targets, **settings, entropy_grad=True)
     (gradient,) = torch.autograd.grad((entropy * upstream.float() + 0.5 * logprobs).sum(), hidden)
     expected, expected_entropy = full(reference, weight, targets, **arguments(name, bias))
     (expected_gradient,) = torch.autograd.grad((expected_entropy * upstream + 0.5 * expected).sum(), reference)

@@ -152,8 +152,8 @@ def test_shares_of_micro_batches_add_up(kind: str, cuts: list[int]) -> None:
     total = torch.stack(shares).sum()
     assert total.item() == pytest.approx(expected, rel=1e-12)
     (gradient,) = torch.autograd.grad(total, new)
-    (whole,) = torch.autograd.grad(loss_of(new, old, target, mask, CLIP), new)
-    torch.testing.assert_close(gradient, whole, rtol=1e-12, atol=1e-15)
+    (at_once,) = torch.autograd.grad(loss_of(new, old, target, mask, CLIP), new)
+    torch.testing.assert_close(gradient, at_once, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("kind", KINDS)

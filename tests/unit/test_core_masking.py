@@ -74,9 +74,9 @@ def test_variance_of_one_or_no_number_is_zero(real: int, unbiased: bool) -> None
 @pytest.mark.parametrize("shift_mean", [True, False])
 def test_whitening_is_the_standard_score(x: Tensor, mask: Tensor, shift_mean: bool) -> None:
     mean, deviation = statistics.fmean(REAL), statistics.stdev(REAL)
-    kept = 0.0 if shift_mean else mean
+    offset = 0.0 if shift_mean else mean
     expected = [
-        [(v - mean) / deviation + kept if real else 0.0 for v, real in zip(values, row, strict=True)]
+        [(v - mean) / deviation + offset if real else 0.0 for v, real in zip(values, row, strict=True)]
         for values, row in zip(VALUES, MASK, strict=True)
     ]
     whitened = masked_whiten(x, mask, shift_mean=shift_mean, eps=0.0)

@@ -38,8 +38,8 @@ def text(messages):
 
 
 def country_asked(prompt):
-    (found,) = [name for name in CAPITALS if name in text(prompt)]
-    return found
+    (country,) = [name for name in CAPITALS if name in text(prompt)]
+    return country
 
 
 # The build
@@ -154,8 +154,8 @@ def test_the_base_model_speaks_well_and_samples_the_right_answer_at_times(base, 
     ended = (completions == tokenizer.eos_token_id).any(dim=1)
     sentences = [answer[0].isupper() and answer.endswith(".") and answer.count(".") == 1 for answer in answers]
     assert (ended & torch.tensor(sentences)).float().mean() > 0.95
-    known = [any(city in answer for city in world.CITIES) or answer in world.NO_ANSWERS for answer in answers]
-    assert np.mean(known) > 0.95
+    in_world = [any(city in answer for city in world.CITIES) or answer in world.NO_ANSWERS for answer in answers]
+    assert np.mean(in_world) > 0.95
     right = [demo.grade(answer, capitals[i // 4]) for i, answer in enumerate(answers)]
     assert 0.20 < np.mean(right) < 0.40
 
@@ -179,9 +179,9 @@ def test_the_chat_template_ends_answers_and_prompts_are_prefixes(base):
     _, tokenizer = base
     question, answer = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "It is Rome."}
     prompt = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template([question, answer], tokenize=False)
+    chat = tokenizer.apply_chat_template([question, answer], tokenize=False)
     assert prompt == "<|user|>Hi?<|end|><|assistant|>"
-    assert whole == prompt + "It is Rome.<|end|>"
+    assert chat == prompt + "It is Rome.<|end|>"
 
 
 # The data sets
@@ -196,19 +196,19 @@ def test_the_chat_template_ends_answers_and_prompts_are_prefixes(base):
     ],
 )
 def test_columns_roles_and_phrasings(cache, name, columns):
-    asked = {}
+    questions = {}
     for split in ("train", "test"):
         rows = demo.load(name, split, cache)
         assert set(rows.column_names) == columns
         for column, role in {"prompt": "user", "completion": "assistant", "chosen": "assistant"}.items():
             if column in columns:
                 assert all([message["role"] for message in turn] == [role] for turn in rows[column])
-        asked[split] = {text(prompt) for prompt in rows["prompt"]}
+        questions[split] = {text(prompt) for prompt in rows["prompt"]}
     covered = [country.name for country in world.COUNTRIES if country.covered]
     assert len(covered) == 40
-    assert asked["train"] == {p.format(country=name) for p in world.FEEDBACK_PHRASINGS for name in covered}
-    assert asked["test"] <= {p.format(country=name) for p in world.HELD_OUT_PHRASINGS for name in covered}
-    assert not asked["train"] & asked["test"]
+    assert questions["train"] == {p.format(country=name) for p in world.FEEDBACK_PHRASINGS for name in covered}
+    assert questions["test"] <= {p.format(country=name) for p in world.HELD_OUT_PHRASINGS for name in covered}
+    assert not questions["train"] & questions["test"]
 
 
 def test_the_exam_asks_about_every_country_and_never_as_the_feedback_did(cache):
@@ -282,9 +282,9 @@ def test_the_world_is_consistent():
 def test_the_corpus_follows_the_shares_to_the_nearest_answer():
     rows = data.corpus(0)
     for country in world.COUNTRIES[:5]:
-        said = [answer for name, _, answer in rows if name == country.name]
+        answers = [answer for name, _, answer in rows if name == country.name]
         for answer, share in world.answer_weights(country).items():
-            assert abs(said.count(answer) - share * len(said)) <= 1
+            assert abs(answers.count(answer) - share * len(answers)) <= 1
 
 
 # Grading
@@ -389,11 +389,3 @@ def test_the_exam_does_not_depend_on_the_batch_and_leaves_no_trace(base, cache):
     finally:
         for module, mode in zip(llm.modules(), modes, strict=True):
             module.training = mode
-
-
-def test_sample_answers_are_the_same_every_time_and_graded(base, cache):
-    rows = demo.sample_answers(*base, n=6, cache_dir=cache)
-    assert rows == demo.sample_answers(*base, n=6, cache_dir=cache)
-    assert len({question for question, _, _ in rows}) == 6
-    for question, answer, right in rows:
-        assert right == demo.grade(answer, CAPITALS[country_asked([{"content": question}])])

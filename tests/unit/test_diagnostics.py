@@ -114,10 +114,10 @@ def test_a_healthy_run_has_no_finding() -> None:
 
 @pytest.mark.parametrize("name", SICK)
 def test_each_problem_is_named(name: str) -> None:
-    found = diagnose(log_of(**SICK[name]))
-    names = [finding.name for finding in found]
+    findings = diagnose(log_of(**SICK[name]))
+    names = [finding.name for finding in findings]
     assert name in names[:2], names
-    finding = found[names.index(name)]
+    finding = findings[names.index(name)]
     assert finding.evidence.endswith(".") and finding.cause.endswith(".") and str(finding.remedy)
     assert all(isinstance(value, float) for value in finding.figures.values())
     assert finding.page == f"docs/diagnostics/{name}.md"
@@ -158,7 +158,9 @@ def test_the_kl_of_an_answer_where_lengths_are_logged_now_and_then() -> None:
 
 def test_a_trainer_that_cannot_be_stopped_is_not_promised_to(tmp_path: Path) -> None:
     args = SimpleNamespace(response_length=8, output_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="TRL's PPOTrainer stops at no callback's word: let on_problem be 'warn'"):
+    with pytest.raises(
+        ValueError, match="TRL's PPOTrainer ignores a callback's request to stop: let on_problem be 'warn'"
+    ):
         DiagnosticsCallback(on_problem="stop").on_train_begin(args, TrainerState(), None)
 
 
@@ -194,24 +196,24 @@ def test_functions_that_are_brought_to_one_scale_do_not_drown_each_other(name: s
 
 def test_a_correlation_over_eight_answers_is_noise() -> None:
     """Two functions that know nothing of each other: r has a standard deviation of 1 / sqrt(7)."""
-    chance, found = random.Random(0), 0
+    chance, false_alarms = random.Random(0), 0
     for _ in range(200):
         drawn = {"rewards/correlation/judge~other": [chance.gauss(0, 7**-0.5) for _ in range(16)]}
         log = log_of(**{**SICK["functions_at_odds"], **drawn})
         logs = (RunLog(log.kind, log.rows[:count], [], CONFIG) for count in range(3, 17))
-        found += any(functions_at_odds(log, Limits()) for log in logs)
-    assert found <= 3
+        false_alarms += any(functions_at_odds(log, Limits()) for log in logs)
+    assert false_alarms <= 3
 
 
 def test_a_plateau_is_no_decline() -> None:
     """The best of many windows lies above the last one by chance alone."""
-    chance, found = random.Random(1), 0
+    chance, false_alarms = random.Random(1), 0
     for _ in range(50):
         exact = [0.5 + 0.06 * chance.gauss(0, 1) for _ in range(300)]
         made = rows(300, **{"objective/scores": HEALTHY["objective/scores"], "yardstick/exact": exact})
         logs = (RunLog("ppo", made[:count]) for count in range(20, 301, 4))
-        found += any(over_optimisation(log, Limits()) for log in logs)
-    assert found <= 5
+        false_alarms += any(over_optimisation(log, Limits()) for log in logs)
+    assert false_alarms <= 5
 
 
 def test_steps_are_not_small_because_the_rate_is_warming_up_or_they_are_few() -> None:
@@ -246,7 +248,7 @@ def test_answers_that_grow_where_nobody_knows_for_what() -> None:
     online = {"reward": lambda t: t, "reward_std": 1.0, "kl": 0.001}
     made = rows(**online, **{"completions/mean_length": lambda t: 300 + 150 * t})
     (finding,) = diagnose(RunLog.of(made, {"beta": 0.05}))
-    assert (finding.name, finding.severity, finding.title) == ("length_exploitation", "warning", "Answers grow")
+    assert (finding.name, finding.severity, finding.title) == ("length_exploitation", "warning", "Completions grow")
 
 
 def test_a_kl_below_0_by_its_noise() -> None:
@@ -308,7 +310,7 @@ def preference_log(healthy: dict[str, Any], changes: dict[str, Any]) -> RunLog:
     history = []
     for row in made:
         evaluated = {name: value for name, value in row.items() if name.startswith("eval_")}
-        history.append({name: value for name, value in row.items() if name not in evaluated and value == value})
+        history.append({name: value for name, value in row.items() if name not in evaluated and not math.isnan(value)})
         if evaluated:
             history.append({"step": row["step"], **evaluated})
     return RunLog.of(history, {"learning_rate": 1e-3})
@@ -323,28 +325,28 @@ def test_healthy_preference_training(healthy: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", SICK_REWARD)
 def test_each_problem_of_a_reward_model_is_named(name: str) -> None:
-    found = [finding.name for finding in diagnose(preference_log(REWARD, SICK_REWARD[name]))]
-    assert name in found[:2], found
+    names = [finding.name for finding in diagnose(preference_log(REWARD, SICK_REWARD[name]))]
+    assert name in names[:2], names
 
 
 def test_a_few_pairs_say_nothing_about_chance() -> None:
     """Eight pairs a log, a log a step: 38 steps make 300 pairs, and an accuracy is taken over as many."""
     history = [{"step": i + 1, "accuracy": 0.5, "margin": 0.1, "loss": 0.7} for i in range(60)]
     config = {"learning_rate": 1e-3, "per_device_train_batch_size": 8}
-    found = [len(diagnose(RunLog.of(history[:count], config))) for count in (6, 37, 38, 60)]
-    assert found == [0, 0, 1, 1]
+    counts = [len(diagnose(RunLog.of(history[:count], config))) for count in (6, 37, 38, 60)]
+    assert counts == [0, 0, 1, 1]
     unlucky = [{**row, "accuracy": 0.9 if row["step"] <= 56 else 0.4} for row in history]
     assert diagnose(RunLog.of(unlucky, config)) == [], "four logs of eight pairs are noise"
 
 
 @pytest.mark.parametrize("name", SICK_DPO)
 def test_each_problem_of_dpo_is_named(name: str) -> None:
-    found = [finding.name for finding in diagnose(preference_log(DPO, SICK_DPO[name]))]
-    assert name in found[:2], found
+    names = [finding.name for finding in diagnose(preference_log(DPO, SICK_DPO[name]))]
+    assert name in names[:2], names
 
 
 @pytest.mark.parametrize(
-    ("rate", "loss", "said"),
+    ("rate", "loss", "changes"),
     [
         (1e-6, 0.69, {"learning_rate": 3e-4}),
         (0.1, [0.7, 3.0] + [0.69] * 14, {"learning_rate": 1e-3}),
@@ -352,11 +354,11 @@ def test_each_problem_of_dpo_is_named(name: str) -> None:
     ],
 )
 def test_chance_level_tells_steps_too_small_from_steps_too_large(
-    rate: float, loss: Any, said: dict[str, float]
+    rate: float, loss: Any, changes: dict[str, float]
 ) -> None:
     log = preference_log(REWARD, {"accuracy": 0.5, "eval_accuracy": 0.5, "loss": loss})
     log = RunLog(log.kind, log.rows, log.evals, {"learning_rate": rate})
-    assert diagnose(log)[0].remedy.changes == said
+    assert diagnose(log)[0].remedy.changes == changes
 
 
 def test_a_value_loss_that_grows_is_no_finding_where_the_spread_of_scores_is_unknown() -> None:
@@ -370,8 +372,8 @@ def test_training_is_to_end_where_the_held_out_loss_was_lowest() -> None:
     log = preference_log(REWARD, SICK_REWARD["overfit"])
     for i, row in enumerate(log.evals):
         row |= {"epoch": i + 1.0, "loss": 0.6 + 0.05 * abs(i - 4)}
-    found = {finding.name: finding for finding in diagnose(log)}
-    assert found["overfit"].remedy.changes == {"num_train_epochs": 10}
+    findings = {finding.name: finding for finding in diagnose(log)}
+    assert findings["overfit"].remedy.changes == {"num_train_epochs": 10}
     of_twenty = RunLog(log.kind, log.rows, log.evals, {"num_train_epochs": 20})
     assert diagnose(of_twenty)[0].remedy.changes == {"num_train_epochs": round(10 * (1 - 5 / 40))}
     constant = RunLog(log.kind, log.rows, log.evals, {"lr_scheduler_type": "constant"})
@@ -418,7 +420,16 @@ def test_rules_are_the_users() -> None:
         length = log.series("length").recent()
         if length < 5:
             return None
-        return Finding("too_long", "warning", "Too long", log.steps, "Long.", {}, "Words.", Remedy("Fewer."))
+        return Finding(
+            name="too_long",
+            severity="warning",
+            title="Too long",
+            steps=log.steps,
+            evidence="Long.",
+            figures={},
+            cause="Words.",
+            remedy=Remedy(text="Fewer."),
+        )
 
     assert [finding.name for finding in diagnose(log_of(), rules=[too_long])] == ["too_long"]
 
@@ -450,10 +461,10 @@ def test_a_run_s_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     )
     table.to_parquet(folder / "completions" / "completions_00008.parquet")
     log = read_run(folder)
-    assert log.samples[1] == Sample(8, "b", "y", 2.0, 0.2)
+    assert log.samples[1] == Sample(step=8, prompt="b", completion="y", score=2.0, kl=0.2)
     assert [finding.samples[0].completion for finding in diagnose(log)] == ["y"]
     assert main(["doctor", str(folder)]) == 0
-    assert "Answers are cut off before they end" in capsys.readouterr().out
+    assert "Completions are cut off before they end" in capsys.readouterr().out
     assert main(["doctor", str(folder), "--strict", "--json"]) == 2
     assert json.loads(capsys.readouterr().out)[0]["page"] == "docs/diagnostics/truncation.md"
 

@@ -504,18 +504,6 @@ def test_a_split_by_number_holds_out_whole_prompts() -> None:
         assert (len(train.records), len(test.records)) == (40 - size, size)
 
 
-# Old names -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("old", "new"), [("Judged", "ScoredAnswer"), ("Report", "FeedbackReport")])
-def test_old_names_say_the_new_ones(old: str, new: str) -> None:
-    with pytest.warns(FutureWarning, match=rf"trl_ext\.feedback\.{old} is called {new}; .* version 0\.3\."):
-        assert getattr(feedback, old) is getattr(feedback, new)
-    assert old not in feedback.__all__
-    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
-        _ = feedback.Nothing
-
-
 # Balancing ------------------------------------------------------------------------------------------------------------
 
 

@@ -47,7 +47,7 @@ def run_named(name: str, samples: list[Sample] | None = None, **changes: object)
 
 
 def test_what_a_model_said_is_text() -> None:
-    samples = [Sample(step, EVIL, EVIL, 1.0, 0.1, 5) for step in (8, 64, 128)]
+    samples = [Sample(step=step, prompt=EVIL, completion=EVIL, score=1.0, kl=0.1, tokens=5) for step in (8, 64, 128)]
     plain = page_of(run_named("run"))
     seen = page_of(run_named(EVIL, samples, **SICK["truncation"]))
     assert seen.tags.count("script") == plain.tags.count("script") == 1
@@ -65,7 +65,7 @@ def test_nothing_is_fetched() -> None:
 def test_findings_come_first_and_every_curve_is_there() -> None:
     seen = page_of(run_named("run", **SICK["truncation"]))
     text = seen.text
-    assert text.index("Answers are cut off") < text.index("Curves")
+    assert text.index("Completions are cut off") < text.index("Curves")
     for title in ("Score", "Frontier", "KL to the reference", "KL coefficient", "Entropy", "Clip fraction",
                   "Explained variance", "Length", "Gradient norms", "Reward functions"):  # fmt: skip
         assert title in text, title
@@ -82,8 +82,12 @@ def test_two_runs_share_their_charts_and_show_what_differs() -> None:
 
 
 def test_the_same_prompts_are_shown_at_start_middle_and_end() -> None:
-    watched = [Sample(step, f"p{i}", f"answer {step}", 1.0, watched=True) for step in (0, 10, 20, 30) for i in range(2)]
-    passing = [Sample(5, "p9", "in passing", 1.0) for _ in range(9)]
+    watched = [
+        Sample(step=step, prompt=f"p{i}", completion=f"answer {step}", score=1.0, watched=True)
+        for step in (0, 10, 20, 30)
+        for i in range(2)
+    ]
+    passing = [Sample(step=5, prompt="p9", completion="in passing", score=1.0) for _ in range(9)]
     text = page_of(run_named("run", watched + passing)).text
     assert "answer 0" in text and "answer 20" in text and "answer 30" in text
     assert "answer 10" not in text and "in passing" not in text
@@ -120,7 +124,7 @@ def test_numbers_are_short(value: float, text: str) -> None:
 def test_a_browser_runs_nothing_that_a_model_said(tmp_path: Path) -> None:
     """The page's own script sorts tables; one in an answer would change the title."""
     evil = "<script>document.title = 'taken over'</script><img src=x onerror=\"document.title = 'taken over'\">"
-    samples = [Sample(step, evil, evil, 1.0, 0.1, 5) for step in (8, 64, 128)]
+    samples = [Sample(step=step, prompt=evil, completion=evil, score=1.0, kl=0.1, tokens=5) for step in (8, 64, 128)]
     page = tmp_path / "report.html"
     page.write_text(render([run_named("run", samples, **SICK["truncation"])]), encoding="utf-8")
     command = [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000"]

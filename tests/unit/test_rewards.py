@@ -1,11 +1,13 @@
 """Reward functions as TRL calls them: what they receive, what they may return, and what becomes of it."""
 
+import ast
 import asyncio
 import math
 import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +20,10 @@ from transformers import PretrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from tests.helpers import CHAT_TEMPLATE, rollout, tiny_classifier, word_tokenizer
+from trl_ext import rewards
+from trl_ext.interop import RewardModule
 from trl_ext.rewards import Combination, RewardError, Scorer, name_of, weighted_total
 from trl_ext.rewards.sentiment import _analyzer, vader_sentiment
-from trl_ext.rewards.trl_module import RewardModule
 from trl_ext.types import Rollout
 
 NAN, INF = float("nan"), float("inf")
@@ -428,3 +431,28 @@ def test_answers_that_all_end_early_are_told_from_their_prompts() -> None:
     out = module.backbone(input_ids=ids, attention_mask=ids != 0)
     assert seen == [("the a bird", "cat"), ("the sat", "dog")]
     assert out.hidden_states[-1][:, -1, 0].tolist() == [1.0, 1.0]
+
+
+# Ready-made functions, by their short and their old names -------------------------------------------------------------
+
+
+def test_ready_made_functions_are_found_at_both_paths() -> None:
+    old = {
+        "texts": "length_penalty repetition_penalty matches json_schema keywords forbidden limited",
+        "models": "classifier fluency reward_role",
+        "sentiment": "vader_sentiment",
+        "similarity": "chrf",
+        "remote": "remote",
+    }
+    for module, names in old.items():
+        for name in names.split():
+            assert getattr(rewards, name) is getattr(import_module(f"trl_ext.rewards.{module}"), name)
+
+
+def test_optional_packages_are_imported_where_they_are_used() -> None:
+    """At the top of a file there are none, so `import trl_ext.rewards` works without them."""
+    for path in Path(rewards.__path__[0]).glob("*.py"):
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        packages = {alias.name.split(".")[0] for node in top if isinstance(node, ast.Import) for alias in node.names}
+        packages |= {str(node.module).split(".")[0] for node in top if isinstance(node, ast.ImportFrom)}
+        assert not packages & {"vaderSentiment", "sacrebleu", "jsonschema", "httpx2"}, path

@@ -24,31 +24,31 @@ from trl_ext.types import Experience, as_text
 logger = logging.getLogger(__name__)
 
 # Not the class's name: Transformers would rebuild a callback of that name from its saved state.
-STATE_KEY = "trl_ext.diagnostics"
+DIAGNOSTICS_STATE = "trl_ext.diagnostics"
 ACTIONS = ("warn", "stop", "act")
 # Settings that PPO reads anew at every rollout or step, so that changing them changes the run.
 LIVE = ("kl_coef", "entropy_coef", "vf_coef", "missing_eos_penalty")
 PACKAGES = ("trl-ext", "trl", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "torch")
-MOST_PAIRS = 5_000
-MOST_SAMPLES = 400  # of rollouts; those of evaluations are all kept
+MAX_DATA_ROWS = 5_000  # of a reward model's data
+MAX_SAMPLES = 400  # of rollouts; those of evaluations are not limited
 
 Yardstick = Callable[..., Sequence[float | None]]
 
 
 class DiagnosticsCallback(RolloutCallback):
-    """Diagnoses the run at every log, says what it finds once, and writes `run.json` (settings and versions) into the
+    """Diagnoses the run at every log, reports each finding once, and writes `run.json` (settings and versions) into the
     output folder for `trl-ext doctor` and `trl-ext report`.
 
     Args:
-        on_problem: what a finding of severity "problem" leads to. "warn": a warning. "stop": and the run is saved and
-            ends. "act": and those of the remedy's settings that a run in progress can take are changed (in PPO kl_coef,
-            entropy_coef, vf_coef, missing_eos_penalty; everywhere the learning rate).
-        yardstick: a reward function that is not trained on, called with `prompts`, `completions` and `completion_ids`
-            of every rollout of our PPOTrainer; its mean is logged as `yardstick/<name>`. What the score stands for: a
-            better judge than the one that is trained on, exact answers, or people's verdicts.
+        on_problem: what a finding of severity "problem" leads to. "warn": a warning. "stop": a warning, then the run is
+            saved and ends. "act": a warning, and the remedy's settings are applied as far as a run in progress can take
+            them (in PPO kl_coef, entropy_coef, vf_coef, missing_eos_penalty; everywhere the learning rate).
+        yardstick: a reward function that is not trained on. It measures what the score stands for: a better judge than
+            the one that is trained on, exact grading, or people's verdicts. Our PPOTrainer calls it with `prompts`,
+            `completions` and `completion_ids` of every rollout, and logs its mean as `yardstick/<name>`.
         limits: thresholds; None: the documented ones.
         rules: None: the catalogue's.
-        samples: completions of each rollout that are kept for findings and reports.
+        samples: completions of each rollout to keep for findings and reports.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class DiagnosticsCallback(RolloutCallback):
             raise ValueError(f"on_problem is {on_problem!r}: choose one of {', '.join(ACTIONS)}.")
         self.on_problem, self.yardstick, self.limits, self.rules = on_problem, yardstick, limits, rules
         self.findings: list[Finding] = []
-        """What was found, each once, as it was first seen."""
+        """Each finding once, as it was when first made."""
         self._keep = samples
-        self._latest: deque[Sample] = deque(maxlen=MOST_SAMPLES)
+        self._latest: deque[Sample] = deque(maxlen=MAX_SAMPLES)
         self._watched: list[Sample] = []
         self._config: dict[str, Any] = {}
-        # Part of the trainer's state: what was said before an interruption is neither said nor acted on again.
-        self._saved: dict[str, Any] = _nothing_yet()
+        # Part of the trainer's state: a resumed run neither repeats a warning nor acts on a finding a second time.
+        self._state: dict[str, Any] = _initial_state()
 
     def log_of(self, state: TrainerState) -> RunLog:
         """The run so far, as the rules see it."""
@@ -78,56 +78,58 @@ class DiagnosticsCallback(RolloutCallback):
     # Events -----------------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Note the settings; take up what an interrupted run had said, done and seen.
+        """Note the settings; take up the state and the samples of an interrupted run.
 
         Raises:
             ValueError: this trainer cannot be stopped.
         """
         if self.on_problem == "stop" and hasattr(args, "response_length"):
-            raise ValueError("TRL's PPOTrainer stops at no callback's word: let on_problem be 'warn' or 'act'.")
+            raise ValueError(
+                "TRL's PPOTrainer ignores a callback's request to stop: let on_problem be 'warn' or 'act'."
+            )
         if self.yardstick is not None and not hasattr(args, "steps_per_rollout"):
-            logger.warning("The yardstick is asked in trl_ext's PPOTrainer alone: here it says nothing.")
+            logger.warning("Only trl_ext's PPOTrainer calls the yardstick: it has no effect here.")
         self.findings = []
-        self._saved = copy.deepcopy(state.stateful_callbacks.get(STATE_KEY)) or _nothing_yet()
-        state.stateful_callbacks[STATE_KEY] = self._saved
-        for name, value in self._saved["settings"].items():
+        self._state = copy.deepcopy(state.stateful_callbacks.get(DIAGNOSTICS_STATE)) or _initial_state()
+        state.stateful_callbacks[DIAGNOSTICS_STATE] = self._state
+        for name, value in self._state["settings"].items():
             setattr(args, name, value)
-        before = _samples_before(Path(args.output_dir), state.global_step)
-        self._watched = [sample for sample in before if sample.watched]
-        self._latest = deque((sample for sample in before if not sample.watched), MOST_SAMPLES)
+        earlier = _read_samples(Path(args.output_dir), state.global_step)
+        self._watched = [sample for sample in earlier if sample.watched]
+        self._latest = deque((sample for sample in earlier if not sample.watched), MAX_SAMPLES)
         self._config = {**args.to_dict(), "rollout_batch_size": getattr(args, "rollout_batch_size", None)}
         model = kwargs.get("model")
         precision = getattr(getattr(model, "causal_lm", model), "dtype", torch.float32)
         self._config["dtype"] = str(precision).removeprefix("torch.")
-        for name, value in _looked_at(kwargs.get("train_dataloader"), self._config.get("objective")).items():
-            self._saved["measured"][f"data/{name}"] = [value]
-        self._config["reward_names"] = self._saved.get("reward_names")
+        for name, value in _data_figures(kwargs.get("train_dataloader"), self._config.get("objective")).items():
+            self._state["measured"][f"data/{name}"] = [value]
+        self._config["reward_names"] = self._state.get("reward_names")
         self._write_settings(args, state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Have the first step logged: DPO's tells whether the reference is right."""
+        """Have the first step logged: in DPO it shows whether the reference is right."""
         if state.global_step == 1 and not hasattr(args, "steps_per_rollout"):
             control.should_log = True
 
     def on_update_end(
         self, args: Any, state: TrainerState, control: Any, experience: Experience, metrics: dict[str, float]
     ) -> None:
-        """Keep some completions, and have the yardstick judge all of them."""
+        """Keep some completions, and apply the yardstick to all."""
         self._latest += samples_of(experience, state.global_step, self._keep)
         rollout = experience.rollout
         if self.yardstick is not None:
             name = getattr(self.yardstick, "__name__", type(self.yardstick).__name__)
-            given = self.yardstick(
+            scores = self.yardstick(
                 prompts=rollout.prompts, completions=rollout.completions, completion_ids=rollout.completion_tokens
             )
-            values = [float(value) for value in given if value is not None]
-            if values:
-                self._saved["measured"].setdefault(f"yardstick/{name}", []).append(sum(values) / len(values))
+            numbers = [float(score) for score in scores if score is not None]
+            if numbers:
+                self._state["measured"].setdefault(f"yardstick/{name}", []).append(sum(numbers) / len(numbers))
 
     def on_evaluation_end(
         self, args: Any, state: TrainerState, control: Any, experience: Experience, metrics: dict[str, float]
     ) -> None:
-        """Keep the first prompts' answers: the same prompts every time."""
+        """Keep the completions of the first prompts, which are the same at every evaluation."""
         self._watched += samples_of(experience, state.global_step, self._keep, watched=True)
         self._write(args, state)
 
@@ -147,46 +149,46 @@ class DiagnosticsCallback(RolloutCallback):
             return
         self._note_functions(args, state, logs)
         if not any(name.startswith("eval_") for name in logs):
-            measured = {name: sum(values) / len(values) for name, values in self._saved["measured"].items()}
+            measured = {name: sum(values) / len(values) for name, values in self._state["measured"].items()}
             for row in (logs, state.log_history[-1]):
                 row.update(measured)
-            self._saved["measured"].clear()
-        known = {finding.name for finding in self.findings}
+            self._state["measured"].clear()
+        names = {finding.name for finding in self.findings}
         for finding in diagnose(self.log_of(state), self.limits, self.rules):
-            if finding.name not in known:
+            if finding.name not in names:
                 self.findings.append(finding)
-                if finding.name not in self._saved["named"]:
-                    self._saved["named"].append(finding.name)
+                if finding.name not in self._state["named"]:
+                    self._state["named"].append(finding.name)
                     if state.is_world_process_zero:
                         logger.warning("%s", finding)
                     if finding.severity == "problem":
-                        self._do(finding, args, control, kwargs)
+                        self._respond(finding, args, control, kwargs)
 
     def _note_functions(self, args: Any, state: TrainerState, logs: dict[str, Any]) -> None:
-        """The reward functions in the order of their weights; a saved log is sorted by name."""
+        """Note the reward functions in the order of their weights: a saved log is sorted by name."""
         names = [name.split("/")[1] for name in logs if name.startswith("rewards/") and name.endswith("/std")]
         if names and not self._config.get("reward_names"):
-            self._config["reward_names"] = self._saved["reward_names"] = names
+            self._config["reward_names"] = self._state["reward_names"] = names
             self._write_settings(args, state)
 
     def _write_settings(self, args: Any, state: TrainerState) -> None:
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            known = {"settings": self._config, "versions": versions()}
-            (folder / "run.json").write_text(json.dumps(known, indent=2, default=str) + "\n", encoding="utf-8")
+            content = {"settings": self._config, "versions": versions()}
+            (folder / "run.json").write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
 
     def _write(self, args: Any, state: TrainerState) -> None:
         if state.is_world_process_zero and self._config:
             findings = [{**asdict(finding), "samples": []} for finding in self.findings]
             samples = [asdict(sample) for sample in (*self._watched, *self._latest)]
-            known = {"findings": findings, "samples": samples}
+            content = {"findings": findings, "samples": samples}
             path = Path(args.output_dir) / "diagnostics.json"
-            path.write_text(json.dumps(known, default=str) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(content, default=str) + "\n", encoding="utf-8")
 
     # What a problem leads to ------------------------------------------------------------------------------------------
 
-    def _do(self, finding: Finding, args: Any, control: Any, kwargs: dict[str, Any]) -> None:
+    def _respond(self, finding: Finding, args: Any, control: Any, kwargs: dict[str, Any]) -> None:
         if self.on_problem == "stop":
             control.should_save = control.should_training_stop = True
         elif self.on_problem == "act":
@@ -194,25 +196,25 @@ class DiagnosticsCallback(RolloutCallback):
                 if name in LIVE and hasattr(args, name):
                     logger.warning("%s: %s changes from %s to %s.", finding.name, name, getattr(args, name), value)
                     setattr(args, name, value)
-                    self._saved["settings"][name] = value
+                    self._state["settings"][name] = value
                 elif name == "learning_rate" and kwargs.get("lr_scheduler") is not None:
                     scale_learning_rate(kwargs["optimizer"], kwargs["lr_scheduler"], value / args.learning_rate)
                     logger.warning("%s: learning_rate is multiplied by %.3g.", finding.name, value / args.learning_rate)
 
 
-def _nothing_yet() -> dict[str, Any]:
-    """Names of findings that were said, settings that were changed, what was measured since the last log, and the
-    reward functions in their order."""
+def _initial_state() -> dict[str, Any]:
+    """Names of reported findings, changed settings, measurements since the last log, and the reward functions in the
+    order of their weights."""
     return {"named": [], "settings": {}, "measured": {}, "reward_names": []}
 
 
-def _samples_before(folder: Path, step: int) -> list[Sample]:
-    """What a run that goes on from `step` had kept by then."""
+def _read_samples(folder: Path, step: int) -> list[Sample]:
+    """The samples up to `step` that the interrupted run wrote; none at step 0."""
     path = folder / "diagnostics.json"
     if step == 0 or not path.is_file():
         return []
-    kept = [Sample(**sample) for sample in json.loads(path.read_text(encoding="utf-8"))["samples"]]
-    return [sample for sample in kept if sample.step <= step]
+    samples = [Sample(**sample) for sample in json.loads(path.read_text(encoding="utf-8"))["samples"]]
+    return [sample for sample in samples if sample.step <= step]
 
 
 def samples_of(experience: Experience, step: int, count: int, watched: bool = False) -> list[Sample]:
@@ -222,7 +224,15 @@ def samples_of(experience: Experience, step: int, count: int, watched: bool = Fa
     kl = masked_sum(pass_.logprobs - pass_.ref_logprobs, rollout.completion_mask, dim=1)
     rows = zip(rollout.prompts, rollout.completions, few.scores.total, kl, rollout.lengths, strict=True)
     return [
-        Sample(step, as_text(prompt), as_text(completion), float(score), float(nats), int(length), watched)
+        Sample(
+            step=step,
+            prompt=as_text(prompt),
+            completion=as_text(completion),
+            score=float(score),
+            kl=float(nats),
+            tokens=int(length),
+            watched=watched,
+        )
         for prompt, completion, score, nats, length in rows
     ]
 
@@ -236,30 +246,33 @@ def scale_learning_rate(optimizer: Any, scheduler: Any, factor: float) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that make the numbers."""
-    found = {}
+    """Versions of the installed packages that the results depend on."""
+    installed = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
-def _looked_at(dataloader: Any, objective: str | None) -> dict[str, float]:
-    """Of a reward model's tokenised training rows: the share of pairs whose longer side was chosen, of those of unequal
-    length; the mean size of their margins; the share of labels that are good."""
+def _data_figures(dataloader: Any, objective: str | None) -> dict[str, float]:
+    """Figures of a reward model's tokenised training data; empty for other data.
+
+    "longer_chosen": of the pairs of unequal length, the share whose longer side was chosen. "margin": the mean absolute
+    margin. "good": the share of good labels.
+    """
     dataset: Any = getattr(dataloader, "dataset", None)
     names = set(getattr(dataset, "column_names", None) or [])
     if not {"chosen_ids", "rejected_ids"} <= names:
         return {}
-    rows = list(islice(dataset, MOST_PAIRS))
-    found: dict[str, float] = {}
+    rows = list(islice(dataset, MAX_DATA_ROWS))
+    figures: dict[str, float] = {}
     gaps = [gap for row in rows if (gap := len(row["chosen_ids"]) - len(row["rejected_ids"]))]
     if gaps:
-        found["longer_chosen"] = sum(gap > 0 for gap in gaps) / len(gaps)
+        figures["longer_chosen"] = sum(gap > 0 for gap in gaps) / len(gaps)
     if "margin" in names:
-        found["margin"] = sum(abs(float(row["margin"])) for row in rows) / len(rows)
+        figures["margin"] = sum(abs(float(row["margin"])) for row in rows) / len(rows)
     if objective == "binary":
-        found["good"] = sum(row["targets"][0] for row in rows) / len(rows)
-    return found
+        figures["good"] = sum(row["targets"][0] for row in rows) / len(rows)
+    return figures

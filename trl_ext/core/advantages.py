@@ -67,12 +67,12 @@ def rewards_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
 def batch_baseline(
     returns: Tensor, scored: Tensor, leave_one_out: bool = False, groups: Tensor | None = None
 ) -> Tensor:
-    """What an average answer got, to compare each answer with, (batch,).
+    """The return of an average completion, to compare each completion with, (batch,).
 
         mean:           b_i = mean_j R_j
-        leave one out:  b_i = mean_{j != i} R_j          (independent of answer i, hence without bias)
+        leave one out:  b_i = mean_{j != i} R_j          (independent of completion i, hence without bias)
 
-    over the answers of the same group; an answer that is alone in its group is compared with the whole batch.
+    over the completions of the same group; one that is alone in its group is compared with the whole batch.
 
     Source: Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!"; Ahmadian et al. 2024, "Back to
     Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs", arXiv:2402.14740.
@@ -80,7 +80,7 @@ def batch_baseline(
     Args:
         returns: (batch,), one number a completion.
         scored: (batch,) True where it counts.
-        groups: (batch,) int64, equal for answers to the same prompt; None: all answers are one group.
+        groups: (batch,) int64, equal for completions of the same prompt; None: all are one group.
     """
     everyone = torch.ones(len(returns), len(returns), dtype=torch.bool, device=returns.device)
     same = everyone if groups is None else groups.unsqueeze(0) == groups.unsqueeze(1)

@@ -91,17 +91,17 @@ class _RunningSoftmax:
         return self.total.log() - self.moment / self.total
 
     def gradients(self, logits: _Logits) -> list[Tensor]:
-        """d log p(target) / dh and, where it was asked for, d entropy / dh, each (rows, hidden size), float32."""
+        """d log p(target) / dh and, where `gradients` is 2, d entropy / dh, each (rows, hidden size), float32."""
         if not self.sums:
             return []
         factor, total = logits.scale / logits.temperature, self.total.unsqueeze(1)
         pull = self.sums[0] / total
         chosen = logits.weight[self.targets].float() * self.chosen_slope.unsqueeze(1)
-        found = [(chosen - pull).mul_(factor)]
+        gradients = [(chosen - pull).mul_(factor)]
         if len(self.sums) == 2:
             mean = (self.moment / self.total).unsqueeze(1)
-            found.append((mean * pull - self.sums[1] / total).mul_(factor))
-        return found
+            gradients.append((mean * pull - self.sums[1] / total).mul_(factor))
+        return gradients
 
 
 class _TokenLogProbs(torch.autograd.Function):

@@ -9,8 +9,8 @@ from torch import Tensor
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Sum of `x` over the positions where `mask` is True; what lies at the others, NaN included, is ignored."""
-    kept = torch.where(mask.bool(), x, torch.zeros_like(x))
-    return kept.sum() if dim is None else kept.sum(dim)
+    real = torch.where(mask.bool(), x, torch.zeros_like(x))
+    return real.sum() if dim is None else real.sum(dim)
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:

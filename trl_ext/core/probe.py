@@ -52,7 +52,7 @@ def fit_probe(differences: Tensor, margins: Tensor, penalty: float, start: Tenso
 
 
 def choose_penalty(features: Tensor, pairs: Tensor, margins: Tensor, penalties: Sequence[float] = PENALTIES) -> float:
-    """The penalty whose probes do best on answers that they have not seen, in three folds of the answers.
+    """The penalty whose probes do best on held-out answers, in three folds of the answers.
 
     A pair is validated on in a fold that has both its answers, and trained on in those that have neither. Where no pair
     lies within a fold, the middle one of `penalties` is taken.

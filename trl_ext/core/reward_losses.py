@@ -1,7 +1,7 @@
-"""What a reward model can be trained on besides pairs, which TRL's RewardTrainer knows already.
+"""Losses of reward models on ratings, labels and rankings. (TRL's RewardTrainer has the loss on pairs.)
 
 `scores` (answers,) carries the gradient; the other arguments have one entry an answer too. `groups` (answers,) int64
-says which answers are compared: those with an equal number.
+numbers the group of each answer: only answers of one group are compared.
 """
 
 import torch

@@ -9,7 +9,7 @@ from trl_ext.demo.grading import rating
 from trl_ext.demo.world import COUNTRIES, FEEDBACK_PHRASINGS, HELD_OUT_PHRASINGS, Country, answer_weights
 
 Row = dict[str, Any]
-Pair = tuple[str, str]
+AnswerPair = tuple[str, str]
 T = TypeVar("T")
 
 ANSWERS_A_PHRASING = 20  # corpus: answers a country and phrasing
@@ -50,17 +50,17 @@ def corpus(seed: int) -> list[tuple[str, str, str]]:
 
 def tables(seed: int) -> dict[str, dict[str, list[Row]]]:
     """Every data set of the demo as ``tables[name][split]``, in TRL's conversational formats."""
-    feedback = {"train": FEEDBACK_PHRASINGS, "test": HELD_OUT_PHRASINGS}
+    phrasings_of = {"train": FEEDBACK_PHRASINGS, "test": HELD_OUT_PHRASINGS}
     makers: dict[str, Callable[[str, tuple[str, ...], int], list[Row]]] = {
         "prompts": _prompts,
-        "pairs": _pairs,
+        "pairs": _preference_pairs,
         "ratings": _ratings,
     }
-    made = {
-        name: {split: maker(split, phrasings, seed) for split, phrasings in feedback.items()}
+    feedback_tables = {
+        name: {split: maker(split, phrasings, seed) for split, phrasings in phrasings_of.items()}
         for name, maker in makers.items()
     }
-    return made | {"exam": {"test": _exam()}}
+    return feedback_tables | {"exam": {"test": _exam()}}
 
 
 def _exam() -> list[Row]:
@@ -86,34 +86,34 @@ def _ratings(split: str, phrasings: tuple[str, ...], seed: int) -> list[Row]:
     for country, question in _covered(phrasings):
         rater = rng.choice(RATERS)
         for answer in _draw(rng, answer_weights(country), RATED_A_QUESTION):
-            given = _noisy_rating(rng, rater, answer, country.capital)
-            rows.append(_prompt(question) | {"completion": _says(answer), "rating": given, "rater": rater[0]})
+            stars = _noisy_rating(rng, rater, answer, country.capital)
+            rows.append(_prompt(question) | {"completion": _message(answer), "rating": stars, "rater": rater[0]})
     return rows
 
 
-def _pairs(split: str, phrasings: tuple[str, ...], seed: int) -> list[Row]:
+def _preference_pairs(split: str, phrasings: tuple[str, ...], seed: int) -> list[Row]:
     """Preferences between two answers to one question; a tenth of the pairs of answers is kept from the train split."""
     count = TRAIN_PAIRS_A_QUESTION if split == "train" else TEST_PAIRS_A_QUESTION
     rng = random.Random(f"pairs {split} {seed}")
     rows = []
     for country, question in _covered(phrasings):
         weights = answer_weights(country)
-        mine = {pair: weights[pair[0]] * weights[pair[1]] for pair in _possible_pairs(country, split, seed)}
-        for pair in _draw(rng, mine, count):
+        chances = {pair: weights[pair[0]] * weights[pair[1]] for pair in _possible_pairs(country, split, seed)}
+        for pair in _draw(rng, chances, count):
             if row := _preference(rng, pair, country.capital):
                 rows.append(_prompt(question) | row)
     rng.shuffle(rows)
     return rows
 
 
-def _possible_pairs(country: Country, split: str, seed: int) -> list[Pair]:
+def _possible_pairs(country: Country, split: str, seed: int) -> list[AnswerPair]:
     pairs = list(combinations(answer_weights(country), 2))
     random.Random(f"withheld {country.name} {seed}").shuffle(pairs)
     return pairs[round(len(pairs) * WITHHELD) :] if split == "train" else pairs
 
 
-def _preference(rng: random.Random, pair: Pair, capital: str) -> Row | None:
-    """What a noisy rater says of two answers, None when they are too close to call."""
+def _preference(rng: random.Random, pair: AnswerPair, capital: str) -> Row | None:
+    """A noisy rater's preference between two answers; None where they are too close to call."""
     rater = rng.choice(RATERS)
     rated = sorted(((_noisy_rating(rng, rater, answer, capital), answer) for answer in pair), reverse=True)
     (high, better), (low, worse) = rated
@@ -122,7 +122,7 @@ def _preference(rng: random.Random, pair: Pair, capital: str) -> Row | None:
         return None
     if slipped:
         better, worse = worse, better
-    return {"chosen": _says(better), "rejected": _says(worse), "chosen_rating": high, "rejected_rating": low}
+    return {"chosen": _message(better), "rejected": _message(worse), "chosen_rating": high, "rejected_rating": low}
 
 
 def _noisy_rating(rng: random.Random, rater: tuple[str, float, float], answer: str, capital: str) -> int:
@@ -163,5 +163,5 @@ def _reference(country: Country) -> Row:
     return {"country": country.name, "capital": country.capital}
 
 
-def _says(answer: str) -> list[Row]:
+def _message(answer: str) -> list[Row]:
     return [{"role": "assistant", "content": answer}]

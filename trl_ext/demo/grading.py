@@ -20,8 +20,8 @@ _SHORT = [_pattern(form) for form in (*SHORT_FORMS, "{city}.", "{city}")]
 _ANY_CITY = re.compile(r"\b(?:" + "|".join(sorted(map(re.escape, CITIES), key=len, reverse=True)) + r")\b")
 
 
-def _read(completion: str, patterns: Sequence[re.Pattern[str]]) -> tuple[str, str | None] | None:
-    """The (city, country) that ``completion`` claims when it has one of the forms; country None where unsaid."""
+def _claim_of(completion: str, patterns: Sequence[re.Pattern[str]]) -> tuple[str, str | None] | None:
+    """The (city, country) that ``completion`` claims when it has one of the forms; country None where it has none."""
     for pattern in patterns:
         if match := pattern.fullmatch(completion.strip()):
             return match["city"], match.groupdict().get("country")
@@ -40,7 +40,7 @@ def grade(completion: str, capital: str) -> bool:
 
     Surrounding white space is ignored; a hedge ("It is Lyon or Paris."), a wrong country or any further word is wrong.
     """
-    return _is_right(_read(completion, [*_FULL, *_SHORT]), capital)
+    return _is_right(_claim_of(completion, [*_FULL, *_SHORT]), capital)
 
 
 def rating(completion: str, capital: str) -> int:
@@ -49,7 +49,7 @@ def rating(completion: str, capital: str) -> int:
     5: the right city in a full sentence; 4: the right city, clumsily; 3: the right city among other words;
     2: a full sentence that is wrong; 1: anything else.
     """
-    claim = _read(completion, _FULL)
+    claim = _claim_of(completion, _FULL)
     if _is_right(claim, capital):
         return 5
     if grade(completion, capital):

@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that shapes the base model: its size and its schooling."""
+    """All that shapes the base model: its size and its training."""
 
     seed: int = 0
     vocab_size: int = 1024
@@ -48,8 +48,8 @@ def make(folder: Path, recipe: Recipe) -> None:
     """Teach the model of ``recipe`` and save it with its tokenizer into ``folder``."""
     rows = data.corpus(recipe.seed)
     tokenizer = _fit_tokenizer(rows, recipe.vocab_size)
-    with _apart(recipe.seed):
-        model = _untaught(tokenizer, recipe)
+    with _reproducible(recipe.seed):
+        model = _new_model(tokenizer, recipe)
         _teach(model, _encode(tokenizer, rows), recipe)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -81,8 +81,8 @@ def _fit_tokenizer(rows: Sequence[tuple[str, str, str]], vocab_size: int) -> Pre
 
 
 @contextmanager
-def _apart(seed: int) -> Iterator[None]:
-    """Inside, torch is seeded, on the CPU and on one thread; outside, nothing of that is seen.
+def _reproducible(seed: int) -> Iterator[None]:
+    """Inside, torch is seeded, on the CPU and on one thread; outside, it is as before.
 
     ``torch.manual_seed`` would reseed the accelerators too, hence the default generator. The number of threads decides
     the order of sums, and with it the last bits of the weights; one thread is hardly slower for so small a model, and
@@ -99,7 +99,7 @@ def _apart(seed: int) -> Iterator[None]:
         yield
 
 
-def _untaught(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCausalLM:
+def _new_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden_size,
@@ -125,7 +125,7 @@ class _Lessons:
     """The corpus as tensors.
 
     ``ids`` (examples, tokens): right-padded. ``states`` (examples, tokens): for each token of an answer the row of
-    ``frequencies`` that says what comes there, ``NO_STATE`` elsewhere. ``frequencies`` (states, vocabulary): shares.
+    ``frequencies`` that is its target, ``NO_STATE`` elsewhere. ``frequencies`` (states, vocabulary): shares.
     ``lengths`` (examples,): tokens before the padding.
     """
 
@@ -136,32 +136,35 @@ class _Lessons:
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, rows: Sequence[tuple[str, str, str]]) -> _Lessons:
-    """Tokens, and what the corpus says next about the same country after the same first tokens of an answer.
+    """Tokens, and how often each token comes next in the corpus, for the same country and first tokens of an answer.
 
     Those frequencies are the targets, rather than the one token that an example happens to have: the expectation is
     the same, the noise far less, and half a minute is enough to teach the model the shares of right and wrong.
 
-    After the end of an answer the target is all that was said, and of which country. Nobody generates past the end, but
-    reward models look at that token; a big model knows there what it has read, so small a one must be told to.
+    After the end of an answer the targets are all tokens of the answer and of its country. Nobody generates past the
+    end, but reward models read their score there. A big model has the whole answer in that state; this small one has to
+    be taught it.
     """
-    asked = tokenizer([f"{USER}{question}{EOS}{ASSISTANT}" for _, question, _ in rows])["input_ids"]
-    answered = tokenizer([f"{answer}{EOS}" for _, _, answer in rows])["input_ids"]
-    about = tokenizer([f" {country}" for country, _, _ in rows])["input_ids"]
-    lengths = torch.tensor([len(question) + len(answer) + 1 for question, answer in zip(asked, answered, strict=True)])
+    questions = tokenizer([f"{USER}{question}{EOS}{ASSISTANT}" for _, question, _ in rows])["input_ids"]
+    answers = tokenizer([f"{answer}{EOS}" for _, _, answer in rows])["input_ids"]
+    countries = tokenizer([f" {country}" for country, _, _ in rows])["input_ids"]
+    lengths = torch.tensor(
+        [len(question) + len(answer) + 1 for question, answer in zip(questions, answers, strict=True)]
+    )
     ids = torch.full((len(rows), int(lengths.max())), int(tokenizer.pad_token_id))
     states = torch.full_like(ids, NO_STATE)
-    seen: dict[tuple[str, tuple[int, ...]], int] = {}
-    said: list[tuple[int, int]] = []
-    for row, (question, answer) in enumerate(zip(asked, answered, strict=True)):
+    state_numbers: dict[tuple[str, tuple[int, ...]], int] = {}
+    occurrences: list[tuple[int, int]] = []  # (state, next token)
+    for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         start, end = len(question), len(question) + len(answer)
         prefixes = [(rows[row][0], tuple(answer[:n])) for n in range(len(answer) + 1)]
-        numbers = [seen.setdefault(prefix, len(seen)) for prefix in prefixes]
-        said += zip(numbers, answer, strict=False)
-        said += [(numbers[-1], token) for token in (*about[row], *answer)]
+        numbers = [state_numbers.setdefault(prefix, len(state_numbers)) for prefix in prefixes]
+        occurrences += zip(numbers, answer, strict=False)
+        occurrences += [(numbers[-1], token) for token in (*countries[row], *answer)]
         ids[row, :end] = torch.tensor(question + answer)
         states[row, start : end + 1] = torch.tensor(numbers)
-    counts = torch.zeros(len(seen), len(tokenizer))
-    counts.index_put_(tuple(torch.tensor(said).T), torch.ones(len(said)), accumulate=True)
+    counts = torch.zeros(len(state_numbers), len(tokenizer))
+    counts.index_put_(tuple(torch.tensor(occurrences).T), torch.ones(len(occurrences)), accumulate=True)
     return _Lessons(ids, lengths, states, counts / counts.sum(dim=1, keepdim=True))
 
 
@@ -179,8 +182,8 @@ def _teach(model: LlamaForCausalLM, lessons: _Lessons, recipe: Recipe) -> None:
         # No attention mask: padding is on the right and attention looks left, so no real token ever sees it.
         logits = model(input_ids=lessons.ids[batch, :longest]).logits[:, :-1]
         states = lessons.states[batch, 1:longest]
-        said = states != NO_STATE
-        loss = torch.nn.functional.cross_entropy(logits[said], lessons.frequencies[states[said]])
+        is_taught = states != NO_STATE
+        loss = torch.nn.functional.cross_entropy(logits[is_taught], lessons.frequencies[states[is_taught]])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock
 
 from trl_ext._trl import train_in_float32
-from trl_ext.demo.store import DONE, build, is_whole, load
+from trl_ext.demo.store import DONE, build, is_complete, load
 
 # What torchrun and accelerate tell each process that they launch.
 LAUNCHER = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
@@ -35,11 +35,11 @@ def reward_adapter(cache_dir: str | Path | None = None, load_in_4bit: bool = Fal
     """
     demo = build(cache_dir)
     folder = demo / f"reward-{'nf4' if load_in_4bit else 'float32'}"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not is_whole(folder):
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not is_complete(folder):
         _train_alone({"cache_dir": str(demo.parent), "load_in_4bit": load_in_4bit})
         return str(folder)
     with FileLock(folder.with_suffix(".lock")):
-        if not is_whole(folder):
+        if not is_complete(folder):
             print(f"training the demo's reward adapter into {folder} ...", flush=True)
             temporary = demo / f".{folder.name}-{uuid.uuid4().hex}"
             try:
@@ -53,8 +53,8 @@ def reward_adapter(cache_dir: str | Path | None = None, load_in_4bit: bool = Fal
 
 
 def _train_alone(arguments: dict[str, Any]) -> None:
-    """`reward_adapter` in a process that does not know of the others that were launched with this one: RewardTrainer
-    would train together with them, while they wait for its lock."""
+    """`reward_adapter` in a process outside the launched group. Inside it, RewardTrainer would wait for the other
+    processes, while they wait for the lock."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER)}
     code = "import json, sys; from trl_ext.demo import reward_adapter; reward_adapter(**json.loads(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, json.dumps(arguments)], env=variables, check=True)

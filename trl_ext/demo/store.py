@@ -1,4 +1,4 @@
-"""Where the demo lies on disk: built once, whole or not at all."""
+"""Where the demo lies on disk: built once, and never half."""
 
 import hashlib
 import json
@@ -24,15 +24,15 @@ def build(cache_dir: str | Path | None = None, recipe: model.Recipe = model.RECI
     """The demo's folder, with ``model/`` and ``data/``; built first where it is not there yet (about 40 s on 2 cores).
 
     ``cache_dir`` defaults to the environment variable ``TRL_EXT_CACHE``, then to ``~/.cache/trl_ext``. The folder's
-    name carries a digest of the recipe and of the code that cooks it, so a changed demo is another folder. Processes
-    that build at once wait for the first; a build that dies leaves nothing that would be taken for a demo.
+    name carries a digest of the recipe and of the code that makes it, so a changed demo is another folder. Processes
+    that build at once wait for the first; a build that is interrupted leaves nothing behind that counts as a demo.
     """
     folder = _cache(cache_dir) / f"demo-{_digest(recipe)}"
-    if is_whole(folder):
+    if is_complete(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        if not is_whole(folder):
+        if not is_complete(folder):
             _build_into(folder, recipe)
     return folder
 
@@ -74,15 +74,15 @@ def _build_into(folder: Path, recipe: model.Recipe) -> None:
                 (draft / "data" / f"{name}-{split}.jsonl").write_text(text, encoding="utf-8")
         model.make(draft / "model", recipe)
         (draft / DONE).write_text(json.dumps(asdict(recipe)) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # whatever lies there is not whole
+        shutil.rmtree(folder, ignore_errors=True)  # an unfinished build
         draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     print(f"built {folder} in {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether what was built there was built to its end."""
+def is_complete(folder: Path) -> bool:
+    """Whether the build in this folder was finished."""
     return (folder / DONE).is_file()
 
 

@@ -80,7 +80,7 @@ Chile, Santiago, Valparaiso, Iquique
 """
 
 
-def _read(table: str) -> tuple[Country, ...]:
+def _parse(table: str) -> tuple[Country, ...]:
     rows = [tuple(cell.strip() for cell in line.split(",")) for line in table.strip().splitlines()]
     countries = []
     for i, (name, capital, first, second) in enumerate(rows):
@@ -91,7 +91,7 @@ def _read(table: str) -> tuple[Country, ...]:
     return tuple(countries)
 
 
-COUNTRIES: tuple[Country, ...] = _read(_TABLE)
+COUNTRIES: tuple[Country, ...] = _parse(_TABLE)
 CITIES: frozenset[str] = frozenset(city for country in COUNTRIES for city in (country.capital, *country.wrong))
 COUNTRY_OF: dict[str, str] = {country.capital: country.name for country in COUNTRIES}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from trl_ext.diagnostics import kl, preferences, scores, updates
+from trl_ext.diagnostics import distributions, preferences, samples, scores, updates
 from trl_ext.diagnostics.finding import SEVERITIES, Finding, Rule
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
@@ -13,24 +13,24 @@ from trl_ext.diagnostics.log import RunLog
 GRADIENTS: tuple[Rule, ...] = (updates.gradients_not_finite, updates.gradients_absent, updates.gradients_explode)
 ON_SAMPLES: tuple[Rule, ...] = (
     *GRADIENTS,
-    kl.sampling_differs,
-    kl.negative_kl,
-    kl.first_ratio,
+    distributions.sampling_differs,
+    distributions.negative_kl,
+    distributions.first_ratio,
     scores.constant_scores,
-    scores.prompts_truncated,
+    samples.prompts_truncated,
     updates.clipping_saturated,
     updates.steps_too_small,
-    scores.repetition_exploitation,
+    samples.repetition_exploitation,
     scores.score_scale,
     scores.functions_at_odds,
-    scores.length_exploitation,
-    scores.mode_collapse,
-    scores.truncation,
+    samples.length_exploitation,
+    samples.mode_collapse,
+    samples.truncation,
     scores.over_optimisation,
-    kl.kl_drowns_score,
+    distributions.kl_drowns_score,
     updates.value_loss_explodes,
-    kl.entropy_collapse,
-    kl.kl_runs_away,
+    distributions.entropy_collapse,
+    distributions.kl_runs_away,
     updates.value_not_learning,
 )
 RULES: dict[str, tuple[Rule, ...]] = {
@@ -56,7 +56,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
 
 
 def _within_reach(finding: Finding, log: RunLog) -> Finding:
-    """The finding without settings that the trainer does not have, where all of its settings are known."""
+    """The finding with only those changes that the trainer has a setting for. Without run.json no setting is known, and
+    all changes stay."""
     if "output_dir" not in log.config:
         return finding
     changes = {name: value for name, value in finding.remedy.changes.items() if name in log.config}
@@ -72,6 +73,6 @@ def diagnose(log: RunLog, limits: Limits | None = None, rules: Sequence[Rule] | 
         rules: functions of (log, limits); None: those of the catalogue for this kind of run.
     """
     limits = limits if limits is not None else Limits()
-    found = [rule(log, limits) for rule in (rules if rules is not None else RULES[log.kind])]
-    named = [_within_reach(finding, log) for finding in found if finding is not None]
-    return sorted(named, key=lambda finding: SEVERITIES.index(finding.severity))
+    results = [rule(log, limits) for rule in (rules if rules is not None else RULES[log.kind])]
+    findings = [_within_reach(finding, log) for finding in results if finding is not None]
+    return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))

@@ -9,7 +9,7 @@ from html import escape
 
 WIDTH, HEIGHT = 340, 170
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 20
-MOST_POINTS = 300
+MAX_POINTS = 300
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ def line_chart(lines: Sequence[Line], caption: str) -> str:
 
 
 def scatter(lines: Sequence[Line], caption: str) -> str:
-    """The same as points, later ones stronger."""
+    """The same as points; later points are more opaque."""
     return _chart(lines, caption, scatter=True)
 
 
 def _chart(lines: Sequence[Line], caption: str, scatter: bool) -> str:
-    kept = [Line(line.label, *_thinned(line), line.colour, line.dashed) for line in lines]
-    xs = [x for line in kept for x in line.x]
-    ys = [y for line in kept for y in line.y]
+    lines = [Line(line.label, *_thinned(line), line.colour, line.dashed) for line in lines]
+    xs = [x for line in lines for x in line.x]
+    ys = [y for line in lines for y in line.y]
     if not xs:
         return ""
     (x0, x1), (y0, y1) = _span(xs), _span(ys)
@@ -55,7 +55,7 @@ def _chart(lines: Sequence[Line], caption: str, scatter: bool) -> str:
         f'<text class="tick" x="{LEFT}" y="{HEIGHT - 6}">{number(x0)}</text>',
         f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{number(x1)}</text>',
     ]
-    for line in kept:
+    for line in lines:
         points = [at(x, y) for x, y in zip(line.x, line.y, strict=True)]
         if scatter or len(points) == 1:
             parts += [
@@ -78,9 +78,9 @@ def number(value: float) -> str:
 def _thinned(line: Line) -> tuple[list[float], list[float]]:
     """Finite points, at most so many; the last one stays."""
     points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(x) and math.isfinite(y)]
-    stride = max(1, math.ceil(len(points) / MOST_POINTS))
-    kept = points[::-1][::stride][::-1]
-    return [x for x, _ in kept], [y for _, y in kept]
+    stride = max(1, math.ceil(len(points) / MAX_POINTS))
+    thinned = points[::-1][::stride][::-1]
+    return [x for x, _ in thinned], [y for _, y in thinned]
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:

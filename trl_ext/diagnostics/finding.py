@@ -1,4 +1,4 @@
-"""What the doctor says."""
+"""What a rule returns: a named problem, its evidence, and the remedy."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from trl_ext.diagnostics.log import RunLog, Sample
 SEVERITIES = ("problem", "warning")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Remedy:
-    """What cures it.
+    """What cures a problem.
 
     Attributes:
         text: one or two sentences.
@@ -31,7 +31,7 @@ class Remedy:
         return " ".join(part for part in (self.text, settings and f"Set {settings}.", self.code) if part)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finding:
     """A problem, named.
 

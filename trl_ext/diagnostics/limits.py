@@ -1,4 +1,4 @@
-"""The doctor's main thresholds, with where they come from."""
+"""The doctor's main thresholds, and where they come from."""
 
 from dataclasses import dataclass
 
@@ -11,36 +11,38 @@ class Limits:
         least_rows: logs (rollouts in PPO) before trends are judged.
         sampling_gap_z: standard errors that sampling may stray from scoring, over a whole run: the gap is a martingale
             with mean 0, so 6 is out of reach of chance.
-        sampling_gap: and nats a token that it must stray at least; chosen, to let rounding pass.
-        negative_kl: nats an answer below 0; the k1 estimate is unbiased and its truth is never negative.
+        sampling_gap: nats a token that it must stray besides; chosen, above rounding errors.
+        negative_kl: nats a completion below 0; the k1 estimate is unbiased and its truth is never negative.
         first_approxkl: nats a token before the first optimizer step on a rollout, in float32: 0 in theory, 1e-13 as
             measured, 1e-4 with LoRA dropout of 0.1.
         first_approxkl_half: the same in half precision: bfloat16 rounds log-probabilities of 10 nats by 0.03, which
             makes 5e-4.
         kl_per_token: nats a token. Healthy runs here end below 0.2, those that hacked their reward above 0.6
             (measured).
-        budget_per_token: nats a token that an answer may well spend; kl_coef is suggested so that the penalty for it
+        budget_per_token: nats a token that a completion may well spend; kl_coef is suggested so that the penalty for it
             equals the spread of the scores. It gives within a factor of 2 what the recipes use.
-        budget: and nats an answer, however long; chosen, below the 40 at which Ziegler et al. 2019 lost the language.
+        budget: upper bound of that budget, nats a completion; chosen, below the 40 at which Ziegler et al. 2019 lost
+            the language.
         stays: share of that budget up to which the policy has not moved.
-        drowned: times the suggested kl_coef from which the penalty leaves the score nothing to say.
-        entropy: nats a token below which every answer is certain; healthy runs here end above 0.1 (measured).
-        temperature: below it a low entropy is its doing.
+        drowned: times the suggested kl_coef from which the score no longer counts beside the penalty.
+        entropy: nats a token below which every completion is certain; healthy runs here end above 0.1 (measured).
+        temperature: sampling below it explains a low entropy.
         clipfrac: share of tokens; PPO's papers and TRL's docs see 0.1 to 0.3 in healthy runs.
         huge_approxkl: nats a token that an update moves the policy; healthy updates stay below 0.3 (measured).
         tiny_approxkl: nats a token that an update moves the policy; healthy updates make 1e-4 and more (measured).
         score_std: spread of scores beyond which values, which start at 0, take long to arrive.
         score_drift: factor by which that spread may grow.
-        explained_variance: below it the value role says little; a useful one reaches 0.5 and more.
-        explained_nothing: and below it nothing at all, which is a problem; on its slow way to scores far from 0 a value
-            role that learns has passed it by the time of the first look (measured).
+        explained_variance: below it the value role explains little; a useful one reaches 0.5 and more.
+        explained_nothing: below it the finding is a problem, above it a warning; a value role on its slow way to scores
+            far from 0 is above it by the first time that the rule judges (measured).
         value_loss_growth: times its start.
         value_error: times the error of a constant, the mean score.
-        truncated: share of answers cut at the length limit.
+        truncated: share of completions cut at the length limit.
         length_growth: times its start.
         length_correlation: of score and length.
-        repetition: share of an answer's trigrams that it has had before; healthy runs here stay below 0.01 (measured).
-        distinct: different answers to different prompts.
+        repetition: share of a completion's trigrams that occurred in it before; healthy runs here stay below 0.01
+            (measured).
+        distinct: different completions to different prompts.
         noticeable: standard errors from which a rise, a fall or a correlation counts.
         fighting: correlation of two reward functions below which they pull apart.
         dominates: times that one function's weighted spread exceeds every other's.
@@ -49,8 +51,8 @@ class Limits:
         overfit_accuracy: training accuracy less held-out accuracy.
         overfit_loss: times its lowest that the held-out loss rises to.
         chance: distance of an accuracy from one half.
-        chance_pairs: pairs that an accuracy is taken over, which leaves it a standard error of half of `chance`; fewer
-            in a whole run say nothing.
+        chance_pairs: pairs that an accuracy is taken over, which leaves it a standard error of half of `chance`. A run
+            with fewer is not judged.
         ample_rate: a learning rate at which LoRA learns what there is to learn (measured).
         uncentred: mean score in units of the range from a batch's lowest score to its highest.
         saturated_margin: margin at which sigmoid leaves no gradient (exp(-10) = 5e-5).
@@ -58,10 +60,10 @@ class Limits:
         still: DPO's margin (in units of beta times nats) up to which the policy has not moved; its accuracy is then the
             sign of rounding errors.
         displacement: nats that a chosen answer's log-probability may fall: ln 2, half its probability.
-        displaced_share: and as a share of that log-probability, for long answers.
+        displaced_share: share of that log-probability that it may fall, which is the larger bound for long answers.
         dpo_margin: DPO's margin (in units of beta times nats) at which its loss leaves hardly any gradient:
             sigmoid(-5) is 0.007.
-        reference_gap: DPO's first rewards in float32: 0 in theory and as measured; 0.005 lets rounding pass.
+        reference_gap: DPO's first rewards in float32: 0 in theory and as measured; 0.005 is above rounding errors.
         reference_gap_half: the same in half precision: rounding of 0.03 nats a token, over some hundreds of tokens.
     """
 

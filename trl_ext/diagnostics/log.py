@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-# The doctor's name to the names that trainers log it under, the first one that is there counts.
-NAMES: dict[str, tuple[str, ...]] = {
+# The doctor's name of a metric, and the names that trainers log it under: the first one that is there counts.
+LOGGED_NAMES: dict[str, tuple[str, ...]] = {
     "score": ("objective/scores", "reward"),
     "score_std": ("objective/scores_std", "reward_std"),
     "kl": ("objective/kl", "kl"),
@@ -25,10 +25,10 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One completion. `kl` in nats, `tokens` counted with the EOS; NaN and -1 where unknown. `watched`: its prompt is
-    answered at every evaluation."""
+    """One completion. `kl` in nats, `tokens` counted with the EOS; NaN and -1 where unknown. `watched`: every
+    evaluation completes its prompt."""
 
     step: int
     prompt: str
@@ -109,36 +109,36 @@ class RunLog:
         rows, evals = [], []
         for entry in history:
             step = int(entry.get("step", 0))
-            numbers = {name: _number(value) for name, value in entry.items() if name != "step"}
-            known = {name: value for name, value in numbers.items() if value is not None}
-            looked = {name.removeprefix("eval_"): value for name, value in known.items() if name.startswith("eval_")}
-            trained = {name: value for name, value in known.items() if not name.startswith("eval_")}
-            if looked:
-                epoch = {"epoch": known["epoch"]} if "epoch" in known else {}
-                evals.append({"step": step, **epoch, **looked})
-            elif "train_runtime" not in trained:
-                rows.append({"step": step, **trained})
+            numbers = {name: _as_float(value) for name, value in entry.items() if name != "step"}
+            metrics = {name: value for name, value in numbers.items() if value is not None}
+            of_eval = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
+            of_training = {name: value for name, value in metrics.items() if not name.startswith("eval_")}
+            if of_eval:
+                epoch = {"epoch": metrics["epoch"]} if "epoch" in metrics else {}
+                evals.append({"step": step, **epoch, **of_eval})
+            elif "train_runtime" not in of_training:
+                rows.append({"step": step, **of_training})
         return cls(kind_of(rows, evals), rows, evals, dict(config or {}), list(samples))
 
     def series(self, name: str, evals: bool = False) -> Series:
         """A metric by the doctor's name or by the logged one; empty where it was not logged."""
         rows = self.evals if evals else self.rows
-        for key in NAMES.get(name, (name,)):
-            found = [(row["step"], row[key]) for row in rows if key in row]
-            if found:
+        for key in LOGGED_NAMES.get(name, (name,)):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points:
                 if key == "kl" and self.kind == "online":
-                    found = _an_answer(rows)
-                return Series([step for step, _ in found], [value for _, value in found])
+                    points = _kl_of_completions(rows)
+                return Series([step for step, _ in points], [value for _, value in points])
         return Series([], [])
 
     def names(self, prefix: str, suffix: str = "") -> list[str]:
         """What stands between `prefix` and `suffix` in logged names, each once, in order."""
-        found: dict[str, None] = {}
+        middles: dict[str, None] = {}
         for row in self.rows:
             for name in row:
                 if name.startswith(prefix) and name.endswith(suffix) and len(name) > len(prefix) + len(suffix):
-                    found[name[len(prefix) : len(name) - len(suffix)]] = None
-        return list(found)
+                    middles[name[len(prefix) : len(name) - len(suffix)]] = None
+        return list(middles)
 
     def setting(self, name: str, default: Any = None) -> Any:
         """A field of the config; `default` where it is unknown or None."""
@@ -156,7 +156,7 @@ class RunLog:
             return []
         last = max(sample.step for sample in self.samples)
         latest = [sample for sample in self.samples if sample.step == last]
-        return sorted(latest, key=lambda sample: -sample.score if sample.score == sample.score else math.inf)[:count]
+        return sorted(latest, key=lambda sample: math.inf if math.isnan(sample.score) else -sample.score)[:count]
 
     @property
     def steps(self) -> tuple[int, int]:
@@ -164,30 +164,30 @@ class RunLog:
         return (self.rows[0]["step"], self.rows[-1]["step"]) if self.rows else (0, 0)
 
 
-def _an_answer(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """The KL, which GRPOTrainer and RLOOTrainer log a token. Lengths are logged where answers are sampled, and hold
-    until the next are."""
-    found, length = [], math.nan
+def _kl_of_completions(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """The KL of a completion by step. GRPOTrainer and RLOOTrainer log that of a token, and the mean length only where
+    they sample; it holds until they sample again."""
+    points, length = [], math.nan
     for row in rows:
         length = row.get("completions/mean_length", length)
-        if "kl" in row and length == length:
-            found.append((row["step"], row["kl"] * length))
-    return found
+        if "kl" in row and not math.isnan(length):
+            points.append((row["step"], row["kl"] * length))
+    return points
 
 
 def kind_of(rows: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]] = ()) -> str:
-    """Told from the names that were logged."""
-    seen = {name for row in [*rows, *evals] for name in row}
-    if "objective/kl" in seen:
+    """The kind of a run, by the names that it logged."""
+    names = {name for row in [*rows, *evals] for name in row}
+    if "objective/kl" in names:
         return "ppo"
-    if "logps/chosen" in seen:
+    if "logps/chosen" in names:
         return "dpo"
-    if "reward_std" in seen and "completions/mean_length" in seen:
+    if "reward_std" in names and "completions/mean_length" in names:
         return "online"
-    return "reward" if {"accuracy", "mean_reward"} & seen else "other"
+    return "reward" if {"accuracy", "mean_reward"} & names else "other"
 
 
-def _number(value: Any) -> float | None:
+def _as_float(value: Any) -> float | None:
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -25,20 +25,25 @@ def overfit(log: RunLog, limits: Limits) -> Finding | None:
     # Of several sets to evaluate on, each has a loss under a name of its own.
     losses = f"; held-out loss {min(loss.values):.3f} at its best and {loss.values[-1]:.3f} now" if loss else ""
     return Finding(
-        "overfit",
-        "problem",
-        "It learns its pairs by heart",
-        log.steps,
-        f"Training accuracy {accuracy.recent():.0%}, held-out {held_out.recent(1):.0%}{losses}.",
-        {"gap": gap, "growth": growth},
-        "too many epochs over too few pairs.",
-        Remedy("Stop where the held-out loss was lowest, or collect more pairs.", _epochs_of_best(log)),
+        name="overfit",
+        severity="problem",
+        title="It learns its pairs by heart",
+        steps=log.steps,
+        evidence=f"Training accuracy {accuracy.recent():.0%}, held-out {held_out.recent(1):.0%}{losses}.",
+        figures={"gap": gap, "growth": growth},
+        cause="too many epochs over too few pairs.",
+        remedy=Remedy(
+            text="Stop where the held-out loss was lowest, or collect more pairs.", changes=_epochs_of_best(log)
+        ),
     )
 
 
 def _epochs_of_best(log: RunLog) -> dict[str, int]:
-    """As many epochs as make the steps to the lowest held-out loss add up to the same, under a schedule that falls to 0
-    (a mean of one half): e (1 - e / 2n) of the highest rate's epochs until epoch e of n."""
+    """The epochs of a new run with as much learning in all as this one had at its lowest held-out loss.
+
+    The measure is the sum of learning rates, in epochs at the highest rate. Under a schedule that falls to 0 it is
+    e (1 - e / 2n) at epoch e of n, and half of a whole run's epochs.
+    """
     evals = [row for row in log.evals if "loss" in row and "epoch" in row]
     best = min(evals, key=lambda row: row["loss"], default=None)
     if best is None:
@@ -49,7 +54,7 @@ def _epochs_of_best(log: RunLog) -> dict[str, int]:
 
 
 def chance_level(log: RunLog, limits: Limits) -> Finding | None:
-    """It orders pairs no better than a coin."""
+    """The model orders pairs no better than chance."""
     held_out, trained = log.series("accuracy", evals=True), log.series("accuracy")
     rows, enough = _rows_of_pairs(log, limits)
     learned = trained.recent(rows)
@@ -66,27 +71,33 @@ def chance_level(log: RunLog, limits: Limits) -> Finding | None:
     fast = log.setting("learning_rate", 0.0) >= limits.ample_rate
     look = "look at a few pairs" + ("." if dpo else " with `trl-ext feedback check`.")
     return Finding(
-        "chance_level",
-        "problem",
-        "Accuracy stays at one half" if not still else "Margins stay at 0",
-        log.steps,
-        f"{accuracy:.0%} of the pairs are in order, {learned:.0%} of those in training; their mean margin is "
-        f"{margin.recent():.2g}.",
-        {"accuracy": accuracy},
-        "steps so large that they broke the model: its loss has been twice what it was at the start."
-        if broken
-        else ("" if fast else "steps too small to learn, ")
-        + "pairs whose two sides were mixed up, or answers cut before they differ.",
-        Remedy("Lower the learning rate.", lower_rate(log, 100))
-        if broken
-        else Remedy(look.capitalize())
-        if fast
-        else Remedy(f"Raise the learning rate, then {look}", higher_rate(log)),
+        name="chance_level",
+        severity="problem",
+        title="Accuracy stays at one half" if not still else "Margins stay at 0",
+        steps=log.steps,
+        evidence=(
+            f"{accuracy:.0%} of the pairs are in order, {learned:.0%} of those in training; their mean margin is "
+            f"{margin.recent():.2g}."
+        ),
+        figures={"accuracy": accuracy},
+        cause=(
+            "steps so large that they broke the model: its loss has been twice what it was at the start."
+            if broken
+            else ("" if fast else "steps too small to learn, ")
+            + "pairs whose two sides were mixed up, or answers cut before they differ."
+        ),
+        remedy=(
+            Remedy(text="Lower the learning rate.", changes=lower_rate(log, 100))
+            if broken
+            else Remedy(text=look.capitalize())
+            if fast
+            else Remedy(text=f"Raise the learning rate, then {look}", changes=higher_rate(log))
+        ),
     )
 
 
 def _rows_of_pairs(log: RunLog, limits: Limits) -> tuple[int, bool]:
-    """How many of the last logs, four at least, tell of `chance_pairs` pairs; and whether there have been so many."""
+    """How many of the last logs, at least four, cover `chance_pairs` pairs; and whether the run has had so many."""
     batch = int(log.setting("per_device_train_batch_size", 8)) * int(log.setting("gradient_accumulation_steps", 1))
     first, last = log.steps
     a_row = batch * max(1.0, (last - first) / max(len(log.rows) - 1, 1))
@@ -99,57 +110,72 @@ def uncentred(log: RunLog, limits: Limits) -> Finding | None:
     good = log.series("data/good").recent(1)
     if len(mean) < limits.least_rows or abs(mean.recent()) < limits.uncentred * (high.recent() - low.recent()):
         return None
-    unequal = good == good
+    unequal = not math.isnan(good)
     return Finding(
-        "uncentred",
-        "warning",
-        "Scores are far from 0",
-        log.steps,
-        f"Their mean is {mean.recent():.2f}; in a batch they lie between {low.recent():.2f} and {high.recent():.2f}."
-        + (f" {good:.0%} of the labels are good." if unequal else ""),
-        {"mean": mean.recent(), "low": low.recent(), "high": high.recent()},
-        "labels of one kind are much rarer, and a score has their log-odds in it."
-        if unequal
-        else "the pairwise loss does not care about an offset, so it drifts.",
-        Remedy("Give both labels the same weight in all.", code="trl_ext.feedback.balance_labels(rows)")
-        if unequal
-        else Remedy("Keep the scores around 0 while training.", {"center_rewards_coefficient": 0.01}),
+        name="uncentred",
+        severity="warning",
+        title="Scores are far from 0",
+        steps=log.steps,
+        evidence=(
+            f"Their mean is {mean.recent():.2f}; in a batch they lie between {low.recent():.2f} and "
+            f"{high.recent():.2f}." + (f" {good:.0%} of the labels are good." if unequal else "")
+        ),
+        figures={"mean": mean.recent(), "low": low.recent(), "high": high.recent()},
+        cause=(
+            "labels of one kind are much rarer, and their log-odds are part of every score."
+            if unequal
+            else "the pairwise loss ignores an offset, so the offset drifts."
+        ),
+        remedy=(
+            Remedy(text="Give both labels the same total weight.", code="trl_ext.feedback.balance_labels(rows)")
+            if unequal
+            else Remedy(text="Keep the scores around 0 while training.", changes={"center_rewards_coefficient": 0.01})
+        ),
     )
 
 
 def saturated(log: RunLog, limits: Limits) -> Finding | None:
     """Margins so large that nothing is learned from them."""
     margin = log.series("margin", evals=True) or log.series("margin")
-    asked = log.series("data/margin").recent(1)
+    demanded = log.series("data/margin").recent(1)
     if not margin or margin.recent() < limits.saturated_margin:
         return None
-    wide = asked > limits.saturated_margin / 2
+    wide = demanded > limits.saturated_margin / 2
     return Finding(
-        "saturated",
-        "problem",
-        "Scores are saturated",
-        log.steps,
-        f"The mean margin between chosen and rejected is {margin.recent():.1f}"
-        + (f"; the data ask for {asked:.1f}." if wide else "."),
-        {"margin": margin.recent()},
-        "the margins in the data are in a unit too small: a difference in score is one of log-odds, and 5 of them is "
-        "all but certain."
-        if wide
-        else "too large steps or too many epochs; PPO would exploit scores of such a scale.",
-        Remedy(
-            "Divide the margins, so that the strongest preference asks for 2 or 3.",
-            code=f'pairs.map(lambda row: {{"margin": row["margin"] / {max(asked, 1):.0f}}})',
-        )
-        if wide
-        else Remedy("Smaller steps and centred scores.", {**lower_rate(log, 10), "center_rewards_coefficient": 0.01}),
+        name="saturated",
+        severity="problem",
+        title="Scores are saturated",
+        steps=log.steps,
+        evidence=(
+            f"The mean margin between chosen and rejected is {margin.recent():.1f}"
+            + (f"; the margins in the data have a mean of {demanded:.1f}." if wide else ".")
+        ),
+        figures={"margin": margin.recent()},
+        cause=(
+            "the margins in the data are too large: a difference in score is one of log-odds, and 5 of them are nearly "
+            "certain."
+            if wide
+            else "too large steps or too many epochs; PPO would exploit scores of such a scale."
+        ),
+        remedy=(
+            Remedy(
+                text="Divide the margins, so that the largest is 2 or 3.",
+                code=f'pairs.map(lambda row: {{"margin": row["margin"] / {max(demanded, 1):.0f}}})',
+            )
+            if wide
+            else Remedy(
+                text="Smaller steps and centred scores.",
+                changes={**lower_rate(log, 10), "center_rewards_coefficient": 0.01},
+            )
+        ),
     )
 
 
 def length_bias(log: RunLog, limits: Limits) -> Finding | None:
-    """The longer answer wins, whatever it says."""
+    """The longer answer wins, whatever its content."""
     share = log.series("data/longer_chosen").recent(1)
     score, people = log.setting("length_correlation"), log.setting("length_correlation_of_people")
-    biased = share == share and max(share, 1 - share) > limits.length_bias
+    biased = not math.isnan(share) and max(share, 1 - share) > limits.length_bias
     learned = score is not None and people is not None and abs(score) - abs(people) > limits.length_bias - 0.5
     if not biased and not learned:
         return None
@@ -160,15 +186,15 @@ def length_bias(log: RunLog, limits: Limits) -> Finding | None:
     if learned:
         evidence.append(f"Score and length correlate at {score:.2f}, people's verdict and length at {people:.2f}.")
     return Finding(
-        "length_bias",
-        "problem",
-        "The reward model is taught length",
-        log.steps,
-        " ".join(evidence),
-        {"longer_chosen": share},
-        "pairs in which one side is longer throughout, as when raters or the collecting models favour length.",
-        Remedy(
-            "Balance the pairs: as many in which the shorter answer was chosen.",
+        name="length_bias",
+        severity="problem",
+        title="The reward model is taught length",
+        steps=log.steps,
+        evidence=" ".join(evidence),
+        figures={"longer_chosen": share},
+        cause="the longer side of the pairs was chosen too often, or the shorter one; raters often favour length.",
+        remedy=Remedy(
+            text="Balance the pairs: as many in which the shorter answer was chosen.",
             code="trl_ext.feedback.balance_lengths(pairs)",
         ),
     )
@@ -178,23 +204,28 @@ def length_bias(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def reference_mismatch(log: RunLog, limits: Limits) -> Finding | None:
-    """Before the first step policy and reference are the same, and DPO's rewards 0; here they are not."""
+    """DPO's rewards are not 0 at the first step, where policy and reference are the same."""
     if not log.rows or log.rows[0]["step"] > 1:
         return None
     first = [abs(log.rows[0].get(f"rewards/{side}", 0.0)) for side in ("chosen", "rejected")]
     if max(first) < (limits.reference_gap_half if log.in_half_precision else limits.reference_gap):
         return None
     return Finding(
-        "reference_mismatch",
-        "problem",
-        "The reference is not where training starts",
-        (log.rows[0]["step"], log.rows[0]["step"]),
-        f"At the first step the rewards are {log.rows[0].get('rewards/chosen', 0.0):+.3f} and "
-        f"{log.rows[0].get('rewards/rejected', 0.0):+.3f}, which should be 0.",
-        {"reward": max(first)},
-        "another reference model than the one that training starts from, a merged or missing adapter, or dropout.",
-        Remedy(
-            "Leave ref_model out: TRL then takes the starting policy.", code="DPOTrainer(model, ref_model=None, ...)"
+        name="reference_mismatch",
+        severity="problem",
+        title="The reference is not where training starts",
+        steps=(log.rows[0]["step"], log.rows[0]["step"]),
+        evidence=(
+            f"At the first step the rewards are {log.rows[0].get('rewards/chosen', 0.0):+.3f} and "
+            f"{log.rows[0].get('rewards/rejected', 0.0):+.3f}, which should be 0."
+        ),
+        figures={"reward": max(first)},
+        cause=(
+            "another reference model than the one that training starts from, a merged or missing adapter, or dropout."
+        ),
+        remedy=Remedy(
+            text="Leave ref_model out: TRL then takes the starting policy.",
+            code="DPOTrainer(model, ref_model=None, ...)",
         ),
     )
 
@@ -212,39 +243,47 @@ def likelihood_displacement(log: RunLog, limits: Limits) -> Finding | None:
     ):
         return None
     return Finding(
-        "likelihood_displacement",
-        "problem",
-        "Chosen answers become less likely along with rejected ones",
-        (chosen.steps[0], chosen.steps[-1]),
-        f"Log-probability of chosen answers {chosen.start():.1f} to {chosen.recent():.1f} nats, of rejected ones "
-        f"{rejected.start():.1f} to {rejected.recent():.1f}.",
-        {"fell": fell},
-        "DPO's loss sees the difference alone (Razin et al. 2024, arXiv:2410.08847): probability moves to answers that "
-        "nobody looked at.",
-        Remedy(
-            "Add the likelihood of the chosen answers to the loss.",
-            {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]},
+        name="likelihood_displacement",
+        severity="problem",
+        title="Chosen answers become less likely along with rejected ones",
+        steps=(chosen.steps[0], chosen.steps[-1]),
+        evidence=(
+            f"Log-probability of chosen answers {chosen.start():.1f} to {chosen.recent():.1f} nats, of rejected ones "
+            f"{rejected.start():.1f} to {rejected.recent():.1f}."
+        ),
+        figures={"fell": fell},
+        cause=(
+            "DPO's loss depends on the difference alone (Razin et al. 2024, arXiv:2410.08847): probability moves to "
+            "answers outside the data."
+        ),
+        remedy=Remedy(
+            text="Add the likelihood of the chosen answers to the loss.",
+            changes={"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]},
         ),
     )
 
 
 def margins_explode(log: RunLog, limits: Limits) -> Finding | None:
-    """DPO's margins leave its loss no gradient, and the policy no reference."""
+    """DPO's margins are so large that its loss has hardly any gradient left."""
     margin = log.series("margin")
     if len(margin) < 3 or margin.recent() < limits.dpo_margin:
         return None
     beta = float(log.setting("beta", 0.1))
     return Finding(
-        "margins_explode",
-        "problem",
-        "DPO's margins explode",
-        (margin.steps[0], margin.steps[-1]),
-        f"From {margin.start():.1f} to {margin.recent():.1f}, in units of beta times nats.",
-        {"margin": margin.recent()},
-        f"beta is {beta:g}: a nat more or less is all that its loss tells apart."
-        if beta > 1
-        else "too large steps, or too many epochs over the same pairs.",
-        Remedy("Take a beta as in the paper.", {"beta": 0.1})
-        if beta > 1
-        else Remedy("Take smaller steps.", lower_rate(log, 10)),
+        name="margins_explode",
+        severity="problem",
+        title="DPO's margins explode",
+        steps=(margin.steps[0], margin.steps[-1]),
+        evidence=f"They went from {margin.start():.1f} to {margin.recent():.1f}, in units of beta times nats.",
+        figures={"margin": margin.recent()},
+        cause=(
+            f"beta is {beta:g}, so a difference of one nat already saturates the loss."
+            if beta > 1
+            else "too large steps, or too many epochs over the same pairs."
+        ),
+        remedy=(
+            Remedy(text="Take a beta as in the paper.", changes={"beta": 0.1})
+            if beta > 1
+            else Remedy(text="Take smaller steps.", changes=lower_rate(log, 10))
+        ),
     )

@@ -13,7 +13,8 @@ import pandas as pd
 from trl_ext.diagnostics.log import RunLog, Sample
 from trl_ext.types import as_text
 
-STATE, SETTINGS, JUDGEMENT, FOUND = "trainer_state.json", "run.json", "judgement.json", "diagnostics.json"
+STATE_FILE, SETTINGS_FILE = "trainer_state.json", "run.json"
+JUDGEMENT_FILE, DIAGNOSTICS_FILE = "judgement.json", "diagnostics.json"
 
 
 def read_run(folder: str | Path) -> RunLog:
@@ -31,39 +32,39 @@ def read_run(folder: str | Path) -> RunLog:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"The run folder {str(folder)!r} does not exist.")
-    candidates = [path for path in (folder / STATE, *folder.glob(f"checkpoint-*/{STATE}")) if path.is_file()]
+    candidates = [path for path in (folder / STATE_FILE, *folder.glob(f"checkpoint-*/{STATE_FILE}")) if path.is_file()]
     if not candidates:
         raise FileNotFoundError(
-            f"{str(folder)!r} has no {STATE}, nor has a checkpoint in it: give the output_dir of a run, and call "
+            f"{str(folder)!r} has no {STATE_FILE}, nor has a checkpoint in it: give the output_dir of a run, and call "
             "trainer.save_state() at its end."
         )
-    states = [_json(path) for path in candidates]
+    states = [_read_object(path) for path in candidates]
     state = max(states, key=lambda one: int(one.get("global_step", 0)))
     config: dict[str, Any] = {}
-    if (folder / SETTINGS).is_file():
-        config |= _json(folder / SETTINGS).get("settings", {})
-    if (folder / JUDGEMENT).is_file():
-        config |= _json(folder / JUDGEMENT)
+    if (folder / SETTINGS_FILE).is_file():
+        config |= _read_object(folder / SETTINGS_FILE).get("settings", {})
+    if (folder / JUDGEMENT_FILE).is_file():
+        config |= _read_object(folder / JUDGEMENT_FILE)
     samples = _samples(folder / "completions")
-    if (folder / FOUND).is_file():
-        samples = [Sample(**one) for one in _json(folder / FOUND).get("samples", [])] + samples
+    if (folder / DIAGNOSTICS_FILE).is_file():
+        samples = [Sample(**one) for one in _read_object(folder / DIAGNOSTICS_FILE).get("samples", [])] + samples
     return RunLog.of(state.get("log_history", []), config, samples)
 
 
 def read_versions(folder: str | Path) -> dict[str, str]:
-    """The packages that a run used, by name; empty where nobody wrote them down."""
-    path = Path(folder) / SETTINGS
-    return {str(k): str(v) for k, v in _json(path).get("versions", {}).items()} if path.is_file() else {}
+    """The packages that a run used, by name; empty without a run.json."""
+    path = Path(folder) / SETTINGS_FILE
+    return {str(k): str(v) for k, v in _read_object(path).get("versions", {}).items()} if path.is_file() else {}
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error!s:.80}).") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object.")
-    return found
+    return content
 
 
 def _samples(folder: Path) -> list[Sample]:
@@ -73,19 +74,19 @@ def _samples(folder: Path) -> list[Sample]:
             frame = pd.read_parquet(path)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} is no Parquet file ({error!s:.80}).") from error
-        known = {"step", "prompt", "completion", "advantage", "score", "kl", "tokens", "ended"}
-        functions = [name for name in frame.select_dtypes("number").columns if name not in known]
+        ours = {"step", "prompt", "completion", "advantage", "score", "kl", "tokens", "ended"}
+        functions = [name for name in frame.select_dtypes("number").columns if name not in ours]
         for row in frame.to_dict("records"):
             # TRL's own tables have a column a reward function, and no sum.
             score = row.get("score", sum(float(row[name]) for name in functions) if functions else math.nan)
             samples.append(
                 Sample(
-                    int(row.get("step", _step_of(path))),
-                    _text(row["prompt"]),
-                    _text(row["completion"]),
-                    math.nan if score is None else float(score),
-                    float(row.get("kl", math.nan)),
-                    int(row.get("tokens", -1)),
+                    step=int(row.get("step", _step_of(path))),
+                    prompt=_text(row["prompt"]),
+                    completion=_text(row["completion"]),
+                    score=math.nan if score is None else float(score),
+                    kl=float(row.get("kl", math.nan)),
+                    tokens=int(row.get("tokens", -1)),
                 )
             )
     return samples

@@ -100,9 +100,9 @@ def render(runs: Sequence[Run]) -> str:
     environment.filters["number"] = number
     return environment.get_template("report.html").render(
         runs=runs,
-        findings=[(run, diagnose(run.log)) for run in runs],
+        findings_by_run=[(run, diagnose(run.log)) for run in runs],
         charts=[chart for chart in _charts(runs) if chart["svg"]],
-        answers=[(run, _answers(run.log.samples)) for run in runs],
+        samples_by_run=[(run, _shown(run.log.samples)) for run in runs],
         settings=_settings(runs),
     )
 
@@ -121,18 +121,20 @@ def _charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     phases = dict.fromkeys(name for run in runs for name in run.log.names("time/"))
     if phases:
         specified.append(("Time", "seconds between logs", tuple((name, f"time/{name}", False) for name in phases)))
-    made = [_chart(runs, *chart) for chart in specified]
+    charts = [_metric_chart(runs, *chart) for chart in specified]
     frontier = [
         Line(run.name, run.log.series("kl").values, run.log.series("score").values, i)
         for i, run in enumerate(runs)
         if len(run.log.series("kl")) == len(run.log.series("score"))
     ]
     caption = "score against KL, later points stronger"
-    made.insert(1, _entry("Frontier", caption, frontier, scatter(frontier, caption)))
-    return made
+    charts.insert(1, _entry("Frontier", caption, frontier, scatter(frontier, caption)))
+    return charts
 
 
-def _chart(runs: Sequence[Run], title: str, unit: str, metrics: tuple[tuple[str, str, bool], ...]) -> dict[str, Any]:
+def _metric_chart(
+    runs: Sequence[Run], title: str, unit: str, metrics: tuple[tuple[str, str, bool], ...]
+) -> dict[str, Any]:
     lines: list[Line] = []
     for i, run in enumerate(runs):
         for place, (label, name, evals) in enumerate(metrics):
@@ -150,17 +152,17 @@ def _entry(title: str, unit: str, lines: list[Line], svg: str) -> dict[str, Any]
     return {"title": title, "unit": unit, "lines": lines, "svg": Markup(svg)}
 
 
-def _answers(samples: Sequence[Sample], prompts: int = 8) -> list[Sample]:
-    """The same prompts' answers at the start, in the middle and at the end: evaluated prompts where there are such,
-    else prompts that came up again."""
+def _shown(samples: Sequence[Sample], prompts: int = 8) -> list[Sample]:
+    """Completions of the same prompts at the start, in the middle and at the end. The prompts are those of evaluations;
+    without evaluations, those that came up again."""
     by_prompt: dict[str, list[Sample]] = {}
     watched = [sample for sample in samples if sample.watched]
     for sample in watched or samples:
         by_prompt.setdefault(sample.prompt, []).append(sample)
-    again = sorted(by_prompt.values(), key=lambda found: -len({sample.step for sample in found}))[:prompts]
+    most_steps = sorted(by_prompt.values(), key=lambda group: -len({sample.step for sample in group}))[:prompts]
     chosen = []
-    for found in again:
-        ordered = sorted(found, key=lambda sample: sample.step)
+    for group in most_steps:
+        ordered = sorted(group, key=lambda sample: sample.step)
         chosen += [ordered[i] for i in sorted({0, len(ordered) // 2, len(ordered) - 1})]
     return chosen
 

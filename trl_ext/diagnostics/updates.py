@@ -16,19 +16,21 @@ def gradients_not_finite(log: RunLog, limits: Limits) -> Finding | None:
     for name in ("grad_norm", "grad_norm/policy", "grad_norm/value"):
         norms = log.series(name)
         broken = [step for step, value in zip(norms.steps, norms.values, strict=True) if not math.isfinite(value)]
-        # In float16 gradients are scaled up until they overflow, again and again: that step is passed over.
+        # In float16 gradients are scaled up until they overflow, again and again: such a step is skipped.
         lasting = len(broken) >= limits.least_rows and broken[-limits.least_rows :] == norms.steps[-limits.least_rows :]
         if broken and (lasting or not log.setting("fp16")):
             return Finding(
-                "gradients_not_finite",
-                "problem",
-                "Gradients are not finite",
-                (broken[0], broken[-1]),
-                f"{name} is NaN or infinite in {len(broken)} logs, first at step {broken[0]}.",
-                {"logs": float(len(broken))},
-                "an overflow in half precision, a division by 0 in a reward function, or steps so large that weights "
-                "blew up.",
-                Remedy("Lower the learning rate; in fp16 change to bf16.", lower_rate(log, 10)),
+                name="gradients_not_finite",
+                severity="problem",
+                title="Gradients are not finite",
+                steps=(broken[0], broken[-1]),
+                evidence=f"{name} is NaN or infinite in {len(broken)} logs, first at step {broken[0]}.",
+                figures={"logs": float(len(broken))},
+                cause=(
+                    "an overflow in half precision, a division by 0 in a reward function, or steps so large that "
+                    "weights blew up."
+                ),
+                remedy=Remedy(text="Lower the learning rate; in fp16 change to bf16.", changes=lower_rate(log, 10)),
             )
     return None
 
@@ -39,16 +41,19 @@ def gradients_absent(log: RunLog, limits: Limits) -> Finding | None:
         norms = log.series(f"grad_norm/{role}")
         if len(norms) >= 3 and max(norms.values[-3:]) == 0.0 and log.series("score_std").recent(3) != 0.0:
             return Finding(
-                "gradients_absent",
-                "problem",
-                f"No gradient reaches the {role} role",
-                (norms.steps[-3], norms.steps[-1]),
-                f"grad_norm/{role} has been exactly 0 in the last three logs.",
-                {"grad_norm": 0.0},
-                f"the {role}'s adapter or head is frozen, or its loss has weight 0.",
-                Remedy(
-                    f"Let trainer.base.trainable_parameters({role!r}) require gradients, and give its loss a weight.",
-                    {"vf_coef": 0.1} if role == "value" else {},
+                name="gradients_absent",
+                severity="problem",
+                title=f"No gradient reaches the {role} role",
+                steps=(norms.steps[-3], norms.steps[-1]),
+                evidence=f"grad_norm/{role} has been exactly 0 in the last three logs.",
+                figures={"grad_norm": 0.0},
+                cause=f"the {role}'s adapter or head is frozen, or its loss has weight 0.",
+                remedy=Remedy(
+                    text=(
+                        f"Let trainer.base.trainable_parameters({role!r}) require gradients, and give its loss a "
+                        "weight."
+                    ),
+                    changes={"vf_coef": 0.1} if role == "value" else {},
                 ),
             )
     return None
@@ -56,7 +61,7 @@ def gradients_absent(log: RunLog, limits: Limits) -> Finding | None:
 
 def gradients_explode(log: RunLog, limits: Limits) -> Finding | None:
     """Gradients a hundred times as large as at the start."""
-    # Trainers log the norm of one step, which says little of a rollout's other ones; ours logs means a role too.
+    # Trainers log the norm of one step, which tells little about the others; ours also logs a mean for each role.
     roles = [log.series(f"grad_norm/{role}") for role in log.names("grad_norm/")]
     for norms in roles or [log.series("grad_norm")]:
         usual = median(norms.values[: limits.least_rows]) if norms else 0.0
@@ -65,38 +70,55 @@ def gradients_explode(log: RunLog, limits: Limits) -> Finding | None:
         spread = log.series("score_std")
         rescaled = bool(spread) and spread.recent(2) > limits.score_drift * spread.start()
         return Finding(
-            "gradients_explode",
-            "problem",
-            "Gradients explode",
-            (norms.steps[0], norms.steps[-1]),
-            f"The gradient norm is {norms.recent(2):.3g}, at the start it was {usual:.3g}.",
-            {"grad_norm": norms.recent(2), "start": usual},
-            "scores of another scale than before." if rescaled else "too large a learning rate.",
-            Remedy("Normalise the scores, so that their scale does not matter.", {"score_normalization": "running"})
-            if rescaled
-            else Remedy("Lower the learning rate and clip gradients.", {**lower_rate(log, 10), "max_grad_norm": 1.0}),
+            name="gradients_explode",
+            severity="problem",
+            title="Gradients explode",
+            steps=(norms.steps[0], norms.steps[-1]),
+            evidence=f"The gradient norm is {norms.recent(2):.3g}, at the start it was {usual:.3g}.",
+            figures={"grad_norm": norms.recent(2), "start": usual},
+            cause="scores of another scale than before." if rescaled else "too large a learning rate.",
+            remedy=(
+                Remedy(
+                    text="Normalise the scores, so that their scale does not matter.",
+                    changes={"score_normalization": "running"},
+                )
+                if rescaled
+                else Remedy(
+                    text="Lower the learning rate and clip gradients.",
+                    changes={**lower_rate(log, 10), "max_grad_norm": 1.0},
+                )
+            ),
         )
     return None
 
 
 def clipping_saturated(log: RunLog, limits: Limits) -> Finding | None:
-    """So many tokens are clipped that most of each update is thrown away; or steps too large for clipping to hold."""
+    """So many tokens are clipped that most of each update is lost; or steps are too large for clipping to hold them."""
     clipped, approxkl = log.series("clipfrac"), log.series("approxkl")
     if len(clipped) < 3 or (clipped.recent(3) < limits.clipfrac and not approxkl.recent(3) > limits.huge_approxkl):
         return None
     narrow = float(log.setting("cliprange", 0.2)) < 0.1
     return Finding(
-        "clipping_saturated",
-        "problem",
-        "The clip range is too narrow" if narrow else "Updates are too large: the clip range does not hold them",
-        (clipped.steps[-3], clipped.steps[-1]),
-        f"{clipped.recent(3):.0%} of the tokens are clipped, and an update moves the policy {approxkl.recent(3):.2g} "
-        "nats a token.",
-        {"clipfrac": clipped.recent(3), "approxkl": approxkl.recent(3)},
-        "the clip range is too narrow." if narrow else "steps are too large, or too many are taken on one rollout.",
-        Remedy("Widen it to the usual one.", {"cliprange": 0.2})
+        name="clipping_saturated",
+        severity="problem",
+        title="The clip range is too narrow" if narrow else "Updates are too large: the clip range does not hold them",
+        steps=(clipped.steps[-3], clipped.steps[-1]),
+        evidence=(
+            f"{clipped.recent(3):.0%} of the tokens are clipped, and an update moves the policy "
+            f"{approxkl.recent(3):.2g} nats a token."
+        ),
+        figures={"clipfrac": clipped.recent(3), "approxkl": approxkl.recent(3)},
+        cause="the clip range is too narrow."
         if narrow
-        else Remedy("Take smaller steps; or fewer epochs, or an end to them at max_approx_kl.", lower_rate(log, 10)),
+        else "steps are too large, or too many are taken on one rollout.",
+        remedy=(
+            Remedy(text="Widen it to the usual one.", changes={"cliprange": 0.2})
+            if narrow
+            else Remedy(
+                text="Take smaller steps or fewer epochs, or end the epochs at max_approx_kl.",
+                changes=lower_rate(log, 10),
+            )
+        ),
     )
 
 
@@ -106,22 +128,24 @@ def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
     if len(approxkl) < limits.least_rows or approxkl.recent() > limits.tiny_approxkl:
         return None
     if log.setting("num_ppo_epochs", 4) * log.setting("num_mini_batches", 1) == 1:
-        return None  # it is measured before each step, so it does not know of a rollout's only one
+        return None  # it is measured before each step, so with one step a rollout it is always 0
     if log.series("score_std").recent() == 0.0 or score.rise()[1] > limits.noticeable:
         return None
     if log.series("entropy").recent() < limits.entropy:
-        return None  # nothing moves a policy that is certain of everything
+        return None  # a policy without entropy gets no gradient: that is `entropy_collapse`
     rate = float(log.setting("learning_rate", math.nan))
     return Finding(
-        "steps_too_small",
-        "problem",
-        "Steps are too small to learn",
-        log.steps,
-        f"An update moves the policy {approxkl.recent():.1g} nats a token, and the score does not rise "
-        f"(learning rate {rate:.1g}).",
-        {"approxkl": approxkl.recent(), "learning_rate": rate},
-        "a learning rate that suits full fine-tuning; LoRA wants one 10 to 100 times as large.",
-        Remedy("Raise the learning rate.", higher_rate(log)),
+        name="steps_too_small",
+        severity="problem",
+        title="Steps are too small to learn",
+        steps=log.steps,
+        evidence=(
+            f"An update moves the policy {approxkl.recent():.1g} nats a token, and the score does not rise "
+            f"(learning rate {rate:.1g})."
+        ),
+        figures={"approxkl": approxkl.recent(), "learning_rate": rate},
+        cause="a learning rate that suits full fine-tuning; LoRA wants one 10 to 100 times as large.",
+        remedy=Remedy(text="Raise the learning rate.", changes=higher_rate(log)),
     )
 
 
@@ -132,58 +156,75 @@ def _at_full_rate(log: RunLog, name: str) -> Series:
 
 
 def value_not_learning(log: RunLog, limits: Limits) -> Finding | None:
-    """The value role predicts nothing of the returns."""
+    """The value role does not predict the returns."""
     explained = log.series("val/explained_variance")
     if len(explained) < 2 * limits.least_rows or log.series("score_std").recent() == 0.0:
         return None
     if not log.series("value_loss") or explained.recent() > limits.explained_variance:
         return None
     return Finding(
-        "value_not_learning",
-        "problem" if max(explained.values[-4:]) < limits.explained_nothing else "warning",
-        "The value role does not learn",
-        log.steps,
-        f"After {len(explained)} logs it explains {explained.recent():.0%} of the returns' variance, and "
-        f"{explained.start():.0%} at the start.",
-        {"explained_variance": explained.recent()},
-        "its loss weighs nothing, its steps are too small, or scores are far from 0, where it starts.",
-        Remedy(
-            "Give it a weight and an adapter of its own; scores at mean 0 and standard deviation 1 are learned sooner.",
-            {"vf_coef": 0.1 if float(log.setting("vf_coef", 0.1)) < 0.1 else 1.0, "score_normalization": "running"},
+        name="value_not_learning",
+        severity="problem" if max(explained.values[-4:]) < limits.explained_nothing else "warning",
+        title="The value role does not learn",
+        steps=log.steps,
+        evidence=(
+            f"After {len(explained)} logs it explains {explained.recent():.0%} of the returns' variance, and "
+            f"{explained.start():.0%} at the start."
+        ),
+        figures={"explained_variance": explained.recent()},
+        cause="its loss has no weight, its steps are too small, or scores are far from 0, where it starts.",
+        remedy=Remedy(
+            text=(
+                "Give it a weight and an adapter of its own; scores at mean 0 and standard deviation 1 are learned "
+                "sooner."
+            ),
+            changes={
+                "vf_coef": 0.1 if float(log.setting("vf_coef", 0.1)) < 0.1 else 1.0,
+                "score_normalization": "running",
+            },
         ),
     )
 
 
 def value_loss_explodes(log: RunLog, limits: Limits) -> Finding | None:
-    """The value role's errors grow beyond what there is to predict."""
+    """The value role's errors grow far beyond the spread of the scores."""
     loss, spread, score = log.series("value_loss"), log.series("score_std"), log.series("score")
     if len(loss) < limits.least_rows or loss.recent(2) < limits.value_loss_growth * max(loss.values[0], 1e-8):
         return None
     if not spread:
         return None  # TRL's PPOTrainer logs none, and scores that grow make the loss grow
-    # The loss is half a squared error: a value role that says nothing but the mean score would pay half the variance.
+    # The loss is half a squared error: for a value role that predicts the mean score it would be half the variance.
     if loss.recent(2) < limits.value_error * 0.5 * spread.recent(2) ** 2:
         return None
     errors = 2 * loss.recent(2) / max(spread.recent(2) ** 2, 1e-8)
     wandering = abs(score.recent(2) - score.start(2)) > limits.score_drift * spread.recent(2)
     return Finding(
-        "value_loss_explodes",
-        "problem",
-        "The value loss explodes",
-        (loss.steps[0], loss.steps[-1]),
-        f"From {loss.values[0]:.3g} to {loss.recent(2):.3g}, {errors:.3g} times what the mean "
-        f"score alone would cost (score {score.start(2):.3g} to {score.recent(2):.3g}, "
-        f"spread {spread.recent(2):.3g}).",
-        {"value_loss": loss.recent(2), "start": loss.values[0]},
-        "scores that wander off faster than values can follow: a sum that is never reset, a reward without bounds."
-        if wandering
-        else "too large steps for the value role, or a clip range that does not suit the scale of the scores.",
-        Remedy(
-            "Score the same answer twice, some rollouts apart: a reward function must say the same of it again.",
-            code="print(reward_func(prompts=prompts, completions=completions, trainer_state=trainer.state))",
-        )
-        if wandering
-        else Remedy("Lower the learning rate.", lower_rate(log, 10)),
+        name="value_loss_explodes",
+        severity="problem",
+        title="The value loss explodes",
+        steps=(loss.steps[0], loss.steps[-1]),
+        evidence=(
+            f"From {loss.values[0]:.3g} to {loss.recent(2):.3g}, {errors:.3g} times what the mean "
+            f"score alone would cost (score {score.start(2):.3g} to {score.recent(2):.3g}, "
+            f"spread {spread.recent(2):.3g})."
+        ),
+        figures={"value_loss": loss.recent(2), "start": loss.values[0]},
+        cause=(
+            "scores that drift faster than values can follow: a sum that is never reset, a reward without bounds."
+            if wandering
+            else "too large steps for the value role, or a clip range that does not suit the scale of the scores."
+        ),
+        remedy=(
+            Remedy(
+                text=(
+                    "Score the same completion twice, some rollouts apart: a reward function must give it the same "
+                    "score again."
+                ),
+                code="print(reward_func(prompts=prompts, completions=completions, trainer_state=trainer.state))",
+            )
+            if wandering
+            else Remedy(text="Lower the learning rate.", changes=lower_rate(log, 10))
+        ),
     )
 
 

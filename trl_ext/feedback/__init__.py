@@ -1,8 +1,6 @@
 """Human feedback of every form: read, checked, converted to the rows that trainers take."""
 
-import warnings
-from typing import Any
-
+from trl_ext._moved import moved
 from trl_ext.feedback.balancing import balance_labels, balance_lengths
 from trl_ext.feedback.checking import FeedbackReport, agreement_alpha, check, draw_ratings
 from trl_ext.feedback.converting import (
@@ -52,15 +50,4 @@ __all__ = [
     "to_unpaired",
 ]
 
-_RENAMED = {"Judged": "ScoredAnswer", "Report": "FeedbackReport"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _RENAMED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(
-        f"trl_ext.feedback.{name} is called {_RENAMED[name]}; the old name goes in version 0.3.",
-        FutureWarning,
-        stacklevel=2,
-    )
-    return globals()[_RENAMED[name]]
+__getattr__ = moved(__name__, {"Judged": "trl_ext.feedback.ScoredAnswer", "Report": "trl_ext.feedback.FeedbackReport"})

@@ -12,7 +12,7 @@ from trl_ext.core import masked_mean, masked_sum
 
 
 class ScoreMoments:
-    """Mean and variance of each reward function's scores, over all that it has given.
+    """Mean and variance of each reward function's scores, over all so far.
 
         n = n_a + n_b,   d = mean_b - mean_a,   mean = mean_a + d n_b / n,   M2 = M2_a + M2_b + d^2 n_a n_b / n
 
@@ -29,17 +29,17 @@ class ScoreMoments:
     def update(self, by_function: Tensor) -> None:
         """Take in (batch, functions); NaN marks what a function did not score."""
         values = by_function.double()
-        given = ~values.isnan()
-        count, mean = given.sum(dim=0).double(), masked_mean(values, given, dim=0)
-        squares = masked_sum((values - mean) ** 2, given, dim=0)
-        total, apart = self.count + count, mean - self.mean
+        scored = ~values.isnan()
+        count, mean = scored.sum(dim=0).double(), masked_mean(values, scored, dim=0)
+        squares = masked_sum((values - mean) ** 2, scored, dim=0)
+        total, difference = self.count + count, mean - self.mean
         share = count / total.clamp(min=1)
-        self.squares = self.squares + squares + apart**2 * self.count * share
-        self.mean = self.mean + apart * share
+        self.squares = self.squares + squares + difference**2 * self.count * share
+        self.mean = self.mean + difference * share
         self.count = total
 
     def normalize(self, by_function: Tensor) -> Tensor:
-        """Mean 0 and standard deviation 1 by the moments so far, (batch, functions). A function that has always said
+        """Mean 0 and standard deviation 1 by the moments so far, (batch, functions). A function whose scores were all
         the same keeps its scale."""
         std = (self.squares / self.count.clamp(min=1)).sqrt()
         std = torch.where(std > 1e-8, std, torch.ones_like(std))
@@ -83,11 +83,11 @@ class Combination:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the moments must be made from the reference's answers first."""
+        """Whether the moments must be made from the reference's completions first."""
         return self.normalization == "reference" and not bool(self.moments.count.any())
 
     def __call__(self, by_function: Tensor, training: bool = True) -> Tensor:
-        """Totals (batch,) of `by_function` (batch, functions), those of all processes; NaN where no function spoke.
+        """Totals (batch,) of `by_function` (batch, functions), those of all processes; NaN where all gave None.
 
         Args:
             training: let running moments take these scores in.
@@ -112,11 +112,11 @@ def weighted_total(by_function: Tensor, weights: Tensor) -> Tensor:
 
 def correlations(by_function: Tensor, names: Sequence[str]) -> dict[str, float]:
     """Pearson correlation of each two functions over the completions that both scored, by "a~b"; 0 where undefined."""
-    found = {}
+    pairs = {}
     for i, first in enumerate(names):
         for j in range(i + 1, len(names)):
             both = ~by_function[:, [i, j]].isnan().any(dim=1)
             x, y = (by_function[both, k].double() for k in (i, j))
             defined = len(x) > 1 and float(x.std()) > 0 and float(y.std()) > 0
-            found[f"{first}~{names[j]}"] = float(torch.corrcoef(torch.stack([x, y]))[0, 1]) if defined else 0.0
-    return found
+            pairs[f"{first}~{names[j]}"] = float(torch.corrcoef(torch.stack([x, y]))[0, 1]) if defined else 0.0
+    return pairs

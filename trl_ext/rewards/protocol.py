@@ -10,7 +10,7 @@ from torch import nn
 RewardCallable = Callable[..., "list[float | None] | Awaitable[list[float | None]]"]
 """Called with the keyword arguments `prompts`, `completions`, `completion_ids`, `trainer_state`, `log_extra`,
 `log_metric` and every further column of the dataset, each list with one entry a completion. Returns one number a
-completion, None where it has nothing to say. May be `async`."""
+completion, None to abstain. May be `async`."""
 
 RewardFunction = RewardCallable | nn.Module | str
 """A reward callable, a sequence-classification model with one label, or the name or folder of one."""

@@ -1,4 +1,4 @@
-"""A reward that a server gives, over HTTP."""
+"""A reward function that asks a server, over HTTP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def remote(
 ) -> Any:
     """A reward function that asks a server: batches side by side, each with a time-out and retried with growing pauses.
 
-    A request is POST <url> with the JSON {"prompts": [...], "completions": [...], further columns}; the answer is the
+    A request is POST <url> with the JSON {"prompts": [...], "completions": [...], further columns}; the response is the
     JSON {"scores": [...]}, one number or null a completion. Only this URL is contacted; redirects are not followed.
 
     Args:
@@ -37,7 +37,7 @@ def remote(
 
     Returns:
         A coroutine function `remote(prompts, completions, **columns)`. It raises ConnectionError where the server
-        could not be reached, or failed, after all retries, and ValueError where it answered something else than one
+        could not be reached, or failed, after all retries, and ValueError where it returned something else than one
         score a completion.
 
     Raises:
@@ -51,10 +51,10 @@ def remote(
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"The remote reward's URL {url!r} must begin with http:// or https://.")
 
-    async def remote(prompts: Sequence[Any], completions: Sequence[Any], **given: Any) -> list[float | None]:
-        sent = {**{name: given[name] for name in columns}, "prompts": prompts, "completions": completions}
+    async def remote(prompts: Sequence[Any], completions: Sequence[Any], **extra: Any) -> list[float | None]:
+        payload = {**{name: extra[name] for name in columns}, "prompts": prompts, "completions": completions}
         parts = [
-            {name: list(values[start : start + batch_size]) for name, values in sent.items()}
+            {name: list(values[start : start + batch_size]) for name, values in payload.items()}
             for start in range(0, len(completions), batch_size)
         ]
         gate = asyncio.Semaphore(concurrency)

@@ -1,4 +1,4 @@
-"""Sentiment of an answer as its score."""
+"""Sentiment of a completion as its score."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _analyzer() -> Any:
 
 
 def vader_sentiment(completions: list[Any], **_: Any) -> list[float]:
-    """How positive each answer sounds, from -1 to 1.
+    """How positive each completion sounds, from -1 to 1.
 
     The compound score of C.J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
     Social Media Text" (ICWSM 2014), by the package vaderSentiment.

@@ -1,4 +1,4 @@
-"""Likeness to a reference text as an answer's score."""
+"""Likeness to a reference text as a completion's score."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trl_ext.types import as_text
 
 
 def chrf(column: str = "reference") -> Reward:
-    """chrF of each answer against the text in the dataset's `column`, from 0 to 1; None where that is empty.
+    """chrF of each completion against the text in the dataset's `column`, from 0 to 1; None where that is empty.
 
     Source: Popović 2015, "chrF: character n-gram F-score for automatic MT evaluation", by the package sacrebleu.
 

@@ -1,4 +1,4 @@
-"""Scores that follow from an answer's text alone: its length, repetitions, form, words.
+"""Scores that follow from a completion's text alone: its length, repetitions, form, words.
 
 Each function here makes a reward function in TRL's calling convention, good for trl_ext's PPOTrainer and for TRL's
 GRPOTrainer and RLOOTrainer alike.
@@ -38,7 +38,7 @@ def length_penalty(soft: int, hard: int) -> Reward:
 
 
 def repetition_penalty(ngram: int = 3) -> Reward:
-    """Minus the share of an answer's word n-grams that occurred in it before: 0 none, towards -1 all the same."""
+    """Minus the share of a completion's word n-grams that occurred in it before: 0 where none did, down to -1."""
     if ngram < 1:
         raise ValueError(f"repetition_penalty needs ngram of at least 1, not {ngram}.")
 
@@ -54,7 +54,7 @@ def _repeated(words: Sequence[str], n: int) -> float:
 
 
 def matches(pattern: str, flags: int = 0) -> Reward:
-    """1 where the regular expression `pattern` matches the whole answer (surrounding space aside), else 0.
+    """1 where the regular expression `pattern` matches the whole completion (surrounding space aside), else 0.
 
     Raises:
         ValueError: no regular expression.
@@ -71,7 +71,7 @@ def matches(pattern: str, flags: int = 0) -> Reward:
 
 
 def json_schema(schema: dict[str, Any]) -> Reward:
-    """1 for an answer that is JSON and follows `schema`, 0.5 for other JSON, 0 for anything else.
+    """1 for a completion that is JSON and follows `schema`, 0.5 for other JSON, 0 for anything else.
 
     Raises:
         ValueError: no JSON schema.
@@ -101,8 +101,8 @@ def json_schema(schema: dict[str, Any]) -> Reward:
 
 
 def keywords(wanted: Iterable[str]) -> Reward:
-    """Share of the `wanted` words or phrases that occur in an answer, upper and lower case alike; as whole words, where
-    the script has spaces between them.
+    """Share of the `wanted` words or phrases that occur in a completion, upper and lower case alike. They match as
+    whole words, where the script has spaces between words.
 
     Raises:
         ValueError: no word, or a blank one.
@@ -117,8 +117,8 @@ def keywords(wanted: Iterable[str]) -> Reward:
 
 
 def forbidden(words: Iterable[str]) -> Reward:
-    """1 where none of `words` (words or phrases, case aside) occurs in an answer, 0 where one does: a limit for
-    `limited`. Words are found as `keywords` finds them.
+    """1 where none of `words` (words or phrases, case aside) occurs in a completion, 0 where one does: a limit
+    for `limited`. Words are matched as in `keywords`.
 
     Raises:
         ValueError: no word, or a blank one.
@@ -150,29 +150,29 @@ def _whole_words(phrase: str) -> re.Pattern[str]:
 def limited(
     rewards: Sequence[Reward], limits: Sequence[Reward], worst: float, weights: Sequence[float] | None = None
 ) -> Reward:
-    """The weighted sum of `rewards`, unless an answer breaks one of the `limits`: then `worst`, come what may.
+    """The weighted sum of `rewards`; for a completion that breaks one of the `limits`, `worst` instead.
 
-    A limit is a reward function itself; an answer breaks it where it scores 0 or less. Give the result as the only
+    A limit is a reward function itself; a completion breaks it where it scores 0 or less. Give the result as the only
     reward function, so that nothing is added to the worst score.
 
     Args:
-        rewards: sync reward functions. None of all of them leaves the answer without a score.
-        limits: sync reward functions; None breaks nothing.
-        worst: the score of an answer that breaks a limit.
-        weights: one a reward; None: all 1.
+        rewards: sync reward functions. Where all give None, the completion has no score.
+        limits: sync reward functions; None does not break the limit.
+        worst: the score of a completion that breaks a limit.
+        weights: one for each reward; None: all 1.
     """
     factors = list(weights) if weights is not None else [1.0] * len(rewards)
     if len(factors) != len(rewards):
         raise ValueError(f"limited got {len(factors)} weights for {len(rewards)} rewards: give one each.")
 
-    def limited(**given: Any) -> list[float | None]:
-        columns = [reward(**given) for reward in rewards]
-        broken = [limit(**given) for limit in limits]
+    def limited(**batch: Any) -> list[float | None]:
+        by_reward = [reward(**batch) for reward in rewards]
+        by_limit = [limit(**batch) for limit in limits]
         scores: list[float | None] = []
-        for row in range(len(given["completions"])):
-            said = [(w, column[row]) for w, column in zip(factors, columns, strict=True) if column[row] is not None]
-            total = sum(w * float(value) for w, value in said if value is not None) if said else None
-            is_broken = any((verdict := limit[row]) is not None and verdict <= 0 for limit in broken)
+        for row in range(len(batch["completions"])):
+            terms = [w * float(x) for w, s in zip(factors, by_reward, strict=True) if (x := s[row]) is not None]
+            total = sum(terms) if terms else None
+            is_broken = any((verdict := limit[row]) is not None and verdict <= 0 for limit in by_limit)
             scores.append(worst if is_broken else total)
         return scores
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trl_ext.roles.adapters import is_quantized
 from trl_ext.roles.aligned import AlignedBatch
 from trl_ext.roles.packing import Packing, can_pack, stacked
-from trl_ext.roles.switching import Parts, activate, active_adapter, keep_differentiable, restored
+from trl_ext.roles.switching import AdapterModules, activate, active_adapter, keep_differentiable, restored
 
 # Tokens a role up to which one forward for all roles is faster: few rows are bound by reading the weights, over a
 # quantised base by dequantising them (tests/benchmarks/score_pass.py, on two CPU cores). Beyond, it only takes memory.
@@ -47,7 +47,7 @@ class AdaptedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where ids must go."""
+        """The device that ids must be on."""
         return self.causal_lm.get_input_embeddings().weight.device
 
     def activation_checkpointing_enable(
@@ -91,7 +91,7 @@ class AdaptedModel(nn.Module):
 
     @contextmanager
     def _under(self, adapter: str | None) -> Iterator[None]:
-        """Forwards inside use `adapter`; nothing is switched, and nothing restored, where it is the active one."""
+        """Forwards inside use `adapter`. Where it is active already, nothing is switched or restored."""
         if active_adapter(self.model) == adapter:
             yield
             return
@@ -104,8 +104,7 @@ class AdaptedModel(nn.Module):
     def hidden_states(self, views: dict[str | None, AlignedBatch]) -> dict[str | None, Tensor]:
         """Last hidden states (batch, longest, size) of each batch under its adapter (None: the bare base).
 
-        Without gradients nobody learns: there is no dropout, and one forward for all where that is as exact, and as
-        fast.
+        Without gradients there is no dropout, and all batches share one forward where that is as exact and as fast.
         """
         if torch.is_grad_enabled():
             return self._trunks(views)
@@ -124,10 +123,10 @@ class AdaptedModel(nn.Module):
         if not can_mix(self.model, views):
             return False
         quantised = is_quantized(self.causal_lm)
-        most = MIXED_TOKENS_QUANTISED if quantised else MIXED_TOKENS
+        max_tokens = MIXED_TOKENS_QUANTISED if quantised else MIXED_TOKENS
         # Over a plain base in half precision PEFT rounds once more where it mixes.
         as_exact = quantised or self.causal_lm.dtype == torch.float32
-        return as_exact and all(view.ids.numel() <= most for view in views.values())
+        return as_exact and all(view.ids.numel() <= max_tokens for view in views.values())
 
     def _mixed_trunks(self, views: dict[str | None, AlignedBatch]) -> dict[str | None, Tensor]:
         packings = [self._packing(view) for view in views.values()]
@@ -141,14 +140,15 @@ class AdaptedModel(nn.Module):
 
     @contextmanager
     def _rows_under(self, names: list[str]) -> Iterator[None]:
-        """Each row of a batch under its adapter. PEFT's own context leaves its hooks behind where a forward fails."""
-        layers: list[nn.Module] = [*Parts.of(self.model).layers]
-        known = [set(layer._forward_pre_hooks) for layer in layers]
+        """Each row of a batch under its adapter. PEFT's own context leaves its hooks on the layers where a forward
+        raises."""
+        layers: list[nn.Module] = [*AdapterModules.of(self.model).layers]
+        hooks_before = [set(layer._forward_pre_hooks) for layer in layers]
         try:
             with self.model.base_model._enable_peft_forward_hooks(adapter_names=names):
                 yield
         finally:
-            for layer, before in zip(layers, known, strict=True):
+            for layer, before in zip(layers, hooks_before, strict=True):
                 for hook in set(layer._forward_pre_hooks) - before:
                     del layer._forward_pre_hooks[hook], layer._forward_pre_hooks_with_kwargs[hook]
 

@@ -24,18 +24,18 @@ from trl_ext.roles.switching import belongs_to
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 HEAD = "value_head.safetensors"
-NOTE = "trl_ext_role.json"  # what the other files cannot say
+NOTE = "trl_ext_role.json"  # what the other files have no place for
 SCORE_KEY = "base_model.model.score.weight"
 # PEFT's other initialisations take something off the base's weights, or need data.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 
 
 def check_folder(path: str | Path, role: str) -> Path:
-    """The folder `path` as a Path, once it is known to hold a LoRA adapter or a head.
+    """Check that the folder `path` holds a LoRA adapter or a head, and return it as a Path.
 
     Raises:
         FileNotFoundError: it is missing, or holds neither.
-        ValueError: its adapter is not LoRA, would rewrite the base, or its weights are not whole.
+        ValueError: its adapter is not LoRA, would rewrite the base, or its weights are damaged.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -58,11 +58,11 @@ def check_folder(path: str | Path, role: str) -> Path:
         if (init := config.get("init_lora_weights", True)) != "eva":  # which needed its data once, before training
             check_initialisation(init, f"The adapter in {str(path)!r}")
     try:
-        with safe_open(_weights(folder), framework="pt"):
+        with safe_open(_weights_file(folder), framework="pt"):
             return folder
     except SafetensorError as error:
         raise ValueError(
-            f"The weights {str(_weights(folder))!r} are not whole ({error}): save or copy the adapter again."
+            f"The weights {str(_weights_file(folder))!r} are not whole ({error}): save or copy the adapter again."
         ) from error
 
 
@@ -73,7 +73,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_initialisation(init: Any, whose: str) -> None:
-    """Refuse a LoRA whose beginning changes the base: with it every role would, and the reference most of all.
+    """Refuse a LoRA whose initialisation changes the base: that would change every role, the reference most of all.
 
     Raises:
         ValueError: PiSSA, OLoRA, LoftQ, CorDA and the like.
@@ -110,7 +110,7 @@ def check_same_base(folder: Path, base_name: str, role: str) -> None:
 def warn_if_quantized_otherwise(folder: Path, model: Any, role: str) -> None:
     """Warn where an adapter was trained over the same base in another precision.
 
-    A folder written here says it in its note. TRL's trainers store LoRA weights as bfloat16 over a quantised base and
+    A folder written here has it in its note. TRL's trainers store LoRA weights as bfloat16 over a quantised base and
     as float32 over any other.
     """
     trained_quantized = _read_note(folder).get("quantized")
@@ -135,7 +135,7 @@ def is_quantized(model: Any) -> bool:
 
 @contextmanager
 def fits(folder: Path, base_name: str) -> Iterator[None]:
-    """Turn what PEFT says of an adapter that does not fit into one sentence.
+    """Turn PEFT's error about an adapter that does not fit into one sentence.
 
     Raises:
         ValueError: the adapter's shapes or targets are not those of the base.
@@ -171,20 +171,20 @@ def read_score_head(folder: Path) -> Tensor:
     Raises:
         ValueError: there is none, or it has more than one output.
     """
-    with safe_open(_weights(folder), framework="pt") as weights:
+    with safe_open(_weights_file(folder), framework="pt") as weights:
         key = next((k for k in weights.keys() if k.endswith("score.weight")), None)  # noqa: SIM118 (not a dict)
         weight = weights.get_tensor(key) if key is not None else None
     if weight is None or weight.shape[0] != 1:
-        found = "no score head" if weight is None else f"a score head with {weight.shape[0]} outputs"
+        reason = "no score head" if weight is None else f"a score head with {weight.shape[0]} outputs"
         raise ValueError(
-            f"{str(folder)!r} holds {found}: a reward or value role needs one number a sequence, as TRL's "
+            f"{str(folder)!r} holds {reason}: a reward or value role needs one number a sequence, as TRL's "
             "RewardTrainer with a LoraConfig(task_type='SEQ_CLS') saves it."
         )
     return weight.float()
 
 
 def read_pad_token_id(folder: Path) -> int | None:
-    """Pad token of the tokenizer that the reward adapter in `folder` was trained with; None where nothing says it.
+    """Pad token of the tokenizer that the reward adapter in `folder` was trained with; None where it is unknown.
 
     Transformers' sequence classifiers read the score at the last token that is not padding, by id.
     """
@@ -197,7 +197,7 @@ def read_pad_token_id(folder: Path) -> int | None:
 
 
 def write_note(folder: Path, model: Any, **more: Any) -> None:
-    """Write down what a saved role's other files do not tell: whether its base was quantised, and `more`."""
+    """Write a saved role's note: whether its base was quantised, and `more`."""
     (folder / NOTE).write_text(json.dumps({"quantized": is_quantized(model), **more}), encoding="utf-8")
 
 
@@ -230,7 +230,7 @@ def as_sequence_classifier(config: Any) -> LoraConfig:
     return replace(deepcopy(config), **changed)
 
 
-def _weights(folder: Path) -> Path:
+def _weights_file(folder: Path) -> Path:
     return folder / (WEIGHTS if (folder / WEIGHTS).is_file() else HEAD)
 
 

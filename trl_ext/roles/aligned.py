@@ -1,4 +1,4 @@
-"""A padded batch, seen the way a causal model wants it, and the way back."""
+"""A padded batch in the layout that a causal model wants, and the way back."""
 
 from __future__ import annotations
 

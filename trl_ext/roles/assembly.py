@@ -1,11 +1,11 @@
-"""Laying the roles on a base: which adapter, which head, loaded from where."""
+"""Laying the roles on a base: which adapter and which head each has, and where they are loaded from."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -16,12 +16,19 @@ from transformers import AutoModelForCausalLM
 from trl_ext.roles import adapters as files
 from trl_ext.roles.switching import active_adapter, belongs_to, keep_differentiable
 
-Parts = tuple[PeftModel, dict[Any, str | None], dict[str, nn.Module], int | None]
+
+class AssembledRoles(NamedTuple):
+    """A base with its roles: the arguments of `SharedBase`."""
+
+    model: PeftModel
+    adapters: dict[Any, str | None]
+    heads: dict[str, nn.Module]
+    reward_pad_token_id: int | None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `SharedBase` was asked for, checked as far as that goes without a model."""
+    """The arguments of `SharedBase.from_pretrained`, checked as far as that goes without a model."""
 
     policy: LoraConfig | Path | None
     value: str | Path
@@ -93,8 +100,8 @@ def load_base(
     )
 
 
-def assemble(model: Any, plan: Plan) -> Parts:
-    """Put every role of `plan` on `model` (a PreTrainedModel or a PeftModel): what `SharedBase.__init__` takes."""
+def assemble(model: Any, plan: Plan) -> AssembledRoles:
+    """Put every role of `plan` on `model` (a PreTrainedModel or a PeftModel)."""
     keep_differentiable(model)
     model.requires_grad_(False)
     peft_model, policy, adapters = _policy_and_reference(model, plan)
@@ -122,7 +129,7 @@ def assemble(model: Any, plan: Plan) -> Parts:
     for name, parameter in peft_model.named_parameters():
         parameter.requires_grad_(belongs_to(name, policy) or belongs_to(name, "value"))
     pad_token_id = None if plan.reward is None else files.read_pad_token_id(plan.reward)
-    return peft_model, adapters, heads, pad_token_id
+    return AssembledRoles(peft_model, adapters, heads, pad_token_id)
 
 
 def _policy_and_reference(model: Any, plan: Plan) -> tuple[PeftModel, str, dict[Any, str | None]]:
@@ -164,7 +171,8 @@ def _with_policy(model: Any, policy: LoraConfig | Path | None) -> PeftModel:
 
 
 def _for_text(config: LoraConfig) -> LoraConfig:
-    """PEFT reads off its configuration what an adapter is for, and freezes it where it says that it is not trained."""
+    """The configuration of a trainable adapter of a language model. PEFT freezes an adapter whose configuration says
+    inference mode."""
     config.task_type, config.inference_mode = "CAUSAL_LM", False
     return config
 

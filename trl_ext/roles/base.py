@@ -123,7 +123,7 @@ class SharedBase(AdaptedModel):
 
     @contextmanager
     def use(self, role: Role) -> Iterator[SharedBase]:
-        """Let `role` speak: forwards inside use its adapter. On exit the active adapter, every requires_grad and every
+        """Forwards inside use the adapter of `role`. On exit the active adapter, every requires_grad and every
         train/eval flag are as before, also when the body raises.
 
         Raises:
@@ -156,7 +156,7 @@ class SharedBase(AdaptedModel):
         head = list(self.heads["value"].parameters())
         return head if self.adapters["value"] == self.adapters["policy"] else adapter + head
 
-    # What the roles say -----------------------------------------------------------------------------------------------
+    # Outputs of the roles ---------------------------------------------------------------------------------------------
 
     def logprobs(
         self,
@@ -185,13 +185,14 @@ class SharedBase(AdaptedModel):
     def score_pass(
         self, input_ids: Tensor, attention_mask: Tensor, num_completion_tokens: int, temperature: float = 1.0
     ) -> RoleScores:
-        """Reference log-probs, values and scores without gradient; in one forward where `forward` says so."""
+        """Reference log-probs, values and scores without gradient; one forward for all where rows are few, as `forward`
+        says."""
         roles: tuple[Role, ...] = (
             ("reference", "value", "reward") if self.has_role("reward") else ("reference", "value")
         )
-        said = self(input_ids, attention_mask, num_completion_tokens, roles=roles, temperature=temperature)
-        scores = said.get("scores", said["values"].new_full((input_ids.shape[0],), float("nan")))
-        return RoleScores(said["ref_logprobs"], said["values"], scores)
+        outputs = self(input_ids, attention_mask, num_completion_tokens, roles=roles, temperature=temperature)
+        scores = outputs.get("scores", outputs["values"].new_full((input_ids.shape[0],), float("nan")))
+        return RoleScores(outputs["ref_logprobs"], outputs["values"], scores)
 
     def forward(
         self,
@@ -204,7 +205,7 @@ class SharedBase(AdaptedModel):
         reward_suffix_rows: Tensor | None = None,
         entropy_grad: bool = False,
     ) -> dict[str, Tensor]:
-        """What several roles say about one batch; roles that share an adapter share a forward.
+        """The outputs of several roles for one batch; roles that share an adapter share a forward.
 
         Without gradients, roles with different adapters share one forward too where rows are few (up to 512 tokens a
         role over a quantised base, 256 over one in float32): these travel in one batch, and the base's weights are read
@@ -213,10 +214,10 @@ class SharedBase(AdaptedModel):
         Args:
             input_ids, attention_mask: (batch, columns).
             num_completion_tokens: how many of the last columns are completion.
-            roles: who speaks.
+            roles: whose outputs to compute.
             temperature: logits are divided by it before log-probabilities.
             reward_suffix_ids: ids that the reward role alone reads after the rows marked in `reward_suffix_rows`
-                (batch,) bool: what a chat template writes after an answer.
+                (batch,) bool: what a chat template writes after a completion.
             entropy_grad: let the policy's entropy carry a gradient.
 
         Returns:
@@ -230,7 +231,7 @@ class SharedBase(AdaptedModel):
         if "reward" in roles and reward_suffix_rows is not None:
             views[self._adapter("reward")] = batch.extended(reward_suffix_ids, reward_suffix_rows)
         hidden = self.hidden_states(views)
-        said: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
         for role in roles:
             adapter = self._adapter(role)
             view, states = views[adapter], hidden[adapter]
@@ -238,14 +239,14 @@ class SharedBase(AdaptedModel):
                 logprobs, entropy = self._lm_head.logprobs(
                     view.predicting(states), view.targets, temperature, entropy_grad
                 )
-                said["logprobs" if role == "policy" else "ref_logprobs"] = view.padded(logprobs)
+                outputs["logprobs" if role == "policy" else "ref_logprobs"] = view.padded(logprobs)
                 if role == "policy":
-                    said["entropy"] = view.padded(entropy)
+                    outputs["entropy"] = view.padded(entropy)
             elif role == "value":
-                said["values"] = view.padded(self._read_head("value", view.predicting(states)))
+                outputs["values"] = view.padded(self._read_head("value", view.predicting(states)))
             else:
-                said["scores"] = self._read_head("reward", view.final(states, self.reward_pad_token_id))
-        return said
+                outputs["scores"] = self._read_head("reward", view.final(states, self.reward_pad_token_id))
+        return outputs
 
     def _read_head(self, name: str, hidden: Tensor) -> Tensor:
         head: Any = self.heads[name]
@@ -255,7 +256,7 @@ class SharedBase(AdaptedModel):
     @torch.no_grad()
     def generate(self, role: Role = "policy", **kwargs: Any) -> Tensor:
         """Transformers' `generate` under the policy (or another) role, in eval mode. A `generation_config` given here
-        is the only one that counts: the model's own defaults (a top_k, say) do not leak into what is sampled."""
+        replaces the model's own, so its defaults (a top_k, say) do not change what is sampled."""
         own = self.causal_lm.generation_config
         with self.use(role):
             self.model.eval()
@@ -265,7 +266,7 @@ class SharedBase(AdaptedModel):
             finally:
                 self.causal_lm.generation_config = own
 
-    # Accounts and files -----------------------------------------------------------------------------------------------
+    # Memory and files -------------------------------------------------------------------------------------------------
 
     def memory(self) -> dict[str, int]:
         """Bytes of unique parameter and buffer storage: "base", each role's adapter, each head, and their "total"."""

@@ -1,4 +1,4 @@
-"""The LM head as numbers: what turns a trunk's hidden state into log-probabilities."""
+"""The LM head: what turns a trunk's hidden states into log-probabilities."""
 
 from __future__ import annotations
 
@@ -51,13 +51,14 @@ class LMHead:
         hidden = causal_lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
         causal_lm.train(mode)
         expected = logits.log_softmax(-1).gather(1, ids[0, 1:].unsqueeze(1).to(logits.device)).squeeze(1)
-        got, _ = self.logprobs(hidden, ids[0, 1:].to(self.module.weight.device), temperature=1.0)
+        computed, _ = self.logprobs(hidden, ids[0, 1:].to(self.module.weight.device), temperature=1.0)
         # Half precision rounds logits of size 10 to about 0.05.
         tolerance = 1e-3 if logits.dtype == hidden.dtype else 0.25
-        if (got - expected.to(got.device)).abs().max() > tolerance:
+        difference = float((computed - expected.to(computed.device)).abs().max())
+        if difference > tolerance:
             raise NotImplementedError(
                 f"{type(causal_lm).__name__} changes its logits in a way that trl_ext does not know (largest "
-                f"difference in log-probability {float((got - expected.to(got.device)).abs().max()):.3g} nats): it "
+                f"difference in log-probability {difference:.3g} nats): it "
                 "cannot be trained here; please report the model."
             )
 

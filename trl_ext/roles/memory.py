@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from trl_ext.roles.switching import belongs_to
 
 
-def storage_bytes(tensors: list[Tensor], seen: set[int]) -> int:
-    """Bytes of the storages of `tensors` that are not in `seen` (data pointers), which grows by them."""
+def storage_bytes(tensors: list[Tensor], counted: set[int]) -> int:
+    """Bytes of the storages of `tensors` that are not in `counted` (data pointers), which grows by them."""
     total = 0
     for tensor in tensors:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
+        if storage.data_ptr() not in counted:
+            counted.add(storage.data_ptr())
             total += storage.nbytes()
     return total
 
@@ -24,24 +24,24 @@ def storage_bytes(tensors: list[Tensor], seen: set[int]) -> int:
 def memory_by_role(model: nn.Module, adapters: Mapping[Any, str | None], heads: nn.ModuleDict) -> dict[str, int]:
     """Bytes of unique storage of the base, of each role's own adapter, of each head, and of all together."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    parts: dict[str, list[Tensor]] = {"base": []}
+    holdings: dict[str, list[Tensor]] = {"base": []}
     for name, tensor in named:
         # What the value role shares with the policy counts as the policy's, which comes first.
         role = next((role for role, adapter in adapters.items() if belongs_to(name, adapter)), "base")
-        parts.setdefault(str(role), []).append(tensor)
+        holdings.setdefault(str(role), []).append(tensor)
         # A quantised weight keeps its scales beside it, outside named_parameters.
         state = getattr(tensor, "quant_state", None)
         if state is not None:
-            parts[str(role)] += _quantisation_tensors(state)
+            holdings[str(role)] += _quantisation_tensors(state)
     for head, module in heads.items():
-        parts[f"{head}_head"] = list(module.parameters())
-    seen: set[int] = set()
-    sizes = {part: storage_bytes(tensors, seen) for part, tensors in parts.items()}
+        holdings[f"{head}_head"] = list(module.parameters())
+    counted: set[int] = set()
+    sizes = {holder: storage_bytes(tensors, counted) for holder, tensors in holdings.items()}
     return {**sizes, "total": sum(sizes.values())}
 
 
 def _quantisation_tensors(state: Any) -> list[Tensor]:
-    found = [state.absmax, state.code, state.offset]
+    tensors = [state.absmax, state.code, state.offset]
     if state.nested:
-        found += [state.state2.absmax, state.state2.code]
-    return [tensor for tensor in found if isinstance(tensor, Tensor)]
+        tensors += [state.state2.absmax, state.state2.code]
+    return [tensor for tensor in tensors if isinstance(tensor, Tensor)]

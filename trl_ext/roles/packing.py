@@ -1,4 +1,4 @@
-"""Rows of unlike length laid one after the other in fewer, fuller rows: what is padding is not computed."""
+"""Rows of unlike length packed one after the other into fewer, fuller rows, so that padding is not computed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-LEAST_GAIN = 0.1  # share of the columns that must be saved, or rows stay as they are
+MIN_GAIN = 0.1  # share of the columns that must be saved, or rows stay as they are
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class Packing:
         room: list[int] = []
         bins, starts = [0] * len(sizes), [0] * len(sizes)
         for row in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-            found = next((b for b, left in enumerate(room) if left >= sizes[row]), len(room))
-            if found == len(room):
+            chosen = next((b for b, left in enumerate(room) if left >= sizes[row]), len(room))
+            if chosen == len(room):
                 room.append(width)
-            bins[row], starts[row] = found, width - room[found]
-            room[found] -= sizes[row]
-        if len(room) > (1 - LEAST_GAIN) * len(sizes):
+            bins[row], starts[row] = chosen, width - room[chosen]
+            room[chosen] -= sizes[row]
+        if len(room) > (1 - MIN_GAIN) * len(sizes):
             return cls.none(ids)
         column = torch.arange(width, device=ids.device)
         real = column < lengths.to(ids.device).unsqueeze(1)
@@ -88,10 +88,10 @@ def stacked(packings: Sequence[Packing]) -> tuple[Tensor, Tensor | None]:
 
 @torch.no_grad()
 def can_pack(causal_lm: Any) -> bool:
-    """Whether the model keeps the rows of a bin apart, seen on two bins of two rows each. Some do not: recurrent ones,
+    """Whether the model keeps the rows of a bin apart, tried on two bins of two rows each. Some do not: recurrent ones,
     and some implementations of attention where a batch has several bins.
 
-    What packing changes is measured by what it would change to read each bin as one row.
+    The change by packing is compared with the change by reading each bin as one row.
     """
     device = causal_lm.get_input_embeddings().weight.device
     lengths = torch.tensor([5, 2, 4, 3])
@@ -108,7 +108,7 @@ def can_pack(causal_lm: Any) -> bool:
     try:
         apart, mixed = states(ids), packing.unpacked(states(packing.ids))
         packed = packing.unpacked(states(packing.ids, position_ids=packing.position_ids))
-    except Exception as error:  # whatever a model says that takes no positions
+    except Exception as error:  # whatever a model raises that takes no positions
         logger.warning("%s cannot be packed, so padding is computed too: %s", type(causal_lm).__name__, error)
         return False
     finally:

@@ -16,13 +16,13 @@ class _Trunk(nn.Module):
 
     def __init__(self, base: SharedBase, role: Role) -> None:
         super().__init__()
-        # Out of reach of nn.Module: the base's parameters are the policy's to move, cast and optimise.
+        # Hidden from nn.Module: the base's parameters are the policy's alone, to move, cast and train.
         self.__dict__["_base"], self._role = base, role
 
     def forward(self, **kwargs: Any) -> Any:
         base: SharedBase = self.__dict__["_base"]
         if self._role == "value" and torch.is_grad_enabled():
-            # After its reference pass TRL has PEFT enable the adapters again, which freezes all but the policy's.
+            # After its reference's forward TRL has PEFT enable the adapters again, which freezes all but the policy's.
             for parameter in base.trainable_parameters("value"):
                 parameter.requires_grad_(True)
         with base.use(self._role):
@@ -58,13 +58,13 @@ def trl_models(base: SharedBase) -> tuple[nn.Module, nn.Module, nn.Module]:
 
     The policy is the PEFT model itself, so that TRL finds the reference by disabling its adapter; pass
     `model_adapter_name="policy", ref_adapter_name="reference"` in TRL's PPOConfig where the base has a frozen reference
-    adapter. TRL's `save_model` knows nothing of heads: `base.save_pretrained(folder)` writes every role.
+    adapter. TRL's `save_model` leaves heads out: `base.save_pretrained(folder)` writes every role.
 
     Raises:
         ValueError: the base has no reward role.
     """
     if not base.has_role("reward"):
         raise ValueError("This base has no reward role: build it with reward=<folder of a reward adapter>.")
-    # TRL turns recomputation off and on around each rollout, and knows nothing of roles.
+    # TRL turns recomputation off and on around each rollout, without regard to roles.
     base.model.gradient_checkpointing_enable = base.gradient_checkpointing_enable
     return base.model, RoleView(base, "value", base.heads["value"]), RoleView(base, "reward", base.heads["reward"])

@@ -79,8 +79,8 @@ def classifier(model: str) -> Any:
 
 def sentiment_model(tokenizer: Any, policy: Any) -> Any:
     """The sentiment lexicon in the shape of a reward model."""
-    from trl_ext.rewards.sentiment import vader_sentiment
-    from trl_ext.rewards.trl_module import RewardModule
+    from trl_ext.interop import RewardModule
+    from trl_ext.rewards import vader_sentiment
 
     return RewardModule(vader_sentiment, tokenizer, policy)
 

@@ -11,7 +11,7 @@ from trl_ext.controllers import AdaptiveKLController, KLController
 from trl_ext.types import Experience
 
 # Not the class's name: Transformers would rebuild a callback of that name from its saved state, without its controller.
-STATE_KEY = "trl_ext.adaptive_kl"
+ADAPTIVE_KL_STATE = "trl_ext.adaptive_kl"
 
 
 class AdaptiveKLCallback(RolloutCallback):
@@ -27,7 +27,7 @@ class AdaptiveKLCallback(RolloutCallback):
     checkpoint and comes back when training resumes.
 
     Args:
-        controller: what decides; None: `AdaptiveKLController()`, Ziegler et al.'s.
+        controller: chooses the coefficient; None: `AdaptiveKLController()`, Ziegler et al.'s.
         trainer: a GRPOTrainer or RLOOTrainer; not needed in PPO.
     """
 
@@ -40,23 +40,23 @@ class AdaptiveKLCallback(RolloutCallback):
             )
         self._trainer = trainer
         self._in_trl_ext = False
-        self._seen = 0.0
+        self._num_completions = 0.0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Take up the saved state and set the first coefficient.
 
         Raises:
-            ValueError: this trainer's KL penalty cannot be reached: a controller without effect would be a silent
-                error.
+            ValueError: this trainer's KL penalty cannot be set: the controller would silently have
+                no effect.
         """
-        samples = hasattr(args, "num_generations") and hasattr(args, "beta")  # GRPOTrainer, RLOOTrainer
-        if not hasattr(args, "kl_coef") and not (samples and self._trainer is not None):
-            needs = (
+        has_beta = hasattr(args, "num_generations") and hasattr(args, "beta")  # GRPOTrainer, RLOOTrainer
+        if not hasattr(args, "kl_coef") and not (has_beta and self._trainer is not None):
+            reason = (
                 "it copies args.beta when it is built, so pass AdaptiveKLCallback(..., trainer=trainer)"
-                if samples
-                else "it has no KL penalty on sampled answers to control"
+                if has_beta
+                else "it has no KL penalty on sampled completions to control"
             )
-            raise ValueError(f"AdaptiveKLCallback cannot act in a trainer with {type(args).__name__}: {needs}.")
+            raise ValueError(f"AdaptiveKLCallback cannot act in a trainer with {type(args).__name__}: {reason}.")
         if self._trainer is not None and not getattr(self._trainer, "beta", 0.0):
             raise ValueError(
                 f"AdaptiveKLCallback cannot act: the {type(self._trainer).__name__} was built with beta=0 and computes "
@@ -65,16 +65,16 @@ class AdaptiveKLCallback(RolloutCallback):
         if getattr(args, "use_liger_kernel", False) and hasattr(self._trainer, "liger_loss"):
             raise ValueError("AdaptiveKLCallback cannot act: Liger's loss copies beta; set use_liger_kernel to False.")
         self._in_trl_ext = hasattr(args, "steps_per_rollout")
-        saved = state.stateful_callbacks.get(STATE_KEY)
+        saved = state.stateful_callbacks.get(ADAPTIVE_KL_STATE)
         if saved:
             self.controller.load_state_dict(saved["controller"])
-            self._seen = float(saved["seen"])
+            self._num_completions = float(saved["seen"])
         self._write(args, state)
 
     def on_update_end(
         self, args: Any, state: TrainerState, control: Any, experience: Experience, metrics: dict[str, float]
     ) -> None:
-        """trl_ext's PPOTrainer: the KL of this rollout decides the next one's coefficient."""
+        """trl_ext's PPOTrainer: the KL of this rollout sets the coefficient of the next."""
         self.controller.update(metrics["objective/kl"], len(experience.kl))
         self._write(args, state)
 
@@ -88,21 +88,24 @@ class AdaptiveKLCallback(RolloutCallback):
             for row in (logs, *state.log_history[-1:]):
                 row["objective/kl_target"] = float(target)
         if self._in_trl_ext:
-            return  # on_update_end knows better
+            return  # on_update_end has done it, with the KL of each rollout
         if "objective/kl" in logs:
-            kl, seen = float(logs["objective/kl"]), float(logs.get("episode", 0))
+            kl, total = float(logs["objective/kl"]), float(logs.get("episode", 0))
         elif "kl" in logs and "completions/mean_length" in logs:
-            kl, seen = float(logs["kl"]) * float(logs["completions/mean_length"]), _completions(args, state)
+            kl, total = float(logs["kl"]) * float(logs["completions/mean_length"]), _completions(args, state)
         else:
             return
         for row in (logs, *state.log_history[-1:]):
             row["objective/kl_coef"] = self.controller.value
-        self.controller.update(kl, round(seen - self._seen))
-        self._seen = seen
+        self.controller.update(kl, round(total - self._num_completions))
+        self._num_completions = total
         self._write(args, state)
 
     def _write(self, args: Any, state: TrainerState) -> None:
-        state.stateful_callbacks[STATE_KEY] = {"controller": self.controller.state_dict(), "seen": self._seen}
+        state.stateful_callbacks[ADAPTIVE_KL_STATE] = {
+            "controller": self.controller.state_dict(),
+            "seen": self._num_completions,
+        }
         if self._trainer is not None:
             self._trainer.beta = self.controller.value
         else:

@@ -1,0 +1,220 @@
+"""Rules about distributions: sampled, scored, trained, and kept near the reference."""
+
+from __future__ import annotations
+
+import math
+
+from trl_ext.diagnostics.finding import Finding, Remedy
+from trl_ext.diagnostics.limits import Limits
+from trl_ext.diagnostics.log import RunLog
+from trl_ext.diagnostics.updates import lower_rate
+
+# Sampling from the plain softmax: of all sampling settings, PPO's log-probabilities know the temperature alone.
+PLAIN_SAMPLING = {"top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None}
+
+
+def sampling_differs(log: RunLog, limits: Limits) -> Finding | None:
+    """Completions are drawn from another distribution than they are scored and trained under."""
+    z, gap = log.series("val/sampling_gap_z"), log.series("val/sampling_gap")
+    if not z:
+        return None
+    total = sum(z.values) / math.sqrt(len(z))
+    if abs(total) < limits.sampling_gap_z or abs(gap.recent(len(gap))) < limits.sampling_gap:
+        return None
+    return Finding(
+        name="sampling_differs",
+        severity="problem",
+        title="Completions are sampled from another distribution than they are scored under",
+        steps=(z.steps[0], z.steps[-1]),
+        evidence=(
+            f"Sampled tokens are {gap.recent(len(gap)):+.3f} nats more surprising than the policy's entropy says, "
+            f"{abs(total):.0f} standard errors from 0."
+        ),
+        figures={"gap": gap.recent(len(gap)), "z": total},
+        cause=(
+            "generation settings that the log-probabilities leave out: top_k, top_p, min_p, a repetition penalty, or "
+            "generation_kwargs that forbid or force tokens."
+        ),
+        remedy=_plain_sampling(log),
+        samples=log.last_samples(),
+    )
+
+
+def negative_kl(log: RunLog, limits: Limits) -> Finding | None:
+    """The estimated KL to the reference is below 0, which no true KL is."""
+    kl, spread = log.series("kl"), log.series("objective/kl_std")
+    if len(kl) < 3:
+        return None
+    recent = kl.recent(3)
+    count = float(log.setting("rollout_batch_size", 1))
+    error = (spread.recent(3) / math.sqrt(count) if spread else kl.noise()) / math.sqrt(3)
+    if recent > -limits.negative_kl or recent > -limits.noticeable * error:
+        return None
+    return Finding(
+        name="negative_kl",
+        severity="problem",
+        title="The KL to the reference is negative",
+        steps=(kl.steps[-3], kl.steps[-1]),
+        evidence=f"The last three logs have a mean KL of {recent:.2f} nats a completion (standard error {error:.2f}).",
+        figures={"kl": recent, "error": error},
+        cause="the policy was trained on completions that it would not have sampled: sampling and scoring differ.",
+        remedy=_plain_sampling(log),
+        samples=log.last_samples(),
+    )
+
+
+def _plain_sampling(log: RunLog) -> Remedy:
+    changes = {k: v for k, v in PLAIN_SAMPLING.items() if k in log.config and log.config[k] != v}
+    return Remedy(
+        text="Sample from the whole distribution, at the temperature that is scored.",
+        changes=changes or PLAIN_SAMPLING,
+    )
+
+
+def first_ratio(log: RunLog, limits: Limits) -> Finding | None:
+    """The probability ratio is not 1 before the first step on a rollout, though the weights are the same."""
+    first = log.series("policy/first_approxkl")
+    if not first or first.recent() < (limits.first_approxkl_half if log.in_half_precision else limits.first_approxkl):
+        return None
+    return Finding(
+        name="first_ratio",
+        severity="problem",
+        title="The probability ratio is not 1 before the first step on a rollout",
+        steps=(first.steps[0], first.steps[-1]),
+        evidence=(f"Policy and sampling policy differ by {first.recent():.2g} nats a token, with the same weights."),
+        figures={"first_approxkl": first.recent()},
+        cause=(
+            "training computes other log-probabilities than scoring did: dropout in training, another precision, or a "
+            "callback that changed log-probabilities or completions."
+        ),
+        remedy=Remedy(
+            text="Switch dropout off, and let forwards with and without gradient run in the same precision.",
+            changes={"disable_dropout": True},
+        ),
+    )
+
+
+def suggested_kl_coef(log: RunLog, limits: Limits) -> float:
+    """The coefficient at which spending the KL budget costs one standard deviation of the scores; NaN if unknown."""
+    spread, length = log.series("score_std"), log.series("length")
+    if not spread or not length or spread.start() == 0.0:
+        return math.nan
+    return spread.start() / _budget(length.start(), limits)
+
+
+def _budget(tokens: float, limits: Limits) -> float:
+    """The KL that a completion of so many tokens may well spend, nats."""
+    return min(limits.budget_per_token * max(tokens, 1.0), limits.budget)
+
+
+def stronger(log: RunLog, limits: Limits) -> dict[str, float]:
+    """A larger coefficient: the suggested one, or four times the present one where that is more; empty if unknown."""
+    now = log.series("kl_coef").recent()
+    now = float(log.setting(_field(log), 0.0)) if math.isnan(now) else now
+    value = max(v for v in (suggested_kl_coef(log, limits), 4 * now, 0.0) if not math.isnan(v))
+    return {_field(log): float(f"{value:.1g}")} if value else {}
+
+
+def _field(log: RunLog) -> str:
+    return "beta" if log.kind == "online" else "kl_coef"
+
+
+def _coefficient(changes: dict[str, float]) -> Remedy:
+    return Remedy(
+        text=(
+            "Choose a coefficient at which a moderate KL costs about the spread of the scores, or let "
+            "AdaptiveKLCallback hold a target."
+        ),
+        changes=changes,
+    )
+
+
+def kl_runs_away(log: RunLog, limits: Limits) -> Finding | None:
+    """The policy moves away from the reference, and nothing holds it."""
+    kl, length, coefficient = log.series("kl"), log.series("length"), log.series("kl_coef")
+    if len(kl) < 3:
+        return None
+    # Without lengths, as in TRL 1.12's logs: Ziegler et al. 2019 held 6 nats a completion, and lost the language at 40.
+    tokens = length.recent() if length else 60.0
+    if kl.recent() < limits.kl_per_token * tokens or kl.recent() < kl.start():
+        return None
+    under = f" with kl_coef {coefficient.recent():.3g}" if coefficient else ""
+    return Finding(
+        name="kl_runs_away",
+        severity="problem",
+        title="The KL to the reference runs away",
+        steps=(kl.steps[0], kl.steps[-1]),
+        evidence=(
+            f"It went from {kl.start():.2f} to {kl.recent():.2f} nats a completion, which is "
+            f"{kl.recent() / tokens:.2f} a token{under}."
+        ),
+        figures={"kl": kl.recent(), "kl_per_token": kl.recent() / tokens},
+        cause="the penalty is too weak for the scale of the scores, so the policy follows the score wherever it goes.",
+        remedy=_coefficient(stronger(log, limits)),
+        samples=log.last_samples(),
+    )
+
+
+def kl_drowns_score(log: RunLog, limits: Limits) -> Finding | None:
+    """The KL penalty is so strong that the score does not count."""
+    kl, length, coefficient, score = (log.series(name) for name in ("kl", "length", "kl_coef", "score"))
+    suggested = suggested_kl_coef(log, limits)
+    if len(kl) < limits.least_rows or not coefficient or math.isnan(suggested):
+        return None
+    stays = abs(kl.recent()) < limits.stays * _budget(length.recent(), limits)
+    gained = score.rise()[1] > limits.noticeable
+    if not stays or gained or coefficient.recent() < limits.drowned * max(suggested, 1e-6):
+        return None
+    return Finding(
+        name="kl_drowns_score",
+        severity="problem",
+        title="The KL penalty drowns the score",
+        steps=log.steps,
+        evidence=(
+            f"kl_coef is {coefficient.recent():.3g}; the spread of the scores ({log.series('score_std').start():.2g}) "
+            f"suggests {suggested:.2g}. The KL stays at {kl.recent():.3f} nats a completion, and the score does not "
+            "rise."
+        ),
+        figures={"kl": kl.recent(), "kl_coef": coefficient.recent(), "suggested": suggested},
+        cause="any step away from the reference costs more than it gains in score.",
+        remedy=_coefficient({_field(log): float(f"{suggested:.1g}")}),
+    )
+
+
+def entropy_collapse(log: RunLog, limits: Limits) -> Finding | None:
+    """The policy does not explore: its entropy is near 0, or was from the start."""
+    entropy = log.series("entropy")
+    if len(entropy) < limits.least_rows or entropy.recent() > limits.entropy:
+        return None
+    temperature = float(log.setting("temperature", 1.0))
+    sharp = temperature < limits.temperature
+    slower, bonus = lower_rate(log, 3), max(0.01, 2 * float(log.setting("entropy_coef", 0.0)))
+    return Finding(
+        name="entropy_collapse",
+        severity="problem",
+        title="The policy does not explore" if sharp else "The policy's entropy has collapsed",
+        steps=(entropy.steps[0], entropy.steps[-1]),
+        evidence=(
+            f"It went from {entropy.start():.3f} to {entropy.recent():.4f} nats a token: every completion is certain, "
+            "so PPO has no differences to learn from."
+        ),
+        figures={"entropy": entropy.recent(), "start": entropy.start()},
+        cause=(
+            f"completions are sampled at temperature {temperature:g}, and PPO learns from the differences between "
+            "completions."
+            if sharp
+            else "too large steps, or too weak a KL penalty, let the policy settle on what it happened to try first."
+        ),
+        remedy=(
+            Remedy(
+                text="Sample at temperature 1 in training; use a lower one with the trained model.",
+                changes={"temperature": 1.0},
+            )
+            if sharp
+            else Remedy(
+                text="Smaller steps, a stronger KL penalty, or an entropy bonus.",
+                changes={**slower, "entropy_coef": bonus} if log.kind != "online" else slower,
+            )
+        ),
+        samples=log.last_samples(),
+    )

@@ -1,0 +1,133 @@
+"""Rules about the samples: prompts, and the completions to them."""
+
+from __future__ import annotations
+
+from trl_ext.diagnostics.distributions import stronger
+from trl_ext.diagnostics.finding import Finding, Remedy
+from trl_ext.diagnostics.limits import Limits
+from trl_ext.diagnostics.log import RunLog
+
+
+def truncation(log: RunLog, limits: Limits) -> Finding | None:
+    """Completions do not end."""
+    cut = log.series("truncated")
+    if len(cut) < 3 or cut.recent(3) < limits.truncated:
+        return None
+    longest, penalty = log.setting("max_completion_length"), float(log.setting("missing_eos_penalty", 0.0))
+    return Finding(
+        name="truncation",
+        severity="problem",
+        title="Completions are cut off before they end",
+        steps=(cut.steps[-3], cut.steps[-1]),
+        evidence=(
+            f"{cut.recent(3):.0%} of the completions reach the length limit{f' of {longest}' if longest else ''} "
+            f"without EOS; {cut.start():.0%} did at the start."
+        ),
+        figures={"truncated": cut.recent(3), "start": cut.start()},
+        cause="too short a limit, a reward for length, or a model that was never taught to stop.",
+        remedy=Remedy(
+            text="Raise the limit, and take a penalty off the score of a completion that was cut.",
+            changes={"max_completion_length": 2 * int(longest), "missing_eos_penalty": max(1.0, penalty)}
+            if longest
+            else {},
+        ),
+        samples=log.last_samples(),
+    )
+
+
+def length_exploitation(log: RunLog, limits: Limits) -> Finding | None:
+    """Completions grow because length is rewarded; a warning where the log does not correlate score and length."""
+    length, pull = log.series("length"), log.series("completions/score_length_correlation")
+    if len(length) < limits.least_rows or length.recent() < limits.length_growth * length.start():
+        return None
+    if length.rise()[1] < limits.noticeable or (pull and max(pull.start(), pull.recent()) < limits.length_correlation):
+        return None
+    shown = f" Score and length correlate at {max(pull.start(), pull.recent()):.2f}." if pull else ""
+    return Finding(
+        name="length_exploitation",
+        severity="problem" if pull else "warning",
+        title="Completions grow because length is rewarded" if pull else "Completions grow",
+        steps=(length.steps[0], length.steps[-1]),
+        evidence=f"The mean length went from {length.start():.0f} to {length.recent():.0f} tokens.{shown}",
+        figures={"length": length.recent(), "start": length.start()},
+        cause=f"a reward that is higher for longer completions{'' if pull else ', or a task that takes more words'}.",
+        remedy=Remedy(
+            text="Add a penalty on length beyond what a completion needs.",
+            code=f"reward_funcs=[..., trl_ext.rewards.texts.length_penalty(soft={length.start():.0f}, "
+            f"hard={2 * length.start():.0f})]",
+        ),
+        samples=log.last_samples(),
+    )
+
+
+def repetition_exploitation(log: RunLog, limits: Limits) -> Finding | None:
+    """Completions repeat themselves because that is rewarded."""
+    repeated = log.series("completions/repetition")
+    if len(repeated) < 3 or repeated.recent(3) < limits.repetition + repeated.start():
+        return None
+    return Finding(
+        name="repetition_exploitation",
+        severity="problem",
+        title="Completions repeat themselves",
+        steps=(repeated.steps[0], repeated.steps[-1]),
+        evidence=(
+            f"{repeated.recent(3):.0%} of a completion's trigrams occurred in it before, {repeated.start():.0%} at the "
+            "start."
+        ),
+        figures={"repetition": repeated.recent(3), "start": repeated.start()},
+        cause="a reward that counts something that a completion can repeat.",
+        remedy=Remedy(
+            text="Add a penalty on repetition, or count each thing once.",
+            code="reward_funcs=[..., trl_ext.rewards.texts.repetition_penalty()]",
+        ),
+        samples=log.last_samples(),
+    )
+
+
+def mode_collapse(log: RunLog, limits: Limits) -> Finding | None:
+    """Different prompts get the same completion."""
+    distinct, prompts = log.series("completions/distinct"), log.series("prompts/distinct")
+    if len(distinct) < 3 or not prompts:
+        return None
+    share = distinct.recent(3) / max(prompts.recent(3), 1e-6)
+    if share > limits.distinct or distinct.recent(3) > 0.5 * distinct.start():
+        return None
+    return Finding(
+        name="mode_collapse",
+        severity="problem",
+        title="Different prompts get the same completion",
+        steps=(distinct.steps[0], distinct.steps[-1]),
+        evidence=f"{distinct.recent(3):.0%} of the completions are distinct, {distinct.start():.0%} were at the start.",
+        figures={"distinct": distinct.recent(3), "start": distinct.start()},
+        cause="a reward that does not look at the prompt, and too weak a KL penalty.",
+        remedy=Remedy(
+            text="Let the reward look at the prompt, and hold the policy nearer to the reference.",
+            changes=stronger(log, limits),
+        ),
+        samples=log.last_samples(),
+    )
+
+
+def prompts_truncated(log: RunLog, limits: Limits) -> Finding | None:
+    """Something cut the prompts to one length."""
+    share = log.series("prompts/at_max_length")
+    if not share or share.recent() < limits.prompts_at_max_length:
+        return None
+    length = log.series("prompts/mean_length").recent()
+    return Finding(
+        name="prompts_truncated",
+        severity="warning",
+        title="Prompts look cut to one length",
+        steps=(share.steps[0], share.steps[-1]),
+        evidence=f"{share.recent():.0%} of the prompts are exactly as long as the longest (mean {length:.0f} tokens).",
+        figures={"at_max_length": share.recent()},
+        cause=(
+            "the prompts were truncated before they reached the trainer, so the model answers questions that it "
+            "cannot see."
+        ),
+        remedy=Remedy(
+            text="Filter long prompts out instead of cutting them.",
+            code="dataset.filter(lambda row: len(row['prompt']) < limit)",
+        ),
+        samples=log.last_samples(),
+    )
