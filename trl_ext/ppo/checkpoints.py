@@ -29,7 +29,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.failures import FAILURES
 from trl_ext.ppo.update import Updater
-from trl_ext.roles.saving import load_trained_roles, save_roles
 from trl_ext.types import Experience, Rollout, ScorePass, Scores
 
 UNFINISHED = "unfinished"  # holds a checkpoint while it is written
@@ -75,7 +74,7 @@ class Checkpoints:
     def save_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """The policy as a plain PEFT adapter in `folder`; value/, reward/ and reference/ beside it."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_roles(self.updater.base, folder, policy_folder="")
+        self.updater.base.save_roles(folder, policy_folder="")
         tokenizer.save_pretrained(str(folder))
         (folder / "ppo_config.json").write_text(self.args.to_json_string(), encoding="utf-8")
 
@@ -88,14 +87,14 @@ class Checkpoints:
 
     def load(self, folder: Path) -> None:
         """Go on from the checkpoint in `folder`."""
-        load_trained_roles(self.updater.base, folder)
+        self.updater.base.load_trained_roles(folder)
         path = folder / NUMBERS
         numbers = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         self.updater.load_state_dict(numbers, load_experience(folder))
 
     def load_best(self, folder: Path) -> None:
         """Put the roles of the checkpoint in `folder` back, and nothing else."""
-        load_trained_roles(self.updater.base, folder)
+        self.updater.base.load_trained_roles(folder)
 
     def folder_of(self, step: int) -> Path:
         """Where the checkpoint of `step` lies."""

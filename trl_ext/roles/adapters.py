@@ -209,6 +209,19 @@ def scalar_head(size: int, device: torch.device, weight: Tensor | None = None) -
     return head
 
 
+def save_plain_adapter(model: PeftModel, name: str, folder: Path) -> None:
+    """Save an adapter as PEFT would: `folder` loads with AutoPeftModelForCausalLM."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(model, adapter_name=name)
+    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / WEIGHTS, {"format": "pt"})
+    config, base = model.peft_config[name], model.get_base_model()
+    before = config.inference_mode, config.base_model_name_or_path
+    config.inference_mode, config.base_model_name_or_path = True, base.config.name_or_path
+    config.save_pretrained(str(folder))
+    config.inference_mode, config.base_model_name_or_path = before
+    write_note(folder, base)
+
+
 def save_scored_adapter(model: PeftModel, name: str, head: nn.Linear, folder: Path, **more: Any) -> None:
     """Save an adapter and its scalar head as TRL's RewardTrainer would: a PEFT SEQ_CLS adapter with its `score`. `more`
     goes into its note."""

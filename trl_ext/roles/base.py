@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trl_ext.roles import adapters as files
 from trl_ext.roles import assembly
 from trl_ext.roles.adapted import AdaptedModel
 from trl_ext.roles.aligned import AlignedBatch
 from trl_ext.roles.lm_head import LMHead
 from trl_ext.roles.memory import memory_by_role
-from trl_ext.roles.saving import save_roles
 from trl_ext.roles.switching import activate, belongs_to, restored
-from trl_ext.roles.trl_views import trl_models
+from trl_ext.roles.trl_views import RoleView
 
 Role = Literal["policy", "reference", "value", "reward"]
 ROLES: tuple[Role, ...] = ("policy", "reference", "value", "reward")
@@ -275,8 +277,65 @@ class SharedBase(AdaptedModel):
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write each role's adapter and head: policy/ loads with AutoPeftModelForCausalLM; value/, reward/ and
         reference/ beside it load with `from_pretrained` here (value/ and reward/ as PEFT SEQ_CLS adapters too)."""
-        save_roles(self, Path(save_directory), policy_folder="policy")
+        self.save_roles(Path(save_directory), policy_folder="policy")
+
+    def save_roles(self, folder: Path, policy_folder: str) -> None:
+        """Write every role below `folder`: the policy into `policy_folder` ("" for `folder` itself), value, reward and
+        reference into folders of their names."""
+        files.save_plain_adapter(self.model, str(self.adapters["policy"]), folder / policy_folder)
+        value, value_head = folder / "value", cast(nn.Linear, self.heads["value"])
+        if self.adapters["value"] == self.adapters["policy"]:
+            value.mkdir(exist_ok=True)
+            save_file({"score.weight": value_head.weight.detach().cpu().contiguous()}, value / files.HEAD)
+        else:
+            files.save_scored_adapter(self.model, str(self.adapters["value"]), value_head, value)
+        if self.has_role("reward"):
+            head, pad_token_id = cast(nn.Linear, self.heads["reward"]), self.reward_pad_token_id
+            files.save_scored_adapter(self.model, "reward", head, folder / "reward", pad_token_id=pad_token_id)
+        if self.adapters["reference"] is not None:
+            files.save_plain_adapter(self.model, self.adapters["reference"], folder / "reference")
+
+    @torch.no_grad()
+    def load_trained_roles(self, folder: Path) -> None:
+        """Put the policy and value weights that `save_roles(folder, "")` wrote back in place.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+        """
+        for role, part in (("policy", folder), ("value", folder / "value")):
+            own_adapter = role == "policy" or self.adapters["value"] != self.adapters["policy"]
+            file = part / (files.WEIGHTS if own_adapter else files.HEAD)
+            if not file.is_file():
+                raise FileNotFoundError(f"{str(file)!r} is missing: this checkpoint does not hold the {role} role.")
+            if own_adapter:
+                state = {key: tensor for key, tensor in load_file(file).items() if "lora_" in key}
+                set_peft_model_state_dict(self.model, state, adapter_name=str(self._adapter(role)))
+            if role == "value":
+                cast(nn.Linear, self.heads["value"]).weight.copy_(files.read_score_head(part))
 
     def as_trl_models(self) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """(policy, value_model, reward_model) that TRL 1.12's PPOTrainer accepts, all over this one base."""
-        return trl_models(self)
+        """(policy, value_model, reward_model) that TRL 1.12's PPOTrainer accepts, all over this one base.
+
+        The policy is the PEFT model itself, so that TRL finds the reference by disabling its adapter; pass
+        `model_adapter_name="policy", ref_adapter_name="reference"` in TRL's PPOConfig where the base has a frozen
+        reference adapter. TRL's `save_model` leaves heads out: `save_pretrained` writes every role.
+
+        Raises:
+            ValueError: the base has no reward role.
+        """
+        if not self.has_role("reward"):
+            raise ValueError("This base has no reward role: build it with reward=<folder of a reward adapter>.")
+        # TRL turns recomputation off and on around each rollout, without regard to roles.
+        self.model.gradient_checkpointing_enable = self.gradient_checkpointing_enable
+        value, reward = (
+            RoleView(self.config, partial(self._backbone_under, role), self.heads[role]) for role in ("value", "reward")
+        )
+        return self.model, value, reward
+
+    def _backbone_under(self, role: Role, **kwargs: Any) -> Any:
+        if role == "value" and torch.is_grad_enabled():
+            # After its reference's forward TRL has PEFT enable the adapters again, which freezes all but the policy's.
+            for parameter in self.trainable_parameters("value"):
+                parameter.requires_grad_(True)
+        with self.use(role):
+            return self.causal_lm.base_model(**kwargs)

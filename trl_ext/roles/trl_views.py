@@ -1,32 +1,23 @@
-"""The roles in the shape that TRL 1.12's PPOTrainer asks of its separate models, over the one base."""
+"""A role in the shape that TRL 1.12's PPOTrainer asks of its separate models."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from trl_ext.roles.base import Role, SharedBase
-
 
 class _Trunk(nn.Module):
-    """The base model's backbone under one role's adapter."""
+    """A backbone that is a function: the base's parameters are the policy's alone, to move, cast and train."""
 
-    def __init__(self, base: SharedBase, role: Role) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
-        # Hidden from nn.Module: the base's parameters are the policy's alone, to move, cast and train.
-        self.__dict__["_base"], self._role = base, role
+        self.__dict__["_function"] = function  # hidden from nn.Module
 
     def forward(self, **kwargs: Any) -> Any:
-        base: SharedBase = self.__dict__["_base"]
-        if self._role == "value" and torch.is_grad_enabled():
-            # After its reference's forward TRL has PEFT enable the adapters again, which freezes all but the policy's.
-            for parameter in base.trainable_parameters("value"):
-                parameter.requires_grad_(True)
-        with base.use(self._role):
-            return base.causal_lm.base_model(**kwargs)
+        return self.__dict__["_function"](**kwargs)
 
 
 class _Score(nn.Module):
@@ -42,29 +33,18 @@ class _Score(nn.Module):
 
 
 class RoleView(nn.Module):
-    """A role as TRL's `get_reward` reads it: a backbone under `base_model_prefix`, and `score`."""
+    """A role as TRL's `get_reward` reads it: a backbone under `base_model_prefix`, and `score`.
+
+    Args:
+        config: of the base.
+        backbone: the base's backbone under the role's adapter.
+        head: of the role.
+    """
 
     base_model_prefix = "trunk"
 
-    def __init__(self, base: SharedBase, role: Role, head: nn.Module) -> None:
+    def __init__(self, config: Any, backbone: Callable[..., Any], head: nn.Module) -> None:
         super().__init__()
-        self.config = base.config
-        self.trunk = _Trunk(base, role)
+        self.config = config
+        self.trunk = _Trunk(backbone)
         self.score = _Score(head)
-
-
-def trl_models(base: SharedBase) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """(policy, value_model, reward_model) for `trl.experimental.ppo.PPOTrainer` of TRL 1.12.
-
-    The policy is the PEFT model itself, so that TRL finds the reference by disabling its adapter; pass
-    `model_adapter_name="policy", ref_adapter_name="reference"` in TRL's PPOConfig where the base has a frozen reference
-    adapter. TRL's `save_model` leaves heads out: `base.save_pretrained(folder)` writes every role.
-
-    Raises:
-        ValueError: the base has no reward role.
-    """
-    if not base.has_role("reward"):
-        raise ValueError("This base has no reward role: build it with reward=<folder of a reward adapter>.")
-    # TRL turns recomputation off and on around each rollout, without regard to roles.
-    base.model.gradient_checkpointing_enable = base.gradient_checkpointing_enable
-    return base.model, RoleView(base, "value", base.heads["value"]), RoleView(base, "reward", base.heads["reward"])
