@@ -12,6 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from trl import TrlParser
 
 import trl_ext
+from trl_ext.ppo import Objective
 from trl_ext.ppo.config import PPOConfig
 
 PACKAGE = Path(trl_ext.__file__).parent
@@ -130,7 +131,9 @@ def test_bf16_where_the_gpu_has_it(
 # The field, a bad value, and what the refusal must begin with.
 BAD: list[tuple[str, Any, str]] = [
     *((name, value, f"{name} is {value}: it must be a whole number, at least 1.")
-      for name in ("num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size", "max_completion_length")
+      for name in ("num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size", "max_completion_length",
+                   "per_device_train_batch_size", "gradient_accumulation_steps", "num_generations",
+                   "normalization_samples", "ptx_max_length")
       for value in (0, -1, 1.5)),
     *((name, value, f"{name} is {value}: it must be positive.")
       for name in ("temperature", "cliprange", "cliprange_value", "repetition_penalty", "missing_eos_penalty")
@@ -145,6 +148,9 @@ BAD: list[tuple[str, Any, str]] = [
     *(("total_episodes", value, f"total_episodes is {value}: it must be at least 1.") for value in (0, -1)),
     ("temperature", None, "temperature is None: it must be positive."),
     *(("kl_estimator", value, f"kl_estimator is {value!r}: choose one of k1, k2, k3.") for value in ("k4", None)),
+    *(("objective", value, f"objective is {value!r}: choose one of clip, kl_penalty, reinforce, sequence, or give a ")
+      for value in ("ppo", None, Objective)),
+    *((name, "other", f"{name} is 'other': choose one of ") for name in ("baseline", "score_normalization")),
     ("auto_find_batch_size", True, "auto_find_batch_size would change"),
 ]  # fmt: skip
 
@@ -252,6 +258,39 @@ def test_as_json_and_back() -> None:
     again = make(**{name: kept[name] for name in own_fields()})
     assert all(getattr(again, name) == getattr(args, name) for name in own_fields())
     assert (again.kl_coef, again.reward_weights, again.generation_kwargs) == (0.2, [1.0, 2.0], {"num_beams": 1})
+
+
+class Mine(Objective):
+    """An objective from user code."""
+
+    single_epoch = True
+
+    def needs_critic(self, args: Any) -> bool:
+        return False
+
+
+def test_an_objective_of_your_own() -> None:
+    args = make(objective=Mine(), num_ppo_epochs=1)
+    assert type(args.policy_objective) is Mine and not args.uses_value
+    assert json.loads(args.to_json_string())["objective"] == "Mine", "a run's folder names it"
+    with pytest.raises(ValueError, match=r"^objective 'Mine' knows no old policy, so a second epoch"):
+        make(objective=Mine(), num_ppo_epochs=2)
+    with pytest.raises(ValueError, match=r"^gamma is 0\.9, but objective 'Mine' has no critic here"):
+        make(objective=Mine(), num_ppo_epochs=1, gamma=0.9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "critic"),
+    [
+        ({}, True),
+        ({"objective": "kl_penalty"}, True),
+        ({"objective": "sequence"}, False),
+        ({"objective": "reinforce", "num_ppo_epochs": 1}, False),
+        ({"objective": "reinforce", "num_ppo_epochs": 1, "baseline": "value"}, True),
+    ],
+)
+def test_who_has_a_critic(settings: dict[str, Any], critic: bool) -> None:
+    assert make(**settings).uses_value is critic
 
 
 # Every field is read -------------------------------------------------------------------------------------------------

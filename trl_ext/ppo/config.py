@@ -83,6 +83,9 @@ class PPOConfig(BaseConfig):
         False, "Drop dataset columns other than 'prompt' before reward functions see them."
     )
 
+    per_device_train_batch_size: Count = _f(8, "Completions of one micro-batch, a process.")
+    gradient_accumulation_steps: Count = _f(1, "Micro-batches of one optimizer step.")
+
     # Model
     model_init_kwargs: dict[str, Any] | str | None = _f(
         None,
