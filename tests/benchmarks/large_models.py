@@ -278,7 +278,7 @@ def profiled(roles: Roles, rows: int, chosen: argparse.Namespace) -> None:
 def spent(name: str) -> Iterator[None]:
     """Prints the ten longest kernels of what is done inside, and the ten longest waits and calls of the CPU."""
     which = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if DEVICE == "cuda" else [])]
-    with profile(activities=which, acc_events=True) as seen:
+    with profile(activities=which) as seen:
         started = time.perf_counter()
         yield
         if DEVICE == "cuda":
