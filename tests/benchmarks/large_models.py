@@ -342,6 +342,8 @@ def main() -> None:
             print(row(variant, rows, f"does not run here ({str(error)[:120]})", *[""] * 6), flush=True)
             failed += 1
         if chosen.profile and number == 0:
+            faulthandler.dump_traceback_later(chosen.limit, exit=True)
+            say("profile")
             profiled(roles, rows, chosen)
             print(head("variant", "rows", "peak GiB", *phases), flush=True)
     say("done")

@@ -5,11 +5,16 @@
 #
 # First the tests and the recipes beside each other, then one large model alone, so that its timings mean something.
 # OUT/summary.txt says how each part ended as soon as it has, OUT/parts.txt holds the end of each part's log.
-# "tiny" tries the script on any machine, with ten times the time. Where there is no GPU everything runs on the CPU.
+# "tiny" tries the script on any machine: few of the tests, and ten times the time. Where there is no GPU everything runs
+# on the CPU.
 set -um # -m: or what runs in the background ignores interrupts
 out=$(realpath -m "${1:?usage: bash tests/gpu/run.sh OUT [SHAPE]}") shape=${2:-8b} logs=$(mktemp -d)
 mkdir -p "$out"
-slower=1 && [ "$shape" = tiny ] && slower=10
+slower=1 parity=tests/parity trainer=tests/integration/test_ppo_trainer.py large=()
+if [ "$shape" = tiny ]; then
+    slower=10 parity=tests/parity/test_forward.py trainer="$trainer -k checkpoint"
+    large=(--prompt_tokens 64 --new_tokens 64 --written 16)
+fi
 first=$((110 * slower)) all=$((292 * slower)) # seconds: what runs side by side, and everything
 [ -e /dev/nvidiactl ] && device=cuda || device=cpu
 cores=$(nproc)
@@ -17,6 +22,9 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TRL_EXT_TEST_DEVICE=${TRL_EX
 export TRL_EXT_CACHE=${TRL_EXT_CACHE:-$PWD/.ci/cache} # where the tests have it: the demo is built once
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 COLUMNS=160
 export OMP_NUM_THREADS=1
+
+# left END: seconds until then, at least one: for timeout 0 is for ever.
+left() { echo $(($1 > SECONDS ? $1 - SECONDS : 1)); }
 
 say() { echo "$@" | tee -a "$out/summary.txt"; }
 
@@ -60,19 +68,18 @@ for name in "torch triton trl transformers peft bitsandbytes accelerate datasets
         print("|", name, "is missing")
 P
 part precisions "$first" bash -c 'tests 3 tests/gpu' &
-part parity "$first" bash -c 'tests 6 tests/parity' &
-part trainer "$first" bash -c 'tests 4 tests/integration/test_ppo_trainer.py' &
+part parity "$first" bash -c "tests 8 $parity" &
+part trainer "$first" bash -c "tests 5 $trainer" &
 {
     part reward_nf4 "$first" python3 recipes/reward_lora.py --load_in_4bit --num_train_epochs 2 --output_dir "$logs/reward"
-    part ppo_nf4 "$((first - SECONDS))" python3 recipes/ppo_lora.py --load_in_4bit --total_episodes 640 \
+    part ppo_nf4 "$(left "$first")" python3 recipes/ppo_lora.py --load_in_4bit --total_episodes 384 \
         --reward_adapter "$logs/reward" --output_dir "$logs/ppo"
 } &
 part dpo_nf4 "$first" python3 recipes/dpo_lora.py --load_in_4bit --num_train_epochs 1 --output_dir "$logs/dpo" &
 wait
 
-small=() && [ "$shape" = tiny ] && small=(--prompt_tokens 64 --new_tokens 64 --written 16)
 # Goals at 8B: under 20 GiB with 8 rows, under 10 GiB with one.
-OMP_NUM_THREADS=$cores stop=TERM part large "$((all - SECONDS))" python3 tests/benchmarks/large_models.py --shape "$shape" \
-    --rows 8 1 --profile --limit "$((75 * slower))" --work "$logs/large" ${small[@]+"${small[@]}"} --variants \
-    plain "bf16 adapters" "continuous batching, CUDA graphs" "continuous batching" "static cache"
+OMP_NUM_THREADS=$cores stop=TERM part large "$(left "$all")" python3 tests/benchmarks/large_models.py --shape "$shape" \
+    --rows 8 1 --profile --limit "$((75 * slower))" --work "$logs/large" ${large[@]+"${large[@]}"} --variants \
+    plain "bf16 adapters" "continuous batching" "continuous batching, CUDA graphs" "static cache"
 say "done after $SECONDS s"
