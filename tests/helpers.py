@@ -1,8 +1,12 @@
 """Small things that several tests stand on: a word-level tokenizer, tiny Llamas, a few prompts. No downloads."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -10,6 +14,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -22,8 +27,33 @@ WORDS = [
     "on", "under", "over", "mat", "tree", "house", "red", "blue", "small", "big",
 ]
 # fmt: on
-# For trainers in tests: on the CPU, writing and reporting nothing by themselves.
-QUIET: dict[str, Any] = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "bf16": False}
+# Where tests compute. TRL_EXT_TEST_DEVICE=cuda lets the same tests run on a GPU (tests/gpu/run.sh).
+DEVICE = torch.device(os.environ.get("TRL_EXT_TEST_DEVICE", "cpu"))
+# For trainers in tests: there, and in float32, where PPOConfig would choose bfloat16 on a GPU.
+PLACE: dict[str, Any] = {"use_cpu": DEVICE.type == "cpu", "bf16": False}
+FLAGS = ["--use_cpu", str(PLACE["use_cpu"]).lower()]  # the same for a recipe's command line
+# Writing and reporting nothing by themselves.
+QUIET: dict[str, Any] = {**PLACE, "report_to": "none", "save_strategy": "no"}
+# How nearly two ways to one float32 number agree. A GPU has another kernel, and so another order of sums, for every
+# shape of a product, and its attention builds float32 products from TF32 ones.
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5} if DEVICE.type == "cpu" else {"rtol": 1e-4, "atol": 1e-4}
+
+
+@contextmanager
+def models_on_device() -> Iterator[None]:
+    """Whatever `from_pretrained` loads inside lies on `DEVICE`, unless the caller says where."""
+    plain = PreTrainedModel.from_pretrained.__func__
+
+    def placed(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("device_map") is None:
+            kwargs["device_map"] = {"": DEVICE}
+        return plain(cls, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE.type != "cpu":
+            patch.setattr(PreTrainedModel, "from_pretrained", classmethod(placed))
+        yield
+
 
 PAD, EOS, UNK, START, NEWLINE = "<pad>", "<eos>", "<unk>", "<start>", "\n"
 

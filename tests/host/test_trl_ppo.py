@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from tests.helpers import tiny_llama, word_tokenizer
+from tests.helpers import QUIET, tiny_llama, word_tokenizer
 from trl_ext import DiagnosticsCallback, SharedBase
 
 ppo = pytest.importorskip("trl.experimental.ppo", reason="TRL removed its PPOTrainer in 1.13")
@@ -38,10 +38,7 @@ def test_policy_and_value_train_and_the_rest_stays(tmp_path: Path) -> None:
             num_sample_generations=0,
             learning_rate=1e-3,
             gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            report_to="none",
-            save_strategy="no",
+            **QUIET,
         ),
         processing_class=tokenizer,
         model=policy,

@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import json
+import shutil
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,16 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, OPTConfig, OPTForCausalLM, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from tests.helpers import CHAT_TEMPLATE, prompt_dataset, saved_model, tiny_classifier, tiny_llama, word_tokenizer
+from tests.helpers import (
+    CHAT_TEMPLATE,
+    DEVICE,
+    QUIET,
+    prompt_dataset,
+    saved_model,
+    tiny_classifier,
+    tiny_llama,
+    word_tokenizer,
+)
 from tests.parity.tiny import save_reward_adapter
 from trl_ext import PPOConfig, PPOTrainer, RolloutCallback, SharedBase
 from trl_ext.ppo import checkpoints
@@ -25,6 +35,10 @@ from trl_ext.ppo.batches import mini_batch
 from trl_ext.ppo.building import default_config
 
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+# A GPU has another kernel for every shape of a product. Gradients of nearly 0 differ by more of themselves then, and
+# AdamW, which divides by a gradient's size, makes steps of that.
+ROUNDING = 1 if DEVICE.type == "cpu" else 20
 
 TRL_NAMES = [
     "objective/kl",
@@ -61,10 +75,8 @@ def config(output_dir: Path, **changes: Any) -> PPOConfig:
         "lr_scheduler_type": "constant",
         "total_episodes": 16,
         "gradient_checkpointing": False,
-        "use_cpu": True,
-        "report_to": "none",
         "disable_tqdm": True,
-        "save_strategy": "no",
+        **QUIET,
     }
     return PPOConfig(**{**settings, **changes})
 
@@ -88,6 +100,13 @@ def trained_state(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.base.named_parameters() if p.requires_grad}
 
 
+def said_by(base: SharedBase, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and values of a row of `ids` after its first, on the CPU, wherever the base lies."""
+    row = torch.tensor([ids], device=base.device)
+    every = torch.ones_like(row)
+    return base.logprobs(row, every, len(ids) - 1).cpu(), base.values(row, every, len(ids) - 1).cpu()
+
+
 def rows_with(trainer: PPOTrainer, name: str) -> list[dict[str, float]]:
     return [row for row in trainer.state.log_history if name in row]
 
@@ -106,6 +125,10 @@ def test_a_run_learns_what_is_rewarded_and_logs_trls_names(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    DEVICE.type != "cpu" and not any(map(shutil.which, ("cc", "gcc", "clang"))),
+    reason="Triton, which compiles for a GPU, needs a C compiler",
+)
 def test_compiled_training_takes_the_same_steps(tmp_path: Path) -> None:
     states, logs = [], []
     for compiled in (False, True):
@@ -115,10 +138,10 @@ def test_compiled_training_takes_the_same_steps(tmp_path: Path) -> None:
         logs.append(rows_with(trainer, "loss")[0])
         states.append({name: tensor - before[name] for name, tensor in trained_state(trainer).items()})
     for name, moved in states[0].items():
-        torch.testing.assert_close(states[1][name], moved, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(states[1][name], moved, rtol=1e-3, atol=1e-4 * ROUNDING)
     assert states[0]["model.base_model.model.model.layers.0.self_attn.q_proj.lora_B.value.weight"].norm() > 1e-3
     for name in ("loss", "grad_norm/policy", "grad_norm/value", "objective/kl", "policy/approxkl_avg"):
-        assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-3, abs=1e-6)
+        assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-3, abs=1e-6 * ROUNDING)
 
 
 def test_steps_count_optimizer_steps_and_total_episodes_counts_answers(tmp_path: Path) -> None:
@@ -146,7 +169,7 @@ def test_the_cut_into_micro_batches_changes_nothing(tmp_path: Path, value: str) 
         states.append(trained_state(trainer))
     for other in states[1:]:
         for name, tensor in states[0].items():
-            torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5 * ROUNDING)
 
 
 @pytest.mark.parametrize("batching", ["static", "continuous"])
@@ -219,9 +242,8 @@ def test_old_checkpoints_go_and_the_best_one_stays_and_is_loaded(tmp_path: Path)
     assert set((tmp_path / "out").glob("**/checkpoint-*")) == {best, last}
     state = json.loads((best / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == trainer.state.best_model_checkpoint == str(best)
-    ids = torch.tensor([[5, 6, 7, 8, 9]])
     of_best, of_last, loaded = (
-        torch.cat([base.logprobs(ids, torch.ones_like(ids), 4), base.values(ids, torch.ones_like(ids), 4)])
+        torch.cat(said_by(base, [5, 6, 7, 8, 9]))
         for base in (
             *(
                 SharedBase.from_pretrained(str(tmp_path / "model"), policy=folder, value=folder / "value")
@@ -230,7 +252,8 @@ def test_old_checkpoints_go_and_the_best_one_stays_and_is_loaded(tmp_path: Path)
             trainer.base,
         )
     )
-    torch.testing.assert_close(loaded, of_best, rtol=1e-5, atol=1e-6)
+    # What was loaded from disk lies on the CPU: a GPU beside it sums in another order.
+    torch.testing.assert_close(loaded, of_best, rtol=1e-5, atol=1e-6 if DEVICE.type == "cpu" else 1e-5)
     assert bool(((of_last - of_best).abs().amax(dim=1) > 1e-3).all()), "policy and value have moved since"
 
 
@@ -242,11 +265,11 @@ def test_save_model_writes_a_plain_policy_adapter_with_the_value_role_beside_it(
     plain = AutoPeftModelForCausalLM.from_pretrained(out)
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     expected = plain(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    mask = torch.ones_like(ids)
-    torch.testing.assert_close(trainer.base.logprobs(ids, mask, 4)[0], expected, rtol=1e-5, atol=1e-5)
+    logprobs, values = said_by(trainer.base, ids[0].tolist())
+    torch.testing.assert_close(logprobs[0], expected, rtol=1e-5, atol=1e-5)
     again = SharedBase.from_pretrained(str(tmp_path / "model"), policy=out, value=out / "value")
-    torch.testing.assert_close(again.values(ids, mask, 4), trainer.base.values(ids, mask, 4))
-    assert float(again.values(ids, mask, 4).abs().sum()) > 0
+    torch.testing.assert_close(said_by(again, ids[0].tolist())[1], values)
+    assert float(values.abs().sum()) > 0
     assert json.loads((out / "ppo_config.json").read_text())["num_ppo_epochs"] == 2
 
 
@@ -403,10 +426,9 @@ def test_the_reward_role_reads_answers_as_reward_models_are_trained(chat: bool, 
     assert trainer.experience is not None
     rollout, ended = trainer.experience.rollout, 0
     for row, (ids, mask) in enumerate(zip(rollout.input_ids, rollout.attention_mask, strict=True)):
-        read = torch.cat(
-            [ids[mask.bool()], torch.tensor([4] if chat and rollout.has_eos[row] else [], dtype=torch.long)]
-        )
-        expected = base.scores(read.unsqueeze(0), torch.ones(1, len(read))).item()
+        read = ids[mask.bool()].tolist() + ([4] if chat and rollout.has_eos[row] else [])
+        alone = torch.tensor([read], device=base.device)
+        expected = base.scores(alone, torch.ones_like(alone)).item()
         assert float(trainer.experience.scores.total[row]) == pytest.approx(expected, rel=1e-4, abs=1e-5)
         ended += int(rollout.has_eos[row])
     assert ended, "some answers end"
@@ -494,7 +516,7 @@ def test_nothing_is_scored_under_dropout(disabled: bool, tmp_path: Path, monkeyp
     trainer.train()
     assert len(seen) == 2
     first = rows_with(trainer, "policy/first_approxkl")[-1]["policy/first_approxkl"]
-    assert first < 1e-9 if disabled else first > 1e-6
+    assert first < 1e-9 * ROUNDING if disabled else first > 1e-6
 
 
 def test_the_cut_into_micro_batches_changes_nothing_in_the_pretraining_term(tmp_path: Path) -> None:
@@ -524,7 +546,7 @@ def test_the_cut_into_micro_batches_changes_nothing_in_the_pretraining_term(tmp_
     for state, losses in states[1:]:
         assert losses == pytest.approx(states[0][1], rel=1e-4)
         for name, tensor in state.items():
-            torch.testing.assert_close(tensor, states[0][0][name], rtol=1e-3, atol=1e-4, msg=name)
+            torch.testing.assert_close(tensor, states[0][0][name], rtol=1e-3, atol=1e-4 * ROUNDING, msg=name)
 
 
 def test_a_peft_model_is_trained_against_a_frozen_copy_of_its_adapter(tmp_path: Path) -> None:

@@ -10,12 +10,11 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from tests.helpers import saved_model, word_tokenizer
+from tests.helpers import DEVICE, PLACE, QUIET, saved_model, word_tokenizer
 from trl_ext import FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, feedback, launch
 from trl_ext.reward_models.probing import probe_data, score_head
 
 ANSWERS = [" dog", " bird", " tree", " cat"]  # from bad to good
-CPU: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none"}
 OBJECTIVES = ["pairwise", "regression", "binary", "ranking", "all_pairs", "probe"]
 
 
@@ -49,10 +48,7 @@ def train(objective: str, tmp_path: Path, **changes: Any) -> FeedbackRewardTrain
         "per_device_train_batch_size": 4,
         "num_train_epochs": 30,
         "learning_rate": 2e-2,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "save_strategy": "no",
+        **QUIET,
         "gradient_checkpointing": False,
         "disable_tqdm": True,
         "logging_steps": 4,
@@ -121,7 +117,7 @@ def test_the_probe_reads_what_the_model_scores(pad: bool, tmp_path: Path) -> Non
     """Where EOS is the pad token too, Transformers reads a score at the token before it."""
     saved_model(tmp_path / "model")
     word_tokenizer(pad=pad).save_pretrained(tmp_path / "model")
-    args = FeedbackRewardConfig(str(tmp_path / "out"), objective="probe", use_cpu=True, bf16=False, report_to="none")
+    args = FeedbackRewardConfig(str(tmp_path / "out"), objective="probe", **QUIET)
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS")
     rows = rows_for("probe")
     trainer = FeedbackRewardTrainer(str(tmp_path / "model"), args, rows, rows, peft_config=lora)
@@ -132,7 +128,7 @@ def test_the_probe_reads_what_the_model_scores(pad: bool, tmp_path: Path) -> Non
             if isinstance(module, torch.nn.Linear):
                 module.weight.copy_(weight.unsqueeze(0))
         chosen = trainer.train_dataset[0]["chosen_ids"]
-        expected = float(model(torch.tensor([chosen])).logits)
+        expected = float(model(torch.tensor([chosen], device=model.device)).logits)
     assert float(data.features[data.pairs[0, 0]] @ weight.double()) == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert chosen[-1] == 1, "an EOS at its end"
 
@@ -143,15 +139,15 @@ def test_padding_and_order_do_not_matter_to_the_loss(tmp_path: Path) -> None:
     trainer = train("regression", tmp_path, num_train_epochs=1)
     rows = [trainer.train_dataset[i] for i in range(3)]
     rows = [{**row, "sequences": [row["sequences"][0][i:]]} for i, row in enumerate(rows)]  # of different lengths
-    alone = trainer.data_collator(rows)
+    alone = {key: value.to(DEVICE) for key, value in trainer.data_collator(rows).items()}
     wide = {key: value.clone() for key, value in alone.items()}
-    fill = torch.full((3, 5), 0)  # the pad token
+    fill = torch.full((3, 5), 0, device=DEVICE)  # the pad token
     wide["input_ids"] = torch.cat([wide["input_ids"], fill], dim=1)
     wide["attention_mask"] = torch.cat([wide["attention_mask"], fill], dim=1)
     trainer.model.eval()
     assert len({len(row["sequences"][0]) for row in rows}) == 3
     with torch.no_grad():
-        singly = [float(trainer.model(torch.tensor(row["sequences"])).logits) for row in rows]
+        singly = [float(trainer.model(torch.tensor(row["sequences"], device=DEVICE)).logits) for row in rows]
         together = trainer.model(alone["input_ids"], alone["attention_mask"]).logits.flatten().tolist()
         assert together == pytest.approx(singly, rel=1e-4)
         losses = [float(trainer.compute_loss(trainer.model, batch)) for batch in (alone, wide)]
@@ -170,13 +166,13 @@ def test_padding_and_order_do_not_matter_to_the_loss(tmp_path: Path) -> None:
     ],
 )
 def test_bad_feedback_is_one_sentence(objective: str, rows: dict[str, Any], message: str, tmp_path: Path) -> None:
-    args = FeedbackRewardConfig(str(tmp_path), objective=objective, max_length=8, use_cpu=True, bf16=False)
+    args = FeedbackRewardConfig(str(tmp_path), objective=objective, max_length=8, **PLACE)
     with pytest.raises(ValueError, match=message):
         FeedbackRewardTrainer(str(tmp_path), args, Dataset.from_dict(rows), processing_class=word_tokenizer())
 
 
 def test_rows_that_are_all_too_long(tmp_path: Path) -> None:
-    args = FeedbackRewardConfig(str(tmp_path), objective="regression", max_length=8, use_cpu=True, bf16=False)
+    args = FeedbackRewardConfig(str(tmp_path), objective="regression", max_length=8, **PLACE)
     rows = Dataset.from_dict({"completion": [" cat" * 50, " dog" * 50], "rating": [1, 2]})
     with pytest.raises(ValueError, match=r"Every row of train_dataset is longer than max_length 8: raise it\."):
         FeedbackRewardTrainer(saved_model(tmp_path / "model"), args, rows)
@@ -201,7 +197,7 @@ def test_rows_are_tokenised_by_the_template_that_is_saved(tmp_path: Path) -> Non
     template.write_text("{% for message in messages %}{{ message['content'] }}<eos>{% endfor %}", encoding="utf-8")
     says = [[{"role": "user", "content": text}] for text in ("the cat", "a dog")]
     rows = Dataset.from_dict({"completion": says, "rating": [1.0, 2.0]})
-    how: dict[str, Any] = {"chat_template_path": str(template), "pad_to_multiple_of": 8, **CPU}
+    how: dict[str, Any] = {"chat_template_path": str(template), "pad_to_multiple_of": 8, **QUIET}
     args = FeedbackRewardConfig(str(tmp_path / "out"), objective="regression", **how)
     several = {"one": rows, "other": rows.select([1])}
     trainer = FeedbackRewardTrainer(saved_model(tmp_path / "model"), args, rows, several)
@@ -214,11 +210,11 @@ def test_rows_are_tokenised_by_the_template_that_is_saved(tmp_path: Path) -> Non
 def test_weights_count_across_batches(tmp_path: Path) -> None:
     """One row a batch: a normalisation within batches would make all weights alike."""
     rows = Dataset.from_dict({"completion": ["the cat", "a dog"], "label": [True, False], "weight": [0.1, 0.3]})
-    args = FeedbackRewardConfig(str(tmp_path / "out"), objective="binary", per_device_eval_batch_size=1, **CPU)
+    args = FeedbackRewardConfig(str(tmp_path / "out"), objective="binary", per_device_eval_batch_size=1, **QUIET)
     trainer = FeedbackRewardTrainer(saved_model(tmp_path / "model"), args, rows, rows)
     assert [weights for (weights,) in trainer.train_dataset["weights"]] == pytest.approx([0.5, 1.5])
     with torch.no_grad():
-        scores = [float(trainer.model(torch.tensor([[*ids, 1]])).logits) for ids in ([7, 9], [8, 10])]
+        scores = [float(trainer.model(torch.tensor([[*ids, 1]], device=DEVICE)).logits) for ids in ([7, 9], [8, 10])]
     expected = (0.5 * math.log(1 + math.exp(-scores[0])) + 1.5 * math.log(1 + math.exp(scores[1]))) / 2
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
@@ -226,9 +222,9 @@ def test_weights_count_across_batches(tmp_path: Path) -> None:
 def test_processes_may_hold_rankings_of_different_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What processes exchange has the same shape on each: here another one's three scores."""
     trainer = train("ranking", tmp_path, num_train_epochs=1)
-    theirs = torch.tensor([-9.0, 9.0, 3.0, 3.0])
+    theirs = torch.tensor([-9.0, 9.0, 3.0, 3.0], device=DEVICE)
     monkeypatch.setattr(trainer.accelerator, "gather", lambda mine: torch.cat([mine, theirs]))
-    batch = trainer.data_collator([trainer.train_dataset[0]])
+    batch = {key: value.to(DEVICE) for key, value in trainer.data_collator([trainer.train_dataset[0]]).items()}
     trainer.model.eval()
     with torch.no_grad():
         scores = trainer.model(batch["input_ids"], batch["attention_mask"]).logits.flatten()
@@ -241,7 +237,7 @@ def test_processes_may_hold_rankings_of_different_lengths(tmp_path: Path, monkey
 @pytest.mark.parametrize("objective", ["ranking", "all_pairs"])
 def test_scores_of_rankings_are_held_near_0_where_that_is_asked_for(objective: str, tmp_path: Path) -> None:
     trainer = train(objective, tmp_path, num_train_epochs=1)
-    batch = trainer.data_collator([trainer.train_dataset[0]])
+    batch = {key: value.to(DEVICE) for key, value in trainer.data_collator([trainer.train_dataset[0]]).items()}
     trainer.model.eval()
     losses = []
     for coefficient in (None, 0.5):
@@ -254,7 +250,7 @@ def test_scores_of_rankings_are_held_near_0_where_that_is_asked_for(objective: s
 
 def test_some_rows_too_long_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = Dataset.from_dict({"completion": ["the cat", "a dog sat on the mat", "a bird"], "rating": [1.0, 2.0, 3.0]})
-    args = FeedbackRewardConfig(str(tmp_path / "out"), objective="regression", max_length=4, **CPU)
+    args = FeedbackRewardConfig(str(tmp_path / "out"), objective="regression", max_length=4, **QUIET)
     with caplog.at_level("WARNING"):
         trainer = FeedbackRewardTrainer(saved_model(tmp_path / "model"), args, rows)
     assert [ids[0] for ids in trainer.train_dataset["sequences"]] == [[7, 9, 1], [8, 11, 1]]
@@ -264,7 +260,7 @@ def test_some_rows_too_long_are_left_out_and_said(tmp_path: Path, caplog: pytest
 def test_the_probe_is_told_the_margins(tmp_path: Path) -> None:
     pairs = rows_for("probe")
     with_margins = pairs.add_column("margin", [float(i % 3) for i in range(len(pairs))])
-    args = FeedbackRewardConfig(str(tmp_path / "out"), objective="probe", **CPU)
+    args = FeedbackRewardConfig(str(tmp_path / "out"), objective="probe", **QUIET)
     trainer = FeedbackRewardTrainer(saved_model(tmp_path / "model"), args, with_margins)
     assert probe_data(trainer.model, trainer.train_dataset).margins.tolist() == with_margins["margin"]
 

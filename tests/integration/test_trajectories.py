@@ -22,7 +22,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Trainer
 from trl import DPOConfig, DPOTrainer
 
-from tests.helpers import prompt_dataset, saved_model, word_tokenizer
+from tests.helpers import DEVICE, QUIET, prompt_dataset, saved_model, word_tokenizer
 from trl_ext import FeedbackRewardConfig, FeedbackRewardTrainer, PPOConfig, PPOTrainer
 
 RECORDS = Path(__file__).parent / "trajectories" / f"trl-{version('trl')}"
@@ -36,10 +36,7 @@ COMMON: dict[str, Any] = {
     "lr_scheduler_type": "constant",
     "logging_steps": 1,
     "gradient_checkpointing": False,
-    "use_cpu": True,
-    "bf16": False,
-    "report_to": "none",
-    "save_strategy": "no",
+    **QUIET,
     "disable_tqdm": True,
 }
 
@@ -121,6 +118,8 @@ def test_a_run_takes_the_course_that_was_recorded(name: str, tmp_path: Path) -> 
     if not RECORDS.is_dir():
         pytest.skip(f"nothing is recorded for TRL {version('trl')}")
     recorded = json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
+    if name == "ppo" and DEVICE.type != "cpu":
+        pytest.skip("another device draws other random numbers, and so other answers")
     found = trajectory(name, tmp_path)
     assert found.keys() == recorded["trajectory"].keys()
     off = [

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tests.helpers import QUIET, prompt_dataset, saved_model, word_tokenizer
+from tests.helpers import FLAGS, QUIET, prompt_dataset, saved_model, word_tokenizer
 from trl_ext import PPOConfig, PPOTrainer, SharedBase
 from trl_ext.diagnostics import read_run
 from trl_ext.rewards import Scorer
@@ -175,7 +175,7 @@ def watched(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_recipe_speaks_to_nobody(recipe: str, tmp_path: Path) -> None:
     short = ["--max_steps", "8"] if recipe != "ppo" else ["--total_episodes", "64"]
     script, out = str(ROOT / "recipes" / f"{recipe}_lora.py"), str(tmp_path / "out")
-    run = watched(script, "--output_dir", out, "--use_cpu", "true", *short)
+    run = watched(script, "--output_dir", out, *FLAGS, *short)
     assert run.returncode == 0, run.stderr[-2000:]
     assert (tmp_path / "out" / "report.html").exists()
 

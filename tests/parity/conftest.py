@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.helpers import models_on_device
 from tests.parity import tiny
 
 
@@ -15,6 +16,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_device() -> Iterator[None]:
+    """Models on the device that the tests run on."""
+    with models_on_device():
+        yield
 
 
 @pytest.fixture(scope="module", params=[(f, tied) for f in tiny.FAMILIES for tied in (False, True)], ids=str)

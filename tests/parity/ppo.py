@@ -14,11 +14,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
+from tests.helpers import DEVICE, QUIET, TOLERANCE
 from tests.parity import tiny
 from trl_ext import PPOConfig, PPOTrainer, SharedBase
 from trl_ext.types import Experience
 
-RELATIVE = 1e-5
+RELATIVE = TOLERANCE["rtol"]
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 Gradients = dict[str, Tensor]
 Reference = Callable[[SharedBase, Experience, PPOConfig], Gradients]
@@ -58,11 +59,13 @@ def shared_names(model: nn.Module, role: str) -> Gradients:
 
 def whole(experience: Experience) -> tiny.Padded:
     rollout = experience.rollout
-    return tiny.Padded(rollout.input_ids, rollout.attention_mask.long(), rollout.completion_ids.shape[1])
+    ids, mask = rollout.input_ids.to(DEVICE), rollout.attention_mask.long().to(DEVICE)
+    return tiny.Padded(ids, mask, rollout.completion_ids.shape[1])
 
 
 def plain_policy_loss(logprobs: Tensor, experience: Experience, args: PPOConfig) -> Tensor:
     """PPO's clipped objective, a token at a time in float64."""
+    logprobs = logprobs.cpu()  # where the experience is
     total, count = torch.zeros((), dtype=torch.float64), 0
     for row, column in experience.loss_mask.nonzero().tolist():
         ratio = torch.exp(logprobs[row, column].double() - experience.score_pass.logprobs[row, column])
@@ -75,6 +78,7 @@ def plain_policy_loss(logprobs: Tensor, experience: Experience, args: PPOConfig)
 
 def plain_value_loss(values: Tensor, experience: Experience, args: PPOConfig) -> Tensor:
     """Half the larger squared error of the value and its clipped twin, a token at a time in float64."""
+    values = values.cpu()
     total, count = torch.zeros((), dtype=torch.float64), 0
     for row, column in experience.loss_mask.nonzero().tolist():
         value, old = values[row, column].double(), experience.score_pass.values[row, column].double()
@@ -177,11 +181,8 @@ def make_trainer(base: SharedBase, folder: Path, **changes: Any) -> PPOTrainer:
         "vf_coef": 0.5,
         "logging_steps": 1,
         "num_ppo_epochs": 2,
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
         "disable_tqdm": True,
-        "bf16": False,
+        **QUIET,
     }
     return PPOTrainer(
         model=base,

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModelForCausalLM
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from tests.helpers import DEVICE
 from tests.parity import tiny
 from tests.parity.test_roles import close
 from trl_ext import SharedBase
@@ -138,7 +139,7 @@ def test_an_adapter_that_does_not_fit_is_named_and_so_is_the_base(llama: tiny.Ho
 
 @torch.no_grad()
 def test_a_row_of_one_token_has_a_score(llama: tiny.Home) -> None:
-    one = tiny.Padded(torch.tensor([[5]]), torch.tensor([[1]]), 1)
+    one = tiny.Padded(torch.tensor([[5]], device=DEVICE), torch.tensor([[1]], device=DEVICE), 1)
     classifier = tiny.load_classifier(llama.reward_folder, llama.base_folder)
     close(llama.base.scores(one.ids, one.mask), tiny.plain_scores(classifier, one))
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from tests.helpers import DEVICE, TOLERANCE
 from tests.parity import tiny
 from trl_ext import SharedBase
 from trl_ext.core import logprobs as logprobs_module
@@ -120,13 +121,14 @@ def test_logits_exist_in_tiles_only(wide: SharedBase, monkeypatch: pytest.Monkey
     """With tiles of two rows no tensor of more than two rows of logits is ever made, let alone kept."""
     batch = tiny.padded_batch(vocabulary=VOCABULARY)
     expected = wide.logprobs(*batch.args)
-    monkeypatch.setitem(logprobs_module.TILE_ELEMENTS, "cpu", 2 * VOCABULARY)
+    kind = "cpu" if DEVICE.type == "cpu" else "accelerator"
+    monkeypatch.setitem(logprobs_module.TILE_ELEMENTS, kind, 2 * VOCABULARY)
     with _LargestTensor({p.untyped_storage().data_ptr() for p in wide.parameters()}) as watch:
         got = wide.logprobs(*batch.args)
         got.sum().backward()
         wide.score_pass(*batch.args)
     wide.zero_grad()
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, expected, **TOLERANCE)
     assert watch.largest <= 2 * VOCABULARY, "completion positions only, one tile at a time"
 
 

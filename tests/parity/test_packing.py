@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers import DEVICE
 from tests.parity import tiny
 from tests.parity.test_roles import close
 from trl_ext import SharedBase
@@ -26,7 +27,7 @@ def batch(seed: int = 0) -> tiny.Padded:
     column = torch.arange(prompt + answer)
     before, after = torch.tensor(PROMPTS).unsqueeze(1), torch.tensor(ANSWERS).unsqueeze(1)
     mask = ((column >= prompt - before) & (column < prompt + after)).long()
-    return tiny.Padded(torch.where(mask.bool(), ids, tiny.PAD), mask, answer)
+    return tiny.Padded(torch.where(mask.bool(), ids, tiny.PAD).to(DEVICE), mask.to(DEVICE), answer)
 
 
 def test_rows_are_laid_where_there_is_room_for_them() -> None:
@@ -64,14 +65,15 @@ def test_packings_are_stacked_as_wide_as_the_widest() -> None:
 def test_roles_of_which_some_are_packed(llama: tiny.Home) -> None:
     """What the template writes after answers fills the reward role's rows, and only its."""
     base = llama.base
-    ids, mask = torch.randint(3, 20, (4, 8), generator=torch.Generator().manual_seed(0)), torch.ones(4, 8).long()
+    ids = torch.randint(3, 20, (4, 8), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    mask = torch.ones_like(ids)
     mask[2:, :5] = 0
     said = base(
         ids, mask, 2, roles=("policy", "reward"), reward_suffix_ids=[7, 8, 9], reward_suffix_rows=mask[:, 0] < 1
     )
     for row in range(4):
         real = ids[row][mask[row].bool()].tolist() + ([7, 8, 9] if row > 1 else [])
-        alone = torch.tensor([real])
+        alone = torch.tensor([real], device=DEVICE)
         close(said["scores"][row : row + 1], base.scores(alone, torch.ones_like(alone)))
     close(said["logprobs"], base.logprobs(ids, mask, 2))
 
@@ -106,7 +108,7 @@ def test_the_gradients_are_the_same(home: tiny.Home, recomputed: bool, monkeypat
             for role, name in (("policy", "logprobs"), ("value", "values")):
                 with base.use(role):  # type: ignore[arg-type]
                     out = base(*given.args, roles=(role,))[name]
-                    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+                    (out * torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out)).sum().backward()
             return {name: p.grad.clone() for name, p in base.named_parameters() if p.grad is not None}
 
         packed = gradients()
@@ -141,7 +143,7 @@ def test_what_is_computed(llama: tiny.Home, monkeypatch: pytest.MonkeyPatch) -> 
 
 @torch.no_grad()
 def test_a_bin_may_be_filled_to_its_last_column(llama: tiny.Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids, mask = torch.full((3, 8), 5), torch.ones(3, 8).long()
+    ids, mask = torch.full((3, 8), 5, device=DEVICE), torch.ones(3, 8, device=DEVICE).long()
     mask[1:, 4:] = 0
     asked: list[Packing] = []
     plain = Packing.of
@@ -154,7 +156,7 @@ def leaky(model: Any) -> Any:
     """A model that reads a bin as one row."""
 
     def base_model(input_ids: Tensor, use_cache: bool, position_ids: Tensor | None = None) -> Any:
-        positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         return model.base_model(input_ids=input_ids, position_ids=positions, use_cache=use_cache)
 
     return SimpleNamespace(

@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.helpers import DEVICE, PLACE, TOLERANCE
 from tests.parity import tiny
 from trl_ext import PPOConfig, SharedBase
 from trl_ext.ppo.objectives import policy_loss, value_loss
 from trl_ext.roles import Role
 from trl_ext.types import Experience, Rollout, ScorePass, Scores, concatenate
 
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 ROLES: tuple[Role, ...] = ("policy", "reference", "value", "reward")
 OBJECTIVES = ("clip", "kl_penalty", "reinforce", "sequence")
 # The same cases every time; a base that examples share is only read.
@@ -73,7 +73,7 @@ def experience_of(prompt: int, answer: int, seed: int) -> Experience:
     rollout = Rollout(["p"], ["c"], ids(prompt), torch.ones(1, prompt).bool(), ids(answer), mask, torch.tensor([True]))
     pass_ = ScorePass(numbers() - 4, numbers().abs(), numbers() - 4, numbers(), torch.zeros(1))
     scores = Scores(torch.zeros(1), torch.zeros(1, 1))
-    return Experience(rollout, scores, pass_, numbers(), numbers(), mask, numbers(), numbers())
+    return Experience(rollout, scores, pass_, numbers(), numbers(), mask, numbers(), numbers()).to(DEVICE)
 
 
 def padded(experience: Experience, before: int, after: int) -> Experience:
@@ -82,7 +82,7 @@ def padded(experience: Experience, before: int, after: int) -> Experience:
         experience.rollout.prompt_ids.shape[1] + before, experience.loss_mask.shape[1] + after, seed=0
     )
     both = concatenate([experience, blank], tiny.PAD)
-    return both.rows(torch.arange(len(experience.loss_mask)))
+    return both.rows(torch.arange(len(experience.loss_mask), device=DEVICE))
 
 
 def laid_out(layout: Layout) -> tuple[list[Experience], list[Experience]]:
@@ -140,7 +140,7 @@ def test_what_the_roles_say(family: tiny.Home, layout: Layout) -> None:
 
 @pytest.fixture(scope="module")
 def args(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PPOConfig]:
-    settings = {"use_cpu": True, "bf16": False, "vf_coef": 0.5, "num_ppo_epochs": 1, "baseline": "value"}
+    settings = {**PLACE, "vf_coef": 0.5, "num_ppo_epochs": 1, "baseline": "value"}
     return {name: PPOConfig(str(tmp_path_factory.mktemp("out")), objective=name, **settings) for name in OBJECTIVES}
 
 
@@ -150,10 +150,10 @@ def test_losses_and_gradients(family: tiny.Home, args: dict[str, PPOConfig], lay
     alone, batches = laid_out(layout)
     loss, gradients = trained_on(family.base, batches, args[objective])
     expected_loss, expected = trained_on(family.base, alone, args[objective])
-    assert loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-5)
+    assert loss == pytest.approx(expected_loss, rel=TOLERANCE["rtol"], abs=TOLERANCE["atol"])
     assert gradients.keys() == expected.keys() and len(gradients) > 4
     for name, gradient in expected.items():
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradients[name], gradient, **{**TOLERANCE, "rtol": 10 * TOLERANCE["rtol"]})
 
 
 def test_the_layouts_differ() -> None:

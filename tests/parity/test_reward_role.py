@@ -18,14 +18,12 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 from trl import RewardConfig, RewardTrainer
 
+from tests.helpers import DEVICE, QUIET
 from tests.parity import tiny
+from tests.parity.test_roles import close
 from trl_ext import SharedBase
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-
-
-def close(got: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def pairs(rows: int = 8) -> Dataset:
@@ -46,11 +44,9 @@ def train_reward(base_folder: Path, folder: Path, **model_kwargs: Any) -> Reward
         max_steps=2,
         per_device_train_batch_size=4,
         learning_rate=3e-2,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        bf16="quantization_config" in model_kwargs,  # there TRL keeps what it trains in bfloat16
         disable_tqdm=True,
+        # There TRL keeps what it trains in bfloat16.
+        **{**QUIET, "bf16": "quantization_config" in model_kwargs},
     )
     trainer = RewardTrainer(
         model=str(base_folder),
@@ -68,7 +64,7 @@ def texts(trainer: RewardTrainer) -> tuple[Tensor, Tensor]:
     """Ids and mask, right-padded, of what the trainer itself reads: prompt and answer with an EOS."""
     chosen = [row["chosen_ids"] for row in trainer.train_dataset]
     padded = trainer.processing_class.pad({"input_ids": chosen}, return_tensors="pt", padding_side="right")
-    return padded["input_ids"], padded["attention_mask"]
+    return padded["input_ids"].to(DEVICE), padded["attention_mask"].to(DEVICE)
 
 
 @torch.no_grad()
@@ -110,7 +106,8 @@ def test_where_the_score_is_read(tmp_path: Path) -> None:
     """Several EOS at the end are all skipped where EOS is padding; a row of nothing else is read at its end."""
     base_folder = tiny.save_base(tmp_path / "base", tiny.config_of("llama"), pad="<eos>")
     reward = tiny.save_reward_adapter(tmp_path / "reward", base_folder, seed=1)
-    batch = torch.tensor([[5, 6, 7, 1, 1], [5, 6, 1, 7, 1], [5, 6, 7, 8, 9], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    rows = [[5, 6, 7, 1, 1], [5, 6, 1, 7, 1], [5, 6, 7, 8, 9], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    batch = torch.tensor(rows, device=DEVICE)
     mask = batch.ne(tiny.PAD).long()
     read_at = [2, 3, 4, 4, 2]
 

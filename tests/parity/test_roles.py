@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
+from tests.helpers import TOLERANCE
 from tests.parity import tiny
 from trl_ext import SharedBase
 from trl_ext.roles.switching import AdapterModules, belongs_to
-
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def close(got: Tensor, expected: Tensor) -> None:

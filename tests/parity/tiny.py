@@ -28,6 +28,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from tests.helpers import DEVICE
 from trl_ext import SharedBase
 
 VOCABULARY = 64
@@ -172,7 +173,7 @@ def padded_batch(layout: str = "rollout", extra: int = 0, vocabulary: int = VOCA
                 "right": tokens + rest,
             }[layout]
         )
-    ids = torch.tensor(rows)
+    ids = torch.tensor(rows, device=DEVICE)
     mask = (ids >= 0).long()
     return Padded(ids.clamp(min=PAD), mask, completion if layout in ("rollout", "gap") else columns - 1)
 

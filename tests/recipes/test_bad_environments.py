@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import FLAGS
+
 ROOT = Path(__file__).parents[2]
 RATED_TWICE = (
     '{"prompt": "p", "completion": "a", "ratings": [1, 2]}\n{"prompt": "p", "completion": "b", "ratings": [4, 5]}\n'
@@ -62,7 +64,7 @@ def test_a_wrong_environment_gets_its_sentence(row: Environment, tmp_path: Path)
         script = str(ROOT / "recipes" / f"{row.entry}_lora.py")
         start, given = (
             f"sys.argv[0] = {script!r}; runpy.run_path({script!r}, run_name='__main__')",
-            ["--use_cpu", "true"],
+            FLAGS,
         )
     launched = ("MASTER_", "RANK", "WORLD_", "LOCAL_", "ACCELERATE_")  # by whoever runs the tests
     alone = {name: value for name, value in os.environ.items() if not name.startswith(launched)}

@@ -15,6 +15,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
+from tests.helpers import FLAGS
 from tests.recipes.test_bad_calls import CALLS
 from tests.recipes.test_bad_environments import ENVIRONMENTS, Environment
 from trl_ext import SharedBase, cli, demo
@@ -232,7 +233,7 @@ def said_by(row: Row) -> tuple[int | str | None, str]:
         return cli.main(arguments), ""
     script = ROOT / "recipes" / f"{row.entry}_lora.py"
     given = [] if "--output_dir" in arguments else ["--output_dir", "out"]
-    sys.argv = [str(script), *arguments, *given, "--use_cpu", "true", "--disable_tqdm", "true"]
+    sys.argv = [str(script), *arguments, *given, *FLAGS, "--disable_tqdm", "true"]
     try:
         runpy.run_path(str(script), run_name="__main__")
     except SystemExit as stop:

@@ -13,6 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from peft import AutoPeftModelForCausalLM
 from trl import DPOConfig, ModelConfig
 
+from tests.helpers import FLAGS
 from trl_ext import FeedbackRewardConfig, PPOConfig, SharedBase, demo, launch
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -32,7 +33,7 @@ def types_of(recipe: str) -> tuple[Any, ...]:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, recipe: str, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", [str(SCRIPTS[recipe]), *arguments, "--use_cpu", "true", "--disable_tqdm", "true"])
+    monkeypatch.setattr(sys, "argv", [str(SCRIPTS[recipe]), *arguments, *FLAGS, "--disable_tqdm", "true"])
     runpy.run_path(str(SCRIPTS[recipe]), run_name="__main__")
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
-from tests.helpers import CHAT_TEMPLATE, prompt_dataset, word_tokenizer
+from tests.helpers import CHAT_TEMPLATE, QUIET, prompt_dataset, word_tokenizer
 from trl_ext.ppo.building import args_of_gpu
 from trl_ext.ppo.checks import as_list, check_datasets, check_output_dir, check_prompts, check_tokenizer
 from trl_ext.ppo.config import PPOConfig
@@ -20,7 +20,7 @@ def rows(**columns: list[Any]) -> Dataset:
 
 
 def config(**changes: Any) -> PPOConfig:
-    return PPOConfig("run", **{"use_cpu": True, "report_to": "none", "per_device_train_batch_size": 2, **changes})
+    return PPOConfig("run", **{**QUIET, "per_device_train_batch_size": 2, **changes})
 
 
 def refused(check: Callable[[], Any], error: type[Exception]) -> str:

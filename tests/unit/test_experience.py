@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import rollout
+from tests.helpers import QUIET, rollout
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.experience import make_experience
 from trl_ext.ppo.summary import explained_variance, repetition, sampling_gap, summarize
@@ -24,7 +24,7 @@ Row = list[float]
 
 
 def config(folder: Path, **changes: Any) -> PPOConfig:
-    return PPOConfig(str(folder), use_cpu=True, report_to="none", **changes)
+    return PPOConfig(str(folder), **{**QUIET, **changes})
 
 
 def pass_over(answers: Rollout, seed: int = 0) -> ScorePass:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import rollout
+from tests.helpers import PLACE, rollout
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.objectives import policy_loss, value_loss
 from trl_ext.types import Experience, ScorePass, Scores
@@ -22,7 +22,7 @@ NUM_TOKENS = 20  # of a minibatch that this micro-batch is a part of
 def args(tmp_path: Path) -> PPOConfig:
     return PPOConfig(
         str(tmp_path),
-        use_cpu=True,
+        **PLACE,
         report_to="none",
         cliprange=0.1,
         cliprange_value=0.3,
@@ -112,7 +112,7 @@ def test_every_other_objective(
     settings: dict[str, Any], term: Any, bonus: float, batch: Experience, said: dict[str, Tensor], tmp_path: Path
 ) -> None:
     args = PPOConfig(
-        str(tmp_path), use_cpu=True, report_to="none", cliprange=0.1, penalty_coef=9.0, entropy_coef=bonus, **settings
+        str(tmp_path), **PLACE, report_to="none", cliprange=0.1, penalty_coef=9.0, entropy_coef=bonus, **settings
     )
     loss, watched = policy_loss(args.policy_objective, batch, said, torch.tensor(NUM_TOKENS), args, PENALTY)
     columns = (said["logprobs"], batch.score_pass.logprobs, batch.advantages, said["entropy"])
