@@ -447,6 +447,7 @@ def test_ready_made_functions_are_found_at_both_paths() -> None:
     for module, names in old.items():
         for name in names.split():
             assert getattr(rewards, name) is getattr(import_module(f"trl_ext.rewards.{module}"), name)
+            assert getattr(rewards, name) is getattr(getattr(rewards, module), name)
 
 
 def test_optional_packages_are_imported_where_they_are_used() -> None:

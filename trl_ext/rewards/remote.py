@@ -84,6 +84,10 @@ def remote(
     return remote
 
 
+# `from trl_ext.rewards import remote` gave this module before it gave the function: `remote.remote` works as it did.
+remote.remote = remote  # type: ignore[attr-defined]
+
+
 def _scores(response: Any, expected: int, url: str) -> list[float | None]:
     try:
         scores = response.json()["scores"]
