@@ -56,7 +56,7 @@ def main() -> None:
         outcome["exam after"] = demo.run_exam(trained, tokenizer)
     kl = launch.kl_to_reference(trained, tokenizer, prompts, **how)
     outcome |= {
-        "KL to the reference": f"{kl:.2f} nats an answer",
+        "KL to the reference": f"{kl:.2f} nats per completion",
         "memory": launch.megabytes(trained),
         "saved in": args.output_dir,
     }

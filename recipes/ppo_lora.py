@@ -34,7 +34,7 @@ class PPOArguments(launch.DataArguments):
         default=None, metadata={"help": "A saved adapter to start from; None: a new one."}
     )
     kl_target: float | None = field(
-        default=None, metadata={"help": "KL to hold, nats an answer: kl_coef adapts, beginning where it is set."}
+        default=None, metadata={"help": "KL to hold, nats per completion: kl_coef adapts, beginning where it is set."}
     )
     kl_horizon: float = field(default=1000, metadata={"help": "Episodes over which kl_coef adapts."})
     ptx_dataset: str | None = field(
@@ -88,7 +88,7 @@ def main() -> None:
     if script.dataset == "demo":
         outcome["exam after"] = demo.run_exam(base, tokenizer)
     kl = launch.kl_to_reference(base, tokenizer, prompts, **how)
-    outcome |= {"KL to the reference": f"{kl:.2f} nats an answer", "saved in": args.output_dir}
+    outcome |= {"KL to the reference": f"{kl:.2f} nats per completion", "saved in": args.output_dir}
     launch.report("Result", outcome, args.output_dir)
 
 

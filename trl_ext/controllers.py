@@ -1,6 +1,6 @@
 """KL controllers: they set the coefficient of the KL penalty by the KL that it led to.
 
-Plain objects: `value` is the coefficient now, `update(kl, n)` takes in the mean KL (nats a completion) of `n` further
+Plain objects: `value` is the coefficient now, `update(kl, n)` takes in the mean KL (nats per completion) of `n` further
 completions, `state_dict` and `load_state_dict` carry them over an interruption.
 """
 
@@ -20,7 +20,7 @@ class KLController(Protocol):
         ...
 
     def update(self, kl: float, n: int) -> None:
-        """Take in the mean KL (nats a completion) of the last `n` completions."""
+        """Take in the mean KL (nats per completion) of the last `n` completions."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class _Controller:
         self.value = _positive("the initial coefficient", value, zero=True)
 
     def update(self, kl: float, n: int) -> None:
-        """Take in the mean KL (nats a completion) of the last `n` completions; one that is not finite changes
+        """Take in the mean KL (nats per completion) of the last `n` completions; one that is not finite changes
         nothing."""
         if math.isfinite(kl) and n > 0:
             self._update(kl, n)
@@ -87,7 +87,7 @@ class AdaptiveKLController(_Controller):
 
     Args:
         init: coefficient to start with; above 0, for a product never leaves 0.
-        target: KL to hold, nats a completion.
+        target: KL to hold, nats per completion.
         horizon: episodes (completions) over which a full error multiplies the coefficient by about e to its power. The
             default suits runs of a million episodes: a short run needs a few hundred.
     """
@@ -117,7 +117,7 @@ class PIKLController(_Controller):
 
     Args:
         init: coefficient to start with.
-        target: KL to hold, nats a completion.
+        target: KL to hold, nats per completion.
         gain: how strongly the coefficient follows the present error.
         horizon: episodes over which a full error multiplies the coefficient by e.
     """

@@ -48,7 +48,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(chosen.model, padding_side="left")
     texts = [ASKED[i % len(ASKED)] for i in range(chosen.questions)]
     prompts: list[Any] = [[{"role": "user", "content": text}] for text in texts] if tokenizer.chat_template else texts
-    print(head("base", "backend", "s", "tokens an answer", "tokens / s"))
+    print(head("base", "backend", "s", "tokens per completion", "tokens / s"))
     for precision in chosen.precision:
         base = SharedBase.from_pretrained(chosen.model, policy=LORA, value="head", **loaded(precision, device))
         for name, (generator, more) in backends(base, chosen).items():

@@ -31,7 +31,7 @@ def main() -> None:
         below.plot(episodes, [row["objective/kl"] for row in rows], color=colour, marker="o", ms=3)
     above.set_ylabel("score")
     above.legend(frameon=False, loc="upper left")
-    below.set_ylabel("KL, nats an answer")
+    below.set_ylabel("KL, nats per completion")
     below.set_xlabel("answers")
     for axis in (above, below):
         axis.spines[["top", "right"]].set_visible(False)

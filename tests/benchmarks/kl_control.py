@@ -71,7 +71,7 @@ def draw(curves: dict[str, list[tuple[float, float, float]]]) -> None:
         below.plot(episodes, coefficients, color=colours[name], linewidth=1.4)
         if name != "fixed":
             above.axhline(float(name.split()[1]), color=colours[name], linewidth=0.8, linestyle="--")
-    above.set_ylabel("KL, nats an answer")
+    above.set_ylabel("KL, nats per completion")
     above.legend(frameon=False, ncols=4, loc="upper left")
     below.set_ylabel("coefficient")
     below.set_yscale("log")

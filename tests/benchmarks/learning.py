@@ -84,7 +84,7 @@ def draw(curves: dict[str, list[list[Point]]], picture: Path) -> None:
                 axis.plot(minutes, [p[what] for p in run], color=COLOURS[name], label=label, ls=["-", "--", ":"][i % 3])
     panels[0].set_ylabel("gain in score")
     panels[0].legend(frameon=False, loc="lower right")
-    panels[1].set_ylabel("KL, nats an answer")
+    panels[1].set_ylabel("KL, nats per completion")
     panels[1].set_xlabel("minutes")
     for axis in panels:
         axis.spines[["top", "right"]].set_visible(False)

@@ -28,7 +28,7 @@ VARIANTS = {
 
 
 def run(arguments: list[str]) -> dict[str, float]:
-    """One recipe run: exam (share right), KL (nats an answer), seconds, peak resident memory (MiB)."""
+    """One recipe run: exam (share right), KL (nats per completion), seconds, peak resident memory (MiB)."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "recipes/ppo_lora.py", "--output_dir", folder, "--disable_tqdm", "true", *arguments]
         started = time.perf_counter()
@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> dict[str, float]:
 def table(seeds: list[int], further: list[str]) -> str:
     """Medians over `seeds` as a Markdown table."""
     lines = [
-        "| objective | exam (each seed) | KL, nats an answer | seconds | peak memory, MiB |",
+        "| objective | exam (each seed) | KL, nats per completion | seconds | peak memory, MiB |",
         "|---|---|---|---|---|",
     ]
     for name, arguments in VARIANTS.items():

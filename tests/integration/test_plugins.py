@@ -22,7 +22,9 @@ from trl_ext import (
     SharedBase,
 )
 from trl_ext.callbacks import CallbackError
+from trl_ext.generation import GenerationError, TransformersGenerator
 from trl_ext.rewards import RewardError
+from trl_ext.tokens import side_by_side
 
 # Events --------------------------------------------------------------------------------------------------------------
 
@@ -90,6 +92,77 @@ def test_each_epoch_averages_its_own_minibatches(tmp_path: Path) -> None:
         for field, name in names.items():
             assert getattr(stat, field) == pytest.approx(row[name], rel=1e-9), field
     assert len({round(value, 6) for value in vars(stats[1]).values()}) >= len(names), "no two are alike"
+
+
+def test_a_callback_that_cannot_be_called_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    class Careless(RolloutCallback):
+        def on_scores(self, batch: Any) -> None:
+            """Asks for what no event comes with."""
+
+    message = r"^Careless\.on_scores asks for 'batch', which this event does not come with"
+    with pytest.raises(TypeError, match=message):
+        PPOTrainer("no/such-model", cats, config(tmp_path), prompt_dataset(32), callbacks=[Careless()])
+    trainer = trainer_for(tmp_path)
+    for callback in (Careless(), Careless):
+        with pytest.raises(TypeError, match=message):
+            trainer.add_callback(callback)
+    assert not any(isinstance(callback, Careless) for callback in trainer.callback_handler.callbacks)
+
+
+# Who answers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_generator_that_tells_its_log_probs_is_compared_with_the_policy(tmp_path: Path) -> None:
+    """One that claims half a nat less a token than the policy gives is half a nat off, and says so."""
+
+    class Told:
+        def __init__(self, base: SharedBase) -> None:
+            self.base, self.inner = base, TransformersGenerator(base, 8)
+
+        def answers(self, prompt_ids: Any, config: Any, role: str) -> Any:
+            ids, _ = self.inner.answers(prompt_ids, config, role)
+            batch, mask, width = side_by_side(prompt_ids, ids)
+            with torch.no_grad():
+                logprobs = self.base.logprobs(batch, mask, width) - 0.5
+            return ids, [row[: len(n)].tolist() for row, n in zip(logprobs, ids, strict=True)]
+
+    base = SharedBase.from_pretrained(saved_model(tmp_path / "model"), policy=LORA)
+    trainer = PPOTrainer(base, cats, config(tmp_path), prompt_dataset(32), None, word_tokenizer(), generator=Told(base))
+    trainer.train()
+    rows = rows_with(trainer, "objective/scores")
+    assert [row["val/sampling_kl"] for row in rows] == pytest.approx([-0.5] * len(rows), abs=1e-5)
+    assert trainer.experience is not None and trainer.experience.rollout.sampling_logprobs is not None
+    silent = trainer_for(tmp_path / "silent")
+    silent.train()
+    assert not rows_with(silent, "val/sampling_kl")
+
+
+def test_generators_that_cannot_be(tmp_path: Path) -> None:
+    """Before a model is loaded."""
+    data = prompt_dataset(32)
+    with pytest.raises(TypeError, match=r"^generator must have a method answers\(.*\), which object lacks\.$"):
+        PPOTrainer("no/such-model", cats, config(tmp_path), data, generator=object())  # type: ignore[arg-type]
+    settings = config(tmp_path, use_transformers_continuous_batching=True)
+    with pytest.raises(ValueError, match=r"^A generator is given and use_transformers_continuous_batching is set"):
+        PPOTrainer("no/such-model", cats, settings, data, generator=TransformersGenerator(None, 1))
+
+
+def test_a_generator_that_fails_late_loses_nothing(tmp_path: Path) -> None:
+    base = SharedBase.from_pretrained(saved_model(tmp_path / "model"), policy=LORA)
+
+    class Fails(TransformersGenerator):
+        def answers(self, *asked: Any) -> Any:
+            if trainer.state.global_step == 2:
+                raise ConnectionError("gone")
+            return super().answers(*asked)
+
+    trainer = PPOTrainer(
+        base, cats, config(tmp_path / "out"), prompt_dataset(32), None, word_tokenizer(), generator=Fails(base, 8)
+    )
+    expected = r"^Fails\.answers raised ConnectionError: gone\. All 2 steps before are saved in"
+    with pytest.raises(GenerationError, match=expected):
+        trainer.train()
+    assert (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").is_file()
 
 
 class ShorterIsBetter(RolloutCallback):

@@ -22,7 +22,7 @@ class AdaptiveKLCallback(RolloutCallback):
 
         trainer.add_callback(AdaptiveKLCallback(AdaptiveKLController(init=0.05, target=5.0), trainer=trainer))
 
-    The KL is always taken in nats a completion; GRPOTrainer and RLOOTrainer log it a token, so it is multiplied by the
+    The KL is taken per completion, in nats; GRPOTrainer and RLOOTrainer log it per token, so it is multiplied by the
     mean length that they log beside it. The controller's state is part of the trainer's state: it is saved with every
     checkpoint and comes back when training resumes.
 

@@ -33,10 +33,10 @@ class EpochStats:
 
     Attributes:
         epoch: which one it was, from 0.
-        approxkl: KL between the policy that sampled and the one in training, nats a token (k2).
+        approxkl: KL between the policy that sampled and the one in training, nats per token (k2).
         clipfrac: share of tokens whose policy gradient was clipped away.
         ratio: probability ratio.
-        entropy: nats a token.
+        entropy: nats per token.
         policy_loss, value_loss: the losses; value_loss is NaN where no value role is trained.
         skipped: minibatches of this epoch that were not stepped on.
     """

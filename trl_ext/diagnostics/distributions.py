@@ -55,7 +55,7 @@ def negative_kl(log: RunLog, limits: Limits) -> Finding | None:
         severity="problem",
         title="The KL to the reference is negative",
         steps=(kl.steps[-3], kl.steps[-1]),
-        evidence=f"The last three logs have a mean KL of {recent:.2f} nats a completion (standard error {error:.2f}).",
+        evidence=f"The last three logs: a mean KL of {recent:.2f} nats per completion (standard error {error:.2f}).",
         figures={"kl": recent, "error": error},
         cause="the policy was trained on completions that it would not have sampled: sampling and scoring differ.",
         remedy=_plain_sampling(log),
@@ -81,7 +81,7 @@ def first_ratio(log: RunLog, limits: Limits) -> Finding | None:
         severity="problem",
         title="The probability ratio is not 1 before the first step on a rollout",
         steps=(first.steps[0], first.steps[-1]),
-        evidence=(f"Policy and sampling policy differ by {first.recent():.2g} nats a token, with the same weights."),
+        evidence=(f"Policy and sampling policy differ by {first.recent():.2g} nats per token, with the same weights."),
         figures={"first_approxkl": first.recent()},
         cause=(
             "training computes other log-probabilities than scoring did: dropout in training, another precision, or a "
@@ -134,7 +134,7 @@ def kl_runs_away(log: RunLog, limits: Limits) -> Finding | None:
     kl, length, coefficient = log.series("kl"), log.series("length"), log.series("kl_coef")
     if len(kl) < 3:
         return None
-    # Without lengths, as in TRL 1.12's logs: Ziegler et al. 2019 held 6 nats a completion, and lost the language at 40.
+    # Without lengths, as in TRL 1.12's logs: Ziegler et al. 2019 held 6 nats per completion, and lost language at 40.
     tokens = length.recent() if length else 60.0
     if kl.recent() < limits.kl_per_token * tokens or kl.recent() < kl.start():
         return None
@@ -145,7 +145,7 @@ def kl_runs_away(log: RunLog, limits: Limits) -> Finding | None:
         title="The KL to the reference runs away",
         steps=(kl.steps[0], kl.steps[-1]),
         evidence=(
-            f"It went from {kl.start():.2f} to {kl.recent():.2f} nats a completion, which is "
+            f"It went from {kl.start():.2f} to {kl.recent():.2f} nats per completion, which is "
             f"{kl.recent() / tokens:.2f} a token{under}."
         ),
         figures={"kl": kl.recent(), "kl_per_token": kl.recent() / tokens},
@@ -172,7 +172,7 @@ def kl_drowns_score(log: RunLog, limits: Limits) -> Finding | None:
         steps=log.steps,
         evidence=(
             f"kl_coef is {coefficient.recent():.3g}; the spread of the scores ({log.series('score_std').start():.2g}) "
-            f"suggests {suggested:.2g}. The KL stays at {kl.recent():.3f} nats a completion, and the score does not "
+            f"suggests {suggested:.2g}. The KL stays at {kl.recent():.3f} nats per completion, and the score does not "
             "rise."
         ),
         figures={"kl": kl.recent(), "kl_coef": coefficient.recent(), "suggested": suggested},
@@ -195,7 +195,7 @@ def entropy_collapse(log: RunLog, limits: Limits) -> Finding | None:
         title="The policy does not explore" if sharp else "The policy's entropy has collapsed",
         steps=(entropy.steps[0], entropy.steps[-1]),
         evidence=(
-            f"It went from {entropy.start():.3f} to {entropy.recent():.4f} nats a token: every completion is certain, "
+            f"It went from {entropy.start():.3f} to {entropy.recent():.4f} nats per token: completions are certain, "
             "so PPO has no differences to learn from."
         ),
         figures={"entropy": entropy.recent(), "start": entropy.start()},

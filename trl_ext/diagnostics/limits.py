@@ -11,25 +11,25 @@ class Limits:
         least_rows: logs (rollouts in PPO) before trends are judged.
         sampling_gap_z: standard errors that sampling may stray from scoring, over a whole run: the gap is a martingale
             with mean 0, so 6 is out of reach of chance.
-        sampling_gap: nats a token that it must stray besides; chosen, above rounding errors.
-        negative_kl: nats a completion below 0; the k1 estimate is unbiased and its truth is never negative.
-        first_approxkl: nats a token before the first optimizer step on a rollout, in float32: 0 in theory, 1e-13 as
+        sampling_gap: nats per token that it must stray besides; chosen, above rounding errors.
+        negative_kl: nats per completion below 0; the k1 estimate is unbiased and its truth is never negative.
+        first_approxkl: nats per token before the first optimizer step on a rollout, in float32: 0 in theory, 1e-13 as
             measured, 1e-4 with LoRA dropout of 0.1.
         first_approxkl_half: the same in half precision: bfloat16 rounds log-probabilities of 10 nats by 0.03, which
             makes 5e-4.
-        kl_per_token: nats a token. Healthy runs here end below 0.2, those that hacked their reward above 0.6
+        kl_per_token: nats per token. Healthy runs here end below 0.2, those that hacked their reward above 0.6
             (measured).
-        budget_per_token: nats a token that a completion may well spend; kl_coef is suggested so that the penalty for it
+        budget_per_token: nats per token that a completion may spend; kl_coef is suggested so that the penalty for it
             equals the spread of the scores. It gives within a factor of 2 what the recipes use.
-        budget: upper bound of that budget, nats a completion; chosen, below the 40 at which Ziegler et al. 2019 lost
+        budget: upper bound of that budget, nats per completion; chosen, below the 40 at which Ziegler et al. 2019 lost
             the language.
         stays: share of that budget up to which the policy has not moved.
         drowned: times the suggested kl_coef from which the score no longer counts beside the penalty.
-        entropy: nats a token below which every completion is certain; healthy runs here end above 0.1 (measured).
+        entropy: nats per token below which every completion is certain; healthy runs here end above 0.1 (measured).
         temperature: sampling below it explains a low entropy.
         clipfrac: share of tokens; PPO's papers and TRL's docs see 0.1 to 0.3 in healthy runs.
-        huge_approxkl: nats a token that an update moves the policy; healthy updates stay below 0.3 (measured).
-        tiny_approxkl: nats a token that an update moves the policy; healthy updates make 1e-4 and more (measured).
+        huge_approxkl: nats per token that an update moves the policy; healthy updates stay below 0.3 (measured).
+        tiny_approxkl: nats per token that an update moves the policy; healthy updates make 1e-4 and more (measured).
         score_std: spread of scores beyond which values, which start at 0, take long to arrive.
         score_drift: factor by which that spread may grow.
         explained_variance: below it the value role explains little; a useful one reaches 0.5 and more.
@@ -64,7 +64,7 @@ class Limits:
         dpo_margin: DPO's margin (in units of beta times nats) at which its loss leaves hardly any gradient:
             sigmoid(-5) is 0.007.
         reference_gap: DPO's first rewards in float32: 0 in theory and as measured; 0.005 is above rounding errors.
-        reference_gap_half: the same in half precision: rounding of 0.03 nats a token, over some hundreds of tokens.
+        reference_gap_half: the same in half precision: rounding of 0.03 nats per token, over some hundreds of tokens.
     """
 
     least_rows: int = 6

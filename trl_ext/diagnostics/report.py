@@ -21,13 +21,13 @@ PPO_CHARTS: tuple[Chart, ...] = (
     ("Score", "mean over completions", (("training", "score", False), ("evaluation", "objective/scores", True))),
     (
         "KL to the reference",
-        "nats a completion",
+        "nats per completion",
         (("KL", "kl", False), ("target", "objective/kl_target", False), ("evaluation", "objective/kl", True)),
     ),
     ("KL coefficient", "weight of the penalty", (("kl_coef", "kl_coef", False),)),
-    ("Entropy", "nats a token", (("entropy", "entropy", False),)),
+    ("Entropy", "nats per token", (("entropy", "entropy", False),)),
     ("Clip fraction", "share of tokens", (("policy", "clipfrac", False), ("value", "val/clipfrac_avg", False))),
-    ("Step size", "approximate KL of an update, nats a token", (("approxkl", "approxkl", False),)),
+    ("Step size", "approximate KL of an update, nats per token", (("approxkl", "approxkl", False),)),
     ("Probability ratio", "mean over tokens", (("ratio", "val/ratio", False),)),
     ("Explained variance", "share of the returns' variance", (("value role", "val/explained_variance", False),)),
     ("Losses", "policy and value", (("policy", "loss/policy_avg", False), ("value", "value_loss", False))),
@@ -49,7 +49,11 @@ PREFERENCE_CHARTS: tuple[Chart, ...] = (
         "beta times nats",
         (("chosen", "rewards/chosen", False), ("rejected", "rewards/rejected", False)),
     ),
-    ("Log-probabilities", "nats an answer", (("chosen", "logps/chosen", False), ("rejected", "logps/rejected", False))),
+    (
+        "Log-probabilities",
+        "nats per completion",
+        (("chosen", "logps/chosen", False), ("rejected", "logps/rejected", False)),
+    ),
 )
 COMMON_CHARTS: tuple[Chart, ...] = (
     (

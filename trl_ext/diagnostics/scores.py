@@ -83,7 +83,7 @@ def over_optimisation(log: RunLog, limits: Limits) -> Finding | None:
             steps=log.steps,
             evidence=(
                 f"Score {score.start():.2f} to {score.recent():.2f}; {name} {yardstick.best():.3g} at its best and "
-                f"{yardstick.recent():.3g} now; KL {log.series('kl').recent():.2f} nats a completion."
+                f"{yardstick.recent():.3g} now; KL {log.series('kl').recent():.2f} nats per completion."
             ),
             figures={"score": score.recent(), "best": yardstick.best(), "now": yardstick.recent()},
             cause=(

@@ -105,7 +105,7 @@ def clipping_saturated(log: RunLog, limits: Limits) -> Finding | None:
         steps=(clipped.steps[-3], clipped.steps[-1]),
         evidence=(
             f"{clipped.recent(3):.0%} of the tokens are clipped, and an update moves the policy "
-            f"{approxkl.recent(3):.2g} nats a token."
+            f"{approxkl.recent(3):.2g} nats per token."
         ),
         figures={"clipfrac": clipped.recent(3), "approxkl": approxkl.recent(3)},
         cause="the clip range is too narrow."
@@ -140,7 +140,7 @@ def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
         title="Steps are too small to learn",
         steps=log.steps,
         evidence=(
-            f"An update moves the policy {approxkl.recent():.1g} nats a token, and the score does not rise "
+            f"An update moves the policy {approxkl.recent():.1g} nats per token, and the score does not rise "
             f"(learning rate {rate:.1g})."
         ),
         figures={"approxkl": approxkl.recent(), "learning_rate": rate},

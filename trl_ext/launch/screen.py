@@ -88,7 +88,7 @@ def distinct_prompts(pairs: Dataset) -> list[Any]:
 def kl_to_reference(
     base: SharedBase, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], batch_size: int = 8, **how: Any
 ) -> float:
-    """Mean over sampled answers of log p_policy - log p_reference, nats an answer (k1, temperature 1); `how` as in
+    """Mean over sampled answers of log p_policy - log p_reference, nats per completion (k1, temperature 1); `how` as in
     `answered`."""
     rollout = answered(base, tokenizer, prompts, batch_size=batch_size, **how)
     total = 0.0

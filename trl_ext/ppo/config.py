@@ -156,7 +156,7 @@ class PPOConfig(BaseConfig):
     )
     baseline: Baseline = _f("leave_one_out", "Of 'reinforce': 'value' (the value role), 'mean' or 'leave_one_out'.")
     penalty_coef: Positive = _f(1.0, "Of 'kl_penalty': beta to start with.")
-    penalty_target: Positive = _f(0.01, "Of 'kl_penalty': KL that an update should make, nats a token.")
+    penalty_target: Positive = _f(0.01, "Of 'kl_penalty': KL that an update should make, nats per token.")
     entropy_coef: NotNegative = _f(0.0, "Weight of an entropy bonus.")
     ptx_coef: NotNegative = _f(
         0.0, "Weight of the log-likelihood of ptx_dataset's texts, mixed into the policy's loss."
@@ -176,7 +176,7 @@ class PPOConfig(BaseConfig):
 
     # Guards
     max_approx_kl: Positive | None = _f(
-        None, "End an update's epochs when a minibatch's approxkl (nats a token) is above."
+        None, "End an update's epochs when a minibatch's approxkl (nats per token) is above."
     )
     max_ratio: AtLeastOne | None = _f(
         None, "Do not step on a minibatch whose mean ratio is above it or below its inverse."

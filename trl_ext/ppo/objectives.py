@@ -88,7 +88,7 @@ class Objective:
         return torch.zeros_like(batch.loss_mask)
 
     def controller(self, args: Settings) -> KLController:
-        """A coefficient that answers to the KL (nats a token) that each update's last epoch made."""
+        """A coefficient that answers to the KL (nats per token) that each update's last epoch made."""
         return FixedKLController(0.0)
 
     def metrics(self, coef: float) -> dict[str, float]:

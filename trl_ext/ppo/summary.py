@@ -87,7 +87,7 @@ def sampling_gap(pass_: ScorePass, mask: Tensor) -> dict[str, float]:
     of the entropies is the least that is taken for it.
 
     Returns:
-        `val/sampling_gap`, nats a token, and `val/sampling_gap_z`, in standard errors.
+        `val/sampling_gap`, nats per token, and `val/sampling_gap_z`, in standard errors.
     """
     gap = ((-pass_.logprobs - pass_.entropy) * mask).double()
     spread = float(torch.maximum(gap.pow(2).sum(), (pass_.entropy * mask).sum().double()).sqrt())

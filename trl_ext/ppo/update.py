@@ -92,7 +92,7 @@ class EpochProgress:
     Attributes:
         stopped: no further step is taken on this rollout.
         skipped: minibatches of the epoch under way that were not stepped on.
-        last_kl: approxkl of the last epoch that ended, nats a token; NaN before.
+        last_kl: approxkl of the last epoch that ended, nats per token; NaN before.
         sums: of the epoch under way, each metric's sum over real tokens of all processes, and their number.
     """
 

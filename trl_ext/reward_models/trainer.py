@@ -39,7 +39,7 @@ class RewardObjective:
 
 
 PAIRS = ("chosen", "rejected")
-OBJECTIVES: dict[str, RewardObjective] = {
+REWARD_OBJECTIVES: dict[str, RewardObjective] = {
     "pairwise": RewardObjective(PAIRS),
     "regression": RewardObjective(
         ("completion", "rating"), lambda scores, batch: regression_loss(scores, batch["targets"], batch["weights"])
@@ -71,8 +71,8 @@ class FeedbackRewardConfig(RewardConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective is {self.objective!r}: choose one of {', '.join(OBJECTIVES)}.")
+        if self.objective not in REWARD_OBJECTIVES:
+            raise ValueError(f"objective is {self.objective!r}: choose one of {', '.join(REWARD_OBJECTIVES)}.")
         super().__post_init__()
 
 
@@ -116,12 +116,12 @@ class FeedbackRewardTrainer(RewardTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        if OBJECTIVES[args.objective].loss is not None:
+        if REWARD_OBJECTIVES[args.objective].loss is not None:
             self.data_collator: Any = _Collator(self.processing_class, args.pad_to_multiple_of)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         """Rows in ids, once TRL has put template and special tokens into the tokenizer; also rows for `evaluate`."""
-        if OBJECTIVES[args.objective].loss is None or "sequences" in dataset.column_names:
+        if REWARD_OBJECTIVES[args.objective].loss is None or "sequences" in dataset.column_names:
             rows = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         else:
             rows = encode(dataset, f"{dataset_name}_dataset", processing_class, args, self._scale)
@@ -158,7 +158,7 @@ class FeedbackRewardTrainer(RewardTrainer):
     ) -> Any:
         """The objective's loss, and of rankings `center_rewards_coefficient` times the mean squared score: nothing else
         holds theirs near 0, as ratings and labels do."""
-        objective = OBJECTIVES[self.args.objective]
+        objective = REWARD_OBJECTIVES[self.args.objective]
         if objective.loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
@@ -196,7 +196,7 @@ class Scale:
         Raises:
             ValueError: all ratings, all labels, or all ranks of every ranking are the same; or all weights are 0.
         """
-        column = OBJECTIVES[objective].columns[-1]
+        column = REWARD_OBJECTIVES[objective].columns[-1]
         if column == "ranks" and all(len(set(ranks)) == 1 for ranks in dataset["ranks"]):
             raise ValueError("Every ranking is one tie: nothing can be learned from answers that are all alike.")
         if column not in ("rating", "label"):
@@ -222,7 +222,7 @@ def check_columns(dataset: Dataset, name: str, objective: str) -> None:
     Raises:
         ValueError: says which.
     """
-    columns, loss = OBJECTIVES[objective].columns, OBJECTIVES[objective].loss
+    columns, loss = REWARD_OBJECTIVES[objective].columns, REWARD_OBJECTIVES[objective].loss
     missing = [column for column in columns if column not in dataset.column_names]
     if missing and loss is not None:
         raise ValueError(
@@ -242,7 +242,7 @@ def encode(
         ValueError: a column is missing, or every row is longer than `max_length`.
     """
     check_columns(dataset, name, args.objective)
-    columns = OBJECTIVES[args.objective].columns
+    columns = REWARD_OBJECTIVES[args.objective].columns
     rows: list[dict[str, Any]] = []
     for row in dataset:
         completions = row["completions"] if "completions" in columns else [row["completion"]]

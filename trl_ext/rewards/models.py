@@ -68,7 +68,7 @@ def fluency(
     batch_size: int = 32,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Reward:
-    """Mean log-probability of a completion's tokens under the reference role, nats a token: minus the logarithm of its
+    """Mean log-probability of a completion's tokens under the reference role, in nats: minus the logarithm of its
     perplexity. Near 0 is fluent, far below is word salad.
 
     Args:

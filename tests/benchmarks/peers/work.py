@@ -169,7 +169,7 @@ def learn(trainer: Any, curve: TrainerCallback) -> None:
 
 
 class Curve(TrainerCallback):
-    """Writes score and KL (nats an answer) against seconds of training, a line an update, until time is over."""
+    """Writes score and KL (nats per completion) against seconds of training, a line an update, until time is over."""
 
     def __init__(self, given: argparse.Namespace, score: str, kl: str, kl_is_per_token: bool = False) -> None:
         self.file, self.limit = Path(given.folder, "curve.jsonl"), 60 * given.minutes
