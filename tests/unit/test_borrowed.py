@@ -39,6 +39,7 @@ OVERRIDDEN: dict[tuple[str, str], str] = {
     ("transformers.training_args.TrainingArguments", "_VALID_DICT_FIELDS"): VALUE,
     (TRL_BASE, "_name"): VALUE,
     (TRL_BASE, "_paper"): VALUE,
+    (TRL_BASE, "_send_telemetry"): "self",
     (TRL_BASE, "_tag_names"): VALUE,
     (REWARD_TRAINER, "_prepare_dataset"): "self, dataset, processing_class, args, dataset_name",
 }

@@ -1,4 +1,6 @@
-"""What the recipes share."""
+"""What the recipes share. A process that imports this sends no telemetry: TRL's trainers report each run to the Hub."""
+
+from huggingface_hub import constants
 
 from trl_ext.launch.data import DataArguments, load_feedback, load_pairs, load_rows, load_texts
 from trl_ext.launch.judging import reference_scores, scored_answers
@@ -23,6 +25,8 @@ from trl_ext.launch.settings import (
     parse,
     user_errors,
 )
+
+constants.HF_HUB_DISABLE_TELEMETRY = True  # the environment variable is read earlier, when Transformers is imported
 
 __all__ = [
     "DataArguments",

@@ -299,6 +299,9 @@ class PPOTrainer(BaseTrainer):
     def _load_best_model(self) -> None:
         self.checkpoints.load_best(Path(str(self.state.best_model_checkpoint)))
 
+    def _send_telemetry(self) -> None:
+        """Nothing: TRL's trainers report each run to the Hub."""
+
     # Data -------------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:

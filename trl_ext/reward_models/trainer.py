@@ -127,6 +127,9 @@ class FeedbackRewardTrainer(RewardTrainer):
             rows = encode(dataset, f"{dataset_name}_dataset", processing_class, args, self._scale)
         return _with_lengths(rows, args.length_column_name)
 
+    def _send_telemetry(self) -> None:
+        """Nothing: TRL's trainers report each run to the Hub."""
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As TRL saves, with a note for the base that the role is put on."""
         super()._save(output_dir, state_dict)
