@@ -12,6 +12,9 @@ MOVED = {
     "trl_ext.trainers.FeedbackRewardConfig": "trl_ext.FeedbackRewardConfig",
     "trl_ext.types.Judged": "trl_ext.types.ScoredRollout",
     "trl_ext.types.Shaped": "trl_ext.types.ShapedRollout",
+    "trl_ext.generation.check_chat_template": "trl_ext.tokens.check_chat_template",
+    "trl_ext.generation.eos_ids": "trl_ext.tokens.eos_ids",
+    "trl_ext.generation.tokenize_prompts": "trl_ext.tokens.tokenize_prompts",
     "trl_ext.feedback.Judged": "trl_ext.feedback.ScoredAnswer",
     "trl_ext.feedback.Report": "trl_ext.feedback.FeedbackReport",
     "trl_ext.rewards.trl_module.RewardModule": "trl_ext.interop.RewardModule",
@@ -26,7 +29,8 @@ def test_an_old_name_gives_the_new_one_with_a_warning(old: str) -> None:
         FutureWarning, match=rf"^{old} is {MOVED[old]} now; the old name goes in trl_ext 0\.3\.$"
     ) as seen:
         assert getattr(import_module(module), name) is getattr(import_module(place), attribute)
-    assert [Path(warning.filename).name for warning in seen] == [Path(__file__).name], "it points at the caller"
+    files = [Path(warning.filename).name for warning in seen if str(warning.message).startswith(old)]
+    assert files == [Path(__file__).name], "it points at the caller"
     assert name not in getattr(import_module(module), "__all__", [])
 
 

@@ -1,5 +1,6 @@
 """Whoever answers: Transformers' `generate`, its continuous batching, vLLM, or anything with `answers`."""
 
+from trl_ext._moved import moved
 from trl_ext.generation.continuous import ContinuousGenerator
 from trl_ext.generation.rollouts import Answers, GenerationError, Generator, generate
 from trl_ext.generation.transformers_generate import TransformersGenerator
@@ -14,3 +15,7 @@ __all__ = [
     "VLLMGenerator",
     "generate",
 ]
+
+__getattr__ = moved(
+    __name__, {name: f"trl_ext.tokens.{name}" for name in ("check_chat_template", "eos_ids", "tokenize_prompts")}
+)
