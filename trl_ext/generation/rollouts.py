@@ -62,7 +62,7 @@ def generate(
     """
     asked = tokenize_prompts(prompts, tokenizer, chat_template_kwargs)
     eos, pad = as_ids(config.eos_token_id), int(config.pad_token_id)
-    ids, logprobs = _answers(generator, asked, config, role)
+    ids, logprobs = _checked_answers(generator, asked, config, role)
     ids = [cut_at_eos(row, eos) for row in ids]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     chat = not isinstance(prompts[0], str)
@@ -101,7 +101,7 @@ def check_whole(ids: Sequence[Sequence[int]], config: GenerationConfig) -> None:
             )
 
 
-def _answers(generator: Generator, prompt_ids: list[list[int]], config: GenerationConfig, role: str) -> Answers:
+def _checked_answers(generator: Generator, prompt_ids: list[list[int]], config: GenerationConfig, role: str) -> Answers:
     """What the generator answers, checked: user code may stand behind it."""
     name = type(generator).__name__
     try:

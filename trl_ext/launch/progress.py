@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 # What is shown, under which name, of what is there.
@@ -38,7 +38,7 @@ class Progress(TrainerCallback):
             print(f"{kind} {state.global_step}/{state.max_steps}  {line}", flush=True)
 
 
-def show_progress(trainer: Any) -> None:
+def show_progress(trainer: Trainer) -> None:
     """Replace Transformers' progress bar and its printing of whole logs."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

@@ -15,7 +15,7 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
 from safetensors import SafetensorError
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.utils import CONFIG_NAME, cached_file
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -104,7 +104,7 @@ def free_memory() -> None:
     clear_device_cache(garbage_collection=True)
 
 
-def match_precision(trainer: Any, model_args: ModelConfig) -> None:
+def match_precision(trainer: Trainer, model_args: ModelConfig) -> None:
     """Over a 4-bit base, train adapters in float32, as PPO does: in bfloat16, as TRL holds them there, small steps are
     rounded away."""
     if model_args.load_in_4bit:

@@ -66,7 +66,7 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, args: PPOConfig) -> No
         )
     if eval_dataset is None and args.eval_strategy != "no":
         raise ValueError(f"eval_strategy is {args.eval_strategy.value!r}, but there is no eval_dataset: give one.")
-    for name, dataset in _named(eval_dataset):
+    for name, dataset in _eval_datasets(eval_dataset):
         check_prompts(dataset, name)
 
 
@@ -176,7 +176,7 @@ def as_list(items: Any) -> list[Any]:
     return list(items) if isinstance(items, (list, tuple)) else [] if items is None else [items]
 
 
-def _named(eval_dataset: Any) -> list[tuple[str, Any]]:
+def _eval_datasets(eval_dataset: Any) -> list[tuple[str, Any]]:
     if isinstance(eval_dataset, dict):
         return [(f"eval_dataset[{key!r}]", dataset) for key, dataset in eval_dataset.items()]
     return [] if eval_dataset is None else [("eval_dataset", eval_dataset)]

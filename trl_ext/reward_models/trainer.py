@@ -104,7 +104,7 @@ class FeedbackRewardTrainer(RewardTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, rows in _named(train_dataset, eval_dataset):
+        for name, rows in _all_datasets(train_dataset, eval_dataset):
             check_columns(rows, name, args.objective)
         self._scale = Scale.of(train_dataset, args.objective)
         args.remove_unused_columns = False  # neither collator minds further columns
@@ -214,7 +214,7 @@ class Scale:
         return cls(float(values.mean()), float(values.std()), weight) if column == "rating" else cls(weight=weight)
 
 
-def _named(train: Dataset, evaluated: Any) -> list[tuple[str, Dataset]]:
+def _all_datasets(train: Dataset, evaluated: Any) -> list[tuple[str, Dataset]]:
     several = evaluated if isinstance(evaluated, dict) else {} if evaluated is None else {"eval_dataset": evaluated}
     return [("train_dataset", train), *several.items()]
 

@@ -88,13 +88,13 @@ class Scorer:
         results: list[Any] = []
         for name, function in zip(self.names, self._functions, strict=True):
             more = {"prompt_ids": rollout.prompt_tokens} if _names_prompt_ids(function) else {}
-            with _named(name, self.timeout):
+            with _reported_as(name, self.timeout):
                 results.append(self._call(function, arguments | more))
         waiting = {i: result for i, result in enumerate(results) if inspect.isawaitable(result)}
         if waiting:
             finished = self._run(_gather(list(waiting.values()), self.timeout))
             for i, result in zip(waiting, finished, strict=True):
-                with _named(self.names[i], self.timeout):
+                with _reported_as(self.names[i], self.timeout):
                     if isinstance(result, BaseException):
                         raise result
                 results[i] = result
@@ -169,7 +169,7 @@ class RewardError(ValueError):
 
 
 @contextmanager
-def _named(name: str, timeout: float | None) -> Iterator[None]:
+def _reported_as(name: str, timeout: float | None) -> Iterator[None]:
     try:
         yield
     except (RewardError, torch.OutOfMemoryError):
