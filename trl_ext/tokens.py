@@ -126,7 +126,9 @@ def padded(rows: Sequence[Sequence[int]], fill: int, left: bool = False) -> tupl
     return ids, mask
 
 
-def side_by_side(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> tuple[Any, Any, int]:
+def side_by_side(
+    prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor, int]:
     """Prompts, padded on the left, beside their completions, padded on the right: ids and mask (rows, prompt +
     completion), and how many columns are completion."""
     (asked, asked_mask), (written, written_mask) = padded(prompt_ids, 0, left=True), padded(completion_ids, 0)

@@ -43,12 +43,12 @@ class _TensorRecord:
 
     def to(self: _Record, device: torch.device | str) -> _Record:
         """The same record with its tensors on `device`."""
-        moved: dict[str, Any] = {}
+        placed: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, (Tensor, _TensorRecord)):
-                moved[f.name] = value.to(device)
-        return replace(self, **moved)
+                placed[f.name] = value.to(device)
+        return replace(self, **placed)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ class Scores(_TensorRecord):
     """What the reward functions made of a rollout.
 
     Attributes:
-        total: (batch,) weighted sum over the functions that gave a number; NaN where none did.
+        total: (batch,) the functions' scores, normalised, weighted, summed and clipped as PPOConfig says; NaN where no
+            function gave one.
         by_function: (batch, functions), NaN where a function returned None.
     """
 
@@ -122,8 +123,8 @@ class ScorePass(_TensorRecord):
         logprobs: (batch, tokens) of the completion under the policy that sampled it.
         entropy: (batch, tokens) of the policy at each token.
         ref_logprobs: (batch, tokens) under the reference.
-        values: (batch, tokens); values[:, t] is predicted before token t is chosen.
-        reward_scores: (batch,) from the reward role; NaN where the base has none.
+        values: (batch, tokens); values[:, t] is predicted before token t is chosen. 0 where no value role is trained.
+        reward_scores: (batch,) from the reward role; NaN where reward functions score instead.
     """
 
     logprobs: Tensor
@@ -186,7 +187,8 @@ def concatenate(records: Sequence[_Record], pad_token_id: int) -> _Record:
     joined: dict[str, Any] = {}
     for f in fields(first):
         parts = [getattr(record, f.name) for record in records]
-        if parts[0] is None:
+        if any(part is None for part in parts):  # what is not known of all is not known of the whole
+            joined[f.name] = None
             continue
         if isinstance(parts[0], _TensorRecord):
             joined[f.name] = concatenate(parts, pad_token_id)

@@ -12,7 +12,7 @@ from tests.helpers import QUIET, prompt_dataset, saved_model, word_tokenizer
 from tests.integration.test_ppo_trainer import LORA
 from trl_ext import PPOConfig, SharedBase
 from trl_ext.core import clipped_policy_loss, token_mean
-from trl_ext.feedback import FeedbackError, forms, read
+from trl_ext.feedback import FeedbackError, Label, Rating, forms, read
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 
@@ -105,6 +105,14 @@ def test_a_form_of_feedback(tmp_path: Path) -> None:
             ("p", "b", "c"),
             ("q", "d", "e"),
         }
+        forms.FORMS["mixed"] = forms.Form(
+            [{"mixed"}], lambda row: Label("p", "a", True) if row["mixed"] else Rating("p", "a", (1.0,))
+        )
+        path.write_text('{"mixed": 1}\n{"mixed": 0}')
+        with pytest.raises(
+            FeedbackError, match=r"line 2, .*: the form makes a Rating, where the first record is a Label"
+        ):
+            read(path)
         path.write_text(json.dumps(rows[0] | {"best": 3}), encoding="utf-8")
         with pytest.raises(
             FeedbackError, match=r"picked\.jsonl: line 1, column 'best': 3 is not the number of an answer"

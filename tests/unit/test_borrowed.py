@@ -1,4 +1,5 @@
-"""What we borrow: every private name of other libraries that the package overrides, calls or reads.
+"""What we borrow: the private names of other libraries that the package overrides, calls or reads. (A name that is also
+one of ours is not seen where it is read from somebody else's object.)
 
 Nobody promises these. Each is listed here with its parameters, so that a release that changes one fails here, by name.
 CI runs this file at both ends of the range of TRL.

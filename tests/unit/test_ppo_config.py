@@ -134,18 +134,22 @@ BAD: list[tuple[str, Any, str]] = [
       for name in ("num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size", "max_completion_length",
                    "per_device_train_batch_size", "gradient_accumulation_steps", "num_generations",
                    "normalization_samples", "ptx_max_length")
-      for value in (0, -1, 1.5)),
+      for value in (0, -1, 1.5, True)),
     *((name, value, f"{name} is {value}: it must be positive.")
       for name in ("temperature", "cliprange", "cliprange_value", "repetition_penalty", "missing_eos_penalty")
       for value in (0.0, -0.5, float("nan"), float("inf"))),
     *((name, value, f"{name} is {value}: it must be at least 0.")
-      for name in ("kl_coef", "vf_coef", "top_k", "num_completions_to_print")
-      for value in (-1, float("nan"))),
+      for name in ("kl_coef", "vf_coef", "entropy_coef", "ptx_coef", "learning_rate")
+      for value in (-1, float("nan"), True)),
+    *((name, value, f"{name} is {value}: it must be a whole number, at least 0.")
+      for name in ("top_k", "num_completions_to_print", "value_warmup_rollouts")
+      for value in (-1, 1.5, True)),
     *((name, value, f"{name} is {value}: it must be at least 0 and at most 1.")
       for name in ("gamma", "lam", "min_p")
       for value in (-0.01, 1.01)),
     *(("top_p", value, f"top_p is {value}: it must be positive and at most 1.") for value in (0.0, -1.0, 1.1)),
-    *(("total_episodes", value, f"total_episodes is {value}: it must be at least 1.") for value in (0, -1)),
+    *(("total_episodes", value, f"total_episodes is {value}: it must be a whole number, at least 1.")
+      for value in (0, -1, 100.5)),
     ("temperature", None, "temperature is None: it must be positive."),
     *(("kl_estimator", value, f"kl_estimator is {value!r}: choose one of k1, k2, k3.") for value in ("k4", None)),
     *(("objective", value, f"objective is {value!r}: choose one of clip, kl_penalty, reinforce, sequence, or give a ")

@@ -66,6 +66,9 @@ def test_what_is_not_known_stays_unknown() -> None:
     assert answers.sampling_logprobs is None
     assert answers.rows(torch.tensor([1])).sampling_logprobs is None
     assert concatenate([answers, answers], 0).sampling_logprobs is None
+    told = replace(answers, sampling_logprobs=torch.zeros(answers.completion_ids.shape))
+    for parts in ([told, answers], [answers, told]):
+        assert concatenate(parts, 0).sampling_logprobs is None, "not known of all is not known of the whole"
 
 
 def test_rows_leaves_the_original_alone(record: Experience) -> None:

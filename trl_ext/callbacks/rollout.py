@@ -1,4 +1,4 @@
-"""Events of a PPO update, in the order of the sentence: rollout, scores, rewards, advantages, epochs, end."""
+"""Events of a PPO update, in the order in which they happen: rollout, scores, rewards, advantages, epochs, end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Record = TypeVar("_Record")
 
 @dataclass
 class PPOControl(TrainerControl):
-    """TRL's and Transformers' switches, and one more.
+    """Transformers' switches, and one more.
 
     Attributes:
         should_update_stop: train no more on the rollout in use: its remaining optimizer steps are skipped. Set back at
@@ -38,7 +38,7 @@ class EpochStats:
         ratio: probability ratio.
         entropy: nats per token.
         policy_loss, value_loss: the losses; value_loss is NaN where no value role is trained.
-        skipped: minibatches of this epoch that were not stepped on.
+        skipped: minibatches of this epoch that a guard refused; those after an early stop do not count.
     """
 
     epoch: int
@@ -86,12 +86,12 @@ class RolloutCallback(TrainerCallback):
     def on_ppo_epoch_end(
         self, args: Any, state: TrainerState, control: PPOControl, experience: Experience, stats: EpochStats
     ) -> None:
-        """One epoch over the rollout is through."""
+        """One epoch over the rollout has ended."""
 
     def on_update_end(
         self, args: Any, state: TrainerState, control: PPOControl, experience: Experience, metrics: dict[str, float]
     ) -> None:
-        """The last epoch is through. `metrics` describe the rollout, under the names that are logged."""
+        """The last epoch has ended. `metrics` describe the rollout, under the names that are logged."""
 
     def on_evaluation_end(
         self, args: Any, state: TrainerState, control: PPOControl, experience: Experience, metrics: dict[str, float]
@@ -158,8 +158,8 @@ class RolloutEvents:
 
     Args:
         host: the trainer.
-        together: runs what must fail on every process where it fails on one. `on_rollout_end`, which is told amid a
-            process's own work, does without.
+        together: makes an error on one process an error on all. `on_rollout_end` does not use it: it is called within
+            work that already runs under it.
 
     Raises:
         CallbackError: each event, where a callback raised, or returned something that is no such record, or of another

@@ -62,6 +62,7 @@ def read(
 
     Raises:
         FileNotFoundError: no such file.
+        ValueError: `form` or `on_error` is unknown.
         FeedbackError: no records, unknown columns, or a bad record.
     """
     if on_error not in ("raise", "drop"):
@@ -81,7 +82,7 @@ def read(
             row = {columns.get(key, key): value for key, value in row.items()}
             form = form or _form_of(row, name)
             record = FORMS[form].record(row)
-            _check_kind(record, records[0] if records else record)
+            _check_same(record, records[0] if records else record)
             records.append(record)
         except Unusable as bad:
             problem = Problem(line, bad.column, bad.reason)
@@ -101,9 +102,10 @@ def _form_of(row: Row, name: str) -> str:
     for form, shape in FORMS.items():
         if any(columns <= set(row) for columns in shape.columns):
             return form
+    known = [" and ".join(sorted(columns)) for shape in FORMS.values() for columns in shape.columns]
     raise FeedbackError(
-        f"{name} has the columns {sorted(row)}, which are no form of feedback: it needs completion and rating, "
-        "completions and ranks, chosen and rejected, or completion and label (rename with columns)."
+        f"{name} has the columns {sorted(row)}, which are no form of feedback: it needs {', '.join(known[:-1])}, or "
+        f"{known[-1]} (rename with columns)."
     )
 
 
@@ -132,8 +134,12 @@ def renaming(pairs: Sequence[str]) -> dict[str, str]:
     return columns
 
 
-def _check_kind(record: Record, first: Record) -> None:
-    """Refuse texts among messages: trainers tell which of them a data set holds by one row."""
+def _check_same(record: Record, first: Record) -> None:
+    """Refuse a record of another kind than the first, and texts among messages: trainers tell by one row which of them
+    a data set holds."""
+    if type(record) is not type(first):
+        kinds = f"a {type(record).__name__}, where the first record is a {type(first).__name__}"
+        raise Unusable("", f"the form makes {kinds}: let it make one kind")
     items = [*_items(first), *_items(record)]
     texts = isinstance(items[0][1], str)
     for column, item in items:

@@ -34,7 +34,7 @@ class Generator(Protocol):
 
     def answers(self, prompt_ids: list[list[int]], config: GenerationConfig, role: str) -> Answers:
         """One completion for each prompt, sampled as `config` says, under `role` ("policy", or "reference" where scores
-        are normalised by it)."""
+        are normalised by it). A plain list of ids will do where their log-probs are not known."""
         ...
 
 
@@ -71,9 +71,8 @@ def generate(
     sampled = None
     if logprobs is not None:
         sampled = torch.zeros(completion_ids.shape)
-        sampled[completion_mask] = torch.tensor(
-            [x for row, n in zip(logprobs, ids, strict=True) for x in row[: len(n)]]
-        )
+        numbers = [x for of_row, row in zip(logprobs, ids, strict=True) for x in of_row[: len(row)]]
+        sampled[completion_mask] = torch.tensor(numbers)
     return Rollout(
         prompts=list(prompts),
         completions=[[{"role": "assistant", "content": text}] for text in texts] if chat else list(texts),

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from trl_ext.generation.rollouts import Answers
-from trl_ext.tokens import as_ids, cut_at_eos, padded
+from trl_ext.tokens import padded
 
 
 class TransformersGenerator:
@@ -32,6 +32,5 @@ class TransformersGenerator:
                 attention_mask=mask.long().to(self.base.device),
                 generation_config=config,
             )
-            eos = as_ids(config.eos_token_id)
-            completions += [cut_at_eos(row, eos) for row in written[:, part.shape[1] :].tolist()]
+            completions += written[:, part.shape[1] :].tolist()
         return Answers(completions)

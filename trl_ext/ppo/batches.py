@@ -68,7 +68,7 @@ def micro_batches(rows: Tensor, lengths: Tensor, count: int, processes: int, pro
     """Cut a minibatch so that rows of like length are computed together, and little of it is padding.
 
     Args:
-        rows: (minibatch,) row numbers, `count * processes` or more of them.
+        rows: (minibatch,) row numbers, a multiple of `count * processes`.
         lengths: (all rows,) tokens of each row of the rollout.
         count: micro-batches a process.
         processes: number of processes; each gets its share of every length class.

@@ -1,4 +1,4 @@
-"""The shared base out of whatever a trainer was given."""
+"""What a trainer is built from: settings, base, generator, scorer."""
 
 from __future__ import annotations
 

@@ -131,8 +131,8 @@ class Checkpoints:
                 state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            if final.exists():
-                shutil.rmtree(final)
+            if final.exists():  # written by an earlier run: out of the way first, gone once the new one is there
+                final.replace(checkpoint.parent / "old")
             checkpoint.replace(final)
             shutil.rmtree(checkpoint.parent)
             rotate_checkpoints(
@@ -145,8 +145,8 @@ class Checkpoints:
     # Nothing is lost where something fails ----------------------------------------------------------------------------
 
     def note_step_end(self) -> None:
-        """Remember what moves between here and the next step, and must not have moved for a run that goes on from here:
-        random numbers (a new epoch's dataloader draws one before its first rollout), the moments of scores."""
+        """Remember what changes before the next step begins, and what a run that resumes from here must start with:
+        random numbers (a new epoch's dataloader draws one before its first rollout) and the moments of the scores."""
         self._step_end = RandomState(), self.updater.collector.combination.moments.state_dict()
 
     def forget_step_end(self) -> None:

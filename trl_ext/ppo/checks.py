@@ -75,7 +75,8 @@ def check_tokenizer(tokenizer: Any, train_dataset: Dataset) -> PreTrainedTokeniz
 
     Raises:
         TypeError: not a tokenizer.
-        ValueError: neither pad nor EOS token, or no chat template where the prompts are conversations.
+        ValueError: no EOS token; no chat template where the prompts are conversations; or an empty prompt and a
+            tokenizer that adds no token of its own.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"processing_class must be a tokenizer, not {type(tokenizer).__name__}.")

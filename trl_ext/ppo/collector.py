@@ -1,4 +1,4 @@
-"""Completions and what everyone makes of them: the part of an update that needs no gradient."""
+"""Completions and their scores: the part of an update that needs no gradient."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ class Collector:
 
     @contextmanager
     def _apart(self, seed: int) -> Iterator[None]:
-        """Random numbers and clocks of their own."""
+        """Leave torch's random numbers and the timers as they were."""
         device, seconds = self.accelerator.device, dict(self.seconds)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed + self.accelerator.process_index)

@@ -29,9 +29,9 @@ class Bounds(NamedTuple):
     def refusal(self, value: Any) -> str | None:
         """What `value` must be instead, in words; None where it is fine."""
         if self.whole:
-            fine = isinstance(value, int) and value >= self.low
+            fine = isinstance(value, int) and not isinstance(value, bool) and value >= self.low
             return None if fine else f"a whole number, at least {self.low:g}"
-        number = isinstance(value, (int, float)) and math.isfinite(value)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if number and (value > self.low if self.open_ else value >= self.low) and value <= self.high:
             return None
         most = "" if self.high == math.inf else f" and at most {self.high:g}"
@@ -40,8 +40,7 @@ class Bounds(NamedTuple):
 
 # Bounds are part of a field's type. Argument parsers read the type without them.
 Count = Annotated[int, Bounds(1, whole=True)]
-Number = Annotated[int, Bounds(0)]
-Episodes = Annotated[int, Bounds(1)]
+CountFromZero = Annotated[int, Bounds(0, whole=True)]
 Positive = Annotated[float, Bounds(0, open_=True)]
 NotNegative = Annotated[float, Bounds(0)]
 Share = Annotated[float, Bounds(0, 1)]
@@ -96,9 +95,7 @@ class PPOConfig(BaseConfig):
     disable_dropout: bool = _f(True, "Set every dropout of the model to 0: with dropout the first ratio is not 1.")
 
     # Rollout
-    total_episodes: Episodes | None = _f(
-        None, "Completions of the whole run; overrides num_train_epochs and max_steps."
-    )
+    total_episodes: Count | None = _f(None, "Completions of the whole run; overrides num_train_epochs and max_steps.")
     num_mini_batches: Count = _f(1, "Minibatches (optimizer steps) a rollout is split into, each PPO epoch.")
     local_rollout_forward_batch_size: Count = _f(
         64, "Rows of one forward without gradient, and of one generate, a process."
@@ -111,7 +108,7 @@ class PPOConfig(BaseConfig):
     top_p: PositiveShare = _f(
         1.0, "Nucleus sampling. Below 1, sampled tokens no longer follow the scored distribution."
     )
-    top_k: Number = _f(0, "Sample among so many tokens only; 0: all. See top_p.")
+    top_k: CountFromZero = _f(0, "Sample among so many tokens only; 0: all. See top_p.")
     min_p: Share | None = _f(None, "Least probability of a token, relative to the likeliest. See top_p.")
     repetition_penalty: Positive = _f(1.0, "Above 1: repeated tokens become less likely. See top_p.")
     use_vllm: bool = _f(False, "Let vLLM generate, with a copy of the base of its own on this GPU.")
@@ -181,11 +178,11 @@ class PPOConfig(BaseConfig):
     max_ratio: AtLeastOne | None = _f(
         None, "Do not step on a minibatch whose mean ratio is above it or below its inverse."
     )
-    value_warmup_rollouts: Number = _f(0, "Rollouts at the start on which the value role alone is trained.")
+    value_warmup_rollouts: CountFromZero = _f(0, "Rollouts at the start on which the value role alone is trained.")
 
     # Looking
     log_completions: bool = _f(False, "Print sample completions at each log and save all of them under completions/.")
-    num_completions_to_print: Number = _f(4, "Rows of that table.")
+    num_completions_to_print: CountFromZero = _f(4, "Rows of that table.")
 
     def __post_init__(self) -> None:
         self._check()

@@ -1,7 +1,7 @@
 """What the policy is trained on: one object an objective, and the two losses of a micro-batch.
 
-`OBJECTIVES` gives each objective its name. A new one is a subclass of `Objective` and a line there; your own goes into
-`PPOConfig(objective=YourObjective())`.
+`OBJECTIVES` gives each objective its name. A new one is a subclass of `Objective`, a line there and its name in
+`ObjectiveName`; your own goes into `PPOConfig(objective=YourObjective())`.
 """
 
 from __future__ import annotations

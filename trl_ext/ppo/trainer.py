@@ -195,7 +195,7 @@ class PPOTrainer(BaseTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Transformers' `Trainer.train`. Ctrl-C and SIGTERM take effect after the optimizer step under way, with a
-        checkpoint written; so does a reward function that fails."""
+        checkpoint written. A generator, reward function or callback that fails raises after a checkpoint is written."""
         self.updater.reset()
         self.checkpoints.forget_step_end()
         # Trackers come after the callbacks that add to a log.
@@ -206,7 +206,7 @@ class PPOTrainer(BaseTrainer):
         return output
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing, where an interrupted run had come to its end: Transformers would take one step more."""
+        """Nothing if the interrupted run had already finished: Transformers would take one more step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return

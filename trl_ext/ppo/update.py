@@ -1,16 +1,20 @@
 """One PPO update: experience from a batch of prompts, then epochs of optimizer steps on it.
 
-    rollout    = generate(policy, prompts)                    # completions, masks
-    scores     = score(rollout, reward_functions)             # (batch,) one number a completion
-    pass_      = score_pass(roles, rollout)                   # log-probs, values, reward role
-    rewards    = shape_rewards(scores, kl, kl_coef)           # (batch, tokens), KL included
-    advantages = estimate_advantages(rewards, values, mask)   # by the objective
-    update(policy, value, rollout, advantages)                # clipped losses, several epochs
+    rollout    = generate(generator, prompts)                 # completions and masks
+    pass_      = score_pass(roles, rollout)                   # log-probs, entropy, values; the reward role's scores
+    scores     = score(rollout, reward functions)             # (batch, functions), or the reward role's
+               -- gathered over all processes --
+    scores     = combine(scores)                              # (batch,) normalised, weighted, clipped
+    kl         = approx_kl(logprobs, ref_logprobs)            # (batch, tokens)
+    rewards    = shape_rewards(scores, kl, kl_coef, mask)     # (batch, tokens): where the KL enters the reward
+    advantages = objective.advantages(rewards, values)        # generalised advantage estimation, unless told otherwise
+    stats      = update(policy, value, advantages)            # clipped losses, several epochs
 
 Transformers' Trainer keeps the loop: it draws micro-batches, steps the optimizer, logs, saves. Who calls whom:
 
     Trainer.train                              for each micro-batch of each optimizer step of each rollout:
       PPOTrainer.training_step
+        Updater.begin_step                     finds the step's place in the run, a Position
         Updater.collect                        at the first micro-batch of a rollout alone
           Collector -> rollout, scores, pass_    heard by on_rollout_end, on_scores
           shape     -> rewards                   heard by on_rewards
@@ -18,9 +22,9 @@ Transformers' Trainer keeps the loop: it draws micro-batches, steps the optimize
         Updater.train_on_next                  forward, losses and backward of one micro-batch, role by role
         Updater.finish_minibatch               after the last micro-batch of a step: may the optimizer step?
       optimizer.step                           unless a guard said no
-      PPOTrainer._after_step
-        Updater.end_step                       after the last step of an epoch: on_ppo_epoch_end, of a rollout:
-                                               on_update_end
+      _AfterStep.on_step_end -> PPOTrainer._after_step
+        Updater.end_step                       after the last step of an epoch: on_ppo_epoch_end; of a rollout: the
+                                               objective's controller, on_update_end
 """
 
 from __future__ import annotations
@@ -48,7 +52,7 @@ from trl_ext.ppo.summary import summarize
 from trl_ext.roles import Role, SharedBase
 from trl_ext.types import Experience
 
-# EpochStats' fields by the metric that each is the mean of.
+# The metric that each field of EpochStats is the mean of.
 EPOCH_METRICS = {
     "approxkl": "policy/approxkl_avg",
     "clipfrac": "policy/clipfrac_avg",
@@ -91,7 +95,7 @@ class EpochProgress:
 
     Attributes:
         stopped: no further step is taken on this rollout.
-        skipped: minibatches of the epoch under way that were not stepped on.
+        skipped: minibatches of the epoch under way that a guard refused; those after an early stop do not count.
         last_kl: approxkl of the last epoch that ended, nats per token; NaN before.
         sums: of the epoch under way, each metric's sum over real tokens of all processes, and their number.
     """
@@ -153,10 +157,10 @@ class Updater:
             "policy": base.trainable_parameters("policy"),
             "value": base.trainable_parameters("value") if args.uses_value else [],
         }
-        self._own_trunk = base.adapters["value"] != base.adapters["policy"]
+        self._value_has_adapter = base.adapters["value"] != base.adapters["policy"]
 
     def reset(self) -> None:
-        """Begin with a new minibatch, also where training ended amid one."""
+        """Drop a minibatch that an earlier training left unfinished."""
         self._queue, self._sums = [], {}
 
     # Experience -------------------------------------------------------------------------------------------------------
@@ -195,7 +199,7 @@ class Updater:
         """Forward, loss and backward of the next micro-batch.
 
         Returns:
-            Its share of the minibatch's loss, times the number of processes; 0 where the rollout is through already.
+            Its share of the minibatch's loss, times the number of processes; 0 once the rollout's training has stopped.
         """
         assert self.experience is not None
         if self.idle:
@@ -207,7 +211,7 @@ class Updater:
         # Transformers' own sum of losses since the last log is lost with an interrupted run.
         self.metrics.add_value("loss", loss * self.args.gradient_accumulation_steps)
         if loss.is_cuda:
-            torch.cuda.synchronize(loss.device)  # or the clock stops while backward waits to begin
+            torch.cuda.synchronize(loss.device)  # CUDA is asynchronous: the timer would stop before backward has run
         return loss
 
     def _plan(self, experience: Experience, global_step: int) -> None:
@@ -218,10 +222,10 @@ class Updater:
         self._num_tokens = mask[rows].sum()
         self._queue = micro_batches(rows, experience.rollout.attention_mask.sum(dim=1), *share)
         if self.pretrain_mix is not None and not self._warming_up:
-            ids, mask = self.pretrain_mix(args.mini_batch_size, global_step)
-            self._num_text_tokens = mask[:, 1:].sum()  # nothing predicts a text's first token
-            parts = micro_batches(torch.arange(len(ids)), mask.sum(dim=1), *share)
-            self._texts = [(ids[part], mask[part]) for part in parts]
+            ids, text_mask = self.pretrain_mix(args.mini_batch_size, global_step)
+            self._num_text_tokens = text_mask[:, 1:].sum()  # nothing predicts a text's first token
+            parts = micro_batches(torch.arange(len(ids)), text_mask.sum(dim=1), *share)
+            self._texts = [(ids[part], text_mask[part]) for part in parts]
 
     @property
     def _warming_up(self) -> bool:
@@ -237,7 +241,7 @@ class Updater:
             return [("policy",)]
         if self._warming_up:
             return [("value",)]
-        return [("policy",), ("value",)] if self._own_trunk else [("policy", "value")]
+        return [("policy",), ("value",)] if self._value_has_adapter else [("policy", "value")]
 
     def _train_on(self, model: nn.Module, batch: Experience) -> Tensor:
         model.train()
@@ -245,7 +249,7 @@ class Updater:
         for roles in self._roles():
             with self.base.use(roles[0]):
                 if self._warming_up:  # the trunk may be the policy's
-                    for parameter in self.base.trainable_parameters("policy"):
+                    for parameter in self._parameters["policy"]:
                         parameter.requires_grad_(False)
                 total = total + self._backward(self._loss(model, batch, roles))
         if self.pretrain_mix is not None and not self._warming_up:
@@ -303,7 +307,8 @@ class Updater:
     # The end of a minibatch, an epoch, a rollout ----------------------------------------------------------------------
 
     def finish_minibatch(self) -> bool:
-        """Take stock after a minibatch's last micro-batch: whether the optimizer may step. Every process must call."""
+        """Add up the minibatch's metrics and check the guards: whether the optimizer may step. Every process must call
+        it after a minibatch's last micro-batch."""
         if self.progress.stopped:
             return False
         finite = self._gradients_finite()
