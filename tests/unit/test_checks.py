@@ -91,6 +91,10 @@ def test_an_empty_prompt_needs_a_tokenizer_that_begins_texts() -> None:
     sentence = refused(lambda: check_tokenizer(word_tokenizer(), prompts), ValueError)
     assert sentence.startswith("The prompt in row 1 of train_dataset is empty, and the tokenizer adds no token")
     check_tokenizer(word_tokenizer(), Dataset.from_dict({"prompt": ["the cat"]}))
+    held_out = {"easy": prompt_dataset(), "hard": prompts}
+    sentence = refused(lambda: check_tokenizer(word_tokenizer(), prompt_dataset(), held_out), ValueError)
+    assert "of eval_dataset['hard'] is empty" in sentence
+    refused(lambda: check_tokenizer(word_tokenizer(), prompt_dataset(), prompt_dataset(chat=True)), ValueError)
 
 
 def test_a_long_bad_prompt_is_not_quoted_in_full() -> None:

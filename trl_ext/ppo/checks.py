@@ -70,8 +70,8 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, args: PPOConfig) -> No
         check_prompts(dataset, name)
 
 
-def check_tokenizer(tokenizer: Any, train_dataset: Dataset) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a pad token (its EOS where it has none: masks, not ids, mark padding here).
+def check_tokenizer(tokenizer: Any, train_dataset: Dataset, eval_dataset: Any = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of these prompts, with a pad token (its EOS where it has none: masks, not ids, mark padding here).
 
     Raises:
         TypeError: not a tokenizer.
@@ -84,13 +84,14 @@ def check_tokenizer(tokenizer: Any, train_dataset: Dataset) -> PreTrainedTokeniz
         raise ValueError("The tokenizer has no EOS token, so no completion could ever end: set tokenizer.eos_token.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if not isinstance(train_dataset[0]["prompt"], str):
-        check_chat_template(tokenizer)
-    elif not tokenizer("")["input_ids"] and "" in (prompts := list(train_dataset["prompt"])):
-        raise ValueError(
-            f"The prompt in row {prompts.index('')} of train_dataset is empty, and the tokenizer adds no token of its "
-            "own: give it some text, or drop the row."
-        )
+    for name, dataset in [("train_dataset", train_dataset), *_eval_datasets(eval_dataset)]:
+        if not isinstance(dataset[0]["prompt"], str):
+            check_chat_template(tokenizer)
+        elif not tokenizer("")["input_ids"] and "" in (prompts := list(dataset["prompt"])):
+            raise ValueError(
+                f"The prompt in row {prompts.index('')} of {name} is empty, and the tokenizer adds no token of its own: "
+                "give it some text, or drop the row."
+            )
     return tokenizer
 
 

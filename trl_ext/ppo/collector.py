@@ -108,22 +108,20 @@ class Collector:
         share = drawn[self.accelerator.process_index :: self.accelerator.num_processes]
         with self._apart(self.args.seed):
             batches = [dataset.select(share[i : i + self._batch]).to_list() for i in range(0, len(share), self._batch)]
-            parts = together(
-                lambda: [self._scored(rows, trainer_state, RewardLog(), "reference")[1] for rows in batches]
-            )
+            parts = together(lambda: [self._reference_scores(rows, trainer_state) for rows in batches])
         self.combination.moments.update(torch.cat(gather_object(parts)))
 
-    def _scored(
-        self,
-        inputs: list[dict[str, Any]],
-        trainer_state: Any,
-        log: RewardLog,
-        role: Role = "policy",
-        listen: bool = False,
-    ) -> tuple[Rollout, Tensor, ScorePass]:
-        """This process's rollout, its scores by function, its score pass."""
+    def _reference_scores(self, inputs: list[dict[str, Any]], trainer_state: Any) -> Tensor:
+        rollout, pass_ = self._completions(inputs, "reference"), None
+        if self.scorer is None:
+            with self.accelerator.autocast():
+                pass_ = self.score_pass(rollout)
+        return self.score(rollout, pass_, inputs, trainer_state, RewardLog())
+
+    def _completions(self, inputs: list[dict[str, Any]], role: Role = "policy") -> Rollout:
+        """This process's rollout."""
         with self.timed("generate"), self.accelerator.autocast():
-            rollout = generate(
+            return generate(
                 self.generator,
                 [row["prompt"] for row in inputs],
                 self.tokenizer,
@@ -131,6 +129,12 @@ class Collector:
                 self.args.chat_template_kwargs,  # type: ignore[arg-type]
                 role=role,
             )
+
+    def _scored(
+        self, inputs: list[dict[str, Any]], trainer_state: Any, log: RewardLog, listen: bool = False
+    ) -> tuple[Rollout, Tensor, ScorePass]:
+        """This process's rollout, its scores by function, its score pass."""
+        rollout = self._completions(inputs)
         if listen:
             rollout = self.events.on_rollout_end(rollout)
         with self.timed("roles"), self.accelerator.autocast():
@@ -183,10 +187,17 @@ class Collector:
         return ScorePass(logprobs, outputs["entropy"], outputs["ref_logprobs"], values, scores).to("cpu")
 
     def score(
-        self, rollout: Rollout, pass_: ScorePass, inputs: list[dict[str, Any]], trainer_state: Any, log: RewardLog
+        self,
+        rollout: Rollout,
+        pass_: ScorePass | None,
+        inputs: list[dict[str, Any]],
+        trainer_state: Any,
+        log: RewardLog,
     ) -> Tensor:
-        """Scores (batch, functions) of this process's completions, from the reward functions or the reward role."""
+        """Scores (batch, functions) of this process's completions, from the reward functions, or else from the reward
+        role in `pass_`."""
         if self.scorer is None:
+            assert pass_ is not None
             return pass_.reward_scores.unsqueeze(1)
         return self.scorer(
             rollout,

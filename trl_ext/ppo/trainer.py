@@ -138,7 +138,7 @@ class PPOTrainer(BaseTrainer):
         if processing_class is None:
             name = model if isinstance(model, str) else model.config.name_or_path
             processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-        tokenizer = checks.check_tokenizer(processing_class, train_dataset)
+        tokenizer = checks.check_tokenizer(processing_class, train_dataset, eval_dataset)
         checks.check_texts(ptx_dataset, args)
         mix = PretrainMix(ptx_dataset, tokenizer, args.ptx_max_length, args.seed) if ptx_dataset is not None else None
 
