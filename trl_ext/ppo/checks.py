@@ -89,8 +89,8 @@ def check_tokenizer(tokenizer: Any, train_dataset: Dataset, eval_dataset: Any = 
             check_chat_template(tokenizer)
         elif not tokenizer("")["input_ids"] and "" in (prompts := list(dataset["prompt"])):
             raise ValueError(
-                f"The prompt in row {prompts.index('')} of {name} is empty, and the tokenizer adds no token of its own: "
-                "give it some text, or drop the row."
+                f"The prompt in row {prompts.index('')} of {name} is empty, and the tokenizer adds no token of its "
+                "own: give it some text, or drop the row."
             )
     return tokenizer
 
