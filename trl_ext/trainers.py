@@ -2,5 +2,5 @@
 
 from trl_ext._moved import moved
 
-_NAMES = ("PPOConfig", "PPOTrainer", "FeedbackRewardConfig", "FeedbackRewardTrainer")
-__getattr__ = moved(__name__, {name: f"trl_ext.{name}" for name in _NAMES})
+__all__ = ["FeedbackRewardConfig", "FeedbackRewardTrainer", "PPOConfig", "PPOTrainer"]  # noqa: F822
+__getattr__ = moved(__name__, {name: f"trl_ext.{name}" for name in __all__})

@@ -109,10 +109,19 @@ def test_a_form_of_feedback(tmp_path: Path) -> None:
             [{"mixed"}], lambda row: Label("p", "a", True) if row["mixed"] else Rating("p", "a", (1.0,))
         )
         path.write_text('{"mixed": 1}\n{"mixed": 0}')
+        with pytest.raises(FeedbackError, match=r"line 2: the form makes a Rating, where the first record is a Label"):
+            read(path)
+        path.write_text(json.dumps({"prompt": "p", "completions": ["a"], "best": None}), encoding="utf-8")
+        with pytest.raises(FeedbackError, match=r"picked\.jsonl: line 1: the form 'picked' raised TypeError: "):
+            read(path)
+        forms.FORMS["odd"] = forms.Form([{"odd"}], lambda row: row)  # type: ignore[arg-type, return-value]
+        path.write_text('{"odd": 1}')
         with pytest.raises(
-            FeedbackError, match=r"line 2, .*: the form makes a Rating, where the first record is a Label"
+            FeedbackError, match=r"line 1: the form 'odd' returned dict, not a Rating, Ranking, Pair or"
         ):
             read(path)
+        with pytest.raises(TypeError, match=r"^A Form takes a list of sets of column names"):
+            forms.Form({"completion", "stars"}, lambda row: row)  # type: ignore[arg-type, return-value]
         path.write_text(json.dumps(rows[0] | {"best": 3}), encoding="utf-8")
         with pytest.raises(
             FeedbackError, match=r"picked\.jsonl: line 1, column 'best': 3 is not the number of an answer"

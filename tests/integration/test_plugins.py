@@ -140,8 +140,14 @@ def test_a_generator_that_tells_its_log_probs_is_compared_with_the_policy(tmp_pa
 def test_generators_that_cannot_be(tmp_path: Path) -> None:
     """Before a model is loaded."""
     data = prompt_dataset(32)
-    with pytest.raises(TypeError, match=r"^generator must have a method answers\(.*\), which object lacks\.$"):
-        PPOTrainer("no/such-model", cats, config(tmp_path), data, generator=object())  # type: ignore[arg-type]
+
+    class KeywordsAlone:
+        def answers(self, *, prompt_ids: Any, config: Any, role: str) -> Any:
+            return prompt_ids
+
+    for bad in (object(), TransformersGenerator, KeywordsAlone()):
+        with pytest.raises(TypeError, match=r"^generator must have a method answers\(.*\), which \w+ has not \("):
+            PPOTrainer("no/such-model", cats, config(tmp_path), data, generator=bad)  # type: ignore[arg-type]
     settings = config(tmp_path, use_transformers_continuous_batching=True)
     with pytest.raises(ValueError, match=r"^A generator is given and use_transformers_continuous_batching is set"):
         PPOTrainer("no/such-model", cats, settings, data, generator=TransformersGenerator(None, 1))
@@ -163,6 +169,25 @@ def test_a_generator_that_fails_late_loses_nothing(tmp_path: Path) -> None:
     with pytest.raises(GenerationError, match=expected):
         trainer.train()
     assert (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").is_file()
+
+
+def test_ids_that_the_model_does_not_have_lose_nothing(tmp_path: Path) -> None:
+    base = SharedBase.from_pretrained(saved_model(tmp_path / "model"), policy=LORA)
+
+    class Foreign(TransformersGenerator):
+        def answers(self, *asked: Any) -> Any:
+            if trainer.state.global_step == 2:
+                return [[5, 25]] * len(asked[0])  # 25 ids: the last is 24
+            return super().answers(*asked)
+
+    trainer = PPOTrainer(
+        base, cats, config(tmp_path / "out"), prompt_dataset(32), None, word_tokenizer(), generator=Foreign(base, 8)
+    )
+    expected = (
+        r"^Foreign\.answers returned an id that the model does not have in row 0: 25\. All 2 steps before are saved"
+    )
+    with pytest.raises(GenerationError, match=expected):
+        trainer.train()
 
 
 class ShorterIsBetter(RolloutCallback):

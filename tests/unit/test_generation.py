@@ -147,9 +147,15 @@ def test_log_probs_of_the_generator_stay_beside_their_ids() -> None:
     [
         ([[7]], r"returned 1 completions for 2 prompts: return one list of ids each"),
         (None, r"returned NoneType for 2 prompts"),
-        ([[7], ["cat"]], r"returned something other than lists of numbers"),
-        ([7, 8], r"returned something other than lists of numbers"),
+        ([[7], ["cat"]], r"returned something other than lists of ids and numbers"),
+        ([[7], [8.5]], r"returned something other than lists of ids and numbers"),
+        (["7", "8"], r"returned something other than lists of ids and numbers"),
+        ([7, 8], r"returned something other than lists of ids and numbers"),
         (([[7], [8]], [[0.5], []]), r"returned log-probs of other lengths than its ids"),
+        (([[7], [8]], [[-0.5], [float("nan")]]), r"returned log-probs that are not finite"),
+        ([[7], [8, 30]], r"returned an id that the model does not have in row 1: 30"),
+        ([[7, -1], [8]], r"returned an id that the model does not have in row 0: -1"),
+        ([[7], [8, 8, 8, 8]], r"returned 4 ids in row 1: max_completion_length is 3"),
         (KeyError("cat"), r"raised KeyError: 'cat'"),
     ],
 )
@@ -160,10 +166,26 @@ def test_a_generator_that_returns_something_else_is_named(answer: Any, message: 
                 raise answer
             return answer
 
-    config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
+    config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=3)
     with pytest.raises(GenerationError, match=rf"^Careless\.answers {message}") as error:
-        generate(Careless(), ["cat", "dog"], word_tokenizer(), config)
+        generate(Careless(), ["cat", "dog"], word_tokenizer(), config, vocab_size=25)
     assert "\n" not in str(error.value)
+
+
+def test_what_a_generator_does_to_its_arguments_stays_with_it() -> None:
+    """And what follows an EOS is dropped before anything else is asked of it."""
+
+    class Rough:
+        def answers(self, prompt_ids: Any, config: Any, role: str) -> Any:
+            prompt_ids[0].clear()
+            prompt_ids.clear()
+            config.eos_token_id = [CAT]
+            return [[A, EOS, 99, 99], [CAT, DOG]]
+
+    config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=3)
+    rollout = generate(Rough(), ["cat", "dog"], word_tokenizer(), config, vocab_size=25)
+    assert rollout.prompt_tokens == [[CAT], [DOG]] and rollout.completion_tokens == [[A, EOS], [CAT, DOG]]
+    assert rollout.has_eos.tolist() == [True, False] and config.eos_token_id == EOS
 
 
 def rollout_of(ids: list[list[int]], eos: list[int], pad: int, logprobs: Any = None) -> Rollout:
@@ -231,7 +253,7 @@ def test_rollout_of_texts(batch_size: int) -> None:
     assert rollout.has_eos.tolist() == [True, True, False, True, True]
     sizes = [len(call["input_ids"]) for call in policy.calls]
     assert sizes == [min(batch_size, 5 - start) for start in range(0, 5, batch_size)]
-    assert all(call["generation_config"] is config for call in policy.calls)
+    assert all(call["generation_config"].to_dict() == config.to_dict() for call in policy.calls)
 
 
 def test_rollout_where_padding_is_the_eos() -> None:

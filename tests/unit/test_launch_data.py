@@ -269,5 +269,5 @@ def test_rows_for_ppo_from_lines_of_unlike_columns(tmp_path: Path) -> None:
 def test_a_broken_line_of_prompts_is_named(tmp_path: Path) -> None:
     file = tmp_path / "prompts.csv"
     file.write_text("prompt,city\np0,a\np1\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"prompts.csv' cannot be read: line 3, column '': 1 fields under 2 columns"):
+    with pytest.raises(ValueError, match=r"prompts.csv' cannot be read: line 3: 1 fields under 2 columns"):
         load_rows(DataArguments(str(file)), "prompts")

@@ -65,6 +65,10 @@ def scored() -> ScoredRollout:
     return ScoredRollout(rollout([3, 2], [True, True]), Scores(zeros[:, 0], zeros[:, :1]), pass_)
 
 
+async def asynchronous(self: Any, judged: Any) -> None:
+    """Nobody would await it."""
+
+
 SIGNATURES: dict[str, Callable[[list[Any]], Any]] = {
     "all by name": lambda seen: lambda self, args, state, control, judged: seen.append((args, judged)),
     "all under other names": lambda seen: lambda self, a, s, c, everything: seen.append((a, everything)),
@@ -92,6 +96,9 @@ def test_a_method_is_called_with_what_its_signature_says(signature: str) -> None
         (lambda self, judged, batch: None, r"^Mine\.on_scores asks for 'batch', which this event does not come with"),
         (lambda self, rollout: None, r"^Mine\.on_scores asks for 'rollout', .*: take args, state, control, judged, or"),
         (lambda self, args, state, control, judged, more: None, r"^Mine\.on_scores asks for 'more'"),
+        (lambda self, judged, /: None, r"^Mine\.on_scores fails \(too many positional arguments\)"),
+        (5, r"^Mine\.on_scores must be an ordinary method"),
+        (asynchronous, r"^Mine\.on_scores must be an ordinary method, neither async nor a generator"),
     ],
 )
 def test_a_signature_that_cannot_be_called_is_refused_when_it_is_added(method: Any, message: str) -> None:

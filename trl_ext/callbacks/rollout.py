@@ -135,20 +135,22 @@ def check_events(callback: TrainerCallback) -> None:
 
 def _arguments(callback: RolloutCallback, event: str) -> tuple[str, ...] | None:
     """Names of the arguments that `callback` takes of `event`; None: all, by position."""
-    offered, parameters = EVENTS[event], inspect.signature(getattr(callback, event)).parameters.values()
-    kinds = {parameter.kind for parameter in parameters}
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    offered, method, name = EVENTS[event], getattr(callback, event), f"{type(callback).__name__}.{event}"
+    if inspect.iscoroutinefunction(method) or inspect.isgeneratorfunction(method) or not callable(method):
+        raise TypeError(f"{name} must be an ordinary method, neither async nor a generator, for nobody awaits it.")
+    signature = inspect.signature(method)
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    named = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     foreign = [p.name for p in named if p.default is p.empty and p.name not in offered]
-    if inspect.Parameter.VAR_POSITIONAL in kinds or inspect.Parameter.POSITIONAL_ONLY in kinds:
-        return None
-    if foreign and len(named) == len(offered):
-        return None  # all of them, under names of its own
-    if foreign:
-        raise TypeError(
-            f"{type(callback).__name__}.{event} asks for {foreign[0]!r}, which this event does not come with: take "
-            f"{', '.join(offered)}, or some of these by their names."
-        )
-    return offered if inspect.Parameter.VAR_KEYWORD in kinds else tuple(p.name for p in named if p.name in offered)
+    by_name = offered if inspect.Parameter.VAR_KEYWORD in kinds else [p.name for p in named if p.name in offered]
+    if not foreign and kinds.isdisjoint({inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY}):
+        return tuple(by_name)
+    try:
+        signature.bind(*offered)
+    except TypeError as error:
+        what = f"asks for {foreign[0]!r}, which this event does not come with" if foreign else f"fails ({error})"
+        raise TypeError(f"{name} {what}: take {', '.join(offered)}, or some of these by their names.") from error
+    return None  # all of them, under names of its own
 
 
 class RolloutEvents:
@@ -214,8 +216,9 @@ class RolloutEvents:
 
     def _call(self, callback: RolloutCallback, event: str, *arguments: Any) -> Any:
         everything = (self._host.args, self._host.state, self._host.control, *arguments)
-        names, method = _arguments(callback, event), getattr(callback, event)
+        method = getattr(callback, event)
         try:
+            names = _arguments(callback, event)
             if names is None:
                 return method(*everything)
             by_name = dict(zip(EVENTS[event], everything, strict=True))

@@ -32,6 +32,13 @@ class Form:
     columns: Sequence[set[str]]
     record: Callable[[Row], Record]
 
+    def __post_init__(self) -> None:
+        if isinstance(self.columns, (str, set, frozenset)) or not all(self.columns) or not callable(self.record):
+            raise TypeError(
+                "A Form takes a list of sets of column names, none of them empty, as in [{'completion', 'stars'}], and "
+                "a function from a row to a record."
+            )
+
 
 def _rating(row: Row) -> Record:
     column = "ratings" if row.get("ratings") is not None else "rating"

@@ -81,7 +81,7 @@ def read(
             present |= row.keys()
             row = {columns.get(key, key): value for key, value in row.items()}
             form = form or _form_of(row, name)
-            record = FORMS[form].record(row)
+            record = _record_of(row, form)
             _check_same(record, records[0] if records else record)
             records.append(record)
         except Unusable as bad:
@@ -98,10 +98,26 @@ def read(
     return Feedback(kind, _raters_together(records) if kind == "ratings" else records, name, dropped)
 
 
+def _record_of(row: Row, form: str) -> Record:
+    """A row's record, whoever wrote the form."""
+    try:
+        record = FORMS[form].record(row)
+    except Unusable:
+        raise
+    except Exception as error:
+        raise Unusable("", f"the form {form!r} raised {type(error).__name__}: {error}") from error
+    if type(record) not in KINDS:
+        raise Unusable("", f"the form {form!r} returned {type(record).__name__}, not a Rating, Ranking, Pair or Label")
+    return record
+
+
 def _form_of(row: Row, name: str) -> str:
-    for form, shape in FORMS.items():
-        if any(columns <= set(row) for columns in shape.columns):
-            return form
+    """The form most of whose columns the row has."""
+    fitting = [
+        (len(columns), form) for form, shape in FORMS.items() for columns in shape.columns if columns <= set(row)
+    ]
+    if fitting:
+        return max(fitting, key=lambda pair: pair[0])[1]  # of equals the first
     known = [" and ".join(sorted(columns)) for shape in FORMS.values() for columns in shape.columns]
     raise FeedbackError(
         f"{name} has the columns {sorted(row)}, which are no form of feedback: it needs {', '.join(known[:-1])}, or "

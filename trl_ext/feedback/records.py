@@ -83,7 +83,8 @@ class Problem:
     reason: str
 
     def __str__(self) -> str:
-        return f"line {self.line}, column {self.column!r}: {self.reason}"
+        column = f", column {self.column!r}" if self.column else ""
+        return f"line {self.line}{column}: {self.reason}"
 
 
 def answers_of(record: Record) -> tuple[Any, ...]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -45,6 +48,7 @@ def generate(
     config: GenerationConfig,
     chat_template_kwargs: dict[str, Any] | None = None,
     role: str = "policy",
+    vocab_size: int | None = None,
 ) -> Rollout:
     """Sample one completion for each prompt.
 
@@ -53,6 +57,7 @@ def generate(
         prompts: plain texts, or conversations (lists of messages); all of one kind.
         config: sampling settings; its `eos_token_id` ends a completion, its `pad_token_id` fills up.
         role: who the generator answers as.
+        vocab_size: ids that the model has; None: any.
 
     Returns:
         The rollout, rows in the order of `prompts`, on the CPU.
@@ -62,8 +67,7 @@ def generate(
     """
     asked = tokenize_prompts(prompts, tokenizer, chat_template_kwargs)
     eos, pad = as_ids(config.eos_token_id), int(config.pad_token_id)
-    ids, logprobs = _checked_answers(generator, asked, config, role)
-    ids = [cut_at_eos(row, eos) for row in ids]
+    ids, logprobs = _checked_answers(generator, asked, config, role, vocab_size)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     chat = not isinstance(prompts[0], str)
     prompt_ids, prompt_mask = padded(asked, pad, left=True)
@@ -71,8 +75,7 @@ def generate(
     sampled = None
     if logprobs is not None:
         sampled = torch.zeros(completion_ids.shape)
-        numbers = [x for of_row, row in zip(logprobs, ids, strict=True) for x in of_row[: len(row)]]
-        sampled[completion_mask] = torch.tensor(numbers)
+        sampled[completion_mask] = torch.tensor([x for row in logprobs for x in row])
     return Rollout(
         prompts=list(prompts),
         completions=[[{"role": "assistant", "content": text}] for text in texts] if chat else list(texts),
@@ -100,25 +103,41 @@ def check_whole(ids: Sequence[Sequence[int]], config: GenerationConfig) -> None:
             )
 
 
-def _checked_answers(generator: Generator, prompt_ids: list[list[int]], config: GenerationConfig, role: str) -> Answers:
-    """What the generator answers, checked: user code may stand behind it."""
-    name = type(generator).__name__
+def _checked_answers(
+    generator: Generator, prompt_ids: list[list[int]], config: GenerationConfig, role: str, vocab_size: int | None
+) -> Answers:
+    """What the generator answers, cut at the EOS and checked: user code may stand behind it."""
+    name, count = f"{type(generator).__name__}.answers", len(prompt_ids)
     try:
-        answers = generator.answers(prompt_ids, config, role)
+        # Copies: what it does to its arguments is its own affair.
+        answers = generator.answers([list(ids) for ids in prompt_ids], copy.deepcopy(config), role)
     except (GenerationError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise GenerationError(f"{name}.answers raised {type(error).__name__}: {error}.") from error
+        raise GenerationError(f"{name} raised {type(error).__name__}: {error}.") from error
     ids, logprobs = answers if isinstance(answers, tuple) and len(answers) == 2 else (answers, None)
-    count = len(prompt_ids)
     if not isinstance(ids, (list, tuple)) or len(ids) != count:
         got = f"{len(ids)} completions" if isinstance(ids, (list, tuple)) else type(ids).__name__
-        raise GenerationError(f"{name}.answers returned {got} for {count} prompts: return one list of ids each.")
+        raise GenerationError(
+            f"{name} returned {got} for {count} prompts: return one list of ids each, or Answers(ids, logprobs)."
+        )
     try:
-        rows = [[int(token) for token in row] for row in ids]
+        rows = [[operator.index(token) for token in row] for row in ids]
         numbers = None if logprobs is None else [[float(x) for x in row] for row in logprobs]
     except (TypeError, ValueError) as error:
-        raise GenerationError(f"{name}.answers returned something other than lists of numbers ({error}).") from error
+        raise GenerationError(f"{name} returned something other than lists of ids and numbers ({error}).") from error
     if numbers is not None and [len(row) for row in numbers] != [len(row) for row in rows]:
-        raise GenerationError(f"{name}.answers returned log-probs of other lengths than its ids: return one an id.")
+        raise GenerationError(f"{name} returned log-probs of other lengths than its ids: return one for each id.")
+    eos, most = as_ids(config.eos_token_id), config.max_new_tokens
+    rows = [cut_at_eos(row, eos) for row in rows]
+    if numbers is not None:
+        numbers = [of_row[: len(row)] for of_row, row in zip(numbers, rows, strict=True)]
+        if not all(math.isfinite(x) for row in numbers for x in row):
+            raise GenerationError(f"{name} returned log-probs that are not finite.")
+    for number, row in enumerate(rows):
+        foreign = next((token for token in row if not 0 <= token < (vocab_size or 2**31)), None)
+        if foreign is not None:
+            raise GenerationError(f"{name} returned an id that the model does not have in row {number}: {foreign}.")
+        if most is not None and len(row) > most:
+            raise GenerationError(f"{name} returned {len(row)} ids in row {number}: max_completion_length is {most}.")
     return Answers(rows, numbers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
@@ -80,10 +81,14 @@ def check_generator(generator: Any, args: PPOConfig) -> None:
     """
     if generator is None:
         return
-    if not isinstance(generator, Generator):
+    try:
+        inspect.signature(generator.answers).bind([], None, "policy")
+    except (AttributeError, TypeError, ValueError) as error:
+        name = generator.__name__ if isinstance(generator, type) else type(generator).__name__
         raise TypeError(
-            f"generator must have a method answers(prompt_ids, config, role), which {type(generator).__name__} lacks."
-        )
+            f"generator must have a method answers(prompt_ids, config, role), which {name} has not ({error}): give an "
+            "object of such a class."
+        ) from error
     for name in ("use_vllm", "use_transformers_continuous_batching"):
         if getattr(args, name):
             raise ValueError(f"A generator is given and {name} is set: choose one of them.")

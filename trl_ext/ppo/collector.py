@@ -128,6 +128,7 @@ class Collector:
                 self.generation_config,
                 self.args.chat_template_kwargs,  # type: ignore[arg-type]
                 role=role,
+                vocab_size=self.base.config.get_text_config().vocab_size,
             )
 
     def _scored(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
@@ -28,14 +30,14 @@ class Bounds(NamedTuple):
 
     def refusal(self, value: Any) -> str | None:
         """What `value` must be instead, in words; None where it is fine."""
-        if self.whole:
-            fine = isinstance(value, int) and not isinstance(value, bool) and value >= self.low
-            return None if fine else f"a whole number, at least {self.low:g}"
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if number and (value > self.low if self.open_ else value >= self.low) and value <= self.high:
+        low, is_kind = self.low, isinstance(value, Integral if self.whole else Real) and not isinstance(value, bool)
+        finite = is_kind and abs(value) <= sys.float_info.max
+        if finite and (value > low if self.open_ else value >= low) and value <= self.high:
             return None
+        if self.whole:
+            return f"a whole number, at least {low:g}"
         most = "" if self.high == math.inf else f" and at most {self.high:g}"
-        return f"{'positive' if self.open_ else f'at least {self.low:g}'}{most}"
+        return f"{'positive' if self.open_ else f'at least {low:g}'}{most}"
 
 
 # Bounds are part of a field's type. Argument parsers read the type without them.
@@ -46,6 +48,10 @@ NotNegative = Annotated[float, Bounds(0)]
 Share = Annotated[float, Bounds(0, 1)]
 PositiveShare = Annotated[float, Bounds(0, 1, open_=True)]
 AtLeastOne = Annotated[float, Bounds(1)]
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and all(Bounds(-math.inf).refusal(value) is None for value in values)
 
 
 def _f(default: Any, help: str) -> Any:
@@ -74,8 +80,8 @@ class PPOConfig(BaseConfig):
     ]
 
     learning_rate: NotNegative = _f(1e-5, "Initial learning rate of AdamW; small models learn by 1e-4 and more.")
-    adam_epsilon: float = _f(1e-5, "Epsilon of AdamW (the value of the PPO papers).")
-    logging_steps: float | None = _f(None, "Log every so many optimizer steps; None: once a rollout.")
+    adam_epsilon: NotNegative = _f(1e-5, "Epsilon of AdamW (the value of the PPO papers).")
+    logging_steps: Positive | None = _f(None, "Log every so many optimizer steps; None: once a rollout.")
     dataloader_pin_memory: bool = _f(False, "Rows are dicts of texts: there is nothing to pin.")
     bf16: bool | None = _f(None, "bfloat16 autocast; None: where a GPU supports it and fp16 is off.")
     remove_unused_columns: bool = _f(
@@ -113,7 +119,7 @@ class PPOConfig(BaseConfig):
     repetition_penalty: Positive = _f(1.0, "Above 1: repeated tokens become less likely. See top_p.")
     use_vllm: bool = _f(False, "Let vLLM generate, with a copy of the base of its own on this GPU.")
     vllm_gpu_memory_utilization: PositiveShare = _f(0.3, "Share of the GPU's memory for vLLM.")
-    vllm_max_model_length: int | None = _f(None, "Most tokens of prompt and completion in vLLM; None: the model's.")
+    vllm_max_model_length: Count | None = _f(None, "Most tokens of prompt and completion in vLLM; None: the model's.")
     use_transformers_continuous_batching: bool = _f(
         False, "Generate by Transformers' continuous batching: a completion that has ended makes room at once."
     )
@@ -265,9 +271,11 @@ class PPOConfig(BaseConfig):
                 "torch_compile cannot follow recomputation that restores a role's adapter: set gradient_checkpointing "
                 "to False, or leave torch_compile out."
             )
-        clip = self.reward_clip_range
-        if clip is not None and (len(clip) != 2 or not clip[0] < clip[1]):
-            raise ValueError(f"reward_clip_range is {clip}: give the least and the greatest score, as in [-1, 1].")
+        clip, weights = self.reward_clip_range, self.reward_weights
+        if weights is not None and not _are_numbers(weights):
+            raise ValueError(f"reward_weights is {weights!r}: give a list of numbers, one a reward function.")
+        if clip is not None and not (_are_numbers(clip) and len(clip) == 2 and clip[0] < clip[1]):
+            raise ValueError(f"reward_clip_range is {clip!r}: give the least and the greatest score, as in [-1, 1].")
 
     def _check_field(self, name: str, hint: Any) -> None:
         """Hold a field against its type: `Bounds`, or the choices of a Literal; both may be optional."""
@@ -280,7 +288,7 @@ class PPOConfig(BaseConfig):
             if get_origin(kind) is Annotated and isinstance(kind.__metadata__[0], Bounds):
                 refusal = kind.__metadata__[0].refusal(value)
                 if refusal is not None:
-                    raise ValueError(f"{name} is {value}: it must be {refusal}.")
+                    raise ValueError(f"{name} is {value!r}: it must be {refusal}.")
             elif get_origin(kind) is Literal and value not in get_args(kind) and not isinstance(value, Objective):
                 yours = ", or give a trl_ext.ppo.Objective" if name == "objective" else ""
                 raise ValueError(f"{name} is {value!r}: choose one of {', '.join(get_args(kind))}{yours}.")

@@ -81,8 +81,8 @@ class Scorer:
         arguments = {
             **columns,
             **context,
-            "prompts": rollout.prompts,
-            "completions": rollout.completions,
+            "prompts": list(rollout.prompts),
+            "completions": list(rollout.completions),
             "completion_ids": rollout.completion_tokens,
         }
         results: list[Any] = []
