@@ -23,6 +23,8 @@ from trl_ext import (
 )
 from trl_ext.callbacks import CallbackError
 from trl_ext.generation import GenerationError, TransformersGenerator
+from trl_ext.ppo import Objective
+from trl_ext.ppo.objectives import Clip, ObjectiveError
 from trl_ext.rewards import RewardError
 from trl_ext.tokens import side_by_side
 
@@ -107,6 +109,90 @@ def test_a_callback_that_cannot_be_called_is_refused_before_anything_is_loaded(t
         with pytest.raises(TypeError, match=message):
             trainer.add_callback(callback)
     assert not any(isinstance(callback, Careless) for callback in trainer.callback_handler.callbacks)
+
+
+# Objectives of one's own ---------------------------------------------------------------------------------------------
+
+
+class Own(Clip):
+    """PPO's, until `fails` says otherwise: a method's name, the rollout in which it fails, and what it does then."""
+
+    def __init__(self, fails: str, rollout: int, instead: Any) -> None:
+        self.fails, self.rollout, self.instead, self.made = fails, rollout, instead, 0
+
+    def _made(self, method: str, value: Any) -> Any:
+        self.made += method == "advantages"
+        return self.instead(value) if method == self.fails and self.made > self.rollout else value
+
+    def advantages(self, shaped: Any, args: Any) -> Any:
+        return self._made("advantages", super().advantages(shaped, args))
+
+    def terms(self, *arguments: Any) -> Any:
+        return self._made("terms", super().terms(*arguments))
+
+    def clipped(self, *arguments: Any) -> Any:
+        return self._made("clipped", super().clipped(*arguments))
+
+    def metrics(self, coef: float) -> Any:
+        return self._made("metrics", {"own/metric": coef})
+
+    def controller(self, args: Any) -> Any:
+        return self._made("controller", super().controller(args))
+
+
+def gone(value: Any) -> Any:
+    raise KeyError("gone")
+
+
+@pytest.mark.parametrize(
+    ("method", "instead", "message"),
+    [
+        ("advantages", gone, r"raised KeyError: 'gone'"),
+        ("advantages", lambda pair: pair[0], r"must return advantages and returns, two tensors of shape \(8, \d\)"),
+        ("advantages", lambda pair: (pair[0][:, :1], pair[1]), r"must return advantages and returns"),
+        ("advantages", lambda pair: (pair[0] / 0, pair[1]), r"must return finite numbers"),
+        ("terms", gone, r"raised KeyError: 'gone'"),
+        (
+            "terms",
+            lambda terms: terms.sum(dim=1, keepdim=True),
+            r"must return a tensor of shape \(8, \d\) that carries",
+        ),
+        ("terms", lambda terms: terms.detach(), r"must return a tensor of shape \(8, \d\) that carries the gradient"),
+        ("clipped", lambda clipped: clipped.float(), r"must return a tensor of bool of shape"),
+        ("metrics", lambda metrics: list(metrics), r"must return a dict of numbers by name"),
+    ],
+)
+def test_an_objective_that_fails_late_loses_nothing(tmp_path: Path, method: str, instead: Any, message: str) -> None:
+    """And a run that resumes with one that is mended ends as if nothing had been."""
+
+    def train(folder: Path, objective: Any, checkpoint: str | None = None) -> PPOTrainer:
+        settings = config(folder, total_episodes=24, logging_steps=3, objective=objective)
+        trainer = PPOTrainer(model, cats, settings, prompt_dataset(32), None, word_tokenizer(), peft_config=LORA)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    model = saved_model(tmp_path / "model")
+    whole = train(tmp_path / "whole", Own("", 0, None))
+    # The rollout's last step has been taken where its metrics are asked for.
+    steps = 4 if method == "metrics" else 2
+    with pytest.raises(ObjectiveError, match=rf"^Own\.{method} {message}.*\. All {steps} steps before are saved in"):
+        train(tmp_path / "out", Own(method, 1, instead))
+    resumed = train(tmp_path / "out", Own("", 0, None), str(tmp_path / "out" / f"checkpoint-{steps}"))
+    expected = trained_state(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained_state(resumed).items())
+    apart = ("time/", "memory/", "eps", "train_", "own/")
+    for row, other in zip(whole.state.log_history, resumed.state.log_history, strict=True):
+        names = [name for name in row if not name.startswith(apart)]
+        assert {name: row[name] for name in names} == {name: other.get(name) for name in names}
+
+
+def test_objectives_that_cannot_be(tmp_path: Path) -> None:
+    base = SharedBase.from_pretrained(saved_model(tmp_path / "model"), policy=LORA)
+    message = r"^Own\.controller must return a controller with value, update, state_dict and load_state_dict\.$"
+    with pytest.raises(ObjectiveError, match=message):
+        trainer_for(tmp_path, model=base, objective=Own("controller", -1, lambda controller: None))
+    with pytest.raises(ValueError, match=r"^objective 'Objective' has no `terms`: write the method"):
+        config(tmp_path, objective=Objective())
 
 
 # Who answers ---------------------------------------------------------------------------------------------------------

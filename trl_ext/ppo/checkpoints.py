@@ -159,8 +159,8 @@ class Checkpoints:
         was trained is lost, and a run that goes on from there draws the same completions again.
 
         Raises:
-            GenerationError, RewardError, CallbackError, torch.OutOfMemoryError: what was raised within, and where the
-                run is saved.
+            GenerationError, RewardError, CallbackError, ObjectiveError, torch.OutOfMemoryError: what was raised within,
+                and where the run is saved.
         """
         if self._step_end is None:
             self.note_step_end()

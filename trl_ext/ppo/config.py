@@ -242,6 +242,8 @@ class PPOConfig(BaseConfig):
     def _check(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             self._check_field(name, hint)
+        if type(self.policy_objective).terms is Objective.terms:
+            raise ValueError(f"objective {self.objective_name!r} has no `terms`: write the method, which is its loss.")
         if self.policy_objective.single_epoch and self.num_ppo_epochs > 1:
             raise ValueError(
                 f"objective {self.objective_name!r} knows no old policy, so a second epoch on a rollout would be "

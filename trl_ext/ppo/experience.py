@@ -6,6 +6,7 @@ from dataclasses import fields
 
 from trl_ext.core import approx_kl, masked_whiten, penalize_missing_eos, shape_rewards
 from trl_ext.ppo.config import PPOConfig
+from trl_ext.ppo.objectives import CheckedObjective
 from trl_ext.types import Experience, ScoredRollout, ShapedRollout
 
 
@@ -29,7 +30,7 @@ def shape(scored: ScoredRollout, args: PPOConfig) -> ShapedRollout:
 
 def estimate(shaped: ShapedRollout, args: PPOConfig) -> Experience:
     """One advantage and one return a token, as the objective has them."""
-    advantages, returns = args.policy_objective.advantages(shaped, args)
+    advantages, returns = CheckedObjective(args.policy_objective).advantages(shaped, args)
     return Experience(
         **{f.name: getattr(shaped, f.name) for f in fields(shaped)}, advantages=advantages, returns=returns
     )

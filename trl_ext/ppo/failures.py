@@ -10,9 +10,10 @@ from accelerate.utils import gather_object
 
 from trl_ext.callbacks import CallbackError
 from trl_ext.generation import GenerationError
+from trl_ext.ppo.objectives import ObjectiveError
 from trl_ext.rewards import RewardError
 
-FAILURES = (GenerationError, RewardError, CallbackError, torch.OutOfMemoryError)
+FAILURES = (GenerationError, RewardError, CallbackError, ObjectiveError, torch.OutOfMemoryError)
 _Result = TypeVar("_Result")
 
 
@@ -21,7 +22,8 @@ def together(work: Callable[[], _Result]) -> _Result:
     would leave the others waiting for ever.
 
     Raises:
-        GenerationError, RewardError, CallbackError, torch.OutOfMemoryError: `work` failed here, or on another process.
+        GenerationError, RewardError, CallbackError, ObjectiveError, torch.OutOfMemoryError: `work` failed here, or on
+            another process.
     """
     done: list[_Result] = []
     failure: Exception | None = None

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Protocol
+import json
+from typing import Any, ClassVar, Literal, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -162,6 +163,78 @@ class Sequence(Clip):
         return without_critic(shaped, args)
 
 
+class ObjectiveError(RuntimeError):
+    """An objective failed or returned something unusable; one sentence that names it."""
+
+
+class CheckedObjective:
+    """Calls an objective's methods and checks what they return: user code may stand behind them.
+
+    Args:
+        objective: whose methods are called.
+
+    Raises:
+        ObjectiveError: each method, where the objective's own fails or returns something else.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective, self._name = objective, type(objective).__name__
+
+    def advantages(self, shaped: ShapedRollout, args: Settings) -> Estimates:
+        """See `Objective`."""
+        estimates = self._call("advantages", shaped, args)
+        shape = shaped.rewards.shape
+        pair = estimates if isinstance(estimates, tuple) else ()
+        if len(pair) != 2 or not all(isinstance(x, Tensor) and x.shape == shape for x in pair):
+            self._refuse("advantages", f"advantages and returns, two tensors of shape {tuple(shape)}")
+        if not all(bool(x[shaped.loss_mask].isfinite().all()) for x in pair):
+            self._refuse("advantages", "finite numbers")
+        return pair[0], pair[1]
+
+    def terms(self, logprobs: Tensor, batch: Experience, args: Settings, coef: float) -> Tensor:
+        """See `Objective`."""
+        terms = self._call("terms", logprobs, batch, args, coef)
+        if not isinstance(terms, Tensor) or terms.shape != logprobs.shape or not terms.requires_grad:
+            self._refuse("terms", f"a tensor of shape {tuple(logprobs.shape)} that carries the gradient of logprobs")
+        return terms
+
+    def clipped(self, logprobs: Tensor, batch: Experience, args: Settings) -> Tensor:
+        """See `Objective`."""
+        clipped = self._call("clipped", logprobs, batch, args)
+        if not isinstance(clipped, Tensor) or clipped.shape != logprobs.shape or clipped.dtype != torch.bool:
+            self._refuse("clipped", f"a tensor of bool of shape {tuple(logprobs.shape)}")
+        return clipped
+
+    def metrics(self, coef: float) -> dict[str, float]:
+        """See `Objective`."""
+        metrics = self._call("metrics", coef)
+        if not isinstance(metrics, dict) or not all(isinstance(x, (int, float)) for x in metrics.values()):
+            self._refuse("metrics", "a dict of numbers by name")
+        return metrics
+
+    def controller(self, args: Settings) -> KLController:
+        """See `Objective`."""
+        controller = self._call("controller", args)
+        if not isinstance(controller, KLController):
+            self._refuse("controller", "a controller with value, update, state_dict and load_state_dict")
+        try:
+            json.dumps(controller.state_dict())
+        except (TypeError, ValueError) as error:
+            raise ObjectiveError(f"{self._name}.controller: its state_dict is not plain numbers ({error}).") from error
+        return controller
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self._objective, method)(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise ObjectiveError(f"{self._name}.{method} raised {type(error).__name__}: {error}.") from error
+
+    def _refuse(self, method: str, expected: str) -> NoReturn:
+        raise ObjectiveError(f"{self._name}.{method} must return {expected}.")
+
+
 ObjectiveName = Literal["clip", "kl_penalty", "reinforce", "sequence"]
 OBJECTIVES: dict[str, Objective] = {
     "clip": Clip(),
@@ -194,7 +267,7 @@ def _same_prompt(shaped: ShapedRollout) -> Tensor:
 
 
 def policy_loss(
-    objective: Objective,
+    objective: Objective | CheckedObjective,
     batch: Experience,
     outputs: dict[str, Tensor],
     num_tokens: Tensor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -228,7 +228,9 @@ class PPOTrainer(BaseTrainer):
             with self._saved_on_failure():
                 self._normalize_scores()
                 updater.collect(inputs, self.state, self.control)
-        with self.collector.timed("train"):
+        # Where several processes train, one that failed alone could not save: the others wait in backward.
+        alone = self.accelerator.num_processes == 1
+        with self.collector.timed("train"), self._saved_on_failure(amid_step=True) if alone else nullcontext():
             loss = updater.train_on_next(model, step)
             may_step = not updater.idle or updater.finish_minibatch()
         if not may_step:
@@ -250,7 +252,7 @@ class PPOTrainer(BaseTrainer):
         """Close the step, and the epoch and the update that end with it; take in a signal."""
         self.checkpoints.note_step_end()
         with self._saved_on_failure():
-            self.updater.end_step(self.control)
+            self.updater.end_step(self.state, self.control)
         if any(gather_object([self.interrupts.received is not None])):
             self.control.should_save = self.control.should_training_stop = True
 
@@ -264,8 +266,13 @@ class PPOTrainer(BaseTrainer):
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
-    def _saved_on_failure(self) -> AbstractContextManager[None]:
-        return self.checkpoints.saved_first(self.state.global_step, lambda: self._save_checkpoint(self.model, None))
+    def _saved_on_failure(self, amid_step: bool = False) -> AbstractContextManager[None]:
+        def save() -> None:
+            if amid_step:
+                self.updater.undo_step()
+            self._save_checkpoint(self.model, None)
+
+        return self.checkpoints.saved_first(self.state.global_step, save)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The roles instead of the model."""

@@ -29,6 +29,7 @@ Transformers' Trainer keeps the loop: it draws micro-batches, steps the optimize
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -46,7 +47,7 @@ from trl_ext.ppo.collector import Collector
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.experience import estimate, shape
 from trl_ext.ppo.metrics import Metrics
-from trl_ext.ppo.objectives import TokenMetrics, policy_loss, value_loss
+from trl_ext.ppo.objectives import CheckedObjective, TokenMetrics, policy_loss, value_loss
 from trl_ext.ppo.pretraining import PretrainMix
 from trl_ext.ppo.summary import summarize
 from trl_ext.roles import Role, SharedBase
@@ -143,12 +144,13 @@ class Updater:
     ) -> None:
         self.base, self.args, self.accelerator = base, args, accelerator
         self.collector, self.events, self.pretrain_mix = collector, events, pretrain_mix
-        self.objective = args.policy_objective
+        self.objective = CheckedObjective(args.policy_objective)
         self.controller = self.objective.controller(args)
         self.metrics, self.progress = Metrics(), EpochProgress()
         self.experience: Experience | None = None
         self.rollout_metrics: dict[str, float] = {}
         self.position = Position.of(0, args)
+        self._metrics_before = self.metrics
         self._queue: list[Tensor] = []
         self._texts: list[tuple[Tensor, Tensor]] = []
         self._sums: dict[str, Tensor] = {}
@@ -169,6 +171,7 @@ class Updater:
         """Before an optimizer step's first micro-batch: find its place."""
         if self.idle:
             self.position = Position.of(global_step, self.args)
+            self._metrics_before = copy.deepcopy(self.metrics)
 
     @property
     def idle(self) -> bool:
@@ -189,7 +192,6 @@ class Updater:
         self.metrics.take_in(self.collector.log.metrics)
         self.rollout_metrics = summarize(experience, self.args, self.collector.score_names)
         self.metrics.add_rollout(self.rollout_metrics)
-        state.num_input_tokens_seen += int(experience.rollout.attention_mask.sum())
         self.progress = EpochProgress(stopped=control.should_update_stop)
         return experience
 
@@ -341,9 +343,15 @@ class Updater:
         # fp16's scaler looks for overflows itself, and needs to see them to lower its scale.
         return finite or scaler is not None
 
-    def end_step(self, control: PPOControl) -> None:
+    def undo_step(self) -> None:
+        """Forget what the step under way has added to the metrics: it failed, and a run that resumes takes it again."""
+        self.metrics = self._metrics_before
+
+    def end_step(self, state: TrainerState, control: PPOControl) -> None:
         """After an optimizer step, taken or skipped: tell the callbacks of an epoch and an update that have ended."""
         assert self.experience is not None
+        if self.position.first:
+            state.num_input_tokens_seen += int(self.experience.rollout.attention_mask.sum())
         at, stats = self.position, None
         if at.minibatch == self.args.num_mini_batches - 1 and self.progress.sums:
             self.metrics.add_value("policy/skipped_minibatches", self.progress.skipped)
