@@ -1,6 +1,6 @@
 """Text to ids and back, once: prompts, chat templates, what a reward role reads after a completion, EOS ids, batches.
 
-Lists of ids have one entry a token; masks are bool, True marks a real token.
+Lists of ids have one entry per token; masks are bool, True marks a real token.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Axes: `batch` completions; `prompt` columns of left-padded prompt ids; `tokens` columns of right-padded completion ids.
 Masks are bool, True marks a real token. Log-probabilities, entropies and KL are in nats. Tensors live on the CPU unless
-said otherwise: a rollout is ids and a few numbers a token, small beside any model.
+said otherwise: a rollout is ids and a few numbers per token, small beside any model.
 
 One word has one meaning: a *score* is what a reward function or reward model gives a whole completion; a *reward* is
 per token, KL included; *advantage*, *return* and *value* are as in PPO; a *role* is policy, reference, value or reward.
@@ -24,7 +24,7 @@ _Record = TypeVar("_Record", bound="_TensorRecord")
 
 @dataclass(frozen=True)
 class _TensorRecord:
-    """A frozen dataclass whose tensors all have the batch as first axis, and whose lists have one entry a row."""
+    """A frozen dataclass whose tensors all have the batch as first axis, and whose lists have one entry per row."""
 
     def rows(self: _Record, index: Tensor) -> _Record:
         """The rows with the numbers `index` (rows,), int64, in that order."""
@@ -56,8 +56,8 @@ class Rollout(_TensorRecord):
     """What the policy wrote.
 
     Attributes:
-        prompts: the prompts as the dataset gave them (text or messages), one a row.
-        completions: in the same format, special tokens removed, one a row.
+        prompts: the prompts as the dataset gave them (text or messages), one per row.
+        completions: in the same format, special tokens removed, one per row.
         prompt_ids: (batch, prompt) int64, left-padded.
         prompt_mask: (batch, prompt).
         completion_ids: (batch, tokens) int64, right-padded; the EOS, where there is one, is the last real token.
@@ -87,12 +87,12 @@ class Rollout(_TensorRecord):
 
     @property
     def prompt_tokens(self) -> list[list[int]]:
-        """Real prompt ids, one list a row."""
+        """Real prompt ids, one list per row."""
         return [ids[mask].tolist() for ids, mask in zip(self.prompt_ids, self.prompt_mask, strict=True)]
 
     @property
     def completion_tokens(self) -> list[list[int]]:
-        """Real completion ids, one list a row: what reward functions get as `completion_ids`."""
+        """Real completion ids, one list per row: what reward functions get as `completion_ids`."""
         return [ids[mask].tolist() for ids, mask in zip(self.completion_ids, self.completion_mask, strict=True)]
 
     @property
@@ -145,7 +145,7 @@ class ScoredRollout(_TensorRecord):
 
 @dataclass(frozen=True)
 class ShapedRollout(ScoredRollout):
-    """A scored rollout with one reward a token.
+    """A scored rollout with one reward per token.
 
     Attributes:
         kl: (batch, tokens) per-token KL to the reference, by the configured estimator.

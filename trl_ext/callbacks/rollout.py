@@ -154,7 +154,7 @@ def _arguments(callback: RolloutCallback, event: str) -> tuple[str, ...] | None:
 
 
 class RolloutEvents:
-    """Hands PPO's events to those callbacks of a trainer that listen: a method an event, named as in `RolloutCallback`.
+    """Hands PPO's events to a trainer's `RolloutCallback`s: one method per event, under the same name.
 
     An event with a record gives back what the last callback made of it.
 

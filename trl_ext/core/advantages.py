@@ -78,7 +78,7 @@ def batch_baseline(
     Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs", arXiv:2402.14740.
 
     Args:
-        returns: (batch,), one number a completion.
+        returns: (batch,), one number per completion.
         scored: (batch,) True where it counts.
         groups: (batch,) int64, equal for completions of the same prompt; None: all are one group.
     """

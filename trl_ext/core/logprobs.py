@@ -107,8 +107,8 @@ class _RunningSoftmax:
 class _TokenLogProbs(torch.autograd.Function):
     """log softmax(z)[target] and its entropy.
 
-    Each result is one number a token, so its gradient with respect to that token's hidden state is one vector, computed
-    while the tiles are at hand. Backward is then a row-wise product: no tile is ever computed twice.
+    Each result is one number per token, so its gradient with respect to that token's hidden state is one vector. It is
+    computed while the tiles are at hand. Backward is then a row-wise product: no tile is ever computed twice.
     """
 
     @staticmethod

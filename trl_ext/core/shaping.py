@@ -1,4 +1,4 @@
-"""From one score a completion to one reward a token: this is where the KL enters the reward."""
+"""From one score per completion to one reward per token: this is where the KL enters the reward."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ def shape_rewards(scores: Tensor, kl: Tensor, kl_coef: float, mask: Tensor) -> T
     Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", arXiv:1909.08593, equation 2.
 
     Args:
-        scores: (batch,), one number a completion, penalties included.
+        scores: (batch,), one number per completion, penalties included.
         kl: (batch, tokens), per-token KL to the reference, nats.
         kl_coef: weight of the KL, score units a nat.
         mask: (batch, tokens), True marks a real completion token (its EOS is one).

@@ -96,8 +96,8 @@ def check_tokenizer(tokenizer: Any, train_dataset: Dataset, eval_dataset: Any = 
 
 
 def check_scores(functions: list[Any], model: Any, args: PPOConfig) -> None:
-    """Refuse to begin where nothing scores, or with weights that are not one a reward function (the reward role counts
-    as one).
+    """Refuse to begin where nothing scores, or where weights are not one per reward function (the reward role counts as
+    one).
 
     Raises:
         ValueError: says what is missing, or how many there are.

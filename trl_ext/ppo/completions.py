@@ -18,11 +18,11 @@ from trl_ext.types import Experience, as_text
 def completions_frame(
     experience: Experience, names: list[str], step: int, extra: Sequence[dict[str, list[Any]]] = ()
 ) -> pd.DataFrame:
-    """One row a completion: step, prompt, completion, score, each function's score, KL (nats), tokens, ended.
+    """One row per completion: step, prompt, completion, score, each function's score, KL (nats), tokens, ended.
 
     Args:
         extra: each process's further columns, as reward functions gave them to `log_extra`; kept where they hold one
-            entry a completion.
+            entry per completion.
     """
     rollout, scores = experience.rollout, experience.scores
     kl = experience.score_pass.logprobs - experience.score_pass.ref_logprobs

@@ -88,7 +88,7 @@ class PPOConfig(BaseConfig):
         False, "Drop dataset columns other than 'prompt' before reward functions see them."
     )
 
-    per_device_train_batch_size: Count = _f(8, "Completions of one micro-batch, a process.")
+    per_device_train_batch_size: Count = _f(8, "Completions per micro-batch and process.")
     gradient_accumulation_steps: Count = _f(1, "Micro-batches of one optimizer step.")
 
     # Model
@@ -104,7 +104,7 @@ class PPOConfig(BaseConfig):
     total_episodes: Count | None = _f(None, "Completions of the whole run; overrides num_train_epochs and max_steps.")
     num_mini_batches: Count = _f(1, "Minibatches (optimizer steps) a rollout is split into, each PPO epoch.")
     local_rollout_forward_batch_size: Count = _f(
-        64, "Rows of one forward without gradient, and of one generate, a process."
+        64, "Rows per forward without gradient, and per generate, on a process."
     )
     num_generations: Count = _f(
         1, "Completions of each prompt of a rollout; above 1, objectives without a critic compare them."
@@ -154,7 +154,7 @@ class PPOConfig(BaseConfig):
         "clip",
         "What the policy is trained on. 'clip': PPO's clipped surrogate; "
         "'kl_penalty': PPO's penalty on the KL from the sampling policy, adaptive; "
-        "'reinforce': the plain policy gradient with a baseline; 'sequence': clipped, one advantage a completion, no "
+        "'reinforce': the plain policy gradient with a baseline; 'sequence': clipped, one advantage per completion, no "
         "critic. In Python also an object of your own, a trl_ext.ppo.Objective.",
     )
     baseline: Baseline = _f("leave_one_out", "Of 'reinforce': 'value' (the value role), 'mean' or 'leave_one_out'.")
@@ -172,7 +172,7 @@ class PPOConfig(BaseConfig):
     cliprange_value: Positive = _f(0.2, "Clip range of the value's step.")
     dual_clip: AtLeastOne | None = _f(None, "Bound on the ratio where the advantage is negative, above 1; None: none.")
     vf_coef: NotNegative = _f(0.1, "Weight of the value loss.")
-    gamma: Share = _f(1.0, "Discount a token.")
+    gamma: Share = _f(1.0, "Discount per token.")
     lam: Share = _f(0.95, "Lambda of generalised advantage estimation.")
     lam_value: Share | None = _f(None, "Lambda of the returns that the value role learns; None: lam.")
     whiten_advantages: bool = _f(True, "Scale the advantages of a rollout to mean 0 and variance 1.")
@@ -275,7 +275,7 @@ class PPOConfig(BaseConfig):
             )
         clip, weights = self.reward_clip_range, self.reward_weights
         if weights is not None and not _are_numbers(weights):
-            raise ValueError(f"reward_weights is {weights!r}: give a list of numbers, one a reward function.")
+            raise ValueError(f"reward_weights is {weights!r}: give a list of numbers, one per reward function.")
         if clip is not None and not (_are_numbers(clip) and len(clip) == 2 and clip[0] < clip[1]):
             raise ValueError(f"reward_clip_range is {clip!r}: give the least and the greatest score, as in [-1, 1].")
 

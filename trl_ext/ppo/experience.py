@@ -16,7 +16,7 @@ def make_experience(scored: ScoredRollout, args: PPOConfig) -> Experience:
 
 
 def shape(scored: ScoredRollout, args: PPOConfig) -> ShapedRollout:
-    """One reward a token. Rows without a score are left out of the losses and of every whitening."""
+    """One reward per token. Rows without a score are left out of the losses and of every whitening."""
     rollout, scores, pass_ = scored.rollout, scored.scores, scored.score_pass
     mask = rollout.completion_mask
     loss_mask = mask & ~scores.total.isnan().unsqueeze(1)
@@ -29,7 +29,7 @@ def shape(scored: ScoredRollout, args: PPOConfig) -> ShapedRollout:
 
 
 def estimate(shaped: ShapedRollout, args: PPOConfig) -> Experience:
-    """One advantage and one return a token, as the objective has them."""
+    """One advantage and one return per token, as the objective has them."""
     advantages, returns = CheckedObjective(args.policy_objective).advantages(shaped, args)
     return Experience(
         **{f.name: getattr(shaped, f.name) for f in fields(shaped)}, advantages=advantages, returns=returns

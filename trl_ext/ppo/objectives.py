@@ -1,4 +1,4 @@
-"""What the policy is trained on: one object an objective, and the two losses of a micro-batch.
+"""What the policy is trained on: one object per objective, and the two losses of a micro-batch.
 
 `OBJECTIVES` gives each objective its name. A new one is a subclass of `Objective`, a line there and its name in
 `ObjectiveName`; your own goes into `PPOConfig(objective=YourObjective())`.
@@ -68,7 +68,7 @@ class Objective:
         return True
 
     def advantages(self, shaped: ShapedRollout, args: Settings) -> Estimates:
-        """One advantage and one return a token, of a whole rollout. Here: generalised advantage estimation."""
+        """One advantage and one return per token, of a whole rollout. Here: generalised advantage estimation."""
         advantages, returns = estimate_advantages(
             shaped.rewards, shaped.score_pass.values, shaped.loss_mask, args.gamma, args.lam, args.lam_value
         )
@@ -152,7 +152,7 @@ class Reinforce(Objective):
 
 
 class Sequence(Clip):
-    """Clipped, one advantage a completion, no critic."""
+    """Clipped, one advantage per completion, no critic."""
 
     def needs_critic(self, args: Settings) -> bool:
         """Never."""
@@ -258,7 +258,7 @@ def without_critic(shaped: ShapedRollout, args: Settings, leave_one_out: bool = 
 
 
 def _same_prompt(shaped: ShapedRollout) -> Tensor:
-    """A number a row, (batch,), the same for completions of the same prompt."""
+    """A number per row, (batch,), the same for completions of the same prompt."""
     numbers: dict[tuple[int, ...], int] = {}
     return torch.tensor([numbers.setdefault(tuple(ids), len(numbers)) for ids in shaped.rollout.prompt_tokens])
 

@@ -66,10 +66,10 @@ class ScoreMoments:
 
 
 class Combination:
-    """One score a completion: sum over functions of weight times (normalised) score, clipped.
+    """One score per completion: sum over functions of weight times (normalised) score, clipped.
 
     Args:
-        weights: one a function.
+        weights: one per function.
         normalization: "none", "running" or "reference", as in PPOConfig.
         clip_range: least and greatest total; None: any.
     """

@@ -9,7 +9,7 @@ from torch import nn
 
 RewardCallable = Callable[..., "list[float | None] | Awaitable[list[float | None]]"]
 """Called with the keyword arguments `prompts`, `completions`, `completion_ids`, `trainer_state`, `log_extra`,
-`log_metric` and every further column of the dataset, each list with one entry a completion. Returns one number a
+`log_metric` and every further column of the dataset, each list with one entry per completion. Returns one number a
 completion, None to abstain. May be `async`."""
 
 RewardFunction = RewardCallable | nn.Module | str

@@ -38,7 +38,7 @@ def remote(
     Returns:
         A coroutine function `remote(prompts, completions, **columns)`. It raises ConnectionError where the server
         could not be reached, or failed, after all retries, and ValueError where it returned something else than one
-        score a completion.
+        score per completion.
 
     Raises:
         ImportError: httpx2 is missing.

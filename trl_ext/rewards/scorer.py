@@ -25,7 +25,7 @@ class Scorer:
 
     Args:
         functions: callables (sync or async), models, or names of models.
-        tokenizers: for the models among the functions, one a function; None: loaded from the model's name.
+        tokenizers: for the models among the functions, one per function; None: loaded from the model's name.
         device: where the models run.
         chat_template_kwargs: passed to the chat template when a model scores conversations.
         trust_remote_code: passed on when a model is loaded by name.
@@ -71,7 +71,7 @@ class Scorer:
         """Score every completion of `rollout`: (batch, functions), NaN where a function returned None.
 
         Args:
-            columns: the dataset's further columns, one entry a row.
+            columns: the dataset's further columns, one entry per row.
             **context: `trainer_state`, `log_extra`, `log_metric`, passed on.
 
         Raises:
