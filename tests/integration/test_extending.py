@@ -55,7 +55,7 @@ def test_examples_are_short(title: str) -> None:
 def test_an_objective(tmp_path: Path) -> None:
     made = run("An objective", tmp_path)
     trainer, objective = made["trainer"], made["ClipHigher"](low=0.2, high=0.2)
-    assert type(trainer.updater.objective) is made["ClipHigher"] and trainer.state.global_step == 8
+    assert type(trainer.args.policy_objective) is made["ClipHigher"] and trainer.state.global_step == 8
     assert '"objective": "ClipHigher"' in trainer.args.to_json_string()
     # With equal ranges it is PPO's own.
     batch, mask = trainer.experience, trainer.experience.loss_mask

@@ -61,7 +61,7 @@ ROWS = [
     Row("no batch in a step", "ppo", "--gradient_accumulation_steps 0", "gradient_accumulation_steps is 0: it must be a whole number, at least 1."),
     Row("a learning rate below 0", "ppo", "--learning_rate -1", "learning_rate is -1.0: it must be at least 0."),
     Row("a tracker that is not installed", "ppo", "--report_to nobody", "report_to names 'nobody', which is not among the trackers installed here"),
-    Row("no episode", "ppo", "--total_episodes 0", "total_episodes is 0: it must be at least 1."),
+    Row("no episode", "ppo", "--total_episodes 0", "total_episodes is 0: it must be a whole number, at least 1."),
     Row("a dual clip below 1", "ppo", "--dual_clip 0.5", "dual_clip is 0.5: it must be at least 1."),
     Row("a largest ratio below 1", "ppo", "--max_ratio 0.5", "max_ratio is 0.5: it must be at least 1."),
     Row("no time for a reward function", "ppo", "--reward_timeout 0", "reward_timeout is 0.0: it must be positive."),
