@@ -51,6 +51,13 @@ class Metrics:
         for name, entry in other._local.items():
             self._add(name, entry)
 
+    def copy(self) -> Metrics:
+        """The same numbers, apart from what is added later; sums are replaced, never changed in place."""
+        twin = Metrics()
+        twin._local.update(self._local)
+        twin._rollouts.update({name: list(values) for name, values in self._rollouts.items()})
+        return twin
+
     def state_dict(self) -> dict[str, Any]:
         """What has been collected on all processes, as plain numbers. Every process must call it."""
         return {"sums": self._totals(), "rollouts": dict(self._rollouts)}

@@ -29,7 +29,6 @@ Transformers' Trainer keeps the loop: it draws micro-batches, steps the optimize
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -171,7 +170,7 @@ class Updater:
         """Before an optimizer step's first micro-batch: find its place."""
         if self.idle:
             self.position = Position.of(global_step, self.args)
-            self._metrics_before = copy.deepcopy(self.metrics)
+            self._metrics_before = self.metrics.copy()
 
     @property
     def idle(self) -> bool:
