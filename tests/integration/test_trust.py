@@ -194,6 +194,8 @@ def test_a_trainer_in_a_script_of_ones_own_speaks_to_nobody(tmp_path: Path) -> N
         "args = FeedbackRewardConfig(sys.argv[1] + '/reward', objective='regression', max_steps=1, **QUIET)\n"
         "lora = LoraConfig(task_type='SEQ_CLS', target_modules=['q_proj'])\n"
         "FeedbackRewardTrainer(model, args, rows, peft_config=lora).train()\n"
+        "from huggingface_hub.utils import _telemetry\n"
+        "_telemetry._TELEMETRY_QUEUE.join()\n"  # telemetry is sent in a thread that ends with the process
         "print('through')\n"
     )
     run = watched(str(script), str(tmp_path))
