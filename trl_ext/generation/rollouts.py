@@ -6,7 +6,7 @@ import copy
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -31,7 +31,6 @@ class Answers(NamedTuple):
     logprobs: list[list[float]] | None = None
 
 
-@runtime_checkable
 class Generator(Protocol):
     """Whoever answers: Transformers' generate, its continuous batching, vLLM, or your own."""
 
