@@ -14,7 +14,7 @@ from trl_ext.roles.adapters import is_quantized
 from trl_ext.roles.aligned import AlignedBatch
 from trl_ext.roles.lora import AdapterPath, Block, CannotMixError
 from trl_ext.roles.packing import Packing, can_pack, stacked
-from trl_ext.roles.switching import activate, active_adapter, keep_differentiable, restored
+from trl_ext.roles.switching import active_adapter, evaluating, keep_differentiable, under
 
 # Tokens a role up to which one forward for all roles is faster: few rows are bound by reading the weights, over a
 # quantised base by dequantising them (tests/benchmarks/score_pass.py, on two CPU cores). Beyond, it only takes memory.
@@ -89,16 +89,12 @@ class AdaptedModel(nn.Module):
         self.activation_checkpointing_disable()
 
     def _checkpoint_contexts(self) -> tuple[Any, Any]:
-        return nullcontext(), self._under(active_adapter(self.model))
+        return nullcontext(), under(self.model, active_adapter(self.model))
 
     @contextmanager
-    def _under(self, adapter: str | None) -> Iterator[None]:
-        """Forwards inside use `adapter`. Where it is active already, nothing is switched or restored."""
-        if active_adapter(self.model) == adapter:
-            yield
-            return
-        with restored(self):
-            activate(self.model, adapter)
+    def scoring(self) -> Iterator[None]:
+        """Forwards inside train nothing: no dropout, and what is made of the adapters' weights is made once."""
+        with torch.no_grad(), evaluating(self), self.path.constant():
             yield
 
     # Forwards -------------------------------------------------------------------------------------------------
@@ -110,8 +106,7 @@ class AdaptedModel(nn.Module):
         """
         if torch.is_grad_enabled():
             return self._trunks(views)
-        with restored(self):
-            self.eval()
+        with evaluating(self):
             if len(views) > 1 and self._mixes(views):
                 try:
                     return self._mixed_trunks(views)
@@ -122,7 +117,7 @@ class AdaptedModel(nn.Module):
     def _trunks(self, views: dict[str | None, AlignedBatch]) -> dict[str | None, Tensor]:
         hidden = {}
         for adapter, view in views.items():
-            with self._under(adapter):
+            with under(self.model, adapter):
                 hidden[adapter] = self.trunk(view)
         return hidden
 

@@ -319,7 +319,7 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 def multiplies(device: str, dtype: torch.dtype) -> bool:
     """Whether a device multiplies in this precision faster than in float32. A CPU that does not takes twenty times as
     long for a thin product in bfloat16."""
-    return device != "cpu" or dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device != "cpu" or dtype != torch.bfloat16 or torch.cpu._is_avx512_bf16_supported()
 
 
 def _groups(inputs: dict[str, int]) -> list[list[str]]:
