@@ -154,9 +154,13 @@ def end_completions(given: argparse.Namespace, tokenizer: Any) -> None:
 
 
 class Clock:
-    """Seconds by phase and update, and the peak of memory."""
+    """Seconds by phase and update, and the peak of memory, beside what was taken at the start."""
 
     def __init__(self) -> None:
+        if torch.cuda.is_available():
+            self.start = torch.cuda.memory_allocated()
+        else:
+            self.start = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[1])
         self.updates: list[dict[str, float]] = []
         self._phase, self._since = "", time.perf_counter()
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -200,7 +204,7 @@ class Clock:
         else:
             peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         Path(given.folder).mkdir(parents=True, exist_ok=True)
-        print(json.dumps({"updates": self.updates[1:], "peak": peak}))
+        print(json.dumps({"updates": self.updates[1:], "peak": peak, "start": self.start}))
 
 
 class OutOfTimeError(Exception):
