@@ -145,6 +145,8 @@ def curves(axis: str, known: dict[str, Any]) -> tuple[Curve, Curve]:
 
 def draw(all_curves: dict[str, tuple[Curve, Curve]]) -> None:
     """Both quantities along each axis."""
+    from matplotlib.ticker import LogLocator
+
     figure, axes = panels(2, len(all_curves), sharex="col", sharey="row", figsize=(9, 4.6))
     for column, (name, pair) in enumerate(all_curves.items()):
         for axis, curve in zip(axes[:, column], pair, strict=True):
@@ -152,6 +154,8 @@ def draw(all_curves: dict[str, tuple[Curve, Curve]]) -> None:
             axis.loglog(curve.at, curve.points, color=PALETTE[0], marker="o", markersize=3, label="measured")
             axis.set_xticks(curve.at, [f"{value:,}" for value in curve.at], fontsize=7)
             axis.minorticks_off()
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
         axes[1][column].set_xlabel(name)
     axes[0][0].set_ylabel("ms a token")
     axes[1][0].set_ylabel("MiB beside the weights")

@@ -103,7 +103,7 @@ class Failed(SystemExit):
     def __init__(self, command: list[str], errors: str) -> None:
         super().__init__(f"{' '.join(command)} failed:\n{errors[-3000:]}")
         lines = [line for line in errors.splitlines() if line and not line.startswith(" ")]
-        self.why = lines[-1] if lines else "it was killed"
+        self.why = lines[-1].rstrip(".") if lines else "it was killed"
 
 
 def start(contender: Contender, folder: Path, chosen: argparse.Namespace) -> str:

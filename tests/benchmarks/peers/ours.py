@@ -52,7 +52,7 @@ def main() -> None:
         seed=given.seed,
         lr_scheduler_type="constant",
         gradient_checkpointing=False,
-        bf16=given.precision == "autocast",
+        **work.place(given.precision),
         save_strategy="no",
         report_to="none",
         log_completions=False,

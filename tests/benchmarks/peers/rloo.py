@@ -26,7 +26,7 @@ def main() -> None:
         lr_scheduler_type="constant",
         seed=given.seed,
         gradient_checkpointing=False,
-        bf16=given.precision == "autocast",
+        **work.place(given.precision),
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -12,6 +12,8 @@ from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
 def main() -> None:
     given = work.arguments()
+    if given.precision == "nf4" and not torch.cuda.is_available():
+        raise SystemExit("Transformers 4.45 computes with 4 bits on a GPU only")
     tokenizer = work.tokenizer_of(given.model)
     work.end_completions(given, tokenizer)
     how = work.weights(given.precision)

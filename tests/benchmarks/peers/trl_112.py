@@ -45,7 +45,7 @@ def main() -> None:
         temperature=1.0,
         num_sample_generations=0,
         gradient_checkpointing=False,
-        bf16=given.precision == "autocast",
+        **work.place(given.precision),
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -73,6 +73,11 @@ def weights(precision: str) -> dict[str, Any]:
     return {"dtype": dtype, "quantization_config": nf4, "device_map": {"": device}}
 
 
+def place(precision: str) -> dict[str, Any]:
+    """Where a Trainer computes, and whether under autocast, which it refuses on a CPU that it was not told of."""
+    return {"use_cpu": not torch.cuda.is_available(), "bf16": precision == "autocast"}
+
+
 def tokenizer_of(model: str) -> Any:
     """Padded on the left."""
     try:
