@@ -290,7 +290,7 @@ class Stopwatch(TrainerCallback):
         self.steps += 1
 
 
-PASSES, ROLLOUT, OPTIMIZER = "forwards, losses and backwards", "rollout", "optimizer.step"
+COMPUTING, ROLLOUT, OPTIMIZER = "forwards, losses and backwards", "rollout", "optimizer.step"
 
 
 def watched() -> Stopwatch:
@@ -299,9 +299,9 @@ def watched() -> Stopwatch:
     updater, trainer = update_module.Updater, trainer_module.PPOTrainer
     for owner, name, label in (
         (updater, "collect", ROLLOUT),
-        (updater, "_loss", PASSES),
-        (updater, "_backward", PASSES),
-        (torch.cuda, "synchronize", PASSES),  # the end of a backward
+        (updater, "_loss", COMPUTING),
+        (updater, "_backward", COMPUTING),
+        (torch.cuda, "synchronize", COMPUTING),  # the end of a backward
         (torch.optim.AdamW, "step", OPTIMIZER),
         (SharedBase, "train", "train() and eval()"),
         (updater, "_gradients_finite", "watching gradients"),
@@ -339,7 +339,7 @@ def step(precision: str, watch: Stopwatch, chosen: argparse.Namespace) -> None:
         ours.main()
     parts = {name: took for name, took in watch.seconds.items() if name not in ("outside", "", ROLLOUT)}
     whole = sum(parts.values())
-    beside = {f"all but {PASSES} and {OPTIMIZER}": whole - parts[PASSES] - parts[OPTIMIZER]}
+    beside = {f"all but {COMPUTING} and {OPTIMIZER}": whole - parts[COMPUTING] - parts[OPTIMIZER]}
     for name, took in (sorted(parts.items(), key=lambda part: -part[1])) + list(beside.items()):
         print(row(precision, name, f"{1000 * took / watch.steps:.2f}", f"{took / whole:.2%}"), flush=True)
 
