@@ -57,6 +57,7 @@ USED: dict[tuple[str, str], str] = {
     (TUNER_LAYER, "_disable_adapters"): VALUE,
     (MODULE, "_forward_pre_hooks"): VALUE,
     (MODULE, "_forward_pre_hooks_with_kwargs"): VALUE,
+    ("transformers.modeling_utils.PreTrainedModel", "_is_stateful"): VALUE,
     ("torch.nn.modules.dropout", "_DropoutNd"): CLASS,
 }
 
