@@ -25,7 +25,6 @@ CONTINUABLE = {
     *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "sequence_bias"),
     *("remove_invalid_values", "renormalize_logits"),
 }
-SHARE = 4
 
 
 class TransformersGenerator:
@@ -69,8 +68,8 @@ class TransformersGenerator:
         return written[:, ids.shape[1] :].tolist()
 
     def _in_parts(self, prompts: list[list[int]], config: GenerationConfig, role: str) -> list[list[int]]:
-        """By one call of `generate` after the other: each stops once enough rows have ended, and the next goes on with
-        the rest from their keys and values."""
+        """By one call of `generate` after the other: each ends once a quarter of its rows have ended, and the next goes
+        on with the others from their keys and values."""
         ids, mask = self._padded(prompts, config)
         width, longest = ids.shape[1], ids.shape[1] + config.max_new_tokens
         eos = torch.tensor(as_ids(config.eos_token_id), device=ids.device)
@@ -79,7 +78,7 @@ class TransformersGenerator:
             return torch.isin(ids[:, width:], eos).any(dim=1)
 
         def enough(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-            return (SHARE * ended(ids).sum() >= len(ids)).expand(len(ids))
+            return (4 * ended(ids).sum() >= len(ids)).expand(len(ids))
 
         config = copy.deepcopy(config)
         config.return_dict_in_generate = True  # for the cache
@@ -133,7 +132,7 @@ def can_continue(model: Any, config: GenerationConfig) -> bool:
         return False
     if is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model):
         return False  # each process would wait for the others' calls
-    if model.config.is_encoder_decoder or _own_methods(type(model)):
+    if model.config.is_encoder_decoder or model._is_stateful or _own_methods(type(model)):
         return False
     layers = DynamicCache(config=model.config).layers
     return {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
