@@ -83,14 +83,9 @@ def test_how_the_base_is_loaded(llama: tiny.Home, monkeypatch: pytest.MonkeyPatc
     SharedBase.from_pretrained(name, quantization_config=four_bit)
     SharedBase.from_pretrained(name, dtype=torch.float16, device_map={"": "cpu"}, attn_implementation="eager")
     assert loads == [
-        {"dtype": torch.float32, "quantization_config": None, "device_map": None},
-        {"dtype": torch.bfloat16, "quantization_config": four_bit, "device_map": None},
-        {
-            "dtype": torch.float16,
-            "quantization_config": None,
-            "device_map": {"": "cpu"},
-            "attn_implementation": "eager",
-        },
+        {"dtype": torch.float32},
+        {"dtype": torch.bfloat16, "quantization_config": four_bit},
+        {"dtype": torch.float16, "device_map": {"": "cpu"}, "attn_implementation": "eager"},
     ]
 
 
