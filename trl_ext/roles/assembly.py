@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,7 +106,15 @@ def load_base(
         dtype = "auto" if own is not None else torch.float32 if quantization_config is None else torch.bfloat16
     given = {"quantization_config": quantization_config, "device_map": device_map}
     kwargs.update({key: value for key, value in given.items() if value is not None})
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
+    if own is not None and dtype != "auto" and _precision(model.dtype) != _precision(dtype):
+        warnings.warn(
+            f"dtype is {dtype!r}, but {name!r} was saved quantised, with its other weights in {model.dtype}, and "
+            "Transformers keeps them so.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return model
 
 
 def _precision(dtype: torch.dtype | str) -> str:

@@ -6,7 +6,6 @@ known to be so; whatever else a configuration or a file of weights holds is refu
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -27,7 +26,6 @@ RIGHT = frozenset(
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
         # what it computes
         *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias"),
-        "runtime_config",
         # how it starts; the values of the first are INITIALISATIONS
         *("init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config"),
         # nothing, without another field that is refused
@@ -65,7 +63,7 @@ def check_config(
     if (kind := held.get("peft_type")) != "LORA":
         kind = getattr(kind, "value", kind)
         raise ValueError(f"{whose} is of type {kind!r}: roles share a base through LoRA only.")
-    defaults = _defaults()
+    defaults = vars(LoraConfig())
     for name, value in held.items():
         if name in RIGHT or name.startswith("_") or value == defaults.get(name) or not (value or defaults.get(name)):
             continue
@@ -181,8 +179,3 @@ def _targets_lm_head(config: LoraConfig, whose: str) -> bool:
         return any(bool(check_target_module_exists(config, name)) for name in (*LM_HEADS, *named))
     except re.error as error:
         raise ValueError(f"{whose} has a target_modules that is no regular expression ({error}): mend it.") from error
-
-
-def _defaults() -> dict[str, Any]:
-    fields = dataclasses.fields(LoraConfig)
-    return {field.name: None if field.default is dataclasses.MISSING else field.default for field in fields}
