@@ -14,11 +14,13 @@ from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from tests.helpers import DEVICE
+from tests.helpers import DEVICE, QUIET
 from tests.parity import tiny
 from tests.parity.test_roles import close
-from trl_ext import SharedBase
+from trl_ext import PPOConfig, SharedBase
+from trl_ext.ppo import building
 from trl_ext.roles import adapters as files
+from trl_ext.roles import sharing
 
 
 def copied_with(folder: Path, copy: Path, **changes: object) -> Path:
@@ -262,9 +264,7 @@ def test_a_checkpoint_that_was_saved_quantised_is_loaded_as_it_was_saved(
         assert base.causal_lm.dtype == torch.float32 and files.is_quantized(base.causal_lm)
         got = base.eval().logprobs(*batch.args, role="reference")
         assert (got - expected).abs().max() < 1e-3 < (got - unquantised).abs().max()
-    with pytest.warns(
-        UserWarning, match=r"dtype is torch\.bfloat16, but .* was saved quantised.* in torch\.float32, and"
-    ):
+    with pytest.warns(UserWarning, match=r"dtype is torch\.bfloat16, but .* was saved quantised.* in torch\.float32"):
         SharedBase.from_pretrained(name, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="was saved with a quantization_config of its own, and another one was given"):
         other = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
@@ -291,6 +291,36 @@ def test_a_quantised_lm_head_is_refused(llama: tiny.Home) -> None:
     how = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["none"])
     with pytest.raises(ValueError, match=r"The model's LM head is quantised.*name it in llm_int8_skip_modules"):
         SharedBase.from_pretrained(str(llama.base_folder), quantization_config=how)
+
+
+def test_lora_on_an_lm_head_of_another_name_is_refused(llama: tiny.Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "LM_HEADS", ())
+    with pytest.raises(ValueError, match="targets the LM head"):
+        SharedBase.from_pretrained(str(llama.base_folder), policy=tiny.new_lora(target_modules=["q_proj", "lm_head"]))
+
+
+def test_what_a_trainer_loads_a_base_with(llama: tiny.Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`model_init_kwargs` go before what suits the device, and contradict nothing silently."""
+    loads: list[dict[str, Any]] = []
+    monkeypatch.setattr(SharedBase, "from_pretrained", lambda name, **how: loads.append(how))
+    monkeypatch.setattr(building, "args_of_gpu", lambda *_: {"device_map": {"": "cuda:0"}, "dtype": torch.bfloat16})
+
+    def build(model: Any, quantization: Any = None, **init: Any) -> Any:
+        building.build_base(model, PPOConfig("out", **QUIET, model_init_kwargs=init), quantization, tiny.new_lora())
+        return {key: loads[-1].get(key) for key in ("dtype", "torch_dtype", "device_map", "quantization_config")}
+
+    on_gpu = {"dtype": torch.bfloat16, "torch_dtype": None, "device_map": {"": "cuda:0"}, "quantization_config": None}
+    four_bit = BitsAndBytesConfig(load_in_4bit=True)
+    assert build("m") == on_gpu
+    assert build("m", dtype="float32", device_map="auto") == {**on_gpu, "dtype": "float32", "device_map": "auto"}
+    assert build("m", torch_dtype="float16") == {**on_gpu, "dtype": None, "torch_dtype": "float16"}
+    assert build("m", four_bit) == {**on_gpu, "dtype": None, "quantization_config": four_bit}
+    assert build("m", quantization_config=four_bit) == {**on_gpu, "dtype": None, "quantization_config": four_bit}
+    with pytest.raises(ValueError, match="quantization_config is given twice, also in model_init_kwargs"):
+        build("m", four_bit, quantization_config={"load_in_8bit": True})
+    for model in (AutoModelForCausalLM.from_pretrained(llama.base_folder), llama.base):
+        with pytest.raises(ValueError, match="loaded already: give model_init_kwargs where you load it"):
+            build(model, dtype="float32")
 
 
 def test_how_the_base_is_loaded(llama: tiny.Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,8 +34,7 @@ def check_folder(path: str | Path, role: str) -> Path:
 
     Raises:
         FileNotFoundError: the folder is missing, or holds neither an adapter nor a head.
-        ValueError: its adapter is not one that roles can share a base with, it lacks the head that the role needs, or
-            its weights are damaged.
+        ValueError: its adapter is not one that roles can share a base with, or its weights are damaged.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -65,8 +64,6 @@ def check_folder(path: str | Path, role: str) -> Path:
         ) from error
     if has_config:
         sharing.check_keys(keys, whose, scored)
-    if scored:
-        read_score_head(folder)
     return folder
 
 

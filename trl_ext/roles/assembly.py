@@ -65,6 +65,8 @@ def plan(base_name: str, policy: Any, value: Any, reward: Any, reference: Any) -
         checked = files.check_folder(path, role)
         if (checked / files.CONFIG).is_file():
             files.check_same_base(checked, base_name, role)
+        if role in ("value", "reward"):
+            files.read_score_head(checked)
         return checked
 
     return Plan(
@@ -127,7 +129,7 @@ def _own_quantization(name: str, kwargs: dict[str, Any]) -> Any | None:
         return None
     if (config := kwargs.get("config")) is not None:
         own = getattr(config, "quantization_config", None)
-        return own.to_dict() if hasattr(own, "to_dict") else own
+        return own if own is None or isinstance(own, dict) else own.to_dict()
     where = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only", "proxies")
     content, _ = PreTrainedConfig.get_config_dict(name, **{key: kwargs[key] for key in where if key in kwargs})
     return content.get("quantization_config") or content.get("text_config", {}).get("quantization_config")
