@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -108,9 +109,12 @@ class TransformersGenerator:
 
     def _read_once(self, prompts: list[list[int]], config: GenerationConfig, role: str) -> DynamicCache | None:
         """Keys and values of `prompts` but for the last column, which the next call of `generate` reads: each prompt is
-        read once, then its row repeated. None where all prompts differ, or one has only that last token."""
+        read once, then its row repeated. None where all prompts differ, one has only that last token, or one is longer
+        than a sliding window: not every model slides it alike while it reads."""
         unique = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
-        if len(unique) == len(prompts) or min(map(len, prompts)) == 1:
+        windows = (getattr(layer, "sliding_window", None) for layer in DynamicCache(config=self.base.config).layers)
+        longest = min((window for window in windows if window is not None), default=math.inf)
+        if len(unique) == len(prompts) or min(map(len, prompts)) == 1 or max(map(len, prompts)) > longest:
             return None
         ids, mask = self._padded(unique, config)
         reading = GenerationConfig(max_new_tokens=1, pad_token_id=config.pad_token_id, return_dict_in_generate=True)
