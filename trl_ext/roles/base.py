@@ -214,7 +214,7 @@ class SharedBase(AdaptedModel):
         """The outputs of several roles for one batch; roles that share an adapter share a forward.
 
         Without gradients, roles with different adapters share one forward too where rows are few (up to 512 tokens a
-        role over a quantised base, 256 over one in float32): these travel in one batch, and the base's weights are read
+        role over a quantised base, 256 over another): these travel in one batch, and the base's weights are read
         (and dequantised) once.
 
         Args:
