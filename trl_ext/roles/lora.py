@@ -323,7 +323,7 @@ def multiplies(device: str, dtype: torch.dtype) -> bool:
 
 
 def _groups(inputs: dict[str, int], layers: dict[str, nn.Module]) -> list[list[str]]:
-    """Names of layers of one kind by what they read, within a block of the model: recomputation takes block by block."""
+    """Names of layers of one kind by what they read, block by block: recomputation takes a block at a time."""
 
     def block(name: str) -> list[str]:
         parts = name.split(".")
