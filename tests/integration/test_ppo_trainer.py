@@ -15,7 +15,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from transformers import BitsAndBytesConfig, OPTConfig, OPTForCausalLM, TrainerCallback
+from transformers import (
+    BitsAndBytesConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    TrainerCallback,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from tests.helpers import (
@@ -518,6 +525,23 @@ def test_nothing_is_scored_under_dropout(disabled: bool, tmp_path: Path, monkeyp
     )
     trainer.train()
     assert len(seen) == 2
+    first = rows_with(trainer, "policy/first_approxkl")[-1]["policy/first_approxkl"]
+    assert first < 1e-9 * ROUNDING if disabled else first > 1e-6
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("disabled", [True, False])
+def test_the_training_forward_is_the_scoring_forward(disabled: bool, recomputed: bool, tmp_path: Path) -> None:
+    """Mixtral's router adds noise in training mode, which no setting of dropout names."""
+    shape = {"vocab_size": 25, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+    torch.manual_seed(0)
+    noisy = MixtralConfig(**shape, **heads, router_jitter_noise=0.3, pad_token_id=0, eos_token_id=1)
+    args = config(tmp_path / "out", disable_dropout=disabled, gradient_checkpointing=recomputed)
+    trainer = PPOTrainer(MixtralForCausalLM(noisy), cats, args, prompt_dataset(32), processing_class=word_tokenizer())
+    trainer.train()
+    checkpointing = [m for m in trainer.base.modules() if getattr(m, "gradient_checkpointing", False)]
+    assert bool(checkpointing) is recomputed and all(module.training for module in checkpointing)
     first = rows_with(trainer, "policy/first_approxkl")[-1]["policy/first_approxkl"]
     assert first < 1e-9 * ROUNDING if disabled else first > 1e-6
 

@@ -12,7 +12,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from tests.helpers import DEVICE, QUIET
 from tests.parity import tiny
@@ -406,3 +414,33 @@ def test_layers_of_4_bit_stay_in_training_mode(llama: tiny.Home) -> None:
             assert module.training is (mode or is_4bit)
             if is_4bit:
                 assert module.eval() is module and module.training
+
+
+# What the default LoRA fits -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_default_lora_leaves_out_what_peft_cannot_adapt() -> None:
+    shape: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+    base = SharedBase.from_model(MambaForCausalLM(MambaConfig(state_size=4, **shape)))
+    names = {name.split(".")[-3] for name, _ in base.named_parameters() if "lora_A.policy" in name}
+    assert names == {"in_proj", "x_proj", "dt_proj"}
+    ids = torch.randint(3, 64, (2, 6))
+    logits = base.causal_lm(ids).logits[:, 2:-1].log_softmax(dim=-1)
+    expected = logits.gather(2, ids[:, 3:].unsqueeze(2)).squeeze(2)
+    torch.testing.assert_close(base.logprobs(ids, torch.ones_like(ids), 3), expected)
+
+
+@torch.no_grad()
+def test_heads_are_as_wide_as_the_trunks_states() -> None:
+    """OPT-350m projects its states before they reach the LM head."""
+    config = OPTConfig(
+        vocab_size=64, hidden_size=32, word_embed_proj_dim=16, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    base = SharedBase.from_model(OPTForCausalLM(config)).eval()
+    ids = torch.randint(3, 64, (2, 6))
+    tiny.randomise(base, seed=0, only="heads.")
+    hidden = base.causal_lm.model(ids).last_hidden_state
+    expected = (hidden @ base.heads["value"].weight.T).squeeze(-1)[:, 2:-1]  # type: ignore[operator]
+    torch.testing.assert_close(base.values(ids, torch.ones_like(ids), 3), expected)

@@ -131,9 +131,12 @@ def build_scorer(functions: list[Any], tokenizers: Any, args: PPOConfig, device:
     )
 
 
-def without_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0, also those that layers keep as a plain number (`attention_dropout`, `layerdrop`)."""
-    for module in model.modules():
+def without_dropout(base: SharedBase) -> None:
+    """Make the training forward the same function as the scoring forward: every dropout 0, also those that layers keep
+    as a plain number (`attention_dropout`, `layerdrop`), and everything else as in eval mode."""
+    base.deterministic = True
+    base.train(base.training)
+    for module in base.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in list(vars(module).items()):

@@ -50,7 +50,7 @@ from trl_ext.ppo.objectives import CheckedObjective, TokenMetrics, policy_loss, 
 from trl_ext.ppo.pretraining import PretrainMix
 from trl_ext.ppo.summary import summarize
 from trl_ext.roles import Role, SharedBase
-from trl_ext.roles.switching import frozen, start_training
+from trl_ext.roles.switching import frozen
 from trl_ext.types import Experience
 
 # The metric that each field of EpochStats is the mean of.
@@ -246,7 +246,8 @@ class Updater:
         return [("policy",), ("value",)] if self._value_has_adapter else [("policy", "value")]
 
     def _train_on(self, model: nn.Module, batch: Experience) -> Tensor:
-        start_training(model)
+        if not self.base.training:  # train() visits every module
+            model.train()
         total = torch.zeros((), device=self.accelerator.device)
         with frozen(self._parameters["policy"] if self._warming_up else []):  # the value's trunk may be the policy's
             for roles in self._roles():

@@ -28,6 +28,8 @@ class AdaptedModel(nn.Module):
     Attributes:
         model: the PEFT model.
         packs: whether rows may be packed (see `packing`).
+        deterministic: whether `train()` leaves everything that is random in training, or otherwise another function
+            than in scoring (noise in routers, clamped coefficients), as it is in eval mode.
     """
 
     def __init__(self, model: PeftModel) -> None:
@@ -36,6 +38,7 @@ class AdaptedModel(nn.Module):
         keep_differentiable(model)
         self.path = AdapterPath(model)
         self.packs = can_pack(self.causal_lm)
+        self.deterministic = False
 
     @property
     def causal_lm(self) -> Any:
@@ -51,6 +54,16 @@ class AdaptedModel(nn.Module):
     def device(self) -> torch.device:
         """The device that ids must be on."""
         return self.causal_lm.get_input_embeddings().weight.device
+
+    def train(self, mode: bool = True) -> AdaptedModel:
+        """As `nn.Module.train`. A deterministic base needs gradients, not training mode: there only what asks for it to
+        recompute activations is in training mode, and bitsandbytes' layers."""
+        super().train(mode)
+        if mode and self.deterministic:
+            for module in self.model.modules():
+                if not hasattr(module, "gradient_checkpointing") and "bitsandbytes" not in type(module).__module__:
+                    module.training = False
+        return self
 
     def activation_checkpointing_enable(
         self,
@@ -73,6 +86,7 @@ class AdaptedModel(nn.Module):
             )
         kwargs.update(use_reentrant=False, context_fn=self._checkpoint_contexts)
         self.causal_lm.activation_checkpointing_enable(kwargs, every_n_layers=every_n_layers, offload=offload)
+        self.causal_lm.disable_input_require_grads()  # which only reentrant checkpointing needs
 
     def activation_checkpointing_disable(self) -> None:
         """Keep activations again."""

@@ -22,6 +22,10 @@ from trl_ext.roles.switching import belongs_to, keep_differentiable
 NEW = "The policy's LoraConfig"
 
 
+# What PEFT refuses LoRA on `out_proj` and `conv1d` of.
+MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+
+
 class AssembledRoles(NamedTuple):
     """A base with its roles: the arguments of `SharedBase`."""
 
@@ -41,9 +45,26 @@ class Plan:
     reference: Path | None
 
 
-def default_lora() -> LoraConfig:
-    """LoRA of rank 16 on every linear layer but the LM head."""
-    return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+def default_lora(model: Any) -> LoraConfig:
+    """LoRA of rank 16 on every linear layer of `model` that PEFT can adapt, but not on the LM head."""
+    left_out = [
+        name
+        for name, module in model.named_modules()
+        # A linear layer that does more than multiply: Llama 4's router.
+        if isinstance(module, nn.Linear)
+        and type(module).__module__.startswith("transformers.models")
+        and type(module).forward is not nn.Linear.forward
+    ]
+    if model.config.model_type in MAMBA:
+        left_out += ["out_proj", "conv1d"]  # its kernels read these weights past the layers
+    return LoraConfig(
+        r=16,
+        lora_alpha=32,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        exclude_modules=left_out or None,
+        task_type="CAUSAL_LM",
+    )
 
 
 def plan(base_name: str, policy: Any, value: Any, reward: Any, reference: Any) -> Plan:
@@ -161,7 +182,7 @@ def assemble(model: Any, plan: Plan) -> AssembledRoles:
     adapters: dict[Any, str | None] = {"policy": policy, "reference": reference}
     heads: dict[str, nn.Module] = {}
     device = causal_lm.get_output_embeddings().weight.device
-    size = causal_lm.config.get_text_config().hidden_size
+    size = causal_lm.get_output_embeddings().weight.shape[1]
 
     if plan.reward is not None:
         adapters["reward"] = _add_saved(peft_model, plan.reward, "reward")
@@ -214,7 +235,7 @@ def _policy_and_reference(model: Any, plan: Plan) -> tuple[PeftModel, str, str |
 def _with_policy(model: Any, policy: LoraConfig | Path | None, name: str) -> PeftModel:
     base_name = model.config.name_or_path
     if not isinstance(policy, Path):
-        config = copy.deepcopy(policy or default_lora())  # PEFT writes the base's name and layers into it
+        config = copy.deepcopy(policy or default_lora(model))  # PEFT writes the base's name and layers into it
         with files.fits(NEW, base_name, "change it"):
             peft_model = get_peft_model(model, _for_text(config), adapter_name=name)
         sharing.check_config(config, NEW)  # PEFT targets parameters in place of the experts of old

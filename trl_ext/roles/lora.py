@@ -382,5 +382,5 @@ def _row_by_row(one: Tensor, other: Tensor) -> bool:
     """Whether two inputs of a layer differ in the second of three rows alone."""
     if one.shape != other.shape or one.numel() % 3 or one.numel() // one.shape[-1] % 3:
         return False
-    differs = ~torch.isclose(one.float(), other.float(), rtol=1e-3, atol=1e-5).view(3, -1)
+    differs = ~torch.isclose(one.float(), other.float(), rtol=1e-3, atol=1e-5).reshape(3, -1)
     return bool(differs[1].any()) and not bool(differs[[0, 2]].any())

@@ -95,12 +95,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def start_training(model: nn.Module) -> None:
-    """`model.train()`, which visits every module twice, only where one is not in training mode."""
-    if not all(module.training for module in AdapterModules.of(model).modules):
-        model.train()
-
-
 @contextmanager
 def frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """These parameters get no gradient from forwards inside."""
