@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from tests.helpers import DEVICE
 from tests.parity import tiny
 from tests.parity.test_roles import close, different
 from trl_ext import SharedBase
-from trl_ext.roles.adapted import can_mix
 from trl_ext.roles.adapters import as_sequence_classifier
 from trl_ext.roles.aligned import AlignedBatch
 from trl_ext.roles.switching import active_adapter
@@ -46,7 +44,7 @@ def test_without_gradients_adapters_share_a_forward(llama: tiny.Home, monkeypatc
             base(*batch.args, roles=("policy", "value"))
             base(*batch.args, roles=("reference", "value", "reward"))
         base(*batch.args, roles=("policy", "value"))
-        monkeypatch.setattr("trl_ext.roles.adapted.can_mix", lambda *_: False)
+        monkeypatch.setattr(base.path, "mixes", False)
         with torch.no_grad():
             base(*batch.args, roles=("policy", "value"))
     assert rows == [5, 10, 15, 5, 5, 5, 5]
@@ -56,7 +54,7 @@ def test_without_gradients_adapters_share_a_forward(llama: tiny.Home, monkeypatc
     ("loaded", "together"),
     [
         ({}, False),
-        ({"dtype": torch.bfloat16}, False),
+        ({"dtype": torch.bfloat16}, True),
         ({"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}, True),
     ],
     ids=["float32", "bfloat16", "4 bits"],
@@ -80,18 +78,6 @@ def test_many_rows_share_a_forward_over_a_quantised_base_only(
             torch.testing.assert_close(beside[name], alone, rtol=0.05, atol=0.05)
         else:
             assert torch.equal(beside[name], alone)
-
-
-@pytest.mark.parametrize(
-    ("changes", "mixes"),
-    [({}, True), ({"use_dora": True}, False), ({"bias": "all"}, False), ({"lora_bias": True}, False)],
-)
-def test_only_plain_lora_is_mixed(changes: dict[str, Any], mixes: bool) -> None:
-    plain = SimpleNamespace(use_dora=False, bias="none", lora_bias=False)
-    other = SimpleNamespace(**{**vars(plain), **changes})
-    model: Any = SimpleNamespace(peft_config={"policy": plain, "value": other})
-    assert can_mix(model, ["policy", "value", None]) is mixes
-    assert can_mix(model, ["policy", None])
 
 
 @torch.no_grad()

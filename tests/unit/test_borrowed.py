@@ -19,7 +19,7 @@ import trl_ext
 
 ROOT = Path(trl_ext.__file__).parent
 TRAINER, TRL_BASE = "transformers.trainer.Trainer", "trl.trainer.base_trainer._BaseTrainer"
-REWARD_TRAINER, MODULE = "trl.trainer.reward_trainer.RewardTrainer", "torch.nn.modules.module.Module"
+REWARD_TRAINER = "trl.trainer.reward_trainer.RewardTrainer"
 TUNER_LAYER = "peft.tuners.tuners_utils.BaseTunerLayer"
 CLASS, VALUE = "a class", "a value"  # what has no signature
 
@@ -52,11 +52,10 @@ USED: dict[tuple[str, str], str] = {
     ("trl.trainer.base_config", "_BaseConfig"): CLASS,
     ("trl.trainer.base_trainer", "_BaseTrainer"): CLASS,
     ("accelerate.state.GradientState", "_set_sync_gradients"): "self, sync_gradients",
-    ("peft.tuners.lora.model.LoraModel", "_enable_peft_forward_hooks"): "self, *args, **kwargs",
     (TUNER_LAYER, "_active_adapter"): VALUE,
     (TUNER_LAYER, "_disable_adapters"): VALUE,
-    (MODULE, "_forward_pre_hooks"): VALUE,
-    (MODULE, "_forward_pre_hooks_with_kwargs"): VALUE,
+    ("torch.Tensor", "_is_view"): VALUE,
+    ("torch.cpu", "_is_avx512_bf16_supported"): "",
     ("torch.nn.modules.dropout", "_DropoutNd"): CLASS,
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,7 +115,7 @@ class Collector:
         rollout, pass_ = self._completions(inputs, "reference"), None
         if self.scorer is None:
             with self.accelerator.autocast():
-                pass_ = self.score_pass(rollout)
+                pass_ = self.score_pass(rollout, roles=["reward"])
         return self.score(rollout, pass_, inputs, trainer_state, RewardLog())
 
     def _completions(self, inputs: list[dict[str, Any]], role: Role = "policy") -> Rollout:
@@ -157,20 +157,24 @@ class Collector:
         scores = Scores(total=self.combination(by_function, training), by_function=by_function)
         return ScoredRollout(concatenate(rollouts, pad), scores, concatenate(passes, pad))
 
-    @torch.no_grad()
-    def score_pass(self, rollout: Rollout) -> ScorePass:
+    def score_pass(self, rollout: Rollout, roles: Sequence[Role] | None = None) -> ScorePass:
         """What policy, reference, value and, where no function scores, the reward role make of this process's rollout.
 
         Rows of like length travel together, so that little padding is computed.
+
+        Args:
+            roles: who is asked; None: all of these.
         """
-        roles: list[Role] = ["policy", "reference"]
-        roles += ["value"] if self.args.uses_value else []
-        roles += ["reward"] if self.scorer is None else []
+        if roles is None:
+            value: list[Role] = ["value"] if self.args.uses_value else []
+            reward: list[Role] = ["reward"] if self.scorer is None else []
+            roles = ["policy", "reference", *value, *reward]
         order = rollout.attention_mask.sum(dim=1).argsort(descending=True, stable=True)
-        parts = [self._forward(rollout.rows(rows), roles) for rows in order.split(self._batch)]
+        with self.base.scoring():
+            parts = [self._forward(rollout.rows(rows), roles) for rows in order.split(self._batch)]
         return concatenate(parts, pad_token_id=0).rows(order.argsort())
 
-    def _forward(self, part: Rollout, roles: list[Role]) -> ScorePass:
+    def _forward(self, part: Rollout, roles: Sequence[Role]) -> ScorePass:
         eos, template = self.generation_config.eos_token_id, self.args.chat_template_kwargs
         part = part.to(self.base.device)
         outputs = self.base(
@@ -182,10 +186,15 @@ class Collector:
             reward_suffix_ids=reward_suffix(part.prompts, self.tokenizer, eos, template),  # type: ignore[arg-type]
             reward_suffix_rows=part.has_eos,
         )
-        logprobs = outputs["logprobs"]
-        values = outputs.get("values", torch.zeros_like(logprobs))
-        scores = outputs.get("scores", logprobs.new_full((len(logprobs),), float("nan")))
-        return ScorePass(logprobs, outputs["entropy"], outputs["ref_logprobs"], values, scores).to("cpu")
+        missing = torch.zeros(part.completion_ids.shape, device=self.base.device)
+        unscored = torch.full((len(missing),), float("nan"), device=self.base.device)
+        return ScorePass(
+            logprobs=outputs.get("logprobs", missing),
+            entropy=outputs.get("entropy", missing),
+            ref_logprobs=outputs.get("ref_logprobs", missing),
+            values=outputs.get("values", missing),
+            reward_scores=outputs.get("scores", unscored),
+        ).to("cpu")
 
     def score(
         self,

@@ -50,6 +50,7 @@ from trl_ext.ppo.objectives import CheckedObjective, TokenMetrics, policy_loss, 
 from trl_ext.ppo.pretraining import PretrainMix
 from trl_ext.ppo.summary import summarize
 from trl_ext.roles import Role, SharedBase
+from trl_ext.roles.switching import frozen, start_training
 from trl_ext.types import Experience
 
 # The metric that each field of EpochStats is the mean of.
@@ -245,17 +246,13 @@ class Updater:
         return [("policy",), ("value",)] if self._value_has_adapter else [("policy", "value")]
 
     def _train_on(self, model: nn.Module, batch: Experience) -> Tensor:
-        model.train()
+        start_training(model)
         total = torch.zeros((), device=self.accelerator.device)
-        for roles in self._roles():
-            with self.base.use(roles[0]):
-                if self._warming_up:  # the trunk may be the policy's
-                    for parameter in self._parameters["policy"]:
-                        parameter.requires_grad_(False)
+        with frozen(self._parameters["policy"] if self._warming_up else []):  # the value's trunk may be the policy's
+            for roles in self._roles():
                 total = total + self._backward(self._loss(model, batch, roles))
         if self.pretrain_mix is not None and not self._warming_up:
-            with self.base.use("policy"):
-                total = total + self._backward(self._pretraining_loss(model))
+            total = total + self._backward(self._pretraining_loss(model))
         return total
 
     def _backward(self, loss: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from trl_ext.roles.adapters import is_quantized
 from trl_ext.roles.aligned import AlignedBatch
+from trl_ext.roles.lora import AdapterPath, Block, CannotMixError
 from trl_ext.roles.packing import Packing, can_pack, stacked
-from trl_ext.roles.switching import AdapterModules, activate, active_adapter, keep_differentiable, restored
+from trl_ext.roles.switching import active_adapter, evaluating, keep_differentiable, under
 
 # Tokens a role up to which one forward for all roles is faster: few rows are bound by reading the weights, over a
 # quantised base by dequantising them (tests/benchmarks/score_pass.py, on two CPU cores). Beyond, it only takes memory.
@@ -33,6 +34,7 @@ class AdaptedModel(nn.Module):
         super().__init__()
         self.model = model
         keep_differentiable(model)
+        self.path = AdapterPath(model)
         self.packs = can_pack(self.causal_lm)
 
     @property
@@ -87,16 +89,12 @@ class AdaptedModel(nn.Module):
         self.activation_checkpointing_disable()
 
     def _checkpoint_contexts(self) -> tuple[Any, Any]:
-        return nullcontext(), self._under(active_adapter(self.model))
+        return nullcontext(), under(self.model, active_adapter(self.model))
 
     @contextmanager
-    def _under(self, adapter: str | None) -> Iterator[None]:
-        """Forwards inside use `adapter`. Where it is active already, nothing is switched or restored."""
-        if active_adapter(self.model) == adapter:
-            yield
-            return
-        with restored(self):
-            activate(self.model, adapter)
+    def scoring(self) -> Iterator[None]:
+        """Forwards inside train nothing: no dropout, and what is made of the adapters' weights is made once."""
+        with torch.no_grad(), evaluating(self), self.path.constant():
             yield
 
     # Forwards -------------------------------------------------------------------------------------------------
@@ -108,49 +106,32 @@ class AdaptedModel(nn.Module):
         """
         if torch.is_grad_enabled():
             return self._trunks(views)
-        with restored(self):
-            self.eval()
-            return self._mixed_trunks(views) if len(views) > 1 and self._mixes(views) else self._trunks(views)
+        with evaluating(self):
+            if len(views) > 1 and self._mixes(views):
+                try:
+                    return self._mixed_trunks(views)
+                except CannotMixError:  # an expert that no token reached when it was tried
+                    self.path.mixes = False
+            return self._trunks(views)
 
     def _trunks(self, views: dict[str | None, AlignedBatch]) -> dict[str | None, Tensor]:
         hidden = {}
         for adapter, view in views.items():
-            with self._under(adapter):
+            with under(self.model, adapter):
                 hidden[adapter] = self.trunk(view)
         return hidden
 
     def _mixes(self, views: dict[str | None, AlignedBatch]) -> bool:
-        if not can_mix(self.model, views):
-            return False
-        quantised = is_quantized(self.causal_lm)
-        max_tokens = MIXED_TOKENS_QUANTISED if quantised else MIXED_TOKENS
-        # Over a plain base in half precision PEFT rounds once more where it mixes.
-        as_exact = quantised or self.causal_lm.dtype == torch.float32
-        return as_exact and all(view.ids.numel() <= max_tokens for view in views.values())
+        max_tokens = MIXED_TOKENS_QUANTISED if is_quantized(self.causal_lm) else MIXED_TOKENS
+        return self.path.mixes and all(view.ids.numel() <= max_tokens for view in views.values())
 
     def _mixed_trunks(self, views: dict[str | None, AlignedBatch]) -> dict[str | None, Tensor]:
         packings = [self._packing(view) for view in views.values()]
-        names = [adapter or "__base__" for adapter, packing in zip(views, packings, strict=True) for _ in packing.ids]
-        # PEFT mixes adapters in one batch in eval mode only, and with adapters on.
-        activate(self.model, next(adapter for adapter in views if adapter is not None))
-        with self._rows_under(names):
+        blocks = [Block(adapter, len(packing.ids)) for adapter, packing in zip(views, packings, strict=True)]
+        with self.path.rows_under(blocks):
             hidden = self._states(packings)
-        parts = hidden.split([len(packing.ids) for packing in packings])
+        parts = hidden.split([block.rows for block in blocks])
         return {adapter: packing.unpacked(part) for adapter, packing, part in zip(views, packings, parts, strict=True)}
-
-    @contextmanager
-    def _rows_under(self, names: list[str]) -> Iterator[None]:
-        """Each row of a batch under its adapter. PEFT's own context leaves its hooks on the layers where a forward
-        raises."""
-        layers: list[nn.Module] = [*AdapterModules.of(self.model).layers]
-        hooks_before = [set(layer._forward_pre_hooks) for layer in layers]
-        try:
-            with self.model.base_model._enable_peft_forward_hooks(adapter_names=names):
-                yield
-        finally:
-            for layer, before in zip(layers, hooks_before, strict=True):
-                for hook in set(layer._forward_pre_hooks) - before:
-                    del layer._forward_pre_hooks[hook], layer._forward_pre_hooks_with_kwargs[hook]
 
     def trunk(self, batch: AlignedBatch) -> Tensor:
         """Last hidden states (batch, longest, size) under the active adapter."""
@@ -164,9 +145,3 @@ class AdaptedModel(nn.Module):
         ids, position_ids = stacked(packings)
         positions = {} if position_ids is None else {"position_ids": position_ids}
         return self.causal_lm.base_model(input_ids=ids, use_cache=False, **positions).last_hidden_state
-
-
-def can_mix(model: PeftModel, adapters: Iterable[str | None]) -> bool:
-    """Whether PEFT can run rows of these adapters in one batch (plain LoRA; no DoRA, no bias)."""
-    configs = [model.peft_config[name] for name in adapters if name is not None]
-    return all(not config.use_dora and config.bias == "none" and not config.lora_bias for config in configs)

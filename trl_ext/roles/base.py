@@ -260,7 +260,7 @@ class SharedBase(AdaptedModel):
         """Transformers' `generate` under the policy (or another) role, in eval mode. A `generation_config` given here
         replaces the model's own, so its defaults (a top_k, say) do not change what is sampled."""
         own = self.causal_lm.generation_config
-        with self.use(role):
+        with self.use(role), self.path.constant():
             self.model.eval()
             try:
                 self.causal_lm.generation_config = kwargs.get("generation_config", own)

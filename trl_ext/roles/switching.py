@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, NamedTuple
@@ -68,20 +68,76 @@ def activate(model: nn.Module, adapter: str | None) -> None:
 
 
 @contextmanager
+def under(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Forwards inside use `adapter`; on exit, also after an exception, those of before are active again. Where it is
+    active already, nothing is switched."""
+    if active_adapter(model) == adapter:
+        yield
+        return
+    before = _active_by_module(AdapterModules.of(model))
+    try:
+        activate(model, adapter)
+        yield
+    finally:
+        _reactivate(before)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No module is in training mode inside, but those that always are (`keep_differentiable`)."""
+    switched = [m for m in AdapterModules.of(model).modules if m.training and "train" not in vars(m)]
+    for module in switched:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.training = True
+
+
+def start_training(model: nn.Module) -> None:
+    """`model.train()`, which visits every module twice, only where one is not in training mode."""
+    if not all(module.training for module in AdapterModules.of(model).modules):
+        model.train()
+
+
+@contextmanager
+def frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """These parameters get no gradient from forwards inside."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _active_by_module(touched: AdapterModules) -> list[tuple[Any, Any, bool | None]]:
+    layers = [(layer, layer._active_adapter, layer._disable_adapters) for layer in touched.layers]
+    return layers + [(wrapper, wrapper.active_adapter, None) for wrapper in touched.wrappers]
+
+
+def _reactivate(before: list[tuple[Any, Any, bool | None]]) -> None:
+    for module, adapter, disabled in before:
+        if disabled is None:
+            module.active_adapter = adapter
+        else:
+            module._active_adapter, module._disable_adapters = adapter, disabled
+
+
+@contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """On exit, also after an exception, active adapters, every requires_grad and every train/eval flag are back."""
     touched = AdapterModules.of(model)
-    layers = [(layer, layer._active_adapter, layer._disable_adapters) for layer in touched.layers]
-    wrappers = [(wrapper, wrapper.active_adapter) for wrapper in touched.wrappers]
+    active = _active_by_module(touched)
     trainable = [(parameter, parameter.requires_grad) for parameter in touched.parameters()]
     training = [(module, module.training) for module in touched.modules]
     try:
         yield
     finally:
-        for layer, active, disabled in layers:
-            layer._active_adapter, layer._disable_adapters = active, disabled
-        for wrapper, name in wrappers:
-            wrapper.active_adapter = name
+        _reactivate(active)
         for module, mode in training:
             if module.training != mode:
                 module.training = mode
