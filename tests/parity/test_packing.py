@@ -34,7 +34,7 @@ def test_rows_are_laid_where_there_is_room_for_them() -> None:
     ids = torch.tensor([[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 8, 0], [9, 9, 0, 0]])
     packing = Packing.of(ids, torch.tensor([4, 1, 3, 2]))
     assert packing.is_packed
-    assert packing.ids.tolist() == [[1, 2, 3, 4], [6, 7, 8, 5], [9, 9, 0, 0]]
+    assert packing.ids.tolist() == [[1, 2, 3, 4], [6, 7, 8, 5], [9, 9, 1, 1]]
     assert packing.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 0, 0]]
     back = packing.unpacked(packing.ids.unsqueeze(2).double()).squeeze(2)
     for row, length in enumerate((4, 1, 3, 2)):
@@ -52,7 +52,7 @@ def test_packings_are_stacked_as_wide_as_the_widest() -> None:
     whole = Packing.none(torch.tensor([[1, 2, 3], [4, 5, 6]]))
     packed = Packing.of(torch.tensor([[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 8, 0]]), torch.tensor([4, 1, 3]))
     ids, position_ids = stacked([whole, packed])
-    assert ids.tolist() == [[1, 2, 3, 0], [4, 5, 6, 0], [1, 2, 3, 4], [6, 7, 8, 5]]
+    assert ids.tolist() == [[1, 2, 3, 1], [4, 5, 6, 4], [1, 2, 3, 4], [6, 7, 8, 5]]
     assert position_ids is not None
     assert position_ids.tolist() == [[0, 1, 2, 0], [0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 2, 0]]
     assert stacked([whole, whole])[1] is None

@@ -24,7 +24,7 @@ SAMPLE = {
     "opt": "right",  # tokens flattened before the MLP
     "mixtral": "right",  # experts
     "gemma4_text": "right",  # layers that share keys and values
-    "bert": "refused",  # a transform before the LM head
+    "electra": "right",  # layers between trunk and LM head
 }
 
 
@@ -50,8 +50,7 @@ def test_family(name: str, tmp_path: Path) -> None:
 
 
 def test_it_sees_a_wrong_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LMHead, "_check", lambda self, causal_lm: None)
-    monkeypatch.setattr("trl_ext.roles.lm_head._scale", lambda config: 1.001)
+    monkeypatch.setattr("trl_ext.roles.base.head_of", lambda causal_lm: LMHead(causal_lm.lm_head, None, 1.001))
     found = {f["check"]: f["verdict"] for f in findings_of("llama", tmp_path)}
     assert found["roles, rollout"] == found["generation"] == found["merged"] == "wrong"
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trl_ext.roles.adapters import is_quantized
 from trl_ext.roles.aligned import AlignedBatch
+from trl_ext.roles.lm_head import trunk_of
 from trl_ext.roles.lora import AdapterPath, Block, CannotMixError
 from trl_ext.roles.packing import Packing, can_pack, stacked
 from trl_ext.roles.switching import active_adapter, evaluating, keep_differentiable, under
@@ -144,4 +145,4 @@ class AdaptedModel(nn.Module):
     def _states(self, packings: list[Packing]) -> Tensor:
         ids, position_ids = stacked(packings)
         positions = {} if position_ids is None else {"position_ids": position_ids}
-        return self.causal_lm.base_model(input_ids=ids, use_cache=False, **positions).last_hidden_state
+        return trunk_of(self.causal_lm)(input_ids=ids, use_cache=False, **positions).last_hidden_state

@@ -27,6 +27,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trl_ext.roles.lm_head import trunk_of
+
 logger = logging.getLogger(__name__)
 # Linear layers whose W x is a product with rows of x, whatever W is stored in.
 KINDS = tuple(getattr(lora, name) for name in ("Linear", "Linear4bit", "Linear8bitLt") if hasattr(lora, name))
@@ -370,7 +372,7 @@ def _inputs(causal_lm: Any, layers: dict[str, nn.Module], ids: Tensor) -> dict[s
     mode = causal_lm.training
     causal_lm.eval()
     try:
-        causal_lm.base_model(input_ids=ids, use_cache=False)
+        trunk_of(causal_lm)(input_ids=ids, use_cache=False)
     finally:
         causal_lm.train(mode)
         for hook in hooks:
@@ -382,5 +384,5 @@ def _row_by_row(one: Tensor, other: Tensor) -> bool:
     """Whether two inputs of a layer differ in the second of three rows alone."""
     if one.shape != other.shape or one.numel() % 3 or one.numel() // one.shape[-1] % 3:
         return False
-    differs = ~torch.isclose(one.float(), other.float(), rtol=1e-3, atol=1e-5).view(3, -1)
+    differs = ~torch.isclose(one.float(), other.float(), rtol=1e-3, atol=1e-5).reshape(3, -1)
     return bool(differs[1].any()) and not bool(differs[[0, 2]].any())
