@@ -89,6 +89,24 @@ def stacked(packings: Sequence[Packing]) -> tuple[Tensor, Tensor | None]:
     return ids, positions if any(packing.is_packed for packing in packings) else None
 
 
+def longest_row(causal_lm: Any) -> int | None:
+    """Most tokens of a row that a batch may hold, where a longer one would rescale the positions of all its rows; None
+    where rows are independent.
+
+    Dynamic NTK and LongRoPE choose their frequencies by the longest row of a batch. A row's log-probabilities would depend
+    on its neighbours, and completions that grow past the limit be sampled from another function than they are scored by.
+    """
+    config = causal_lm.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for kind in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        if kind.get("rope_type") == "longrope":
+            limits.append(kind["original_max_position_embeddings"])
+        elif "dynamic" in (kind.get("rope_type") or ""):
+            limits.append(config.max_position_embeddings)
+    return min(limits, default=None)
+
+
 @torch.no_grad()
 def can_pack(causal_lm: Any) -> bool:
     """Whether the model keeps the rows of a bin apart, tried on two bins of two rows each. Some do not: recurrent ones,
