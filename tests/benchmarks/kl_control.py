@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from timing import panels, save
+
 ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / "docs" / "images" / "kl_control.svg"
 TARGETS = (1.0, 3.0, 6.0)
@@ -57,13 +59,8 @@ def main() -> None:
 
 
 def draw(curves: dict[str, list[tuple[float, float, float]]]) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams["svg.hashsalt"] = "trl_ext"
-    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(7, 5.5), layout="constrained")
+    figure, axes = panels(2, 1, sharex=True, figsize=(7, 5.5))
+    above, below = axes[:, 0]
     colours = {"fixed": "#777777", "target 1": "#0072b2", "target 3": "#e69f00", "target 6": "#009e73"}
     for name, rows in curves.items():
         episodes, kls, coefficients = zip(*rows, strict=True)
@@ -76,10 +73,7 @@ def draw(curves: dict[str, list[tuple[float, float, float]]]) -> None:
     below.set_ylabel("coefficient")
     below.set_yscale("log")
     below.set_xlabel("answers")
-    for axis in (above, below):
-        axis.spines[["top", "right"]].set_visible(False)
-    PICTURE.parent.mkdir(exist_ok=True)
-    figure.savefig(PICTURE, metadata={"Date": None})
+    save(figure, PICTURE)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from statistics import mean, median
 from typing import Any
 
 from ppo_vs_trl import Contender, start
-from timing import head, row
+from timing import head, panels, row, save
 
 OURS, TRL_112, RLOO = "trl_ext", "TRL 1.12.0 PPOTrainer", "RLOOTrainer of today"
 CONTENDERS: dict[str, Contender] = {
@@ -69,26 +69,19 @@ def table(curves: dict[str, list[list[Point]]], gains: list[float]) -> str:
 
 def draw(curves: dict[str, list[list[Point]]], picture: Path) -> None:
     """Gain and KL against minutes."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams["svg.hashsalt"] = "trl_ext"
-    figure, panels = plt.subplots(2, 1, sharex=True, figsize=(7, 4.8), layout="constrained")
+    figure, axes = panels(2, 1, sharex=True, figsize=(7, 4.8))
+    above, below = axes[:, 0]
     for name, runs in curves.items():
         for i, run in enumerate(runs):
             minutes = [p["seconds"] / 60 for p in run]
-            for axis, what in zip(panels, ("gain", "kl"), strict=True):
+            for axis, what in zip((above, below), ("gain", "kl"), strict=True):
                 label = name if i == 0 else None
                 axis.plot(minutes, [p[what] for p in run], color=COLOURS[name], label=label, ls=["-", "--", ":"][i % 3])
-    panels[0].set_ylabel("gain in score")
-    panels[0].legend(frameon=False, loc="lower right")
-    panels[1].set_ylabel("KL, nats per completion")
-    panels[1].set_xlabel("minutes")
-    for axis in panels:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture, metadata={"Date": None})
+    above.set_ylabel("gain in score")
+    above.legend(frameon=False, loc="lower right")
+    below.set_ylabel("KL, nats per completion")
+    below.set_xlabel("minutes")
+    save(figure, picture)
 
 
 def main() -> None:

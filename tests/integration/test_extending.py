@@ -75,7 +75,8 @@ def test_a_generation_backend(tmp_path: Path) -> None:
     """Each prompt gets its own completion: under greedy sampling the one that it gets alone."""
     made = run("A generation backend", tmp_path)
     trainer = made["trainer"]
-    assert type(trainer.collector.generator) is made["LikeLengths"] and trainer.state.global_step == 8
+    assert type(trainer.collector.generator) is made["Timed"] and trainer.state.global_step == 8
+    assert len(made["generator"].seconds) > 1 and min(made["generator"].seconds) > 0
     config = trainer.collector.generation_config
     config.do_sample = False
     prompts = [[7, 9, 12], [8], [10, 7], [5, 6, 9, 11]]

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModelForCausalLM
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from tests.helpers import DEVICE
+from tests.helpers import DEVICE, QUIET
 from tests.parity import tiny
 from tests.parity.test_roles import close
-from trl_ext import SharedBase
+from trl_ext import PPOConfig, SharedBase
+from trl_ext.ppo import building
 from trl_ext.roles import adapters as files
+from trl_ext.roles import sharing
 
 
 def copied_with(folder: Path, copy: Path, **changes: object) -> Path:
@@ -69,6 +73,256 @@ def test_lora_on_the_lm_head_is_refused(target: str, llama: tiny.Home) -> None:
         SharedBase.from_pretrained(str(llama.base_folder), policy=LoraConfig(target_modules=["q_proj", target]))
 
 
+@pytest.mark.parametrize("role", ["policy", "reference", "value", "reward"])
+def test_biases_trained_beside_lora_are_refused_and_the_base_stays(
+    role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT saves the base's own biases with such an adapter, and would load them into the base of every role."""
+    base = tiny.save_base(tmp_path / "base", tiny.config_of("qwen2"))
+    scored = role in ("value", "reward")
+    kind, task = (AutoModelForSequenceClassification, "SEQ_CLS") if scored else (AutoModelForCausalLM, "CAUSAL_LM")
+    config = LoraConfig(bias="all", target_modules=["q_proj"], task_type=task)
+    model = get_peft_model(kind.from_pretrained(base, **({"num_labels": 1} if scored else {})), config)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * parameter.requires_grad
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"/adapter' has bias='all': roles share every full weight.*train it again"):
+        SharedBase.from_model(AutoModelForCausalLM.from_pretrained(base), **{role: tmp_path / "adapter"})
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # nothing is loaded
+    with pytest.raises(ValueError, match="has bias='all'"):
+        SharedBase.from_pretrained(str(base), **{role: tmp_path / "adapter"})
+
+
+# Adapters in memory ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["default", "policy", "value", "reference", "reward", "value_role"])
+def test_an_adapter_in_memory_may_be_called_as_a_role_is(name: str, llama: tiny.Home, tmp_path: Path) -> None:
+    batch = tiny.padded_batch()
+    expected = tiny.plain_logprobs(tiny.load_policy(llama.reference_folder).eval(), batch)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(llama.base_folder), llama.saved / "policy", adapter_name="other"
+    )
+    model.load_adapter(llama.reference_folder, name)
+    model.set_adapter(name)
+    base = SharedBase.from_model(model, value=llama.saved / "value", reward=llama.reward_folder).eval()
+    assert base.adapters["policy"] == name
+    assert len({*base.adapters.values(), "other"}) == 5
+    assert len(base.trainable_parameters("policy")) == len(base.trainable_parameters("value")) - 1
+    base.save_pretrained(tmp_path)
+    roles = {role: tmp_path / role for role in ("policy", "reference", "value", "reward")}
+    for built in (base, SharedBase.from_pretrained(str(llama.base_folder), **roles).eval()):
+        for role in ("policy", "reference"):
+            close(built.logprobs(*batch.args, role=role), expected)  # type: ignore[arg-type]
+        close(built.values(*batch.args), llama.base.values(*batch.args))
+        close(built.scores(batch.ids, batch.mask), llama.base.scores(batch.ids, batch.mask))
+    close(tiny.plain_logprobs(tiny.load_policy(tmp_path / "policy").eval(), batch), expected)
+    together = base.score_pass(*batch.args)
+    close(together.ref_logprobs, expected)
+    close(together.values, llama.base.values(*batch.args))
+
+
+@torch.no_grad()
+def test_a_model_may_have_layers_called_as_roles_are(llama: tiny.Home, tmp_path: Path) -> None:
+    """PEFT leaves out an adapter's weights that lie under a module with the name of another adapter."""
+
+    def loaded() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(llama.base_folder)
+        for layer, name in zip(model.model.layers, ("value", "policy"), strict=True):
+            layer.mlp = torch.nn.Sequential(OrderedDict([(name, layer.mlp)]))
+        return model
+
+    batch = tiny.padded_batch()
+    base = SharedBase.from_model(loaded(), policy=tiny.new_lora()).eval()
+    tiny.randomise(base, seed=1, only=f".{base.adapters['policy']}.")
+    base.save_pretrained(tmp_path)
+    alone = PeftModel.from_pretrained(loaded(), tmp_path / "policy").eval()
+    close(base.logprobs(*batch.args), tiny.plain_logprobs(alone, batch))
+    assert len(load_file(tmp_path / "policy" / files.WEIGHTS)) == 2 * 14  # pairs on as many layers
+    copied = SharedBase.from_model(alone).eval()
+    close(copied.logprobs(*batch.args, role="reference"), base.logprobs(*batch.args))
+
+
+def in_memory(home: tiny.Home, name: str = "default") -> PeftModel:
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(home.base_folder), tiny.new_lora(), adapter_name=name)
+
+
+@pytest.mark.parametrize("name", ["mlp", "q_proj", "0", "model", "lora_mine", "__base__"])
+def test_an_adapter_in_memory_called_as_a_layer_is_refused(name: str, llama: tiny.Home) -> None:
+    with pytest.raises(ValueError, match=f"adapter is called '{name}'.*load it under another adapter_name.$"):
+        SharedBase.from_model(in_memory(llama, name))
+
+
+def test_peft_has_no_names_with_dots(llama: tiny.Home) -> None:
+    with pytest.raises(KeyError):
+        in_memory(llama, "a.b")
+
+
+def test_an_adapter_in_memory_that_is_not_as_saved_is_refused(llama: tiny.Home) -> None:
+    """What no folder could hold: merged weights, two adapters at once, another scale."""
+    model = in_memory(llama)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"has \['default'\] merged into its weights: call unmerge_adapter\(\)"):
+        SharedBase.from_model(model)
+    model.unmerge_adapter()
+    model.add_adapter("second", tiny.new_lora(use_rslora=True))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match=r"\['default', 'second'\] active at once: .* set_adapter\(name\)\.$"):
+        SharedBase.from_model(model)
+    model.set_adapter("second")
+    module = model.get_base_model().model.layers[1].mlp.up_proj
+    module.scale_layer(0.5)
+    with pytest.raises(ValueError, match="'second' is scaled otherwise than its config says"):
+        SharedBase.from_model(model)
+    module.unscale_layer()
+    SharedBase.from_model(model)
+
+
+def test_a_model_with_adapters_that_are_not_roles_is_refused(llama: tiny.Home) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama.base_folder)
+    model.add_adapter(tiny.new_lora())
+    with pytest.raises(ValueError, match="The LlamaForCausalLM has adapters of its own: give the model without them"):
+        SharedBase.from_model(model)
+    with pytest.raises(ValueError, match="is the folder of an adapter: give the model that it was trained over"):
+        SharedBase.from_pretrained(str(llama.saved / "policy"))
+
+
+def test_a_model_that_writes_no_text_is_refused(llama: tiny.Home) -> None:
+    classifier = AutoModelForSequenceClassification.from_pretrained(llama.base_folder, num_labels=1)
+    with pytest.raises(TypeError, match="LlamaForSequenceClassification has no LM head: give a model of Auto"):
+        SharedBase.from_model(classifier)
+
+
+# What does not fit ----------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_a_deeper_base_is_refused(llama: tiny.Home, tmp_path: Path) -> None:
+    """Its shapes fit, and PEFT would leave out the layers that are not here."""
+    config = tiny.config_of("llama")
+    config.num_hidden_layers = 3
+    deeper = tiny.save_base(tmp_path / "deeper", config)
+    for role, save in (("policy", tiny.save_policy_adapter), ("reward", tiny.save_reward_adapter)):
+        folder = save(tmp_path / f"of_deeper_{role}", deeper, seed=1)
+        folder = copied_with(folder, tmp_path / role, base_model_name_or_path=str(llama.base_folder))
+        with pytest.raises(ValueError, match=r"does not fit the base .*no layer for '.*layers\.2\..*train it over"):
+            llama.again(**{role: folder})
+
+
+@pytest.mark.parametrize(
+    "changes,says",
+    [
+        ({"target_modules": ["nowhere"]}, "Target modules"),
+        ({"target_modules": "("}, "no regular expression"),
+        ({"r": 0}, "positive"),
+        ({"r": 3, "init_lora_weights": "orthogonal"}, "even"),
+    ],
+)
+def test_a_policy_that_does_not_fit_is_refused_in_one_sentence(
+    changes: dict[str, Any], says: str, llama: tiny.Home
+) -> None:
+    with pytest.raises(ValueError, match=f"^The policy's LoraConfig .*{says}") as raised:
+        llama.again(policy=tiny.new_lora(**changes))
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
+
+
+def test_a_head_for_another_width_is_refused(llama: tiny.Home, tmp_path: Path) -> None:
+    """Even of width 1, which would spread over all."""
+    for width in (1, 31):
+        folder = tmp_path / str(width)
+        folder.mkdir()
+        save_file({"score.weight": torch.ones(1, width)}, folder / files.HEAD)
+        with pytest.raises(ValueError, match=f"reads hidden states of size {width}, and the base's have 32: train it"):
+            llama.again(value=folder)
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter_config\.json"):
+        llama.again(reward=folder)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "{", '"LORA"'])
+def test_a_configuration_that_is_none_is_refused(text: str, llama: tiny.Home, tmp_path: Path) -> None:
+    folder = copied_with(llama.saved / "policy", tmp_path / "broken")
+    (folder / files.CONFIG).write_text(text)
+    with pytest.raises(ValueError, match=r"adapter_config\.json' is no JSON object"):
+        llama.again(reference=folder)
+
+
+# How the base is loaded -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_checkpoint_that_was_saved_quantised_is_loaded_as_it_was_saved(
+    bits: int, llama: tiny.Home, tmp_path: Path
+) -> None:
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if bits == 4 else None
+    how = how or BitsAndBytesConfig(load_in_8bit=True)
+    AutoModelForCausalLM.from_pretrained(llama.base_folder, quantization_config=how).save_pretrained(tmp_path)
+    batch, name = tiny.padded_batch(), str(tmp_path)
+    expected = tiny.plain_logprobs(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), batch)
+    unquantised = tiny.plain_logprobs(AutoModelForCausalLM.from_pretrained(llama.base_folder).eval(), batch)
+    for base in (SharedBase.from_pretrained(name), SharedBase.from_pretrained(name, quantization_config=how)):
+        assert base.causal_lm.dtype == torch.float32 and files.is_quantized(base.causal_lm)
+        got = base.eval().logprobs(*batch.args, role="reference")
+        assert (got - expected).abs().max() < 1e-3 < (got - unquantised).abs().max()
+    with pytest.warns(UserWarning, match=r"dtype is torch\.bfloat16, but .* was saved quantised.* in torch\.float32"):
+        SharedBase.from_pretrained(name, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="was saved with a quantization_config of its own, and another one was given"):
+        other = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
+        SharedBase.from_pretrained(name, quantization_config=other)
+
+
+@pytest.mark.parametrize("older", [torch.bfloat16, "bfloat16"])
+def test_torch_dtype_means_dtype(older: Any, llama: tiny.Home) -> None:
+    name = str(llama.base_folder)
+    assert SharedBase.from_pretrained(name, torch_dtype=older).causal_lm.dtype == torch.bfloat16
+    assert SharedBase.from_pretrained(name, torch_dtype=older, dtype="bfloat16").causal_lm.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"^dtype is torch.float16 and torch_dtype, its older name, is .*leave torch_"):
+        SharedBase.from_pretrained(name, torch_dtype=older, dtype=torch.float16)
+
+
+def test_dtype_may_be_the_checkpoints(llama: tiny.Home, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(llama.base_folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert SharedBase.from_pretrained(str(tmp_path), dtype="auto").causal_lm.dtype == torch.bfloat16
+    assert SharedBase.from_pretrained(str(tmp_path), torch_dtype="auto").causal_lm.dtype == torch.bfloat16
+    assert SharedBase.from_pretrained(str(tmp_path)).causal_lm.dtype == torch.float32
+
+
+def test_a_quantised_lm_head_is_refused(llama: tiny.Home) -> None:
+    how = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["none"])
+    with pytest.raises(ValueError, match=r"The model's LM head is quantised.*name it in llm_int8_skip_modules"):
+        SharedBase.from_pretrained(str(llama.base_folder), quantization_config=how)
+
+
+def test_lora_on_an_lm_head_of_another_name_is_refused(llama: tiny.Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "LM_HEADS", ())
+    with pytest.raises(ValueError, match="targets the LM head"):
+        SharedBase.from_pretrained(str(llama.base_folder), policy=tiny.new_lora(target_modules=["q_proj", "lm_head"]))
+
+
+def test_what_a_trainer_loads_a_base_with(llama: tiny.Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`model_init_kwargs` go before what suits the device, and contradict nothing silently."""
+    loads: list[dict[str, Any]] = []
+    monkeypatch.setattr(SharedBase, "from_pretrained", lambda name, **how: loads.append(how))
+    monkeypatch.setattr(building, "args_of_gpu", lambda *_: {"device_map": {"": "cuda:0"}, "dtype": torch.bfloat16})
+
+    def build(model: Any, quantization: Any = None, **init: Any) -> Any:
+        building.build_base(model, PPOConfig("out", **QUIET, model_init_kwargs=init), quantization, tiny.new_lora())
+        return {key: loads[-1].get(key) for key in ("dtype", "torch_dtype", "device_map", "quantization_config")}
+
+    on_gpu = {"dtype": torch.bfloat16, "torch_dtype": None, "device_map": {"": "cuda:0"}, "quantization_config": None}
+    four_bit = BitsAndBytesConfig(load_in_4bit=True)
+    assert build("m") == on_gpu
+    assert build("m", dtype="float32", device_map="auto") == {**on_gpu, "dtype": "float32", "device_map": "auto"}
+    assert build("m", torch_dtype="float16") == {**on_gpu, "dtype": None, "torch_dtype": "float16"}
+    assert build("m", four_bit) == {**on_gpu, "dtype": None, "quantization_config": four_bit}
+    assert build("m", quantization_config=four_bit) == {**on_gpu, "dtype": None, "quantization_config": four_bit}
+    with pytest.raises(ValueError, match="quantization_config is given twice, also in model_init_kwargs"):
+        build("m", four_bit, quantization_config={"load_in_8bit": True})
+    for model in (AutoModelForCausalLM.from_pretrained(llama.base_folder), llama.base):
+        with pytest.raises(ValueError, match="loaded already: give model_init_kwargs where you load it"):
+            build(model, dtype="float32")
+
+
 def test_how_the_base_is_loaded(llama: tiny.Home, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[dict[str, Any]] = []
     plain = AutoModelForCausalLM.from_pretrained
@@ -83,14 +337,9 @@ def test_how_the_base_is_loaded(llama: tiny.Home, monkeypatch: pytest.MonkeyPatc
     SharedBase.from_pretrained(name, quantization_config=four_bit)
     SharedBase.from_pretrained(name, dtype=torch.float16, device_map={"": "cpu"}, attn_implementation="eager")
     assert loads == [
-        {"dtype": torch.float32, "quantization_config": None, "device_map": None},
-        {"dtype": torch.bfloat16, "quantization_config": four_bit, "device_map": None},
-        {
-            "dtype": torch.float16,
-            "quantization_config": None,
-            "device_map": {"": "cpu"},
-            "attn_implementation": "eager",
-        },
+        {"dtype": torch.float32},
+        {"dtype": torch.bfloat16, "quantization_config": four_bit},
+        {"dtype": torch.float16, "device_map": {"": "cpu"}, "attn_implementation": "eager"},
     ]
 
 

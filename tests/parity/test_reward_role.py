@@ -13,7 +13,7 @@ import bitsandbytes
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 from trl import RewardConfig, RewardTrainer
@@ -153,6 +153,35 @@ def test_scores_over_a_quantised_base(llama: tiny.Home, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="over a quantised base"):
         plain = load(llama, tmp_path).eval()
     assert (plain.scores(ids, mask) - expected).abs().max() > 1e-3, "that is what the warning is about"
+
+
+@torch.no_grad()
+def test_the_bias_of_a_score_head_is_read(llama: tiny.Home, tmp_path: Path) -> None:
+    classifier = AutoModelForSequenceClassification.from_pretrained(llama.base_folder, num_labels=1)
+    classifier.score = torch.nn.Linear(32, 1)
+    alone = get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", **tiny.LORA)).eval()
+    tiny.randomise(alone, seed=1)
+    for name, parameter in alone.named_parameters():
+        if name.endswith("score.modules_to_save.default.bias"):
+            parameter.fill_(3.0)
+    alone.save_pretrained(tmp_path / "reward")
+    batch = tiny.padded_batch()
+    scores, values = tiny.plain_scores(alone, batch), tiny.plain_values(alone, batch)
+    assert scores.mean() > 1
+
+    roles = {"value": tmp_path / "reward", "reward": tmp_path / "reward"}
+    for folder in ("first", "second"):
+        base = SharedBase.from_pretrained(str(llama.base_folder), policy=tiny.new_lora(), **roles).eval()
+        close(base.scores(batch.ids, batch.mask), scores)
+        close(base.values(*batch.args), values)
+        assert len(base.trainable_parameters("value")) == 2 * 14 + 2  # 14 layers of a pair; a head of two
+        base.save_pretrained(tmp_path / folder)
+        roles = {role: tmp_path / folder / role for role in roles}
+    base.save_roles(tmp_path / "checkpoint", "")
+    for parameter in base.heads["value"].parameters():
+        parameter.zero_()
+    base.load_trained_roles(tmp_path / "checkpoint")
+    close(base.values(*batch.args), values)
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

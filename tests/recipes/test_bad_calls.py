@@ -64,6 +64,11 @@ CALLS = [
     Call("an adapter of another base", "SharedBase.from_pretrained(model, policy='of_another_base')", "ValueError", "The policy adapter in 'of_another_base' was trained over 'somebody/else', but the base is"),
     Call("a reward adapter of another base", "SharedBase.from_pretrained(model, reward='of_another_base')", "ValueError", "The reward adapter in 'of_another_base' was trained over 'somebody/else', but the base is"),
     Call("an adapter that is no LoRA", "SharedBase.from_pretrained(model, policy='prompt_tuning')", "ValueError", "The adapter in 'prompt_tuning' is of type 'PROMPT_TUNING': roles share a base through LoRA only."),
+    Call("biases of the base in a reference", "SharedBase.from_pretrained(model, reference='biases')", "ValueError", "The adapter in 'biases' has bias='all': roles share every full weight, so only LoRA matrices can be trained; train it again without bias."),
+    Call("an adapter of another PEFT", "SharedBase.from_pretrained(model, policy='of_tomorrow')", "ValueError", "does not know it; train it again without use_tomorrow, or install the PEFT that it was trained with."),
+    Call("more than LoRA in an adapter", "SharedBase.from_pretrained(model, policy='with_norm')", "ValueError", "The adapter in 'with_norm' holds 'base_model.model.model.norm.weight' among its weights, which is not LoRA: train it again with LoRA on linear layers alone."),
+    Call("an adapter for a model", "SharedBase.from_pretrained('roles/policy')", "ValueError", "'roles/policy' is the folder of an adapter: give the model that it was trained over, and the folder as policy."),
+    Call("two precisions", "SharedBase.from_pretrained(model, dtype='float32', torch_dtype='bfloat16')", "ValueError", "dtype is 'float32' and torch_dtype, its older name, is 'bfloat16': leave torch_dtype out."),
     Call("a policy for a reward model", "SharedBase.from_pretrained(model, reward='roles/policy')", "ValueError", "'roles/policy' holds no score head: a reward or value role needs one number a sequence, as TRL's RewardTrainer with a LoraConfig(task_type='SEQ_CLS') saves it."),
     Call("a role that there is not", "base.use('critic').__enter__()", "ValueError", "Unknown role 'critic': choose one of policy, reference, value, reward."),
     Call("a role that was not built", "base.scores(ids, mask)", "ValueError", "This base has no reward role: build it with SharedBase.from_pretrained(..., reward=...)."),
@@ -72,6 +77,7 @@ CALLS = [
     Call("a row of padding alone", "base.values(ids, 0 * mask, 2)", "ValueError", "Row 0 of attention_mask has no real token"),
     Call("an adapter for a model that has one", "SharedBase.from_model(peft_model, policy=LoraConfig())", "ValueError", "The model is a PeftModel already, and a policy adapter was given too: pass the model without its adapter, or leave the policy out to train the adapter it has."),
     Call("a model whose adapters are disabled", "peft_model.base_model.disable_adapter_layers() or SharedBase.from_model(peft_model)", "ValueError", "The PeftModel's adapters are disabled: enable the one to train before building the roles."),
+    Call("a model whose adapter is merged", "peft_model.merge_adapter() or SharedBase.from_model(peft_model)", "ValueError", "merged into its weights: call unmerge_adapter() before building the roles."),
     Call("recomputation that mixes up adapters", "base.gradient_checkpointing_enable({'use_reentrant': True})", "ValueError", "recomputes under the wrong adapter"),
     Call("TRL's models without a reward role", "base.as_trl_models()", "ValueError", "This base has no reward role: build it with reward=<folder of a reward adapter>."),
     # PPOTrainer
@@ -79,6 +85,7 @@ CALLS = [
     Call("another kind of adapter", "PPOTrainer(model, judge, args, prompts, peft_config=PromptTuningConfig(num_virtual_tokens=4))", "TypeError", "peft_config must be a peft.LoraConfig, not PromptTuningConfig"),
     Call("LoRA for a base that has it", "PPOTrainer(base, judge, args, prompts, peft_config=LoraConfig())", "ValueError", "The SharedBase has its adapters already: leave peft_config out."),
     Call("a quantisation that comes too late", "PPOTrainer(base, judge, args, prompts, quantization_config=four_bit)", "ValueError", "The model is loaded already"),
+    Call("a way of loading that comes too late", "PPOTrainer(base, judge, PPOConfig(**quiet, model_init_kwargs={'dtype': 'float32'}), prompts)", "ValueError", "The model is loaded already: give model_init_kwargs where you load it, not to PPOConfig."),
     Call("nothing that gives a score", "PPOTrainer(base, None, args, prompts)", "ValueError", "Nothing gives a score: pass reward_funcs, or a SharedBase built with reward=<adapter folder>."),
     Call("no prompts", "PPOTrainer(base, judge, args)", "ValueError", "train_dataset is missing"),
     Call("a list for a dataset", "PPOTrainer(base, judge, args, ['a', 'b'])", "TypeError", "train_dataset must be a datasets.Dataset with a 'prompt' column, not list."),
@@ -152,6 +159,9 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, held, changes in (
         ("incomplete", dict(list(weights.items())[1:]), {}),
         ("of_another_base", weights, {"base_model_name_or_path": "somebody/else"}),
+        ("biases", weights, {"bias": "all"}),
+        ("of_tomorrow", weights, {"use_tomorrow": True}),
+        ("with_norm", {**weights, "base_model.model.model.norm.weight": torch.ones(1)}, {}),
     ):
         (folder / name).mkdir()
         save_file(held, folder / name / "adapter_model.safetensors")

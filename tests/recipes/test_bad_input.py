@@ -139,7 +139,7 @@ ROWS = [
     Row("a policy's adapter as reward", "ppo", "--reward_adapter roles/policy", "roles/policy"),
     Row("a reward model of two labels", "ppo", "--reward_adapter two_labels", "two_labels"),
     Row("a policy adapter that is not there", "ppo", "--policy_adapter missing", "missing"),
-    Row("a reward adapter as policy", "ppo", "--policy_adapter roles/value", "The policy's LoraConfig has modules_to_save=['score']: roles share every full weight"),
+    Row("a reward adapter as policy", "ppo", "--policy_adapter roles/value", "The adapter in 'roles/value' has modules_to_save=['score']: roles share every full weight"),
     Row("an unknown value role", "ppo", "--value adaptor", "adaptor"),
     Row("a reference that is not there", "ppo", "--reference_adapter missing", "missing"),
     # Folders

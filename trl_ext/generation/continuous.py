@@ -39,7 +39,7 @@ class ContinuousGenerator:
         Raises:
             GenerationError: Transformers gave fewer completions than there are prompts.
         """
-        with self.base.use(role):
+        with self.base.use(role), self.base.path.constant():
             self.base.model.eval()
             try:
                 outputs = self.base.causal_lm.generate_batch(

@@ -1,17 +1,38 @@
-"""Completions by Transformers' `generate`."""
+"""Completions by Transformers' `generate`; one that has ended leaves its batch."""
 
 from __future__ import annotations
 
+import copy
+import itertools
+import math
 from typing import Any
 
-from transformers import GenerationConfig
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, StoppingCriteriaList
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 
-from trl_ext.generation.rollouts import Answers
-from trl_ext.tokens import padded
+from trl_ext.generation.rollouts import Answers, GenerationError
+from trl_ext.tokens import as_ids, padded
+
+# What may be set where `generate` is called again for the rest of a completion. Others count from the beginning of a
+# call (min_new_tokens), keep a state of their own (guidance_scale), or give rows another meaning (num_beams).
+CONTINUABLE = {
+    *("max_new_tokens", "eos_token_id", "pad_token_id", "bos_token_id", "use_cache", "transformers_version"),
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "sequence_bias"),
+    *("remove_invalid_values", "renormalize_logits"),
+}
 
 
 class TransformersGenerator:
-    """The roles' own base answers.
+    """The roles' own base answers, as `generate` samples, in less time: prompts of like length share a batch, a prompt
+    that a batch holds several times is read once, and completions that have ended leave the batch.
+
+    Where the model or the settings do not allow this (`can_continue`), each batch is one call of `generate`.
 
     Args:
         base: the `SharedBase`.
@@ -22,15 +43,107 @@ class TransformersGenerator:
         self.base, self.batch_size = base, batch_size
 
     def answers(self, prompt_ids: list[list[int]], config: GenerationConfig, role: str) -> Answers:
-        """See `Generator.answers`."""
-        completions: list[list[int]] = []
-        for start in range(0, len(prompt_ids), self.batch_size):
-            part, mask = padded(prompt_ids[start : start + self.batch_size], config.pad_token_id, left=True)
-            written = self.base.generate(
-                role=role,
-                input_ids=part.to(self.base.device),
-                attention_mask=mask.long().to(self.base.device),
-                generation_config=config,
+        """See `Generator.answers`.
+
+        Raises:
+            GenerationError: `config` asks for several completions of each prompt.
+        """
+        if config.num_return_sequences not in (None, 1):
+            raise GenerationError(
+                f"num_return_sequences is {config.num_return_sequences}, but each prompt gets one completion: leave it "
+                "out, and set num_generations for several."
             )
-            completions += written[:, part.shape[1] :].tolist()
-        return Answers(completions)
+        complete = self._in_parts if can_continue(self.base.causal_lm, config) else self._at_once
+        # The longest first: what does not fit into memory shows at once. Equal prompts come to lie side by side.
+        order = sorted(range(len(prompt_ids)), key=lambda row: (-len(prompt_ids[row]), prompt_ids[row]))
+        completions: dict[int, list[int]] = {}
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            completions |= zip(rows, complete([prompt_ids[row] for row in rows], config, role), strict=True)
+        return Answers([completions[row] for row in range(len(prompt_ids))])
+
+    def _at_once(self, prompts: list[list[int]], config: GenerationConfig, role: str) -> list[list[int]]:
+        """By one call of `generate`."""
+        ids, mask = self._padded(prompts, config)
+        written = self.base.generate(role=role, input_ids=ids, attention_mask=mask, generation_config=config)
+        return written[:, ids.shape[1] :].tolist()
+
+    def _in_parts(self, prompts: list[list[int]], config: GenerationConfig, role: str) -> list[list[int]]:
+        """By one call of `generate` after the other: each ends once a quarter of its rows have ended, and the next goes
+        on with the others from their keys and values."""
+        ids, mask = self._padded(prompts, config)
+        width, longest = ids.shape[1], ids.shape[1] + config.max_new_tokens
+        eos = torch.tensor(as_ids(config.eos_token_id), device=ids.device)
+
+        def ended(ids: Tensor) -> Tensor:
+            return torch.isin(ids[:, width:], eos).any(dim=1)
+
+        def enough(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            return (4 * ended(ids).sum() >= len(ids)).expand(len(ids))
+
+        config = copy.deepcopy(config)
+        config.return_dict_in_generate = True  # for the cache
+        cache = self._read_once(prompts, config, role)
+        completions: list[list[int]] = [[] for _ in prompts]
+        rows = list(range(len(prompts)))
+        while rows:
+            config.max_new_tokens = longest - ids.shape[1]
+            output = self.base.generate(
+                role=role,
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([enough]),
+            )
+            ids, cache = output.sequences, output.past_key_values
+            done = ended(ids) | (ids.shape[1] == longest)
+            for row, is_done, written in zip(rows, done.tolist(), ids[:, width:].tolist(), strict=True):
+                if is_done:
+                    completions[row] = written
+            left = (~done).nonzero().squeeze(1).cpu()  # on the CPU it fits layers on any device
+            rows = [rows[i] for i in left]
+            ids, mask = ids[left], pad(mask[left], (0, ids.shape[1] - mask.shape[1]), value=1)
+            cache.batch_select_indices(left)
+        return completions
+
+    def _read_once(self, prompts: list[list[int]], config: GenerationConfig, role: str) -> DynamicCache | None:
+        """Keys and values of `prompts` but for the last column, which the next call of `generate` reads: each prompt is
+        read once, then its row repeated. None where all prompts differ, one has only that last token, or one is longer
+        than a sliding window: not every model slides it alike while it reads."""
+        unique = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
+        windows = (getattr(layer, "sliding_window", None) for layer in DynamicCache(config=self.base.config).layers)
+        longest = min((window for window in windows if window is not None), default=math.inf)
+        if len(unique) == len(prompts) or min(map(len, prompts)) == 1 or max(map(len, prompts)) > longest:
+            return None
+        ids, mask = self._padded(unique, config)
+        reading = GenerationConfig(max_new_tokens=1, pad_token_id=config.pad_token_id, return_dict_in_generate=True)
+        cache = self.base.generate(
+            role=role, input_ids=ids[:, :-1], attention_mask=mask[:, :-1], generation_config=reading
+        ).past_key_values
+        cache.batch_select_indices(torch.tensor([unique.index(prompt) for prompt in prompts]))
+        return cache
+
+    def _padded(self, prompts: list[list[int]], config: GenerationConfig) -> tuple[Tensor, Tensor]:
+        ids, mask = padded(prompts, config.pad_token_id, left=True)
+        return ids.to(self.base.device), mask.long().to(self.base.device)
+
+
+def can_continue(model: Any, config: GenerationConfig) -> bool:
+    """Whether `generate`, called again with its own cache for some of the rows, goes on as though it had never stopped:
+    no setting stands against it, and all that the model remembers of a row are that row's keys and values."""
+    if not set(config.to_diff_dict()) <= CONTINUABLE or config.max_new_tokens is None or config.use_cache is False:
+        return False
+    if is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model):
+        return False  # each process would wait for the others' calls
+    if model.config.is_encoder_decoder or model._is_stateful or _own_methods(type(model)):
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
+
+
+def _own_methods(model: type) -> set[str]:
+    """The methods of `generate` that a model's class overrides."""
+    before = itertools.takewhile(lambda kind: kind is not GenerationMixin, model.__mro__)
+    own = {name for kind in before for name in vars(kind) if not name.startswith("__")}
+    return own & set(vars(GenerationMixin))

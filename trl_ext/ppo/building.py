@@ -50,18 +50,28 @@ def check_model(model: Any, peft_config: Any | None, quantization_config: Any | 
 
 
 def build_base(model: Any, args: PPOConfig, quantization_config: Any | None, peft_config: Any | None) -> SharedBase:
-    """The roles on a model given by name, as a model, with an adapter, or as a `SharedBase` already."""
+    """The roles on a model given by name, as a model, with an adapter, or as a `SharedBase` already.
+
+    Raises:
+        ValueError: `args` say how to load a model that is loaded, or say it twice.
+    """
+    given: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    if given and not isinstance(model, str):
+        raise ValueError("The model is loaded already: give model_init_kwargs where you load it, not to PPOConfig.")
     if isinstance(model, SharedBase):
         return model
     if peft_config is None and not isinstance(model, PeftModel):
         logger.warning("No peft_config: the policy is a LoRA adapter of rank 16 on every linear layer.")
-    if isinstance(model, str):
-        kwargs: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, **args_of_gpu(args.device, args.bf16)}
-        if quantization_config is not None:
-            kwargs.pop("dtype", None)
-        kwargs |= args.model_init_kwargs or {}  # type: ignore[arg-type]
-        return SharedBase.from_pretrained(model, quantization_config=quantization_config, policy=peft_config, **kwargs)
-    return SharedBase.from_model(model, policy=peft_config)
+    if not isinstance(model, str):
+        return SharedBase.from_model(model, policy=peft_config)
+    if quantization_config is not None:
+        if given.get("quantization_config") is not None:
+            raise ValueError("quantization_config is given twice, also in model_init_kwargs: leave it out there.")
+        given["quantization_config"] = quantization_config
+    defaults = {"trust_remote_code": args.trust_remote_code, **args_of_gpu(args.device, args.bf16)}
+    if given.get("quantization_config") is not None or "torch_dtype" in given:
+        defaults.pop("dtype", None)
+    return SharedBase.from_pretrained(model, policy=peft_config, **{**defaults, **given})
 
 
 def args_of_gpu(device: torch.device, bf16: bool | None = None) -> dict[str, Any]:

@@ -12,77 +12,86 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from trl_ext.roles import sharing
 from trl_ext.roles.switching import belongs_to
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 HEAD = "value_head.safetensors"
 NOTE = "trl_ext_role.json"  # what the other files have no place for
-SCORE_KEY = "base_model.model.score.weight"
-# PEFT's other initialisations take something off the base's weights, or need data.
-INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+SCORE = "base_model.model.score."  # where a PEFT sequence classifier keeps its head
 
 
 def check_folder(path: str | Path, role: str) -> Path:
-    """Check that the folder `path` holds a LoRA adapter or a head, and return it as a Path.
+    """Check all that the files of a saved role tell without a model, and return its folder as a Path.
 
     Raises:
-        FileNotFoundError: it is missing, or holds neither.
-        ValueError: its adapter is not LoRA, would rewrite the base, or its weights are damaged.
+        FileNotFoundError: the folder is missing, or holds neither an adapter nor a head.
+        ValueError: its adapter is not one that roles can share a base with, or its weights are damaged.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"The {role} role's folder {str(path)!r} does not exist: give the folder of a saved adapter."
         )
-    if not (folder / CONFIG).is_file() and not (folder / HEAD).is_file():
+    has_config = (folder / CONFIG).is_file()
+    if not has_config and not (role == "value" and (folder / HEAD).is_file()):
         raise FileNotFoundError(
             f"The {role} role's folder {str(path)!r} holds no {CONFIG}: give the folder that save_model() or "
             "save_pretrained() wrote for a LoRA adapter."
         )
-    if (folder / CONFIG).is_file() and not (folder / WEIGHTS).is_file():
+    if has_config and not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(
             f"The {role} role's folder {str(path)!r} holds no {WEIGHTS}: save the adapter as safetensors."
         )
-    if (folder / CONFIG).is_file():
-        config = read_config(folder)
-        if (kind := config.get("peft_type")) != "LORA":
-            raise ValueError(f"The adapter in {str(path)!r} is of type {kind!r}: roles share a base through LoRA only.")
-        if (init := config.get("init_lora_weights", True)) != "eva":  # which needed its data once, before training
-            check_initialisation(init, f"The adapter in {str(path)!r}")
+    whose, scored = f"The adapter in {str(path)!r}", role in ("value", "reward")
+    if has_config:
+        sharing.check_config(read_config(folder), whose, scored, trained=True)
+        sharing.check_config(read_lora_config(folder), whose, scored, trained=True)
     try:
-        with safe_open(_weights_file(folder), framework="pt"):
-            return folder
+        with safe_open(_weights_file(folder), framework="pt") as weights:
+            keys = list(weights.keys())
     except SafetensorError as error:
         raise ValueError(
             f"The weights {str(_weights_file(folder))!r} are not whole ({error}): save or copy the adapter again."
         ) from error
+    if has_config:
+        sharing.check_keys(keys, whose, scored)
+    return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The adapter's configuration, as saved."""
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    """The adapter's configuration, as saved.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    try:
+        config: dict[str, Any] = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{str(folder / CONFIG)!r} is no JSON object ({error}): save the adapter again.") from error
     return config
 
 
-def check_initialisation(init: Any, whose: str) -> None:
-    """Refuse a LoRA whose initialisation changes the base: that would change every role, the reference most of all.
+def read_lora_config(folder: Path) -> LoraConfig:
+    """The adapter's configuration as PEFT understands it.
 
     Raises:
-        ValueError: PiSSA, OLoRA, LoftQ, CorDA and the like.
+        ValueError: PEFT refuses it.
     """
-    if init not in INITIALISATIONS:
-        raise ValueError(
-            f"{whose} has init_lora_weights={init!r}, which rewrites the weights that all roles share, or needs data: "
-            "take True, 'gaussian' or 'orthogonal', or convert a saved adapter to plain LoRA."
-        )
+    try:
+        config: LoraConfig = LoraConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"PEFT does not take {str(folder / CONFIG)!r} ({reason}): save the adapter again.") from error
+    return config
 
 
 def check_same_base(folder: Path, base_name: str, role: str) -> None:
@@ -134,53 +143,85 @@ def is_quantized(model: Any) -> bool:
 
 
 @contextmanager
-def fits(folder: Path, base_name: str) -> Iterator[None]:
-    """Turn PEFT's error about an adapter that does not fit into one sentence.
+def fits(whose: str, base_name: str, remedy: str = "train it over this base") -> Iterator[None]:
+    """Turn PEFT's error about LoRA that does not fit a base into one sentence.
 
     Raises:
-        ValueError: the adapter's shapes or targets are not those of the base.
+        ValueError: its shapes or targets are not those of the base.
     """
     try:
         yield
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(":")
-        raise ValueError(
-            f"The adapter in {str(folder)!r} does not fit the base {base_name!r} ({reason}): train it over this base."
-        ) from error
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) <= 200 else reason[:197] + "..."
+        raise ValueError(f"{whose} does not fit the base {base_name!r} ({reason.rstrip(':.')}): {remedy}.") from error
 
 
-def load_adapter(model: PeftModel, folder: Path, name: str) -> None:
-    """Put the adapter saved in `folder` onto `model` under `name`, or its weights into the one that has that name.
+def load_weights(model: PeftModel, folder: Path, name: str) -> None:
+    """Put the LoRA weights saved in `folder` into the adapter called `name`.
 
     Raises:
-        ValueError: its shapes do not fit the base, or weights are missing.
+        ValueError: weights are missing, there are some for layers that the base has not, or the embeddings beside them
+            are not the base's.
     """
-    with fits(folder, model.get_base_model().config.name_or_path):
-        device = str(next(model.parameters()).device)
-        result = model.load_adapter(str(folder), name, is_trainable=True, torch_device=device)
-    missing = [key for key in result.missing_keys if belongs_to(key, name)]
-    if missing:
+    whose, state = f"The adapter in {str(folder)!r}", load_file(folder / WEIGHTS)
+    lora = {key: tensor for key, tensor in state.items() if sharing.is_lora(key)}
+    causal_lm = model.get_base_model()
+    with fits(whose, causal_lm.config.name_or_path):
+        result = set_peft_model_state_dict(model, lora, adapter_name=name)
+    if missing := [key for key in result.missing_keys if belongs_to(key, name)]:
+        raise ValueError(f"{whose} lacks weights that its config promises, first {missing[0]!r}.")
+    if result.unexpected_keys:
         raise ValueError(
-            f"The adapter in {str(folder)!r} lacks weights that its config promises, first {missing[0]!r}."
+            f"{whose} does not fit the base {causal_lm.config.name_or_path!r} (it has no layer for "
+            f"{result.unexpected_keys[0]!r}): train it over this base."
         )
+    own = [causal_lm.get_input_embeddings().weight, causal_lm.get_output_embeddings().weight]
+    for key, tensor in state.items():
+        if not (sharing.is_lora(key) or sharing.is_score(key)) and not any(_same(tensor, weight) for weight in own):
+            raise ValueError(
+                f"{whose} holds {key!r}, which is not as in the base {causal_lm.config.name_or_path!r}: save the model "
+                "with its new embeddings, and train the adapter over that."
+            )
 
 
-def read_score_head(folder: Path) -> Tensor:
-    """Weight (1, hidden size) of the scalar head saved in `folder`, float32.
+def _same(tensor: Tensor, weight: Tensor) -> bool:
+    return tensor.shape == weight.shape and torch.equal(tensor.to(weight.device, weight.dtype), weight)
+
+
+def read_score_head(folder: Path) -> dict[str, Tensor]:
+    """The scalar head saved in `folder`: its weight (1, hidden size) and, where it has one, its bias (1,), float32.
 
     Raises:
         ValueError: there is none, or it has more than one output.
     """
     with safe_open(_weights_file(folder), framework="pt") as weights:
-        key = next((k for k in weights.keys() if k.endswith("score.weight")), None)  # noqa: SIM118 (not a dict)
-        weight = weights.get_tensor(key) if key is not None else None
-    if weight is None or weight.shape[0] != 1:
-        reason = "no score head" if weight is None else f"a score head with {weight.shape[0]} outputs"
+        keys = [key for key in weights.keys() if sharing.is_score(key)]  # noqa: SIM118 (not a dict)
+        head = {key.rpartition(".")[2]: weights.get_tensor(key).float() for key in keys}
+    if "weight" not in head or head["weight"].shape[0] != 1:
+        reason = f"a score head with {head['weight'].shape[0]} outputs" if "weight" in head else "no score head"
         raise ValueError(
             f"{str(folder)!r} holds {reason}: a reward or value role needs one number a sequence, as TRL's "
             "RewardTrainer with a LoraConfig(task_type='SEQ_CLS') saves it."
         )
-    return weight.float()
+    return head
+
+
+def load_scalar_head(folder: Path, size: int, device: torch.device) -> nn.Linear:
+    """The scalar head saved in `folder`, for hidden states of `size`.
+
+    Raises:
+        ValueError: it is for another size.
+    """
+    state = read_score_head(folder)
+    if state["weight"].shape[1] != size:
+        raise ValueError(
+            f"The score head in {str(folder)!r} reads hidden states of size {state['weight'].shape[1]}, and the base's "
+            f"have {size}: train it over this base."
+        )
+    head = scalar_head(size, device, bias="bias" in state)
+    head.load_state_dict(state)
+    return head
 
 
 def read_pad_token_id(folder: Path) -> int | None:
@@ -201,11 +242,12 @@ def write_note(folder: Path, model: Any, **more: Any) -> None:
     (folder / NOTE).write_text(json.dumps({"quantized": is_quantized(model), **more}), encoding="utf-8")
 
 
-def scalar_head(size: int, device: torch.device, weight: Tensor | None = None) -> nn.Linear:
-    """A linear layer (size -> 1) in float32 without bias, as TRL's reward models have; starts at 0 without `weight`."""
-    head = nn.Linear(size, 1, bias=False, device=device, dtype=torch.float32)
+def scalar_head(size: int, device: torch.device, bias: bool = False) -> nn.Linear:
+    """A linear layer (size -> 1) in float32 that starts at 0; without bias, as TRL's reward models have it."""
+    head = nn.Linear(size, 1, bias=bias, device=device, dtype=torch.float32)
     with torch.no_grad():
-        head.weight.zero_() if weight is None else head.weight.copy_(weight)
+        for parameter in head.parameters():
+            parameter.zero_()
     return head
 
 
@@ -227,7 +269,7 @@ def save_scored_adapter(model: PeftModel, name: str, head: nn.Linear, folder: Pa
     goes into its note."""
     folder.mkdir(exist_ok=True)
     state = get_peft_model_state_dict(model, adapter_name=name)
-    state[SCORE_KEY] = head.weight.detach()
+    state.update({SCORE + key: tensor for key, tensor in head.state_dict().items()})
     save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS)
     config = as_sequence_classifier(model.peft_config[name])
     config.inference_mode = True

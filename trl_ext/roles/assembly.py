@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
 
 from trl_ext.roles import adapters as files
-from trl_ext.roles.switching import active_adapter, belongs_to, keep_differentiable
+from trl_ext.roles import sharing
+from trl_ext.roles.switching import belongs_to, keep_differentiable
+
+NEW = "The policy's LoraConfig"
 
 
 class AssembledRoles(NamedTuple):
@@ -41,98 +46,148 @@ def default_lora() -> LoraConfig:
     return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def plan(policy: Any, value: Any, reward: Any, reference: Any) -> Plan:
+def plan(base_name: str, policy: Any, value: Any, reward: Any, reference: Any) -> Plan:
     """Check the arguments of `SharedBase.from_pretrained` before anything is loaded.
 
     Raises:
         FileNotFoundError: a folder is missing or holds no adapter.
-        TypeError, ValueError: an argument is of the wrong kind.
+        TypeError, ValueError: an argument is of the wrong kind, or an adapter is not one that roles can share the base
+            with.
     """
     if isinstance(policy, LoraConfig):
-        check_policy_config(policy)
+        sharing.check_config(policy, NEW)
     elif policy is not None and not isinstance(policy, (str, Path)):
         raise TypeError(
             f"policy must be a peft.LoraConfig or the folder of a saved adapter, not {type(policy).__name__}."
         )
+
+    def folder(path: str | Path, role: str) -> Path:
+        checked = files.check_folder(path, role)
+        if (checked / files.CONFIG).is_file():
+            files.check_same_base(checked, base_name, role)
+        if role in ("value", "reward"):
+            files.read_score_head(checked)
+        return checked
+
     return Plan(
-        policy=files.check_folder(policy, "policy") if isinstance(policy, (str, Path)) else policy,
-        value=value if value in ("adapter", "head") else files.check_folder(value, "value"),
-        reward=None if reward is None else files.check_folder(reward, "reward"),
-        reference=None if reference is None else files.check_folder(reference, "reference"),
+        policy=folder(policy, "policy") if isinstance(policy, (str, Path)) else policy,
+        value=value if value in ("adapter", "head") else folder(value, "value"),
+        reward=None if reward is None else folder(reward, "reward"),
+        reference=None if reference is None else folder(reference, "reference"),
     )
-
-
-def check_policy_config(config: LoraConfig) -> None:
-    """Refuse a LoraConfig whose policy would not share the base's weights.
-
-    Raises:
-        ValueError: weights of the base's own that would train, an initialisation that rewrites them, or an adapted LM
-            head.
-    """
-    files.check_initialisation(config.init_lora_weights, "The policy's LoraConfig")
-    bias = config.bias if config.bias != "none" else None
-    for name, value in {
-        "modules_to_save": config.modules_to_save,
-        "trainable_token_indices": config.trainable_token_indices,
-        "bias": bias,
-    }.items():
-        if value:
-            raise ValueError(
-                f"The policy's LoraConfig has {name}={value!r}: roles share every full weight, so only LoRA matrices "
-                f"can be trained; remove {name}."
-            )
-    targets = config.target_modules
-    if isinstance(targets, (list, set, tuple)) and any(t.split(".")[-1] in ("lm_head", "embed_out") for t in targets):
-        raise ValueError(
-            "The policy's LoraConfig targets the LM head, whose weight log-probabilities are computed from directly: "
-            "the adapter would never train; remove it from target_modules."
-        )
 
 
 def load_base(
     name: str, quantization_config: Any | None, dtype: torch.dtype | str | None, device_map: Any | None, **kwargs: Any
 ) -> Any:
-    """The causal language model itself, frozen."""
+    """The causal language model itself. What is not asked for is as the checkpoint has it, but for the precision (see
+    `SharedBase.from_pretrained`).
+
+    Raises:
+        ValueError: two arguments, or an argument and the checkpoint, contradict each other.
+    """
+    if (Path(name) / files.CONFIG).is_file():
+        raise ValueError(
+            f"{name!r} is the folder of an adapter: give the model that it was trained over, and the folder as policy."
+        )
+    older = kwargs.pop("torch_dtype", None)
+    if dtype is not None and older is not None and _precision(dtype) != _precision(older):
+        raise ValueError(f"dtype is {dtype!r} and torch_dtype, its older name, is {older!r}: leave torch_dtype out.")
+    dtype = older if dtype is None else dtype
+    if isinstance(quantization_config, dict) and _is_bitsandbytes(quantization_config):
+        quantization_config = BitsAndBytesConfig.from_dict(quantization_config)
+    own = _own_quantization(name, kwargs)
+    if own is not None and _is_bitsandbytes(own) and isinstance(quantization_config, BitsAndBytesConfig):
+        if BitsAndBytesConfig.from_dict(dict(own)).to_dict() != quantization_config.to_dict():
+            raise ValueError(
+                f"{name!r} was saved with a quantization_config of its own, and another one was given: leave "
+                "quantization_config out, or load the model that it was made from."
+            )
+        quantization_config = None  # Transformers takes the checkpoint's, and warns
     if dtype is None:
-        dtype = torch.float32 if quantization_config is None else torch.bfloat16
-    return AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, quantization_config=quantization_config, device_map=device_map, **kwargs
-    )
+        dtype = "auto" if own is not None else torch.float32 if quantization_config is None else torch.bfloat16
+    given = {"quantization_config": quantization_config, "device_map": device_map}
+    kwargs.update({key: value for key, value in given.items() if value is not None})
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
+    if own is not None and dtype != "auto" and _precision(model.dtype) != _precision(dtype):
+        warnings.warn(
+            f"dtype is {dtype!r}, but {name!r} was saved quantised, with its other weights in {model.dtype}, and "
+            "Transformers keeps them so.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return model
+
+
+def _precision(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _own_quantization(name: str, kwargs: dict[str, Any]) -> Any | None:
+    """The quantization_config that the checkpoint was saved with, as a dict."""
+    if "gguf_file" in kwargs:
+        return None
+    if (config := kwargs.get("config")) is not None:
+        own = getattr(config, "quantization_config", None)
+        return own if own is None or isinstance(own, dict) else own.to_dict()
+    where = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only", "proxies")
+    content, _ = PreTrainedConfig.get_config_dict(name, **{key: kwargs[key] for key in where if key in kwargs})
+    return content.get("quantization_config") or content.get("text_config", {}).get("quantization_config")
+
+
+def _is_bitsandbytes(own: dict[str, Any]) -> bool:
+    return bool(own.get("load_in_4bit") or own.get("load_in_8bit"))
 
 
 def assemble(model: Any, plan: Plan) -> AssembledRoles:
-    """Put every role of `plan` on `model` (a PreTrainedModel or a PeftModel)."""
+    """Put every role of `plan` on `model` (a PreTrainedModel or a PeftModel).
+
+    Raises:
+        TypeError: the model writes no text.
+        ValueError: its LM head is quantised, or an adapter does not fit it.
+    """
+    lm_head = model.get_output_embeddings()
+    if lm_head is None:
+        raise TypeError(f"{type(model).__name__} has no LM head: give a model of AutoModelForCausalLM.")
+    if not lm_head.weight.is_floating_point():
+        raise ValueError(
+            "The model's LM head is quantised, and log-probabilities are computed from its weight directly: name it in "
+            "llm_int8_skip_modules of the quantization_config."
+        )
     keep_differentiable(model)
     model.requires_grad_(False)
-    peft_model, policy, adapters = _policy_and_reference(model, plan)
+    peft_model, policy, reference = _policy_and_reference(model, plan)
     causal_lm = peft_model.get_base_model()
+    adapters: dict[Any, str | None] = {"policy": policy, "reference": reference}
     heads: dict[str, nn.Module] = {}
     device = causal_lm.get_output_embeddings().weight.device
     size = causal_lm.config.get_text_config().hidden_size
 
     if plan.reward is not None:
-        _add_saved(peft_model, plan.reward, "reward")
-        adapters["reward"] = "reward"
-        heads["reward"] = files.scalar_head(size, device, files.read_score_head(plan.reward)).requires_grad_(False)
+        adapters["reward"] = _add_saved(peft_model, plan.reward, "reward")
+        heads["reward"] = files.load_scalar_head(plan.reward, size, device).requires_grad_(False)
 
-    adapters["value"] = policy if plan.value == "head" or _is_head(plan.value) else "value"
+    adapters["value"] = policy
     if isinstance(plan.value, Path):
-        if adapters["value"] == "value":
-            _add_saved(peft_model, plan.value, "value")
-        heads["value"] = files.scalar_head(size, device, files.read_score_head(plan.value))
+        if not _is_head(plan.value):
+            adapters["value"] = _add_saved(peft_model, plan.value, "value")
+        heads["value"] = files.load_scalar_head(plan.value, size, device)
     else:
         if plan.value == "adapter":
-            peft_model.add_adapter("value", files.as_sequence_classifier(peft_model.peft_config[policy]))
+            adapters["value"] = _free_name(peft_model, "value")
+            peft_model.add_adapter(adapters["value"], files.as_sequence_classifier(peft_model.peft_config[policy]))
         heads["value"] = files.scalar_head(size, device)
 
+    if isinstance(causal_lm.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(sharing.on_the_lm_head("An adapter"))
     peft_model.base_model.set_adapter(policy)
     for name, parameter in peft_model.named_parameters():
-        parameter.requires_grad_(belongs_to(name, policy) or belongs_to(name, "value"))
+        parameter.requires_grad_(belongs_to(name, policy) or belongs_to(name, adapters["value"]))
     pad_token_id = None if plan.reward is None else files.read_pad_token_id(plan.reward)
     return AssembledRoles(peft_model, adapters, heads, pad_token_id)
 
 
-def _policy_and_reference(model: Any, plan: Plan) -> tuple[PeftModel, str, dict[Any, str | None]]:
+def _policy_and_reference(model: Any, plan: Plan) -> tuple[PeftModel, str, str | None]:
     reference = None
     if isinstance(model, PeftModel):
         if plan.policy is not None:
@@ -140,33 +195,33 @@ def _policy_and_reference(model: Any, plan: Plan) -> tuple[PeftModel, str, dict[
                 "The model is a PeftModel already, and a policy adapter was given too: pass the model without its "
                 "adapter, or leave the policy out to train the adapter it has."
             )
-        peft_model, policy = model, active_adapter(model)
-        if policy is None:
-            raise ValueError(
-                "The PeftModel's adapters are disabled: enable the one to train before building the roles."
-            )
-        check_policy_config(peft_model.peft_config[policy])
+        peft_model, policy = model, sharing.check_peft_model(model)
         if plan.reference is None:
             reference = _frozen_copy(peft_model, policy)
     else:
-        peft_model, policy = _with_policy(model, plan.policy), "policy"
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ValueError(
+                f"The {type(model).__name__} has adapters of its own: give the model without them, and a saved adapter "
+                "as policy."
+            )
+        policy = _free_name(model, "policy")
+        peft_model = _with_policy(model, plan.policy, policy)
     if plan.reference is not None:
-        _add_saved(peft_model, plan.reference, "reference")
-        reference = "reference"
-    return peft_model, policy, {"policy": policy, "reference": reference}
+        reference = _add_saved(peft_model, plan.reference, "reference")
+    return peft_model, policy, reference
 
 
-def _with_policy(model: Any, policy: LoraConfig | Path | None) -> PeftModel:
+def _with_policy(model: Any, policy: LoraConfig | Path | None, name: str) -> PeftModel:
+    base_name = model.config.name_or_path
     if not isinstance(policy, Path):
         config = copy.deepcopy(policy or default_lora())  # PEFT writes the base's name and layers into it
-        return get_peft_model(model, _for_text(config), adapter_name="policy")
-    base_name = model.config.name_or_path
-    files.check_same_base(policy, base_name, "policy")
-    config = LoraConfig.from_pretrained(str(policy))
-    check_policy_config(config)
-    with files.fits(policy, base_name):
-        peft_model = get_peft_model(model, _for_text(config), adapter_name="policy")
-    files.load_adapter(peft_model, policy, "policy")
+        with files.fits(NEW, base_name, "change it"):
+            peft_model = get_peft_model(model, _for_text(config), adapter_name=name)
+        sharing.check_config(config, NEW)  # PEFT targets parameters in place of the experts of old
+        return peft_model
+    with files.fits(f"The adapter in {str(policy)!r}", base_name):
+        peft_model = get_peft_model(model, _for_text(files.read_lora_config(policy)), adapter_name=name)
+    files.load_weights(peft_model, policy, name)
     return peft_model
 
 
@@ -178,17 +233,29 @@ def _for_text(config: LoraConfig) -> LoraConfig:
 
 
 def _frozen_copy(model: PeftModel, policy: str) -> str:
-    model.add_adapter("reference", copy.deepcopy(model.peft_config[policy]))
-    source = get_peft_model_state_dict(model, adapter_name=policy)
-    set_peft_model_state_dict(model, source, adapter_name="reference")
-    return "reference"
+    name = _free_name(model, "reference")
+    model.add_adapter(name, copy.deepcopy(model.peft_config[policy]))
+    source = get_peft_model_state_dict(model, adapter_name=policy, save_embedding_layers=False)
+    set_peft_model_state_dict(model, source, adapter_name=name)
+    return name
 
 
-def _add_saved(model: PeftModel, folder: Path, name: str) -> None:
+def _add_saved(model: PeftModel, folder: Path, role: str) -> str:
     causal_lm = model.get_base_model()
-    files.check_same_base(folder, causal_lm.config.name_or_path, name)
-    files.warn_if_quantized_otherwise(folder, causal_lm, name)
-    files.load_adapter(model, folder, name)
+    files.warn_if_quantized_otherwise(folder, causal_lm, role)
+    config, name = files.read_lora_config(folder), _free_name(model, role)
+    with files.fits(f"The adapter in {str(folder)!r}", causal_lm.config.name_or_path):
+        model.add_adapter(name, _for_text(config) if role == "reference" else files.as_sequence_classifier(config))
+    files.load_weights(model, folder, name)
+    return name
+
+
+def _free_name(model: Any, role: str) -> str:
+    """The name of a role's adapter: the role's, unless an adapter or a part of the model is called so."""
+    name, taken = role, sharing.names_of_modules(model) | set(getattr(model, "peft_config", ()))
+    while name in taken:
+        name += "_role"
+    return name
 
 
 def _is_head(value: str | Path) -> bool:

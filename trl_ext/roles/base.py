@@ -84,22 +84,25 @@ class SharedBase(AdaptedModel):
 
         Args:
             model_name_or_path: a causal language model.
-            quantization_config: `transformers.BitsAndBytesConfig` for a 4-bit or 8-bit base.
+            quantization_config: `transformers.BitsAndBytesConfig` for a 4-bit or 8-bit base; None: the checkpoint's
+                own, if it has one.
             policy: LoraConfig of a new policy adapter, or the folder of a saved one; None: LoRA of rank 16 on every
                 linear layer.
             value: "adapter" (own LoRA like the policy's, scalar head starting at 0), "head" (scalar head on the
                 policy's trunk), or the folder of a saved value or reward adapter to start from.
             reward: folder of what TRL's RewardTrainer saved with LoRA; None: no reward role.
             reference: folder of an adapter that stays frozen; None: the bare base.
-            dtype: of the base's weights; None: float32, or bfloat16 under a quantisation.
+            dtype: of the base's weights; None: float32, or bfloat16 under a quantisation. A checkpoint that was saved
+                quantised is loaded as it was saved.
             device_map: as in Transformers.
             **model_kwargs: further arguments of `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
             FileNotFoundError: a folder is missing or holds no adapter.
-            ValueError: an adapter belongs to another base or is not LoRA.
+            ValueError: an adapter belongs to another base or is not one that roles can share it with, or arguments
+                contradict each other or the checkpoint.
         """
-        plan = assembly.plan(policy=policy, value=value, reward=reward, reference=reference)
+        plan = assembly.plan(str(model_name_or_path), policy, value, reward, reference)
         model = assembly.load_base(model_name_or_path, quantization_config, dtype, device_map, **model_kwargs)
         return cls(*assembly.assemble(model, plan))
 
@@ -118,7 +121,8 @@ class SharedBase(AdaptedModel):
         the reference (that adapter is where training starts, so it is what the KL is measured from). Other arguments as
         in `from_pretrained`.
         """
-        plan = assembly.plan(policy=policy, value=value, reward=reward, reference=reference)
+        causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+        plan = assembly.plan(causal_lm.config.name_or_path, policy, value, reward, reference)
         return cls(*assembly.assemble(model, plan))
 
     # Roles ------------------------------------------------------------------------------------------------------------
@@ -211,7 +215,7 @@ class SharedBase(AdaptedModel):
         """The outputs of several roles for one batch; roles that share an adapter share a forward.
 
         Without gradients, roles with different adapters share one forward too where rows are few (up to 512 tokens a
-        role over a quantised base, 256 over one in float32): these travel in one batch, and the base's weights are read
+        role over a quantised base, 256 over another): these travel in one batch, and the base's weights are read
         (and dequantised) once.
 
         Args:
@@ -288,12 +292,14 @@ class SharedBase(AdaptedModel):
         value, value_head = folder / "value", cast(nn.Linear, self.heads["value"])
         if self.adapters["value"] == self.adapters["policy"]:
             value.mkdir(exist_ok=True)
-            save_file({"score.weight": value_head.weight.detach().cpu().contiguous()}, value / files.HEAD)
+            state = {f"score.{key}": tensor.cpu().contiguous() for key, tensor in value_head.state_dict().items()}
+            save_file(state, value / files.HEAD)
         else:
             files.save_scored_adapter(self.model, str(self.adapters["value"]), value_head, value)
         if self.has_role("reward"):
             head, pad_token_id = cast(nn.Linear, self.heads["reward"]), self.reward_pad_token_id
-            files.save_scored_adapter(self.model, "reward", head, folder / "reward", pad_token_id=pad_token_id)
+            adapter = str(self.adapters["reward"])
+            files.save_scored_adapter(self.model, adapter, head, folder / "reward", pad_token_id=pad_token_id)
         if self.adapters["reference"] is not None:
             files.save_plain_adapter(self.model, self.adapters["reference"], folder / "reference")
 
@@ -313,7 +319,7 @@ class SharedBase(AdaptedModel):
                 state = {key: tensor for key, tensor in load_file(file).items() if "lora_" in key}
                 set_peft_model_state_dict(self.model, state, adapter_name=str(self._adapter(role)))
             if role == "value":
-                cast(nn.Linear, self.heads["value"]).weight.copy_(files.read_score_head(part))
+                self.heads["value"].load_state_dict(files.read_score_head(part))
 
     def as_trl_models(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         """(policy, value_model, reward_model) that TRL 1.12's PPOTrainer accepts, all over this one base.

@@ -206,7 +206,7 @@ class LeanForward:
         up = self.path.keep((self, adapter, thin.dtype), lambda: weight.to(thin.dtype)).t()
         rows = result if where is EVERY else result[where]
         if thin.dtype != result.dtype:
-            rows += (_linear(thin, up.t()) * scale).to(result.dtype)
+            rows.add_(_linear(thin, up.t()), alpha=scale)
         elif torch.is_grad_enabled() and result._is_view():
             return torch.addmm(result, thin, up, alpha=scale)
         else:

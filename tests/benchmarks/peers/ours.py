@@ -33,13 +33,13 @@ class Phases(RolloutCallback):
 def main() -> None:
     given = work.arguments()
     tokenizer = work.tokenizer_of(given.model)
-    work.end_answers(given, tokenizer.eos_token_id)
-    lora = LoraConfig(**work.LORA)
+    work.end_completions(given, tokenizer)
+    lora = LoraConfig(**work.lora(given))
     value, _, scored = given.variant.partition(",")
-    reward = f"{given.folder}/roles/value" if not scored else None
+    reward, how = f"{given.folder}/roles/value" if not scored else None, work.weights(given.precision)
     if reward:
-        SharedBase.from_pretrained(given.model, policy=lora, value="adapter").save_pretrained(f"{given.folder}/roles")
-    base = SharedBase.from_pretrained(given.model, policy=lora, value=value, reward=reward)
+        SharedBase.from_pretrained(given.model, policy=lora, **how).save_pretrained(f"{given.folder}/roles")
+    base = SharedBase.from_pretrained(given.model, policy=lora, value=value, reward=reward, **how)
     args = PPOConfig(
         f"{given.folder}/out",
         per_device_train_batch_size=given.micro_batch,
@@ -52,7 +52,7 @@ def main() -> None:
         seed=given.seed,
         lr_scheduler_type="constant",
         gradient_checkpointing=False,
-        bf16=False,
+        **work.place(given.precision),
         save_strategy="no",
         report_to="none",
         log_completions=False,

@@ -11,7 +11,7 @@ from trl_ext.rewards.sentiment import vader_sentiment
 def main() -> None:
     given = work.arguments()
     tokenizer = work.tokenizer_of(given.model)
-    work.end_answers(given, tokenizer.eos_token_id)
+    work.end_completions(given, tokenizer)
     clock = work.Clock()
     args = RLOOConfig(
         f"{given.folder}/out",
@@ -26,12 +26,12 @@ def main() -> None:
         lr_scheduler_type="constant",
         seed=given.seed,
         gradient_checkpointing=False,
-        bf16=False,
+        **work.place(given.precision),
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         logging_steps=1,
-        model_init_kwargs={"dtype": "float32"},
+        model_init_kwargs=work.weights(given.precision),
     )
     rows = Dataset.from_dict({"prompt": work.prompts(given)})
     trainer = RLOOTrainer(
@@ -40,7 +40,7 @@ def main() -> None:
         args=args,
         train_dataset=rows,
         processing_class=tokenizer,
-        peft_config=LoraConfig(**work.LORA),
+        peft_config=LoraConfig(**work.lora(given)),
         callbacks=[work.Updates(clock, given.epochs)],
     )
     if given.reviews:

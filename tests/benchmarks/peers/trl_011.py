@@ -12,16 +12,20 @@ from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
 def main() -> None:
     given = work.arguments()
+    if given.precision == "nf4" and not torch.cuda.is_available():
+        raise SystemExit("Transformers 4.45 computes with 4 bits on a GPU only")
     tokenizer = work.tokenizer_of(given.model)
-    work.end_answers(given, tokenizer.eos_token_id)
-    judge = AutoModelForSequenceClassification.from_pretrained(given.model, num_labels=1, torch_dtype=torch.float32)
-    get_peft_model(judge, LoraConfig(**{**work.LORA, "task_type": "SEQ_CLS"})).save_pretrained(f"{given.folder}/judge")
+    work.end_completions(given, tokenizer)
+    how = work.weights(given.precision)
+    how["torch_dtype"] = how.pop("dtype")  # as it was called then
+    judge = AutoModelForSequenceClassification.from_pretrained(given.model, num_labels=1, **how)
+    get_peft_model(judge, LoraConfig(**work.lora(given, "SEQ_CLS"))).save_pretrained(f"{given.folder}/judge")
     del judge
     model = AutoModelForCausalLMWithValueHead.from_pretrained(
         given.model,
-        peft_config=LoraConfig(**work.LORA),
+        peft_config=LoraConfig(**work.lora(given)),
         reward_adapter=f"{given.folder}/judge",
-        torch_dtype=torch.float32,
+        **how,
     )
     config = PPOConfig(
         batch_size=given.batch,
@@ -29,6 +33,7 @@ def main() -> None:
         gradient_accumulation_steps=given.batch // given.micro_batch,
         ppo_epochs=given.epochs,
         learning_rate=1e-5,
+        accelerator_kwargs={"mixed_precision": "bf16" if given.precision == "autocast" else "no"},
     )
     trainer = PPOTrainer(config, model, None, tokenizer)
     ids = tokenizer(work.prompts(given))["input_ids"]
@@ -40,8 +45,8 @@ def main() -> None:
         "pad_token_id": tokenizer.pad_token_id,
     }
     clock = work.Clock()
-    for start in range(0, len(ids), given.batch):
-        queries = [torch.tensor(row) for row in ids[start : start + given.batch]]
+    queries = [torch.tensor(row) for row in ids]
+    for _ in range(given.updates):
         began = time.perf_counter()
         answers = trainer.generate(queries, return_prompt=False, batch_size=given.batch, **sampling)
         generated = time.perf_counter()

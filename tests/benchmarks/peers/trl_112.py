@@ -1,11 +1,11 @@
 """TRL 1.12's own PPOTrainer: a LoRA policy, and a value and a reward model of their own, as in its example script.
 
-Variants: full (all of the value model is trained, as there), lora (LoRA on the value model too).
+Variants: full (all of the value model is trained, as there), lora (LoRA on the value model too, as 4 bits need it). All
+three models are in the same precision.
 """
 
 from typing import Any
 
-import torch
 import trl.experimental.ppo.ppo_trainer as module
 import work
 from datasets import Dataset
@@ -17,14 +17,18 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 def main() -> None:
     given = work.arguments()
     tokenizer = work.tokenizer_of(given.model)
-    work.end_answers(given, tokenizer.eos_token_id)
+    work.end_completions(given, tokenizer)
     clock = work.Clock()
-    policy = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
-    value = classifier(given.model)
-    reward = sentiment_model(tokenizer, policy) if given.reviews else classifier(given.model)
+    how = work.weights(given.precision)
+    policy = AutoModelForCausalLM.from_pretrained(given.model, **how)
+    value = AutoModelForSequenceClassification.from_pretrained(given.model, num_labels=1, **how)
+    if given.reviews:
+        reward = sentiment_model(tokenizer, policy)
+    else:
+        reward = AutoModelForSequenceClassification.from_pretrained(given.model, num_labels=1, **how)
     if given.variant == "lora":
         # TRL reads the backbone under `base_model_prefix` of the model inside PEFT's wrapper.
-        value = get_peft_model(value, LoraConfig(**{**work.LORA, "task_type": "SEQ_CLS"})).base_model.model
+        value = get_peft_model(value, LoraConfig(**work.lora(given, "SEQ_CLS"))).base_model.model
     ids = tokenizer(work.prompts(given))["input_ids"]
     rows = Dataset.from_dict({"input_ids": ids})
     args = PPOConfig(
@@ -41,7 +45,7 @@ def main() -> None:
         temperature=1.0,
         num_sample_generations=0,
         gradient_checkpointing=False,
-        bf16=False,
+        **work.place(given.precision),
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -54,8 +58,8 @@ def main() -> None:
         reward_model=reward,
         value_model=value,
         train_dataset=rows,
-        eval_dataset=rows.select(range(8)),
-        peft_config=LoraConfig(**work.LORA),
+        eval_dataset=rows.select(range(min(8, given.batch))),
+        peft_config=LoraConfig(**work.lora(given)),
         callbacks=[work.Updates(clock)],
     )
     if given.reviews:
@@ -70,11 +74,6 @@ def main() -> None:
     trainer.accelerator.accumulate = training
     trainer.train()
     clock.report(given)
-
-
-def classifier(model: str) -> Any:
-    """A model of its own with a scalar head."""
-    return AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
 
 
 def sentiment_model(tokenizer: Any, policy: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
@@ -22,7 +23,7 @@ from transformers import (
     TrainerCallback,
 )
 
-LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+PRECISIONS = ("float32", "bf16", "autocast", "nf4")
 ANIMALS = ["cat", "dog", "horse", "mouse", "fox", "bear", "wolf", "owl"]
 PLACES = ["forest", "city", "desert", "castle", "garden", "harbour", "valley", "library"]
 PROMPTS = [f"Tell me a short story about a {a} and a {p}." for a in ANIMALS for p in PLACES]
@@ -38,6 +39,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--micro_batch", type=int, default=16)
     parser.add_argument("--new_tokens", type=int, default=48)
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--natural", action="store_true", help="answers end where they end, at half of the most tokens")
     parser.add_argument("--variant", default="", help="of this peer")
     parser.add_argument("--reviews", help="file of prompts: learn to continue them so that they sound positive")
@@ -47,6 +50,32 @@ def arguments() -> argparse.Namespace:
     given = parser.parse_args()
     torch.manual_seed(given.seed)
     return given
+
+
+def lora(given: argparse.Namespace, task_type: str = "CAUSAL_LM") -> dict[str, Any]:
+    """The same adapter for every peer."""
+    return {
+        "r": given.rank,
+        "lora_alpha": 2 * given.rank,
+        "lora_dropout": 0.0,
+        "target_modules": "all-linear",
+        "task_type": task_type,
+    }
+
+
+def weights(precision: str) -> dict[str, Any]:
+    """How a model is loaded. 4 bits are computed with in what the device is good at."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float32 if precision == "float32" or (precision, device) == ("nf4", "cpu") else torch.bfloat16
+    if precision != "nf4":
+        return {"dtype": dtype}
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"dtype": dtype, "quantization_config": nf4, "device_map": {"": device}}
+
+
+def place(precision: str) -> dict[str, Any]:
+    """Where a Trainer computes, and whether under autocast, which it refuses on a CPU that it was not told of."""
+    return {"use_cpu": not torch.cuda.is_available(), "bf16": precision == "autocast"}
 
 
 def tokenizer_of(model: str) -> Any:
@@ -61,11 +90,12 @@ def tokenizer_of(model: str) -> Any:
 
 
 def prompts(given: argparse.Namespace) -> list[str]:
-    """As many as all updates take; or every review, in an order of the seed's."""
+    """Those of one update, the same in every one, so that each has the same work in whatever order they come; or every
+    review, in an order of the seed's."""
     if given.reviews:
         lines = Path(given.reviews).read_text(encoding="utf-8").splitlines()
         return random.Random(given.seed).sample([json.loads(line)["prompt"] for line in lines], len(lines))
-    return [PROMPTS[i % len(PROMPTS)] for i in range(given.batch * given.updates)]
+    return [PROMPTS[i % len(PROMPTS)] for i in range(given.batch)]
 
 
 def by_length(completions: list[str], **_: Any) -> list[float]:
@@ -74,43 +104,68 @@ def by_length(completions: list[str], **_: Any) -> list[float]:
 
 
 class EndAt(LogitsProcessor):
-    """Rows end after a given number of tokens, EOS included, and not before."""
+    """A row ends when its completion has as many tokens as its prompt's number says, EOS included, and not before.
 
-    def __init__(self, lengths: list[int], prompt: int, eos: int) -> None:
-        self.lengths, self.prompt, self.eos = torch.tensor(lengths), prompt, eos
+    What a row begins with tells its prompt, so rows may come in any order, leave, and go on in a later `generate`.
+    """
+
+    def __init__(self, lengths: dict[tuple[int, ...], int], mask: torch.Tensor | None, pad: int, eos: int) -> None:
+        self.lengths, self.mask, self.pad, self.eos = lengths, mask, pad, eos
+        self.ends = torch.empty(0)
+
+    def _end(self, row: list[int], mask: list[int]) -> int:
+        """The column of the row's last token."""
+        start = next((i for i, real in enumerate(mask) if real), 0)
+        start = next((i for i in range(start, len(row)) if row[i] != self.pad), len(row))
+        known = [size for size in {*map(len, self.lengths)} if tuple(row[start : start + size]) in self.lengths]
+        if len(known) != 1:
+            raise ValueError(f"{len(known)} prompts begin the row {row[start:]}: one was expected.")
+        return start + known[0] + self.lengths[tuple(row[start : start + known[0]])] - 1
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        step = input_ids.shape[1] - self.prompt + 1
-        ends = (self.lengths[: len(scores)] == step).to(scores.device)
+        if len(self.ends) != len(input_ids):  # in one `generate` rows keep their places
+            masks = [[]] * len(input_ids) if self.mask is None else self.mask.tolist()
+            masks = [mask for mask in masks for _ in range(len(input_ids) // len(masks))]  # several of a prompt
+            rows = zip(input_ids.tolist(), masks)  # noqa: B905 (Python 3.11 everywhere, but of its day)
+            self.ends = torch.tensor([self._end(row, mask) for row, mask in rows], device=scores.device)
         scores = scores.clone()
         forced = torch.full_like(scores, -1e4)
         forced[:, self.eos] = 0.0
         scores[:, self.eos] = -1e4
-        return torch.where(ends.unsqueeze(1), forced, scores)
+        return torch.where((self.ends == input_ids.shape[1]).unsqueeze(1), forced, scores)
 
 
-def end_answers(given: argparse.Namespace, eos: int) -> None:
+def end_completions(given: argparse.Namespace, tokenizer: Any) -> None:
     """Let every `generate` of this process end its rows at the lengths of `given`: evenly spread from 1 to the most
-    tokens, so about half of them in the mean; or, without `natural`, never before the most. Reviews end by
-    themselves."""
+    tokens over an update's prompts, so about half of them in the mean; or, without `natural`, never before the most.
+    Reviews end by themselves."""
     if given.reviews:
         return
-    most, plain = given.new_tokens, GenerationMixin.generate
-    lengths = [1 + (i * (most - 1)) // (given.batch - 1) for i in range(given.batch)]
-    drawn = [lengths[(7 * i) % given.batch] for i in range(given.batch)] if given.natural else [most + 1] * given.batch
+    most, plain, pad = given.new_tokens, GenerationMixin.generate, tokenizer.pad_token_id
+    known = [
+        ids[next(i for i, token in enumerate(ids) if token != pad) :] for ids in tokenizer(prompts(given))["input_ids"]
+    ]
+    known = list(dict.fromkeys(map(tuple, known)))
+    spread = [1 + (i * (most - 1)) // max(1, len(known) - 1) for i in range(len(known))]
+    random.Random(0).shuffle(spread)
+    lengths = dict(zip(known, spread if given.natural else [most + 1] * len(known)))  # noqa: B905
 
     def generate(self: Any, inputs: Any = None, **kwargs: Any) -> Any:
-        ids = inputs if inputs is not None else kwargs["input_ids"]
-        kwargs["logits_processor"] = LogitsProcessorList([EndAt(drawn, ids.shape[1], eos)])
+        end = EndAt(lengths, kwargs.get("attention_mask"), pad, tokenizer.eos_token_id)
+        kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), end])
         return plain(self, inputs, **kwargs) if inputs is not None else plain(self, **kwargs)
 
     GenerationMixin.generate = generate
 
 
 class Clock:
-    """Seconds by phase and update, and the peak of memory."""
+    """Seconds by phase and update, and the peak of memory, beside what was taken at the start."""
 
     def __init__(self) -> None:
+        if torch.cuda.is_available():
+            self.start = torch.cuda.memory_allocated()
+        else:
+            self.start = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[1])
         self.updates: list[dict[str, float]] = []
         self._phase, self._since = "", time.perf_counter()
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -154,7 +209,7 @@ class Clock:
         else:
             peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         Path(given.folder).mkdir(parents=True, exist_ok=True)
-        print(json.dumps({"updates": self.updates[1:], "peak": peak}))
+        print(json.dumps({"updates": self.updates[1:], "peak": peak, "start": self.start}))
 
 
 class OutOfTimeError(Exception):
