@@ -28,7 +28,9 @@ import trl_ext
 from tests.parity import ppo, tiny
 from tests.zoo import configs
 from trl_ext import PPOConfig, PPOTrainer, SharedBase
+from trl_ext.generation import TransformersGenerator
 from trl_ext.ppo.building import without_dropout
+from trl_ext.tokens import cut_at_eos
 
 # (prompt, completion) tokens of each row: shorter, as long as and longer than a window of 6 or a context of 8.
 ROWS = [(5, 6), (2, 7), (7, 1), (1, 4), (4, 3), (1, 1), (3, 1), (1, 2)]
@@ -471,6 +473,23 @@ def generation(zoo: Zoo, base: SharedBase) -> dict[str, float]:
     return {"policy": distance(said, list(scored))}
 
 
+def completions(zoo: Zoo, base: SharedBase) -> dict[str, float]:
+    """What a rollout's generator writes, greedily, some prompts twice, rows ending at unlike places: by how many nats
+    each token misses the best one of its row read alone."""
+    prompts = [row[:prompt] for row, (prompt, _) in zip(zoo.rows, ROWS, strict=True)]
+    prompts += prompts[:2]
+    ends = list(range(3, 3 + configs.VOCABULARY // 5))
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=configs.PAD, eos_token_id=ends)
+    written = TransformersGenerator(base, len(prompts)).answers([p.tolist() for p in prompts], config, "policy").ids
+    missed = 0.0
+    for prompt, tokens in zip(prompts, written, strict=True):
+        ids = torch.cat([prompt, torch.tensor(cut_at_eos(tokens, ends))])
+        with torch.no_grad():
+            best = logits_of(zoo.plain["policy"], ids[:-1])[len(prompt) - 1 :].log_softmax(-1)
+        missed = max(missed, float((best.amax(-1) - best.gather(1, ids[len(prompt) :, None])[:, 0]).max()))
+    return {"policy": missed}
+
+
 def defaults(zoo: Zoo, folder: Path | None = None) -> dict[str, float]:
     """The base alone, with the package's own default adapter: at first it changes nothing."""
     folder = folder or zoo.base_folder
@@ -622,6 +641,7 @@ def run(config: Any, folder: Path, report: Callable[[Finding], None]) -> None:
     attempt("training forward", lambda: training_forward(zoo, base))
     attempt("gradients", lambda: gradients(zoo, base), LIMITS["gradient"])
     attempt("generation", lambda: generation(zoo, base))
+    attempt("completions", lambda: completions(zoo, base))
     attempt("defaults", lambda: defaults(zoo))
     attempt("saved", lambda: saved(zoo, base))
     attempt("merged", lambda: merged(zoo, base))

@@ -149,8 +149,8 @@ class AdaptedModel(nn.Module):
         if self.longest is not None and ids.shape[1] > self.longest:
             raise ValueError(
                 f"A row has {ids.shape[1]} tokens, but with more than {self.longest} {type(self.causal_lm).__name__} "
-                "rescales the positions of every row in its batch (dynamic or LongRoPE scaling): shorten the prompts or "
-                "lower max_completion_length."
+                "rescales the positions of every row in its batch (dynamic or LongRoPE scaling): shorten the prompts "
+                "or lower max_completion_length."
             )
         positions = {} if position_ids is None else {"position_ids": position_ids}
         return trunk_of(self.causal_lm)(input_ids=ids, use_cache=False, **positions).last_hidden_state

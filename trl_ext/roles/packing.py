@@ -90,11 +90,10 @@ def stacked(packings: Sequence[Packing]) -> tuple[Tensor, Tensor | None]:
 
 
 def longest_row(causal_lm: Any) -> int | None:
-    """Most tokens of a row that a batch may hold, where a longer one would rescale the positions of all its rows; None
-    where rows are independent.
+    """Most tokens of a row, where a longer one would rescale the positions of all rows in its batch; else None.
 
-    Dynamic NTK and LongRoPE choose their frequencies by the longest row of a batch. A row's log-probabilities would depend
-    on its neighbours, and completions that grow past the limit be sampled from another function than they are scored by.
+    Dynamic NTK and LongRoPE choose their frequencies by the longest row of a batch. A row's log-probabilities would
+    depend on its neighbours, and a completion that grows past the limit is sampled otherwise than it is scored.
     """
     config = causal_lm.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
