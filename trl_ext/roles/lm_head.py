@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from trl_ext.core import token_logprobs
 
@@ -47,8 +46,9 @@ def head_of(causal_lm: Any) -> Head:
     causal_lm.eval()
     try:
         logits = causal_lm(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        hidden = trunk_of(causal_lm)(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
-        lean, whole, targets = LMHead.of(causal_lm), ModelHead(causal_lm), ids[0, 1:]
+        output = trunk_of(causal_lm)(input_ids=ids, use_cache=False)
+        lean, whole = LMHead.of(causal_lm), ModelHead(causal_lm, type(output))
+        hidden, targets = output.last_hidden_state[0, :-1], ids[0, 1:]
         expected = logits.log_softmax(-1).gather(1, targets.unsqueeze(1).to(logits.device)).squeeze(1)
         nats = NATS if hidden.dtype == torch.float32 else NATS_HALF
         differs = {head: _difference(head, hidden, targets, expected) for head in (lean, whole)}
@@ -115,14 +115,18 @@ class ModelHead:
     """Whatever the model does after its trunk: its own forward, the trunk's replaced by one that returns given states.
 
     For heads with layers of their own (BERT and its kin). These may have adapters, so the role must be active.
+
+    Attributes:
+        output: what the trunk returns its states in.
     """
 
     causal_lm: Any
+    output: type
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(tokens, vocabulary), float32, of `hidden` (tokens, size)."""
         trunk = vars(trunk_of(self.causal_lm))
-        before, given = trunk.get("forward"), BaseModelOutputWithPastAndCrossAttentions(hidden.unsqueeze(0))
+        before, given = trunk.get("forward"), self.output(last_hidden_state=hidden.unsqueeze(0))
         trunk["forward"] = lambda *_, **__: given
         try:
             ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
