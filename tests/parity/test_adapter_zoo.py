@@ -116,7 +116,7 @@ ZOO: dict[str, tuple[list[Right], list[Any]]] = {
     "layer_replication": ([], [[[0, 2], [0, 2]]]),
     "runtime_config": ([], [{"ephemeral_gpu_offload": True}]),
     "lora_bias": ([Right({"lora_bias": True}), Right({"lora_bias": True}, base="gpt2")], []),
-    "target_parameters": ([], [["mlp.up_proj.weight"]]),
+    "target_parameters": ([Right({"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]})], []),
     "use_bdlora": ([], [{"target_modules_bd_a": ["q_proj"], "nblocks": 2}]),
     "arrow_config": ([], [{"top_k": 1}]),
     "kasa_config": ([], [{"beta": 0.1}]),

@@ -62,7 +62,7 @@ class AdapterPath:
         inputs, self.apart = _traced(causal_lm, layers)
         others = any(isinstance(module, BaseTunerLayer) and type(module) not in KINDS for module in model.modules())
         self.mixes = bool(inputs) and not others and all(name in self.apart for name in inputs)
-        for group in _groups(inputs):
+        for group in _groups(inputs, layers):
             shared = SharedInput([layers[name] for name in group], self)
             for name in group:
                 layers[name].forward = LeanForward(layers[name], shared, self, name in self.apart)
@@ -324,16 +324,16 @@ def multiplies(device: str, dtype: torch.dtype) -> bool:
     return device != "cpu" or dtype != torch.bfloat16 or torch.cpu._is_avx512_bf16_supported()
 
 
-def _groups(inputs: dict[str, int]) -> list[list[str]]:
-    """Names of layers by what they read, within a block of the model: recomputation takes block by block."""
+def _groups(inputs: dict[str, int], layers: dict[str, nn.Module]) -> list[list[str]]:
+    """Names of layers of one kind by what they read, block by block: recomputation takes a block at a time."""
 
     def block(name: str) -> list[str]:
         parts = name.split(".")
         number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
         return parts[: number + 1]
 
-    def key(name: str) -> tuple[int, list[str]]:
-        return inputs[name], block(name)
+    def key(name: str) -> tuple[int, str, list[str]]:
+        return inputs[name], type(layers[name]).__name__, block(name)
 
     return [list(group) for _, group in groupby(sorted(inputs, key=key), key=key)]
 

@@ -23,7 +23,14 @@ RIGHT = frozenset(
         *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
         "inference_mode",
         # where it lies
-        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+        *(
+            "target_modules",
+            "target_parameters",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+            "fan_in_fan_out",
+        ),
         # what it computes
         *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias"),
         # how it starts; the values of the first are INITIALISATIONS
