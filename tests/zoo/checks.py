@@ -405,7 +405,9 @@ def shared_gradients(zoo: Zoo, base: SharedBase, role: str) -> dict[str, Tensor]
     base.zero_grad()
     said = (base.logprobs if role == "policy" else base.values)(ids, mask, columns)
     sum((row * w).sum() for row, w in zip(tail(said, mask, columns), _weights(role), strict=True)).backward()
-    found = {_without_role(n, base.adapters[role]): p.grad.clone() for n, p in base.named_parameters() if p.grad is not None}
+    found = {
+        _without_role(n, base.adapters[role]): p.grad.clone() for n, p in base.named_parameters() if p.grad is not None
+    }
     base.zero_grad()
     return found
 

@@ -13,18 +13,17 @@ from trl_ext.roles.lm_head import LMHead
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 SAMPLE = {
-    "gpt2": "right",  # learned positions, fused projections that are stored the other way round
-    "bloom": "right",  # positions by ALiBi
-    "gemma2": "right",  # both softcaps, sliding window, a norm after each part
-    "falcon+new": "right",  # attention and MLP side by side
-    "llama4_text": "right",  # chunked attention, experts, layers without positions
+    "gpt2": "right",  # learned positions, projections that are stored the other way round
+    "gemma2": "right",  # both softcaps, a sliding window
+    "falcon+alibi": "right",  # positions by ALiBi, attention and MLP side by side
+    "gpt_oss": "right",  # attention sinks, experts
     "deepseek_v3": "right",  # latent attention, grouped experts
-    "qwen3_5": "right",  # linear attention
-    "mamba2": "right",  # recurrent
+    "jamba": "right",  # recurrent layers
     "opt": "right",  # tokens flattened before the MLP
-    "mixtral": "right",  # experts
+    "mixtral": "right",  # LoRA on the experts' parameters
     "gemma4_text": "right",  # layers that share keys and values
     "electra": "right",  # layers between trunk and LM head
+    "llama+dynamic": "refused",  # positions that depend on the longest row
 }
 
 
