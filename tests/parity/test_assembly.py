@@ -423,7 +423,7 @@ def test_layers_of_4_bit_stay_in_training_mode(llama: tiny.Home) -> None:
 def test_the_default_lora_leaves_out_what_peft_cannot_adapt() -> None:
     shape: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
     base = SharedBase.from_model(MambaForCausalLM(MambaConfig(state_size=4, **shape)))
-    names = {name.split(".")[-3] for name, _ in base.named_parameters() if "lora_A.policy" in name}
+    names = {name.split(".")[-4] for name, _ in base.named_parameters() if "lora_A.policy" in name}
     assert names == {"in_proj", "x_proj", "dt_proj"}
     ids = torch.randint(3, 64, (2, 6))
     logits = base.causal_lm(ids).logits[:, 2:-1].log_softmax(dim=-1)

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from tests.helpers import DEVICE
+from tests.helpers import DEVICE, TOLERANCE
 from tests.parity import tiny
 from tests.parity.test_roles import close
 from trl_ext import SharedBase
 from trl_ext.ppo.building import without_dropout
-from trl_ext.roles.packing import Packing, can_pack, stacked
+from trl_ext.roles.packing import Packing, can_pack, longest_row, stacked
 
 PROMPTS, ANSWERS = (4, 1, 2, 3, 2, 4), (8, 1, 2, 1, 6, 5)
 
@@ -34,7 +35,7 @@ def test_rows_are_laid_where_there_is_room_for_them() -> None:
     ids = torch.tensor([[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 8, 0], [9, 9, 0, 0]])
     packing = Packing.of(ids, torch.tensor([4, 1, 3, 2]))
     assert packing.is_packed
-    assert packing.ids.tolist() == [[1, 2, 3, 4], [6, 7, 8, 5], [9, 9, 0, 0]]
+    assert packing.ids.tolist() == [[1, 2, 3, 4], [6, 7, 8, 5], [9, 9, 1, 1]]
     assert packing.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 0, 0]]
     back = packing.unpacked(packing.ids.unsqueeze(2).double()).squeeze(2)
     for row, length in enumerate((4, 1, 3, 2)):
@@ -52,7 +53,7 @@ def test_packings_are_stacked_as_wide_as_the_widest() -> None:
     whole = Packing.none(torch.tensor([[1, 2, 3], [4, 5, 6]]))
     packed = Packing.of(torch.tensor([[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 8, 0]]), torch.tensor([4, 1, 3]))
     ids, position_ids = stacked([whole, packed])
-    assert ids.tolist() == [[1, 2, 3, 0], [4, 5, 6, 0], [1, 2, 3, 4], [6, 7, 8, 5]]
+    assert ids.tolist() == [[1, 2, 3, 1], [4, 5, 6, 4], [1, 2, 3, 4], [6, 7, 8, 5]]
     assert position_ids is not None
     assert position_ids.tolist() == [[0, 1, 2, 0], [0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 2, 0]]
     assert stacked([whole, whole])[1] is None
@@ -185,3 +186,48 @@ def test_looking_leaves_the_mode_as_it_was(llama: tiny.Home) -> None:
     can_pack(model)
     assert model.training
     assert SharedBase.from_model(model).causal_lm.training
+
+
+ROPE = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8}
+FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+SCALED = {
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", **ROPE}, "max_position_embeddings": 8},
+    "longrope": {"rope_parameters": {"rope_type": "longrope", **ROPE, **FACTORS}},
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+@torch.no_grad()
+def test_a_row_that_would_rescale_its_neighbours_is_refused(kind: str) -> None:
+    """Plain Transformers: a row of 4 says something else beside one of 9 than beside one of 8, or alone."""
+    config = tiny.config_of("llama")
+    for name, value in SCALED[kind].items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(3, tiny.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    alone = tiny.plain_logprobs(model, tiny.Padded(ids[:1, :4], torch.ones(1, 4).long(), 3))
+    mask = torch.ones(2, 9).long()
+    mask[0, 4:] = 0
+
+    def beside(columns: int) -> tiny.Padded:
+        return tiny.Padded(ids[:, :columns], mask[:, :columns], columns - 1)
+
+    assert (tiny.plain_logprobs(model, beside(9))[:1, :3] - alone).abs().max() > 1e-3
+    base = SharedBase.from_model(model, policy=tiny.new_lora())
+    torch.testing.assert_close(base.logprobs(*beside(8).args)[:1, :3], alone, **TOLERANCE)
+    with pytest.raises(ValueError, match="A row has 9 tokens, but with more than 8 LlamaForCausalLM rescales"):
+        base.logprobs(*beside(9).args)
+
+
+def test_other_scalings_leave_rows_alone() -> None:
+    config = tiny.config_of("llama")
+    assert longest_row(SimpleNamespace(config=config)) is None
+    config.rope_parameters = {"rope_type": "yarn", **ROPE}
+    assert longest_row(SimpleNamespace(config=config)) is None
+    parts = {
+        "full_attention": {"rope_type": "longrope", **ROPE, **FACTORS},
+        "sliding_attention": {"rope_type": "default"},
+    }
+    config.rope_parameters = parts
+    assert longest_row(SimpleNamespace(config=config)) == 8

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from trl_ext.roles.adapters import is_quantized
 from trl_ext.roles.aligned import AlignedBatch
+from trl_ext.roles.lm_head import trunk_of
 from trl_ext.roles.lora import AdapterPath, Block, CannotMixError
-from trl_ext.roles.packing import Packing, can_pack, stacked
+from trl_ext.roles.packing import Packing, can_pack, longest_row, stacked
 from trl_ext.roles.switching import active_adapter, evaluating, keep_differentiable, under
 
 # Tokens a role up to which one forward for all roles is faster: few rows are bound by reading the weights, over a
@@ -30,6 +31,7 @@ class AdaptedModel(nn.Module):
         packs: whether rows may be packed (see `packing`).
         deterministic: whether `train()` leaves everything that is random in training, or otherwise another function
             than in scoring (noise in routers, clamped coefficients), as it is in eval mode.
+        longest: most tokens of a row; None where there is no limit but the model's own (see `longest_row`).
     """
 
     def __init__(self, model: PeftModel) -> None:
@@ -39,6 +41,7 @@ class AdaptedModel(nn.Module):
         self.path = AdapterPath(model)
         self.packs = can_pack(self.causal_lm)
         self.deterministic = False
+        self.longest = longest_row(self.causal_lm)
 
     @property
     def causal_lm(self) -> Any:
@@ -157,5 +160,11 @@ class AdaptedModel(nn.Module):
 
     def _states(self, packings: list[Packing]) -> Tensor:
         ids, position_ids = stacked(packings)
+        if self.longest is not None and ids.shape[1] > self.longest:
+            raise ValueError(
+                f"A row has {ids.shape[1]} tokens, but with more than {self.longest} {type(self.causal_lm).__name__} "
+                "rescales the positions of every row in its batch (dynamic or LongRoPE scaling): shorten the prompts "
+                "or lower max_completion_length."
+            )
         positions = {} if position_ids is None else {"position_ids": position_ids}
-        return self.causal_lm.base_model(input_ids=ids, use_cache=False, **positions).last_hidden_state
+        return trunk_of(self.causal_lm)(input_ids=ids, use_cache=False, **positions).last_hidden_state

@@ -13,7 +13,8 @@ from trl_ext.core import last_true, left_align
 
 @dataclass(frozen=True)
 class AlignedBatch:
-    """Rows with all their padding on the right, so that neither attention mask nor position ids are needed.
+    """Rows with all their padding on the right, so that neither attention mask nor position ids are needed. Padding
+    holds each row's first token: at the zeros that embed a padding token, some models have no gradient (0 times inf).
 
     Attributes:
         ids: (batch, longest) int64, real tokens first.
@@ -53,12 +54,13 @@ class AlignedBatch:
                 f"Row {empty} of attention_mask has no real token: drop the row, there is nothing to score."
             )
         order, aligned = left_align(mask)
+        tokens = input_ids.gather(1, order)
         position = mask.long().cumsum(dim=1) - 1
         start = input_ids.shape[1] - num_completion_tokens
         completion = mask[:, start:] & (position[:, start:] > 0)
         row, column = completion.nonzero(as_tuple=True)
         return cls(
-            ids=torch.where(aligned, input_ids.gather(1, order), torch.zeros_like(order)),
+            ids=torch.where(aligned, tokens, tokens[:, :1]),
             last=mask.sum(dim=1) - 1,
             completion=completion,
             row=row,

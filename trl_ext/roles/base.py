@@ -17,9 +17,9 @@ from trl_ext.roles import adapters as files
 from trl_ext.roles import assembly
 from trl_ext.roles.adapted import AdaptedModel
 from trl_ext.roles.aligned import AlignedBatch
-from trl_ext.roles.lm_head import LMHead
+from trl_ext.roles.lm_head import head_of, trunk_of
 from trl_ext.roles.memory import memory_by_role
-from trl_ext.roles.switching import activate, belongs_to, restored
+from trl_ext.roles.switching import activate, belongs_to, restored, under
 from trl_ext.roles.trl_views import RoleView
 
 Role = Literal["policy", "reference", "value", "reward"]
@@ -65,7 +65,7 @@ class SharedBase(AdaptedModel):
         self.adapters = adapters
         self.heads = nn.ModuleDict(heads)
         self.reward_pad_token_id = reward_pad_token_id
-        self._lm_head = LMHead.of(self.causal_lm)
+        self._lm_head = head_of(self.causal_lm)
 
     @classmethod
     def from_pretrained(
@@ -176,7 +176,8 @@ class SharedBase(AdaptedModel):
         batch = AlignedBatch.of(input_ids, attention_mask, num_completion_tokens)
         adapter = self._adapter(role)
         hidden = batch.predicting(self.hidden_states({adapter: batch})[adapter])
-        return batch.padded(self._lm_head.logprobs(hidden, batch.targets, temperature)[0])
+        with under(self.model, adapter):
+            return batch.padded(self._lm_head.logprobs(hidden, batch.targets, temperature)[0])
 
     def values(self, input_ids: Tensor, attention_mask: Tensor, num_completion_tokens: int) -> Tensor:
         """Value before each completion token is chosen, (batch, num_completion_tokens)."""
@@ -242,9 +243,10 @@ class SharedBase(AdaptedModel):
             adapter = self._adapter(role)
             view, states = views[adapter], hidden[adapter]
             if role in ("policy", "reference"):
-                logprobs, entropy = self._lm_head.logprobs(
-                    view.predicting(states), view.targets, temperature, entropy_grad
-                )
+                with under(self.model, adapter):
+                    logprobs, entropy = self._lm_head.logprobs(
+                        view.predicting(states), view.targets, temperature, entropy_grad
+                    )
                 outputs["logprobs" if role == "policy" else "ref_logprobs"] = view.padded(logprobs)
                 if role == "policy":
                     outputs["entropy"] = view.padded(entropy)
@@ -344,4 +346,4 @@ class SharedBase(AdaptedModel):
             for parameter in self.trainable_parameters("value"):
                 parameter.requires_grad_(True)
         with self.use(role):
-            return self.causal_lm.base_model(**kwargs)
+            return trunk_of(self.causal_lm)(**kwargs)

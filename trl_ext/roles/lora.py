@@ -27,6 +27,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trl_ext.roles.lm_head import trunk_of
+
 logger = logging.getLogger(__name__)
 # Linear layers whose W x is a product with rows of x, whatever W is stored in.
 KINDS = tuple(getattr(lora, name) for name in ("Linear", "Linear4bit", "Linear8bitLt") if hasattr(lora, name))
@@ -370,7 +372,7 @@ def _inputs(causal_lm: Any, layers: dict[str, nn.Module], ids: Tensor) -> dict[s
     mode = causal_lm.training
     causal_lm.eval()
     try:
-        causal_lm.base_model(input_ids=ids, use_cache=False)
+        trunk_of(causal_lm)(input_ids=ids, use_cache=False)
     finally:
         causal_lm.train(mode)
         for hook in hooks:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trl_ext.roles.lm_head import trunk_of
+
 logger = logging.getLogger(__name__)
 MIN_GAIN = 0.1  # share of the columns that must be saved, or rows stay as they are
 
@@ -61,7 +63,8 @@ class Packing:
         real = column < lengths.to(ids.device).unsqueeze(1)
         first = torch.tensor([b * width + s for b, s in zip(bins, starts, strict=True)], device=ids.device)
         source = torch.where(real, first.unsqueeze(1) + column, 0)
-        packed, positions = ids.new_zeros(len(room) * width), ids.new_zeros(len(room) * width)
+        # What no row fills holds a real token, as in `AlignedBatch`.
+        packed, positions = ids[0, :1].repeat(len(room) * width), ids.new_zeros(len(room) * width)
         packed[source[real]] = ids[real]
         positions[source[real]] = column.expand_as(real)[real]
         return cls(packed.view(len(room), width), positions.view(len(room), width), source)
@@ -80,10 +83,27 @@ def stacked(packings: Sequence[Packing]) -> tuple[Tensor, Tensor | None]:
     no position ids are needed: None."""
     width = max(packing.ids.shape[1] for packing in packings)
     ids, positions = (
-        torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+        torch.cat([torch.cat([part, part[:, :1].expand(-1, width - part.shape[1])], dim=1) for part in parts])
         for parts in zip(*((packing.ids, packing.position_ids) for packing in packings), strict=True)
     )
     return ids, positions if any(packing.is_packed for packing in packings) else None
+
+
+def longest_row(causal_lm: Any) -> int | None:
+    """Most tokens of a row, where a longer one would rescale the positions of all rows in its batch; else None.
+
+    Dynamic NTK and LongRoPE choose their frequencies by the longest row of a batch. A row's log-probabilities would
+    depend on its neighbours, and a completion that grows past the limit is sampled otherwise than it is scored.
+    """
+    config = causal_lm.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for kind in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        if kind.get("rope_type") == "longrope":
+            limits.append(kind["original_max_position_embeddings"])
+        elif "dynamic" in (kind.get("rope_type") or ""):
+            limits.append(config.max_position_embeddings)
+    return min(limits, default=None)
 
 
 @torch.no_grad()
@@ -101,7 +121,7 @@ def can_pack(causal_lm: Any) -> bool:
     real = torch.arange(5) < lengths.unsqueeze(1)
 
     def states(ids: Tensor, **positions: Tensor) -> Tensor:
-        return causal_lm.base_model(input_ids=ids, use_cache=False, **positions).last_hidden_state
+        return trunk_of(causal_lm)(input_ids=ids, use_cache=False, **positions).last_hidden_state
 
     mode = causal_lm.training
     causal_lm.eval()

@@ -1,0 +1,99 @@
+"""docs/models.md from the zoo's results."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+OUTPUTS = ("roles, rollout", "roles, left", "roles, right", "mixed", "one row", "training forward", "saved", "merged")
+GRADIENTS = ("gradients", "recomputed")
+HEAD = """# Models
+
+What this package does with every model type that `AutoModelForCausalLM` knows, measured.
+
+For each, `tests/zoo` builds a tiny random model and compares the four roles with ordinary Transformers and PEFT models
+that read each row alone. It compares:
+
+- log-probabilities, values and scores, with padding on the left, on the right and on both sides, in rows shorter and
+  longer than the family's sliding window; every role in a forward of its own, and all in one
+- the forward in training, and its gradients with and without recomputation
+- what completions were sampled with against what they are scored with
+- the saved roles loaded again, and the saved policy merged into its base
+- the reward role against the family's own sequence classifier, where it has one
+- the same with tied and with untied word embeddings
+- two PPO updates, which must begin with `policy/first_approxkl` 0
+
+*Right*: no output differs by more than {output:g} nats, no gradient by more than {gradient:g} of its norm, and
+`first_approxkl` is below {approxkl:g}. Float32 explains that much: sums are taken in another order.
+*Refused*: the package says in one sentence what it cannot do. *Not trainable*: Transformers and PEFT alone cannot train
+this model, or generate with it, on the machine of the test.
+
+Make the table again with
+
+```sh
+python tests/zoo/run.py --out zoo.jsonl --table docs/models.md
+```
+
+It takes about {minutes} minutes on one CPU core. An interrupted run goes on where it stopped.
+"""
+
+
+def worst(result: dict[str, Any], checks: tuple[str, ...]) -> str:
+    """The largest difference in some checks."""
+    numbers = [f["difference"] for f in result["findings"] if f["check"] in checks and f["difference"] is not None]
+    return f"{max(numbers):.0e}" if numbers else ""
+
+
+def remark(result: dict[str, Any]) -> str:
+    """What is to be known about a model besides its numbers."""
+    found = {f["check"]: f for f in result["findings"]}
+    if result["verdict"] != "right":
+        bad = [f for f in result["findings"] if f["verdict"] in (result["verdict"], "absent")]
+        checks = [f for f in bad if f["check"] not in ("recomputed", "classifier", "tie flipped")] or bad
+        named = "" if result["verdict"] in ("refused", "not trainable") else f"{checks[0]['check']}: "
+        return named + shortened(checks[0]["note"])
+    remarks = []
+    if found["packs"]["note"] == "False":
+        remarks.append("padding is computed: rows cannot be packed")
+    if found["recomputed"]["verdict"] == "absent":
+        remarks.append("Transformers cannot recompute its activations")
+    return "; ".join(remarks)
+
+
+def shortened(note: str) -> str:
+    """A cell of a table."""
+    note = note.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    return note if len(note) <= 200 else note[:200].rsplit(" ", 1)[0] + " ..."
+
+
+def page(results: dict[str, dict[str, Any]], order: list[str], limits: dict[str, float]) -> str:
+    """The whole page."""
+    done = [results[name] for name in order if name in results]
+    counts = Counter(result["verdict"] for result in done)
+    trainable = len(done) - counts["not trainable"]
+    minutes = round(sum(result["seconds"] for result in done) / 60 / 5) * 5
+    lines = [HEAD.format(minutes=minutes, **limits)]
+    lines.append(
+        f"With Transformers {transformers.__version__}, PEFT {peft.__version__} and PyTorch "
+        f"{torch.__version__.split('+')[0]}: {len(done)} entries, of which plain Transformers and PEFT can train "
+        f"{trainable}. Of these "
+        + ", ".join(f"{counts[v]} {v}" for v in ("right", "refused", "wrong", "raw") if counts[v] or v != "raw")
+        + ".\n"
+    )
+    lines += ["| Model type | Class | Verdict | Outputs | Gradients | |", "|---|---|---|---|---|---|"]
+    for result in done:
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[result["name"].partition("+")[0]]
+        cells = [f"`{result['name']}`", kind, result["verdict"], worst(result, OUTPUTS), worst(result, GRADIENTS)]
+        lines.append("| " + " | ".join([*cells, remark(result)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write(path: Path, results: dict[str, dict[str, Any]], order: list[str], limits: dict[str, float]) -> None:
+    """Write the page."""
+    path.write_text(page(results, order, limits), encoding="utf-8")
