@@ -25,12 +25,14 @@ from trl_ext.launch.settings import (
     parse,
     user_errors,
 )
+from trl_ext.ppo.checks import check_run
 
 constants.HF_HUB_DISABLE_TELEMETRY = True  # the environment variable is read earlier, when Transformers is imported
 
 __all__ = [
     "DataArguments",
     "answers",
+    "check_run",
     "distinct_prompts",
     "free_memory",
     "import_functions",

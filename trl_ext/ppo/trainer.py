@@ -14,7 +14,7 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl_ext._trl import BaseTrainer
@@ -132,14 +132,9 @@ class PPOTrainer(BaseTrainer):
             check_events(callback)
         checks.check_output_dir(str(args.output_dir))
         checks.check_devices(args)
-        checks.check_datasets(train_dataset, eval_dataset, args)
         functions = checks.as_list(reward_funcs)
         checks.check_scores(functions, model, args)
-        if processing_class is None:
-            name = model if isinstance(model, str) else model.config.name_or_path
-            processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-        tokenizer = checks.check_tokenizer(processing_class, train_dataset, eval_dataset)
-        checks.check_texts(ptx_dataset, args)
+        tokenizer = checks.check_run(args, train_dataset, eval_dataset, processing_class, functions, model, ptx_dataset)
         mix = PretrainMix(ptx_dataset, tokenizer, args.ptx_max_length, args.seed) if ptx_dataset is not None else None
 
         set_seed(args.seed)  # LoRA draws its weights
