@@ -22,20 +22,21 @@ def together(work: Callable[[], _Result]) -> _Result:
     would leave the others waiting for ever.
 
     Raises:
-        GenerationError, RewardError, CallbackError, ObjectiveError, torch.OutOfMemoryError: `work` failed here, or on
-            another process.
+        Exception: what `work` raised here. Where it failed on another process, one of `FAILURES` with the same words,
+            or else a RuntimeError.
     """
     done: list[_Result] = []
     failure: Exception | None = None
     try:
         done.append(work())
-    except FAILURES as error:
+    except Exception as error:
         failure = error
     kinds = [number for number, kind in enumerate(FAILURES) if isinstance(failure, kind)]
-    failures = [report for report in gather_object([(kinds, str(failure))]) if report[0]]
+    report = None if failure is None else (kinds, str(failure), type(failure).__name__)
+    failures = [other for other in gather_object([report]) if other is not None]
     if failure is not None:
         raise failure
     if failures:
-        (kind, *_), message = failures[0]
-        raise FAILURES[kind](message)
+        kinds, message, name = failures[0]
+        raise FAILURES[kinds[0]](message) if kinds else RuntimeError(f"{name}: {message}")
     return done[0]
