@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 # Prompts and completions -------------------------------------------------------------------------------------------
 
@@ -75,6 +75,24 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # that chat templates know
+
+
+def fault_of_template(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase, **template: Any) -> str | None:
+    """What the chat template would lose of a conversation; None where it writes all of it. Looked at are messages of a
+    role of your own, which it may leave out, and those in parts, which it may write as Python does."""
+    odd = [m for m in messages if m["role"] not in ROLES or isinstance(m.get("content"), list)]
+    written = tokenizer.apply_chat_template(list(messages), tokenize=False, **template) if odd else ""
+    for message in odd:
+        content = message.get("content")
+        if isinstance(content, list) and str(content) in written:
+            return "a message in parts, which the chat template writes as Python does: give it as a text"
+        texts = [part["text"] for part in content] if isinstance(content, list) else [content or ""]
+        if not all(text.strip() in written for text in texts):
+            return f"a message of the role {message['role']!r} that the chat template leaves out: give it another"
+    return None
+
+
 def sequence_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any, **template: Any) -> list[int]:
     """Prompt and completion as TRL's RewardTrainer tokenises them: through the chat template (with the arguments
     `template`), or as one text with an EOS at its end."""
@@ -116,6 +134,17 @@ def context_limit(config: Any) -> int | None:
         if scaling.get("factor")
     ]
     return max([limit, *map(int, reach)])
+
+
+def config_of(model: Any, trust_remote_code: bool = False, revision: str | None = None) -> Any | None:
+    """The config of a model, loaded or given by its name or folder; None where it cannot be read, which its loading
+    will say."""
+    if not isinstance(model, str):
+        return model.config
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, revision=revision or "main")
+    except (OSError, ValueError):
+        return None
 
 
 def vocabulary_size(config: Any) -> int | None:

@@ -1,6 +1,7 @@
 """Every public seam of a run, found and not listed: whatever fails there after a step, the run is saved and goes on."""
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,8 @@ def check_goes_on(trainer: PPOTrainer, error: BaseException, folder: Path, whole
     saved = folder / "out" / f"checkpoint-{step}"
     assert f"All {step} steps before are saved in '{saved}': resume from there." in said and said.count("saved in") == 1
     assert saved.is_dir() and not (folder / "out" / "unfinished").exists()
+    progress = json.loads((saved / "ppo_state.json").read_text())["updater"]["progress"]
+    assert progress["sums"] == {} and progress["skipped"] == 0, "the step under way is forgotten"
     again = trainer_for(folder)
     again.train(resume_from_checkpoint=str(saved))
     assert again.state.global_step == STEPS

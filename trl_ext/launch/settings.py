@@ -64,10 +64,12 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
-    except USER_ERRORS as error:
-        if os.environ.get("TRL_EXT_TRACEBACK"):
+    except Exception as error:
+        notes = getattr(error, "__notes__", [])  # where a run that failed is saved
+        if os.environ.get("TRL_EXT_TRACEBACK") or not (notes or isinstance(error, USER_ERRORS)):
             raise
-        sentence = " ".join(str(error).split())
+        name = "" if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: "
+        sentence = " ".join(" ".join([f"{name}{error}", *notes]).split())
         sys.exit(f"{Path(sys.argv[0]).name}: error: {sentence}")
 
 

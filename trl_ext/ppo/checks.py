@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.measuring import Limits, measured_prompts, measured_texts
 from trl_ext.rewards.protocol import ARGUMENTS, arguments_of
 from trl_ext.roles import SharedBase
-from trl_ext.tokens import check_chat_template, context_limit, vocabulary_size
+from trl_ext.tokens import check_chat_template, config_of, context_limit, vocabulary_size
+from trl_ext.types import fault_of_messages
 
 
 def check_prompts(dataset: Any, name: str) -> None:
@@ -44,27 +45,10 @@ def check_prompts(dataset: Any, name: str) -> None:
 
 def _reason_against(prompt: Any) -> str | None:
     """Why this is no prompt; None where it is one."""
-    if isinstance(prompt, str):
+    fault = None if isinstance(prompt, str) else fault_of_messages(prompt)
+    if fault is None:
         return None
-    if not _is_chat(prompt):
-        return 'a prompt is a text, or a list of messages like {"role": "user", "content": "..."}.'
-    for number, message in enumerate(prompt):
-        content = message.get("content")
-        if content is None and message.get("tool_calls"):
-            continue
-        for part in content if isinstance(content, list) and content else [content]:
-            text = part.get("text") if isinstance(part, dict) and content is not part else part
-            if not isinstance(text, str):
-                return f"the content of message {number} is {part!r:.60}, which is no text."
-    return None
-
-
-def _is_chat(prompt: Any) -> bool:
-    return (
-        isinstance(prompt, list)
-        and bool(prompt)
-        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and m["role"] for m in prompt)
-    )
+    return f'{fault}; a prompt is a text, or a list of messages like {{"role": "user", "content": "..."}}.'
 
 
 def check_datasets(train_dataset: Any, eval_dataset: Any, args: PPOConfig) -> None:
@@ -162,7 +146,8 @@ def check_run(
     if tokenizer is None:
         name = model if isinstance(model, str) else model.config.name_or_path
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-    config = _config_of(model, args)
+    given: Any = args.model_init_kwargs or {}
+    config = config_of(model, args.trust_remote_code, given.get("revision"))
     vocabulary = None if config is None else vocabulary_size(config)
     tokenizer = check_tokenizer(tokenizer, train_dataset, eval_dataset, vocabulary)
     context = None if config is None else context_limit(config)
@@ -192,19 +177,6 @@ def check_arguments(functions: Sequence[Any], datasets: Iterable[tuple[str, Data
                     arguments_of(function, offered)
                 except TypeError as error:
                     raise ValueError(f"{name}: {error}") from error
-
-
-def _config_of(model: Any, args: PPOConfig) -> Any | None:
-    """The config of a model, loaded or not; None where it cannot be read, which its loading will say."""
-    if not isinstance(model, str):
-        return model.config
-    given: Any = args.model_init_kwargs or {}
-    try:
-        return AutoConfig.from_pretrained(
-            model, trust_remote_code=args.trust_remote_code, revision=given.get("revision", "main")
-        )
-    except (OSError, ValueError):
-        return None
 
 
 # What scores, and where ----------------------------------------------------------------------------------------------

@@ -12,10 +12,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from trl_ext.ppo.config import PPOConfig
-from trl_ext.tokens import PromptError, as_ids, reward_suffix, tokenize_prompts
+from trl_ext.tokens import PromptError, as_ids, fault_of_template, reward_suffix, tokenize_prompts
 
 ROWS_AT_ONCE = 1024
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # that chat templates know
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,9 @@ def measured_prompts(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizer
         rows = tokenize_prompts(prompts, tokenizer, template)
         for row, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
-                _check_messages(prompt, row, tokenizer, template)
+                fault = fault_of_template(prompt, tokenizer, **(template or {}))
+                if fault is not None:
+                    raise PromptError(prompt, row, f"has {fault}.")
         return rows
 
     kind = (tokenizer.chat_template, json.dumps(template, default=str))
@@ -153,25 +154,3 @@ def _measured(
                 raise ValueError(f"{row_name.format(start + error.row)} {error.reason}") from error
         known[key] = measured
     return known[key]
-
-
-def _check_messages(prompt: list[Any], row: int, tokenizer: PreTrainedTokenizerBase, template: Any) -> None:
-    """Refuse a message that the chat template leaves out because of its role, or whose parts it writes as Python does.
-
-    Raises:
-        PromptError: says which.
-    """
-    odd = [m for m in prompt if m["role"] not in ROLES or isinstance(m.get("content"), list)]
-    written = tokenizer.apply_chat_template(prompt, tokenize=False, **(template or {})) if odd else ""
-    for message in odd:
-        content = message["content"]
-        texts = [part["text"] for part in content] if isinstance(content, list) else [content]
-        if not isinstance(content, str) and str(content) in written:
-            raise PromptError(
-                prompt, row, "has a message in parts, which the chat template writes as Python does: give it as a text."
-            )
-        if not all((text or "").strip() in written for text in texts):
-            role = message["role"]
-            raise PromptError(
-                prompt, row, f"has a message of the role {role!r} that the chat template leaves out: give it another."
-            )

@@ -165,7 +165,8 @@ class PPOTrainer(BaseTrainer):
         self.updater = Updater(self.base, args, self.accelerator, self.collector, events, mix)
         self.checkpoints = Checkpoints(args, self.updater, self.accelerator)
         self.add_callback(_AfterStep(self._after_step))
-        self._tell, self._postponed = self.callback_handler.call_event, None
+        self._postponed: Exception | None = None
+        self._tell = self.callback_handler.call_event
         self.callback_handler.call_event = self._call_event
         self._sampler: RolloutSampler | None = None
         set_seed(args.seed, device_specific=True)  # processes sample different completions
