@@ -1,5 +1,5 @@
-"""Rows of every kind, drawn at random: through the recipes' readers and the trainers' checks each gives a result, or one
-sentence with its row and column.
+"""Rows of every kind, drawn at random: through the recipes' readers and the trainers' checks each gives a result, or
+one sentence with its row and column.
 
 TRL_EXT_ZOO_ROWS=2000 draws so many data sets a test instead of a few.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
@@ -29,7 +29,12 @@ from trl_ext.reward_models.trainer import REWARD_OBJECTIVES, Scale, checked, enc
 
 EXAMPLES = int(os.environ.get("TRL_EXT_ZOO_ROWS", "40"))
 ZOO = settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+    database=None,
+    phases=(Phase.generate,),
 )
 # What is said of a data set as a whole.
 OF_ALL = re.compile(
@@ -180,6 +185,11 @@ def test_feedback_through_the_recipes_readers(form: str, kind: str) -> None:
 PROMPTS = {"texts": {"prompt": TEXTS, "answer": ODD}, "conversations": {"prompt": st.just([USER])}}
 
 
+def judge(**_: Any) -> list[float]:
+    """A reward function that takes every column."""
+    return []
+
+
 def run_settings(folder: str, **changes: Any) -> PPOConfig:
     return PPOConfig(folder, per_device_train_batch_size=1, max_completion_length=4, **QUIET, **changes)
 
@@ -206,7 +216,7 @@ def test_prompts_through_reader_and_checks(form: str, kind: str, tmp_path: Path)
                 return
             train, test = loaded[0], loaded[1] if len(loaded) > 1 else None
             assert len(train) + (len(test) if test else 0) == len(rows), "none is dropped"
-            if not told(lambda: check_run(args, train, test, tokenizer, [len], model)):
+            if not told(lambda: check_run(args, train, test, tokenizer, [judge], model)):
                 return
             for row in train:  # what was let through is what a model can read
                 prompt = row["prompt"]
