@@ -134,6 +134,12 @@ def test_ratings_in_texts_are_numbers_and_margins_may_be_missing() -> None:
     assert checked(words, "train_dataset", "binary")["label"] == [True, False]
 
 
+def test_only_some_rankings_have_a_prompt() -> None:
+    rows = [{"completions": [[A], [B]], "ranks": [1, 2]}, {"completions": [[Q, A], [Q, B]], "ranks": [1, 2]}]
+    ready = checked(Dataset.from_list(rows, on_mixed_types="use_json"), "train_dataset", "ranking")
+    assert [(row["prompt"], row["completions"]) for row in ready] == [("", [[A], [B]]), ([Q], [[A], [B]])]
+
+
 def test_good_rows_are_left_as_they_are_and_rows_in_ids_are_not_looked_at() -> None:
     rows = Dataset.from_list([{"prompt": "p", "chosen": "a", "rejected": "b"}])
     assert checked(rows, "train_dataset", "pairwise") is rows

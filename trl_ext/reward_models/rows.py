@@ -50,7 +50,11 @@ def checked_rows(dataset: Any, name: str, columns: tuple[str, ...]) -> Any:
             raise _refusal(name, number, bad) from bad
         changed = changed or checked != row
         rows.append(checked)
-    return Dataset.from_list(rows, on_mixed_types="use_json") if changed else dataset
+    if not changed:
+        return dataset
+    if any("prompt" in row for row in rows):  # a Dataset has the columns of its first row
+        rows = [{"prompt": "", **row} for row in rows]
+    return Dataset.from_list(rows, on_mixed_types="use_json")
 
 
 def _checked(row: dict[str, Any], number: int, name: str, columns: tuple[str, ...]) -> tuple[dict[str, Any], Any]:
