@@ -151,6 +151,8 @@ def written(folder: Path, kind: str, rows: list[dict[str, Any]]) -> str | None:
                     csv.writer(file).writerows([names, *cells])
                 elif any(mark in cell for row in cells for cell in row for mark in "\t\r\n"):
                     return None  # TSV knows no quoting
+                elif not all(any(row) for row in cells):
+                    return None  # an empty line is no row
                 else:
                     file.writelines("\t".join(row) + "\n" for row in [names, *cells])
     except Exception:  # Arrow knows no such column, UTF-8 no such text

@@ -99,14 +99,23 @@ def _rows_of_file(source: str) -> Dataset:
     for line, row in numbered_rows(source, source):
         if isinstance(row, Unusable):
             raise ValueError(str(Problem(line, row.column, row.reason)))
-        half = next((name for name, value in row.items() if has_half_a_character(value)), None)
-        if half is not None:
-            raise ValueError(str(Problem(line, half, "half of a surrogate pair, which is no character")))
+        for name, value in row.items():
+            if has_half_a_character(value):
+                raise ValueError(str(Problem(line, name, "half of a surrogate pair, which is no character")))
+            if _too_big(value):
+                raise ValueError(str(Problem(line, name, "a number of more than 64 bits: give it as a text")))
         rows.append({name: decoded(value) for name, value in row.items()} if in_cells else row)
     names = dict.fromkeys(name for row in rows for name in row)
     if not names:
         raise ValueError("it holds no rows")
     return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}, on_mixed_types="use_json")
+
+
+def _too_big(value: Any) -> bool:
+    """Whether a whole number in it is beyond what a table can hold."""
+    if isinstance(value, (list, dict)):
+        return any(map(_too_big, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and not -(2**63) <= value < 2**63
 
 
 def _is_file(source: str) -> bool:

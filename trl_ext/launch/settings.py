@@ -25,11 +25,12 @@ from trl_ext.generation import GenerationError
 from trl_ext.launch.resuming import checkpoint_of
 from trl_ext.ppo.building import args_of_gpu
 from trl_ext.ppo.checks import check_output_dir, check_trackers
+from trl_ext.ppo.failures import RunError
 from trl_ext.roles import SharedBase
 
 USER_ERRORS = (
     *(ValueError, TypeError, OSError, ImportError, GenerationError),
-    *(yaml.YAMLError, torch.OutOfMemoryError, SafetensorError),
+    *(yaml.YAMLError, torch.OutOfMemoryError, SafetensorError, RunError),
 )
 
 

@@ -184,7 +184,9 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if error is self._told:
+            # Where several processes train, one that failed alone could not save: the others wait elsewhere.
+            alone = self.accelerator.num_processes > 1 and not isinstance(error, FAILURES)
+            if error is self._told or alone:
                 raise
             step, sentence = steps(), str(error)
             where = self._saved(step, save)

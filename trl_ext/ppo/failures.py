@@ -13,7 +13,12 @@ from trl_ext.generation import GenerationError
 from trl_ext.ppo.objectives import ObjectiveError
 from trl_ext.rewards import RewardError
 
-FAILURES = (GenerationError, RewardError, CallbackError, ObjectiveError, torch.OutOfMemoryError)
+
+class RunError(RuntimeError):
+    """What nobody foresaw, by its class and its words; its cause is the error itself."""
+
+
+FAILURES = (GenerationError, RewardError, CallbackError, ObjectiveError, torch.OutOfMemoryError, RunError)
 _Result = TypeVar("_Result")
 
 
@@ -22,21 +27,22 @@ def together(work: Callable[[], _Result]) -> _Result:
     would leave the others waiting for ever.
 
     Raises:
-        Exception: what `work` raised here. Where it failed on another process, one of `FAILURES` with the same words,
-            or else a RuntimeError.
+        Exception: one of `FAILURES`: `work` failed here, or on another process.
     """
     done: list[_Result] = []
     failure: Exception | None = None
     try:
         done.append(work())
-    except Exception as error:
+    except FAILURES as error:
         failure = error
+    except Exception as error:
+        failure = RunError(f"{type(error).__name__}: {error}")
+        failure.__cause__ = error
     kinds = [number for number, kind in enumerate(FAILURES) if isinstance(failure, kind)]
-    report = None if failure is None else (kinds, str(failure), type(failure).__name__)
-    failures = [other for other in gather_object([report]) if other is not None]
+    failures = [report for report in gather_object([(kinds, str(failure))]) if report[0]]
     if failure is not None:
         raise failure
     if failures:
-        kinds, message, name = failures[0]
-        raise FAILURES[kinds[0]](message) if kinds else RuntimeError(f"{name}: {message}")
+        (kind, *_), message = failures[0]
+        raise FAILURES[kind](message)
     return done[0]
