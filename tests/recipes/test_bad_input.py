@@ -116,7 +116,7 @@ ROWS = [
     Row("no pairs' file for DPO", "dpo", "--dataset missing.csv", "The feedback file 'missing.csv' does not exist."),
     Row("an answer of nothing", "dpo", "--dataset half_pairs.jsonl", "half_pairs.jsonl: line 1, column 'rejected': empty"),
     Row("an answer of nothing, for a reward model", "reward", "--dataset half_pairs.jsonl", "half_pairs.jsonl: line 1, column 'rejected': empty"),
-    Row("an answer longer than the model reads", "dpo", "--dataset long_pairs.jsonl", "column 'chosen': has 200"),
+    Row("an answer longer than the model reads", "dpo", "--dataset long_pairs.jsonl", "tokens with its prompt, but the model reads 128: shorten it or lower max_length."),
     Row("a strength that is a word", "dpo", "--dataset strong.jsonl", "strong.jsonl: line 1, column 'strength': 'very' is not a number."),
     Row("no feedback", "reward", "--dataset missing.csv", "The feedback file 'missing.csv' does not exist."),
     Row("no feedback for ratings", "reward", "--objective regression --dataset missing.csv", "The feedback file 'missing.csv' does not exist."),
