@@ -16,6 +16,7 @@ def main() -> None:
     args.model_init_kwargs = launch.model_kwargs(model_args)
     name = launch.model_name(model_args)
     tokenizer = AutoTokenizer.from_pretrained(name)
+    launch.check_written(name, tokenizer, args, train, test, cut=True)
     launch.show(
         "DPO with LoRA",
         {
@@ -42,6 +43,7 @@ def main() -> None:
         quantization_config=get_quantization_config(model_args),
         callbacks=[DiagnosticsCallback()],
     )
+    launch.tell_left_out(len(train), len(trainer.train_dataset), "train_dataset", args.max_length)
     launch.show_progress(trainer)
     launch.match_precision(trainer, model_args)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

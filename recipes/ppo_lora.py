@@ -52,13 +52,15 @@ def main() -> None:
     roles = {"value": script.value, "reward": reward, "reference": script.reference_adapter}
     if script.policy_adapter:
         roles["policy"] = script.policy_adapter
-    tokenizer = AutoTokenizer.from_pretrained(launch.model_name(model_args))
+    name = launch.model_name(model_args)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    texts = launch.load_texts(script.ptx_dataset) if script.ptx_dataset else None
+    launch.check_run(args, train, test, tokenizer, functions or [], name, texts)
     base = launch.load_shared_base(model_args, trust_remote_code=args.trust_remote_code, **roles)
     callbacks = [DiagnosticsCallback()]
     if script.kl_target is not None:
         controller = AdaptiveKLController(args.kl_coef, script.kl_target, script.kl_horizon)
         callbacks.append(AdaptiveKLCallback(controller))
-    texts = launch.load_texts(script.ptx_dataset) if script.ptx_dataset else None
     trainer = PPOTrainer(
         base, functions, args, train, test, processing_class=tokenizer, callbacks=callbacks, ptx_dataset=texts
     )

@@ -7,6 +7,7 @@ accelerate launch recipes/reward_lora.py --objective regression   # from ratings
 
 from pathlib import Path
 
+from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_ext import DiagnosticsCallback, FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, feedback, launch
@@ -15,6 +16,9 @@ from trl_ext import DiagnosticsCallback, FeedbackRewardConfig, FeedbackRewardTra
 def main() -> None:
     script, args, model_args = launch.parse(__file__, launch.DataArguments, FeedbackRewardConfig, ModelConfig)
     data = launch.load_feedback(script, args.objective)
+    name = launch.model_name(model_args)
+    if args.chat_template_path is None:
+        launch.check_written(name, AutoTokenizer.from_pretrained(name), args, data.train, data.test)
     model_args.lora_task_type = "SEQ_CLS"
     args.model_init_kwargs = launch.model_kwargs(model_args)
     launch.show(
@@ -27,7 +31,7 @@ def main() -> None:
         },
     )
     trainer = FeedbackRewardTrainer(
-        model=launch.model_name(model_args),
+        model=name,
         args=args,
         train_dataset=data.train,
         eval_dataset=data.test,

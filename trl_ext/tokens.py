@@ -10,9 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 # Prompts and completions -------------------------------------------------------------------------------------------
+
+
+class PromptError(ValueError):
+    """A prompt that makes no ids.
+
+    Attributes:
+        row: which of the prompts that were given.
+        reason: why, with the remedy.
+    """
+
+    def __init__(self, prompt: Any, row: int, reason: str) -> None:
+        super().__init__(f"Prompt {prompt!r:.80} {reason}")
+        self.row, self.reason = row, reason
 
 
 def tokenize_prompts(
@@ -21,19 +34,32 @@ def tokenize_prompts(
     """Ids of each prompt; a conversation goes through the chat template with the generation prompt added.
 
     Raises:
-        ValueError: a conversation and a tokenizer without a chat template, or a prompt without a single token.
+        ValueError: a conversation and a tokenizer without a chat template.
+        PromptError: a prompt that template or tokenizer refuse, or without a single token.
     """
-    if isinstance(prompts[0], str):
-        ids = tokenizer(list(prompts))["input_ids"]
-    else:
+    if not isinstance(prompts[0], str):
         check_chat_template(tokenizer)
-        ids = tokenizer.apply_chat_template(
-            list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
-        )["input_ids"]
+    try:
+        ids = _ids_of(prompts, tokenizer, chat_template_kwargs)
+    except Exception:
+        for row, prompt in enumerate(prompts):
+            try:
+                _ids_of([prompt], tokenizer, chat_template_kwargs)
+            except Exception as error:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                raise PromptError(prompt, row, f"cannot be written in ids ({reason:.200}): mend or drop it.") from error
+        raise
     empty = next((i for i, row in enumerate(ids) if len(row) == 0), None)
     if empty is not None:
-        raise ValueError(f"Prompt {prompts[empty]!r} has no tokens: give it some text, or a tokenizer that adds a BOS.")
+        raise PromptError(prompts[empty], empty, "has no tokens: give it some text, or a tokenizer that adds a BOS.")
     return [list(row) for row in ids]
+
+
+def _ids_of(prompts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, template: dict[str, Any] | None) -> Any:
+    if isinstance(prompts[0], str):
+        return tokenizer(list(prompts))["input_ids"]
+    kwargs: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, **(template or {})}
+    return tokenizer.apply_chat_template(list(prompts), **kwargs)["input_ids"]
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -49,6 +75,24 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # that chat templates know
+
+
+def fault_of_template(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase, **template: Any) -> str | None:
+    """What the chat template would lose of a conversation; None where it writes all of it. Looked at are messages of a
+    role of your own, which it may leave out, and those in parts, which it may write as Python does."""
+    odd = [m for m in messages if m["role"] not in ROLES or isinstance(m.get("content"), list)]
+    written = tokenizer.apply_chat_template(list(messages), tokenize=False, **template) if odd else ""
+    for message in odd:
+        content = message.get("content")
+        if isinstance(content, list) and str(content) in written:
+            return "a message in parts, which the chat template writes as Python does: give it as a text"
+        texts = [part["text"] for part in content] if isinstance(content, list) else [content or ""]
+        if not all(text.strip() in written for text in texts):
+            return f"a message of the role {message['role']!r} that the chat template leaves out: give it another"
+    return None
+
+
 def sequence_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any, **template: Any) -> list[int]:
     """Prompt and completion as TRL's RewardTrainer tokenises them: through the chat template (with the arguments
     `template`), or as one text with an EOS at its end."""
@@ -58,6 +102,55 @@ def sequence_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: An
         return list(tokenizer(text)["input_ids"])
     chat = [*(prompt or []), *completion]
     return list(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, **template)["input_ids"])
+
+
+# What a model can read ---------------------------------------------------------------------------------------------
+
+
+def context_limit(config: Any) -> int | None:
+    """Most tokens that a model can read in a row, by its config; None where it sets no limit.
+
+    Positions go up to `max_position_embeddings`. Rotary positions reach further where they are scaled, and without end
+    where they are rescaled as the row grows ("dynamic"), or where no layer looks further back than a window.
+
+    Args:
+        config: of a Transformers model.
+    """
+    config = config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0 or getattr(config, "alibi", False):
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    window = getattr(config, "sliding_window", None)
+    if rope and window and window <= limit and kinds <= {"sliding_attention", "linear_attention"}:
+        return None
+    scalings = [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
+    if any(scaling.get("rope_type") == "dynamic" for scaling in scalings):
+        return None
+    reach = [
+        scaling["factor"] * scaling.get("original_max_position_embeddings", limit)
+        for scaling in scalings
+        if scaling.get("factor")
+    ]
+    return max([limit, *map(int, reach)])
+
+
+def config_of(model: Any, trust_remote_code: bool = False, revision: str | None = None) -> Any | None:
+    """The config of a model, loaded or given by its name or folder; None where it cannot be read, which its loading
+    will say."""
+    if not isinstance(model, str):
+        return model.config
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, revision=revision or "main")
+    except (OSError, ValueError):
+        return None
+
+
+def vocabulary_size(config: Any) -> int | None:
+    """Ids that a model has an embedding for, by its config; None where it does not say."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None
 
 
 # Where a completion ends -------------------------------------------------------------------------------------------

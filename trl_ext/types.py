@@ -176,6 +176,26 @@ def as_text(item: Any) -> str:
     return item if isinstance(item, str) else str(item[-1]["content"]) if item else ""
 
 
+def fault_of_messages(value: Any) -> str | None:
+    """Why `value` is no list of messages that a model which reads texts can read; None where it is one.
+
+    A message has a role and a content: a text, a list of parts with a text each, or nothing beside `tool_calls`.
+    """
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        return "no list of messages"
+    for number, message in enumerate(value):
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not role:
+            return f"message {number} has no role"
+        if content is None and message.get("tool_calls"):
+            continue
+        parts = content if isinstance(content, list) else [{"text": content}]
+        parts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+        if not parts or not all(isinstance(part, str) for part in parts):
+            return f"the content of message {number} is {content!r:.60}, which is no text"
+    return None
+
+
 def concatenate(records: Sequence[_Record], pad_token_id: int) -> _Record:
     """One record out of several, row after row; narrower ones are padded on the side where their padding lies.
 

@@ -97,6 +97,8 @@ CALLS = [
     Call("a tokenizer without an end", "PPOTrainer(base, judge, args, prompts, processing_class=without_eos)", "ValueError", "The tokenizer has no EOS token, so no completion could ever end"),
     Call("conversations without a template", "PPOTrainer(base, judge, args, chats, processing_class=without_template)", "ValueError", "the tokenizer has no chat template"),
     Call("a number for a reward function", "PPOTrainer(base, 3, args, prompts)", "TypeError", "A reward function must be a callable, a model or a model's name, not int."),
+    Call("a reward function that asks for what is not there", "PPOTrainer(base, lambda completions, city: [], args, prompts)", "ValueError", "asks for 'city', and is called by name with"),
+    Call("a prompt that leaves no room for its answer", "PPOTrainer(base, judge, args, Dataset.from_dict({'prompt': ['a'] * 4 + ['a' * 999]}))", "ValueError", "The prompt in row 4 of train_dataset has 999 tokens and 4 may follow, but the model reads 128"),
     Call("more tokenizers than reward functions", "PPOTrainer(base, judge, args, prompts, reward_processing_classes=[None, None])", "ValueError", "reward_processing_classes has 2 entries for 1 reward functions: give one each."),
     Call("weights for reward functions that are not there", "PPOTrainer(base, judge, PPOConfig(**quiet, reward_weights=[1.0, 2.0]), prompts)", "ValueError", "reward_weights has 2 entries for 1 reward functions: give one each."),
     Call("a pretraining term without texts", "PPOTrainer(base, judge, PPOConfig(**quiet, ptx_coef=0.1), prompts)", "ValueError", "the pretraining term needs both."),
@@ -113,6 +115,8 @@ CALLS = [
     Call("a misspelt option", "PPOConfig(kl_coeff=0.1)", "TypeError", "kl_coeff"),
     Call("an unknown objective for a reward model", "FeedbackRewardConfig(objective='elo')", "ValueError", "objective is 'elo': choose one of"),
     Call("pairs for a regression", "FeedbackRewardTrainer(model, FeedbackRewardConfig(use_cpu=True, bf16=False, objective='regression'), train_dataset=pairs)", "ValueError", "the objective 'regression' needs"),
+    Call("a rating that is no number", "FeedbackRewardTrainer(model, FeedbackRewardConfig(use_cpu=True, bf16=False, objective='regression'), train_dataset=Dataset.from_dict({'completion': ['a', 'b'], 'rating': [1.0, float('nan')]}))", "ValueError", "Row 1 of train_dataset, column 'rating': nan is not a number."),
+    Call("another temperature to sample at", "PPOConfig(generation_kwargs={'temperature': 0.5})", "ValueError", "generation_kwargs has temperature 0.5, but log-probabilities are taken at temperature 1: set PPOConfig's temperature instead."),
     # Callbacks and controllers
     Call("a KL target of 0", "AdaptiveKLController(0.1, 0)", "ValueError", "target is 0: it must be a positive number."),
     Call("a coefficient below 0", "FixedKLController(-1)", "ValueError", "the initial coefficient is -1: it must be a number, at least 0."),

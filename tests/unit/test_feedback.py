@@ -115,7 +115,7 @@ BAD: list[tuple[dict[str, Any] | str, str]] = [
     ({"chosen": PARIS, "rejected": LYON}, "column 'prompt': the conversations begin with no message in common"),
     (
         {"prompt": "Why?", "chosen": [*CHAT, *PARIS], "rejected": [*CHAT, *LYON]},
-        "column 'prompt': a text that neither conversation begins with",
+        "column 'prompt': a text that the conversations do not begin with",
     ),
     ({"chosen": "a", "rejected": "b", "margin": "wide"}, "column 'margin': 'wide' is not a number"),
     ({"completion": "a", "rating": 10**400}, "is not a number"),

@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl import extract_prompt
-
 from trl_ext.feedback.files import Row, Unusable
 from trl_ext.feedback.records import Label, Pair, Ranking, Rating, Record, without_nan
+from trl_ext.types import fault_of_messages
 
 GOOD = {"good", "true", "yes", "1", "+1", "up"}
 BAD = {"bad", "false", "no", "0", "-1", "down"}
@@ -49,7 +48,8 @@ def _rating(row: Row) -> Record:
     ratings = tuple(math.nan if item in (None, "") else _number(item, column) for item in values)
     if not without_nan(ratings):
         raise Unusable(column, "no rating was given")
-    return Rating(_text_or_messages(row, "prompt"), _text_or_messages(row, "completion"), ratings)
+    prompt, (completion,) = _prompt_and_answers(row, "completion")
+    return Rating(prompt, completion, ratings)
 
 
 def _ranking(row: Row) -> Record:
@@ -61,8 +61,8 @@ def _ranking(row: Row) -> Record:
     numbers = [_number(rank, "ranks") for rank in ranks]
     if any(number != int(number) or number < 1 for number in numbers):
         raise Unusable("ranks", f"{ranks!r:.60} are not whole numbers from 1 on")
-    answers = tuple(_text_or_messages({"completions": item}, "completions") for item in completions)
-    return Ranking(_text_or_messages(row, "prompt"), answers, tuple(int(number) for number in numbers))
+    prompt, answers = _prompt_and_answers(row, *("completions" for _ in completions), items=completions)
+    return Ranking(prompt, tuple(answers), tuple(int(number) for number in numbers))
 
 
 def _pair(row: Row) -> Record:
@@ -70,20 +70,8 @@ def _pair(row: Row) -> Record:
     strength = None if row.get(column) in (None, "") else _number(row[column], column)
     if column == "strength" and strength is not None and strength <= 0:
         raise Unusable("strength", f"{row['strength']!r} is not above 0: turn the pair round, or drop it as a tie")
-    prompt, chosen, rejected = (_text_or_messages(row, column) for column in ("prompt", "chosen", "rejected"))
-    if isinstance(prompt, str) and isinstance(chosen, list) and isinstance(rejected, list):
-        prompt, chosen, rejected = _shared_prompt(prompt, chosen, rejected)
+    prompt, (chosen, rejected) = _prompt_and_answers(row, "chosen", "rejected")
     return Pair(prompt, chosen, rejected, strength)
-
-
-def _shared_prompt(text: str, chosen: list[Any], rejected: list[Any]) -> tuple[Any, Any, Any]:
-    """Prompt and answers of two conversations. `text` is the prompt's text where it has a column of its own, too."""
-    parts = extract_prompt({"chosen": chosen, "rejected": rejected})
-    if not parts["prompt"]:
-        raise Unusable("prompt", "the conversations begin with no message in common: give the prompt as messages")
-    if text.strip() and text.strip() not in (str(message["content"]).strip() for message in parts["prompt"]):
-        raise Unusable("prompt", "a text that neither conversation begins with: give the prompt as messages")
-    return parts["prompt"], parts["chosen"], parts["rejected"]
 
 
 def _label(row: Row) -> Record:
@@ -91,44 +79,79 @@ def _label(row: Row) -> Record:
     word = str(value).strip().lower()
     if word.removesuffix(".0") not in GOOD | BAD:
         raise Unusable("label", f"{value!r:.60} is neither good nor bad (true or false, 1 or 0, yes or no)")
-    return Label(
-        _text_or_messages(row, "prompt"), _text_or_messages(row, "completion"), word.removesuffix(".0") in GOOD
-    )
+    prompt, (completion,) = _prompt_and_answers(row, "completion")
+    return Label(prompt, completion, word.removesuffix(".0") in GOOD)
+
+
+def _prompt_and_answers(row: Row, *columns: str, items: Sequence[Any] | None = None) -> tuple[Any, list[Any]]:
+    """The prompt and what follows it in each of `columns` (or `items`), whoever laid them out: conversations may begin
+    with the prompt, which may have a column of its own too, as messages or as the text of one of its turns."""
+    prompt = _text_or_messages(row, "prompt")
+    values = [row.get(column) for column in columns] if items is None else items
+    answers = [_text_or_messages({column: item}, column) for column, item in zip(columns, values, strict=True)]
+    if not all(isinstance(answer, list) for answer in answers):
+        return prompt, answers
+    if isinstance(prompt, list):
+        return prompt, _after_prompt(prompt, answers, columns)
+    if prompt.strip() and all(answer[0]["role"] == "assistant" for answer in answers):
+        return [{"role": "user", "content": prompt}], answers
+    if not prompt.strip() and len(answers) == 1:  # nothing says where the prompt ends
+        return prompt, answers
+    shared = _shared(answers)
+    if prompt.strip() and prompt.strip() not in (str(message.get("content")).strip() for message in shared):
+        raise Unusable("prompt", "a text that the conversations do not begin with: give the prompt as messages")
+    if not shared and columns == ("chosen", "rejected"):
+        raise Unusable("prompt", "the conversations begin with no message in common: give the prompt as messages")
+    return shared or prompt, [answer[len(shared) :] for answer in answers]
+
+
+def _after_prompt(prompt: list[Any], answers: list[list[Any]], columns: Sequence[str]) -> list[list[Any]]:
+    """The answers without the prompt, where they begin with it: all of them, or none."""
+    begin = [_shared([[*prompt, {}], [*answer, {}]]) == prompt for answer in answers]
+    for column, answer, begins in zip(columns, answers, begin, strict=True):
+        if any(begin) and not (begins and len(answer) > len(prompt)):
+            raise Unusable(column, "does not go on from the prompt, as others of the row do: give all of them alike")
+    return [answer[len(prompt) :] for answer in answers] if any(begin) else answers
+
+
+def _shared(conversations: Sequence[list[Any]]) -> list[Any]:
+    """The messages that all of them begin with; each keeps its last. A key without a value, as tables add them, is no
+    difference."""
+    plain = [[{key: v for key, v in m.items() if v is not None} for m in messages] for messages in conversations]
+    most = min(map(len, plain)) - 1
+    return conversations[0][: next((i for i in range(most) if any(o[i] != plain[0][i] for o in plain)), most)]
 
 
 def _text_or_messages(row: Row, column: str) -> Any:
     """A prompt or an answer."""
-    value = _decoded(row.get(column))
+    value = decoded(row.get(column))
     if value is None and column == "prompt":
         return ""
-    if _has_half_a_character(value):
+    if has_half_a_character(value):
         raise Unusable(column, "half of a surrogate pair (\\ud800 to \\udfff), which is no character: mend the escapes")
-    if (isinstance(value, str) and (column == "prompt" or value.strip())) or _are_messages(value):
+    if isinstance(value, str) and (column == "prompt" or value.strip()):
+        return value
+    fault = fault_of_messages(value)
+    if fault is None:
         return value
     shown = "missing" if value is None else "empty" if value in ("", []) or not str(value).strip() else f"{value!r:.60}"
+    shown = fault if fault.startswith("the content") else shown
     raise Unusable(column, f"{shown}: give a text, or a list of messages with role and content")
 
 
-def _are_messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(m, dict) and m.get("role") and "content" in m for m in value)
-    )
-
-
-def _decoded(value: Any) -> Any:
+def decoded(value: Any) -> Any:
     """Messages, where a text is their JSON: the cells of a table are texts."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            decoded = json.loads(value)
+            messages = json.loads(value)
         except (ValueError, RecursionError):
             return value
-        return decoded if _are_messages(decoded) else value
+        if isinstance(messages, list) and messages and all(isinstance(m, dict) and m.get("role") for m in messages):
+            return messages
     return value
 
 
-def _has_half_a_character(value: Any) -> bool:
+def has_half_a_character(value: Any) -> bool:
     """Escapes in JSON can spell what UTF-8 cannot hold and no tokenizer takes."""
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()

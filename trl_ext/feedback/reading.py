@@ -82,7 +82,7 @@ def read(
             row = {columns.get(key, key): value for key, value in row.items()}
             form = form or _form_of(row, name)
             record = _record_of(row, form)
-            _check_same(record, records[0] if records else record)
+            check_same(record, records[0] if records else record)
             records.append(record)
         except Unusable as bad:
             problem = Problem(line, bad.column, bad.reason)
@@ -150,7 +150,7 @@ def renaming(pairs: Sequence[str]) -> dict[str, str]:
     return columns
 
 
-def _check_same(record: Record, first: Record) -> None:
+def check_same(record: Record, first: Record) -> None:
     """Refuse a record of another kind than the first, and texts among messages: trainers tell by one row which of them
     a data set holds."""
     if type(record) is not type(first):

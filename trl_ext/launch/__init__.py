@@ -2,7 +2,7 @@
 
 from huggingface_hub import constants
 
-from trl_ext.launch.data import DataArguments, load_feedback, load_pairs, load_rows, load_texts
+from trl_ext.launch.data import DataArguments, check_written, load_feedback, load_pairs, load_rows, load_texts
 from trl_ext.launch.judging import reference_scores, scored_answers
 from trl_ext.launch.progress import show_progress
 from trl_ext.launch.screen import (
@@ -25,12 +25,16 @@ from trl_ext.launch.settings import (
     parse,
     user_errors,
 )
+from trl_ext.ppo.checks import check_run
+from trl_ext.reward_models.trainer import tell_left_out
 
 constants.HF_HUB_DISABLE_TELEMETRY = True  # the environment variable is read earlier, when Transformers is imported
 
 __all__ = [
     "DataArguments",
     "answers",
+    "check_run",
+    "check_written",
     "distinct_prompts",
     "free_memory",
     "import_functions",
@@ -52,5 +56,6 @@ __all__ = [
     "show_before_after",
     "show_progress",
     "show_scored_pairs",
+    "tell_left_out",
     "user_errors",
 ]

@@ -9,16 +9,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from pyarrow import ArrowException
+from transformers import PreTrainedTokenizerBase
 
 from trl_ext import demo, feedback
 from trl_ext.feedback.converting import middle_of_scale
 from trl_ext.feedback.files import READERS, Unusable, numbered_rows
+from trl_ext.feedback.forms import decoded, has_half_a_character
 from trl_ext.feedback.reading import renaming
 from trl_ext.feedback.records import Problem
+from trl_ext.reward_models import rows as rows_of_reward
+from trl_ext.tokens import config_of
 
 
 @dataclass
@@ -90,15 +95,27 @@ def _rows_of_file(source: str) -> Dataset:
     if Path(source).suffix == ".parquet":  # has types of its own, and need not fit into memory
         return load_dataset("parquet", data_files=source, split="train")
     # Not `load_dataset`, which takes digits in a CSV cell for a number and a date in JSON for a time.
-    rows = []
+    rows, in_cells = [], Path(source).suffix in (".csv", ".tsv")
     for line, row in numbered_rows(source, source):
         if isinstance(row, Unusable):
             raise ValueError(str(Problem(line, row.column, row.reason)))
-        rows.append(row)
+        for name, value in row.items():
+            if has_half_a_character(value):
+                raise ValueError(str(Problem(line, name, "half of a surrogate pair, which is no character")))
+            if _too_big(value):
+                raise ValueError(str(Problem(line, name, "a number of more than 64 bits: give it as a text")))
+        rows.append({name: decoded(value) for name, value in row.items()} if in_cells else row)
     names = dict.fromkeys(name for row in rows for name in row)
     if not names:
         raise ValueError("it holds no rows")
     return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}, on_mixed_types="use_json")
+
+
+def _too_big(value: Any) -> bool:
+    """Whether a whole number in it is beyond what a table can hold."""
+    if isinstance(value, (list, dict)):
+        return any(map(_too_big, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and not -(2**63) <= value < 2**63
 
 
 def _is_file(source: str) -> bool:
@@ -194,6 +211,22 @@ def load_feedback(data: DataArguments, objective: str) -> RewardData:
         except feedback.FeedbackError:  # no two answers to one prompt
             pairs = as_given
     return RewardData(convert(train), test, as_given, pairs)
+
+
+def check_written(
+    model: str, tokenizer: PreTrainedTokenizerBase, args: Any, train: Dataset, test: Dataset, cut: bool = False
+) -> None:
+    """Refuse rows that tokenizer or chat template refuse, or that the model cannot read, before it is loaded.
+
+    Args:
+        args: of the trainer: `max_length`, beyond which rows are left out, or `cut`.
+
+    Raises:
+        ValueError: names the row and the column.
+    """
+    config = config_of(model, args.trust_remote_code)
+    for name, rows in (("train_dataset", train), ("eval_dataset", test)):
+        rows_of_reward.check_written(rows, name, tokenizer, config, args.max_length, cut)
 
 
 def _read_feedback(data: DataArguments, name: str) -> tuple[feedback.Feedback, feedback.Feedback]:

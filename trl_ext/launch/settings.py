@@ -25,11 +25,12 @@ from trl_ext.generation import GenerationError
 from trl_ext.launch.resuming import checkpoint_of
 from trl_ext.ppo.building import args_of_gpu
 from trl_ext.ppo.checks import check_output_dir, check_trackers
+from trl_ext.ppo.failures import RunError
 from trl_ext.roles import SharedBase
 
 USER_ERRORS = (
     *(ValueError, TypeError, OSError, ImportError, GenerationError),
-    *(yaml.YAMLError, torch.OutOfMemoryError, SafetensorError),
+    *(yaml.YAMLError, torch.OutOfMemoryError, SafetensorError, RunError),
 )
 
 
@@ -64,10 +65,12 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
-    except USER_ERRORS as error:
-        if os.environ.get("TRL_EXT_TRACEBACK"):
+    except Exception as error:
+        notes = getattr(error, "__notes__", [])  # where a run that failed is saved
+        if os.environ.get("TRL_EXT_TRACEBACK") or not (notes or isinstance(error, USER_ERRORS)):
             raise
-        sentence = " ".join(str(error).split())
+        name = "" if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: "
+        sentence = " ".join(" ".join([f"{name}{error}", *notes]).split())
         sys.exit(f"{Path(sys.argv[0]).name}: error: {sentence}")
 
 

@@ -68,6 +68,8 @@ class Checkpoints:
         self.args, self.updater, self.accelerator = args, updater, accelerator
         self.unfinished: Path | None = None
         self._step_end: tuple[RandomState, dict[str, Any]] | None = None
+        self._stepping = False
+        self._told: Exception | None = None
 
     # Files ------------------------------------------------------------------------------------------------------------
 
@@ -116,8 +118,11 @@ class Checkpoints:
         self.unfinished = final.parent / UNFINISHED
         try:
             yield
-        except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: what torch.save makes of a full disk
+        except Exception as error:
             shutil.rmtree(self.unfinished, ignore_errors=True)
+            # A full disk is a RuntimeError to torch.save.
+            if not isinstance(error, (OSError, SafetensorError, RuntimeError)):
+                raise
             last = get_last_checkpoint(str(final.parent))
             raise OSError(
                 f"{final.name} could not be written to {str(final.parent)!r} ({error}): make room there and "
@@ -144,44 +149,75 @@ class Checkpoints:
 
     # Nothing is lost where something fails ----------------------------------------------------------------------------
 
+    def note_stepping(self) -> None:
+        """The optimizer is about to step: until the step counts, nothing could be saved that belongs together."""
+        self._stepping = True
+
     def note_step_end(self) -> None:
         """Remember what changes before the next step begins, and what a run that resumes from here must start with:
         random numbers (a new epoch's dataloader draws one before its first rollout) and the moments of the scores."""
+        self._stepping = False
         self._step_end = RandomState(), self.updater.collector.combination.moments.state_dict()
 
     def forget_step_end(self) -> None:
-        """A training begins: what was noted belongs to another."""
-        self._step_end = None
+        """A training begins, or the best roles are put back: what was noted belongs to others."""
+        self._step_end, self._stepping = None, False
 
     @contextmanager
-    def saved_first(self, step: int, save: Callable[[], None]) -> Iterator[None]:
-        """Call `save` when a generator, a reward function or a callback fails within, or memory runs out: nothing that
-        was trained is lost, and a run that goes on from there draws the same completions again.
+    def saved_first(
+        self, steps: Callable[[], int], save: Callable[[], None], whole_run: bool = False
+    ) -> Iterator[None]:
+        """Call `save` when anything fails within: nothing that was trained is lost, and a run that goes on from there
+        draws the same completions again.
+
+        Args:
+            steps: how many were taken, when it fails.
+            save: writes the checkpoint.
+            whole_run: within is the whole training, of which nothing is known when it begins.
 
         Raises:
-            GenerationError, RewardError, CallbackError, ObjectiveError, torch.OutOfMemoryError: what was raised within,
-                and where the run is saved.
+            Exception: what was raised within, with a sentence on where the run is saved: at the end of its own where it
+                is one of `FAILURES`, as a note else.
         """
-        if self._step_end is None:
+        if self._step_end is None and not whole_run:
             self.note_step_end()
         try:
             yield
-        except FAILURES as error:
-            sentence = str(error)
+        except Exception as error:
+            # Where several processes train, one that failed alone could not save: the others wait elsewhere.
+            alone = self.accelerator.num_processes > 1 and not isinstance(error, FAILURES)
+            if error is self._told or alone:
+                raise
+            step, sentence = steps(), str(error)
+            where = self._saved(step, save)
             if isinstance(error, torch.OutOfMemoryError):
                 sentence = (
-                    f"Memory ran out over the rollout at step {step}: lower local_rollout_forward_batch_size, "
-                    f"per_device_train_batch_size or max_completion_length ({sentence.split('.')[0]})."
+                    f"Memory ran out over the rollout at step {step}: lower "
+                    "local_rollout_forward_batch_size, per_device_train_batch_size or max_completion_length "
+                    f"({sentence.split('.')[0]})."
                 )
-            if step == 0:
-                raise type(error)(sentence) from error.__cause__
-            folder = self.folder_of(step)
-            if not folder.exists():
-                self._back_to_step_end()
+            if isinstance(error, FAILURES):
+                self._told = type(error)(f"{sentence} {where}".strip())
+                raise self._told from error.__cause__
+            self._told = error
+            if where:
+                error.add_note(where)
+            raise
+
+    def _saved(self, step: int, save: Callable[[], None]) -> str:
+        """Save what was trained, unless it is saved already: where, in a sentence; empty where there is nothing."""
+        folder = self.folder_of(step)
+        if step == 0:
+            return ""
+        if not folder.exists():
+            if self._step_end is None or self._stepping:
+                return ""
+            self._back_to_step_end()
+            try:
                 save()
-            raise type(error)(
-                f"{sentence} All {step} steps before are saved in {str(folder)!r}: resume from there."
-            ) from error.__cause__
+            except Exception as error:
+                return f"The {step} steps before could not be saved ({error})."
+        return f"All {step} steps before are saved in {str(folder)!r}: resume from there."
 
     def _back_to_step_end(self) -> None:
         assert self._step_end is not None

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 
 from trl_ext.ppo.config import PPOConfig
+from trl_ext.ppo.measuring import Limits, measured_prompts, measured_texts
+from trl_ext.rewards.protocol import ARGUMENTS, arguments_of
 from trl_ext.roles import SharedBase
-from trl_ext.tokens import check_chat_template
+from trl_ext.tokens import check_chat_template, config_of, context_limit, vocabulary_size
+from trl_ext.types import fault_of_messages
 
 
 def check_prompts(dataset: Any, name: str) -> None:
@@ -30,16 +33,22 @@ def check_prompts(dataset: Any, name: str) -> None:
         raise ValueError(f"{name} has no 'prompt' column, only {dataset.column_names}: rename yours to 'prompt'{hint}.")
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: it needs at least one prompt.")
+    first: Any = None
     for row, prompt in enumerate(dataset["prompt"]):
-        if not isinstance(prompt, str) and not _is_chat(prompt):
-            raise ValueError(
-                f"The prompt in row {row} of {name} is {prompt!r:.80}: a prompt is a text, or a list of messages like "
-                '{"role": "user", "content": "..."}.'
-            )
+        reason = _reason_against(prompt)
+        if reason is None and first is not None and isinstance(prompt, str) != isinstance(first, str):
+            reason = "of another kind than that in row 0: give all prompts as texts, or all as messages."
+        if reason is not None:
+            raise ValueError(f"The prompt in row {row} of {name} is {prompt!r:.80}: {reason}")
+        first = prompt if first is None else first
 
 
-def _is_chat(prompt: Any) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, dict) and m.get("role") for m in prompt)
+def _reason_against(prompt: Any) -> str | None:
+    """Why this is no prompt; None where it is one."""
+    fault = None if isinstance(prompt, str) else fault_of_messages(prompt)
+    if fault is None:
+        return None
+    return f'{fault}; a prompt is a text, or a list of messages like {{"role": "user", "content": "..."}}.'
 
 
 def check_datasets(train_dataset: Any, eval_dataset: Any, args: PPOConfig) -> None:
@@ -70,8 +79,14 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, args: PPOConfig) -> No
         check_prompts(dataset, name)
 
 
-def check_tokenizer(tokenizer: Any, train_dataset: Dataset, eval_dataset: Any = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of these prompts, with a pad token (its EOS where it has none: masks, not ids, mark padding here).
+def check_tokenizer(
+    tokenizer: Any, train_dataset: Dataset, eval_dataset: Any = None, vocabulary: int | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of these prompts, with a pad token that the model has (its EOS where it has none: masks, not ids,
+    mark padding here).
+
+    Args:
+        vocabulary: ids that the model has; None: any.
 
     Raises:
         TypeError: not a tokenizer.
@@ -82,7 +97,12 @@ def check_tokenizer(tokenizer: Any, train_dataset: Dataset, eval_dataset: Any = 
         raise TypeError(f"processing_class must be a tokenizer, not {type(tokenizer).__name__}.")
     if tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no EOS token, so no completion could ever end: set tokenizer.eos_token.")
-    if tokenizer.pad_token_id is None:
+    if vocabulary is not None and tokenizer.eos_token_id >= vocabulary:
+        raise ValueError(
+            f"The tokenizer's EOS token {tokenizer.eos_token!r} has the id {tokenizer.eos_token_id}, but the model has "
+            f"{vocabulary} ids only: resize its embeddings, or set tokenizer.eos_token."
+        )
+    if tokenizer.pad_token_id is None or (vocabulary is not None and tokenizer.pad_token_id >= vocabulary):
         tokenizer.pad_token = tokenizer.eos_token
     for name, dataset in [("train_dataset", train_dataset), *_eval_datasets(eval_dataset)]:
         if not isinstance(dataset[0]["prompt"], str):
@@ -93,6 +113,73 @@ def check_tokenizer(tokenizer: Any, train_dataset: Dataset, eval_dataset: Any = 
                 "own: give it some text, or drop the row."
             )
     return tokenizer
+
+
+# Rows as the model reads them ----------------------------------------------------------------------------------------
+
+
+def check_run(
+    args: PPOConfig,
+    train_dataset: Any,
+    eval_dataset: Any,
+    tokenizer: Any,
+    functions: Sequence[Any],
+    model: Any,
+    ptx_dataset: Any = None,
+) -> PreTrainedTokenizerBase:
+    """All that settings and rows say against a run, before a model is loaded.
+
+    Args:
+        tokenizer: of the model; None: the model's own.
+        model: a model, or the name or folder of one, whose config says how much it can read.
+
+    Returns:
+        The tokenizer, with a pad token.
+
+    Raises:
+        TypeError, ValueError: one sentence, with the row where one is at fault.
+    """
+    check_datasets(train_dataset, eval_dataset, args)
+    check_texts(ptx_dataset, args)
+    datasets = [("train_dataset", train_dataset), *_eval_datasets(eval_dataset)]
+    check_arguments(functions, datasets, args)
+    if tokenizer is None:
+        name = model if isinstance(model, str) else model.config.name_or_path
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    given: Any = args.model_init_kwargs or {}
+    config = config_of(model, args.trust_remote_code, given.get("revision"))
+    vocabulary = None if config is None else vocabulary_size(config)
+    tokenizer = check_tokenizer(tokenizer, train_dataset, eval_dataset, vocabulary)
+    context = None if config is None else context_limit(config)
+    limits = Limits.of_prompts(vocabulary, context, tokenizer, train_dataset[0]["prompt"], args, bool(functions))
+    for name, dataset in datasets:
+        measured = measured_prompts(dataset, name, tokenizer, args.chat_template_kwargs)
+        limits.check(measured, f"The prompt in row {{}} of {name}", tokenizer)
+    if ptx_dataset is not None:
+        of_texts = Limits(vocabulary, context, 0, "ptx_max_length")
+        measured = measured_texts(ptx_dataset, tokenizer, args.ptx_max_length)
+        of_texts.check(measured, "The text in row {} of ptx_dataset", tokenizer)
+    return tokenizer
+
+
+def check_arguments(functions: Sequence[Any], datasets: Iterable[tuple[str, Dataset]], args: PPOConfig) -> None:
+    """Refuse a reward function that asks for what no dataset has.
+
+    Raises:
+        ValueError: names it, and what it asks for.
+    """
+    for name, dataset in datasets:
+        columns = [] if args.remove_unused_columns else dataset.column_names
+        offered = [*(column for column in columns if column != "prompt"), *ARGUMENTS, "prompt_ids"]
+        for function in functions:
+            if callable(function) and not hasattr(function, "forward"):
+                try:
+                    arguments_of(function, offered)
+                except TypeError as error:
+                    raise ValueError(f"{name}: {error}") from error
+
+
+# What scores, and where ----------------------------------------------------------------------------------------------
 
 
 def check_scores(functions: list[Any], model: Any, args: PPOConfig) -> None:
@@ -117,13 +204,25 @@ def check_texts(ptx_dataset: Any, args: PPOConfig) -> None:
     """Refuse a pretraining term without texts, and texts without one.
 
     Raises:
-        ValueError: says which of the two is missing.
+        ValueError: says which of the two is missing, or what is no text.
     """
     if bool(args.ptx_coef) != (ptx_dataset is not None):
         raise ValueError(
             f"ptx_coef is {args.ptx_coef} and ptx_dataset is {'missing' if ptx_dataset is None else 'given'}: the "
             "pretraining term needs both."
         )
+    if ptx_dataset is None:
+        return
+    if not isinstance(ptx_dataset, Dataset) or "text" not in ptx_dataset.column_names:
+        columns = getattr(ptx_dataset, "column_names", type(ptx_dataset).__name__)
+        raise ValueError(f"ptx_dataset has no 'text' column, only {columns}: give a datasets.Dataset of texts.")
+    if len(ptx_dataset) == 0:
+        raise ValueError("ptx_dataset is empty: it needs at least one text.")
+    for row, text in enumerate(ptx_dataset["text"]):
+        if not text:
+            raise ValueError(f"ptx_dataset has no text in row {row}: filter such rows out.")
+        if not isinstance(text, str):
+            raise ValueError(f"ptx_dataset has {text!r:.80} in row {row}, which is no text.")
 
 
 def check_output_dir(path: str) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
+from transformers import GenerationConfig
 
 from trl_ext._trl import BaseConfig
 from trl_ext.core import KLEstimator
 from trl_ext.ppo.objectives import OBJECTIVES, Baseline, Objective, ObjectiveName
+from trl_ext.tokens import as_ids
 
 if TYPE_CHECKING:
     ObjectiveChoice = ObjectiveName | Objective
@@ -199,6 +202,7 @@ class PPOConfig(BaseConfig):
                 not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
             )
         super().__post_init__()
+        self._check_generation_kwargs()
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size would change the number of completions a rollout has: set it to False and lower "
@@ -278,6 +282,36 @@ class PPOConfig(BaseConfig):
             raise ValueError(f"reward_weights is {weights!r}: give a list of numbers, one per reward function.")
         if clip is not None and not (_are_numbers(clip) and len(clip) == 2 and clip[0] < clip[1]):
             raise ValueError(f"reward_clip_range is {clip!r}: give the least and the greatest score, as in [-1, 1].")
+
+    def _check_generation_kwargs(self) -> None:
+        """Refuse what Transformers' generate would not know, or what would not be one completion a prompt of the
+        distribution that is scored."""
+        given: Any = self.generation_kwargs or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"generation_kwargs is {given!r}: give a dict of fields of transformers.GenerationConfig.")
+        unknown = next((name for name in given if name not in vars(GenerationConfig())), None)
+        if unknown is not None:
+            close = get_close_matches(str(unknown), vars(GenerationConfig()), 1)
+            hint = f"do you mean {close[0]!r}?" if close else "take it out."
+            raise ValueError(f"generation_kwargs names {unknown!r}, which GenerationConfig does not have: {hint}")
+        if given.get("temperature", self.temperature) != self.temperature:
+            raise ValueError(
+                f"generation_kwargs has temperature {given['temperature']!r}, but log-probabilities are taken at "
+                f"temperature {self.temperature:g}: set PPOConfig's temperature instead."
+            )
+        for name, usual in {"num_return_sequences": 1, "return_dict_in_generate": False, "stop_strings": None}.items():
+            if name in given and given[name] is not None and given[name] is not usual:
+                raise ValueError(
+                    f"generation_kwargs has {name}={given[name]!r}: one completion a prompt is taken, as plain ids; "
+                    "leave it out."
+                )
+        eos = given.get("eos_token_id", 0)
+        if eos is None or not all(Bounds(0, whole=True).refusal(i) is None for i in as_ids(eos)) or not as_ids(eos):
+            raise ValueError(f"generation_kwargs has eos_token_id={eos!r}: give an id, or a list of ids.")
+        try:
+            GenerationConfig(**{"do_sample": True, "max_new_tokens": self.max_completion_length, **given})
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"generation_kwargs: {' '.join(str(error).split())}") from error
 
     def _check_field(self, name: str, hint: Any) -> None:
         """Hold a field against its type: `Bounds`, or the choices of a Literal; both may be optional."""

@@ -13,7 +13,12 @@ from trl_ext.generation import GenerationError
 from trl_ext.ppo.objectives import ObjectiveError
 from trl_ext.rewards import RewardError
 
-FAILURES = (GenerationError, RewardError, CallbackError, ObjectiveError, torch.OutOfMemoryError)
+
+class RunError(RuntimeError):
+    """What nobody foresaw, by its class and its words; its cause is the error itself."""
+
+
+FAILURES = (GenerationError, RewardError, CallbackError, ObjectiveError, torch.OutOfMemoryError, RunError)
 _Result = TypeVar("_Result")
 
 
@@ -22,8 +27,7 @@ def together(work: Callable[[], _Result]) -> _Result:
     would leave the others waiting for ever.
 
     Raises:
-        GenerationError, RewardError, CallbackError, ObjectiveError, torch.OutOfMemoryError: `work` failed here, or on
-            another process.
+        Exception: one of `FAILURES`: `work` failed here, or on another process.
     """
     done: list[_Result] = []
     failure: Exception | None = None
@@ -31,6 +35,9 @@ def together(work: Callable[[], _Result]) -> _Result:
         done.append(work())
     except FAILURES as error:
         failure = error
+    except Exception as error:
+        failure = RunError(f"{type(error).__name__}: {error}")
+        failure.__cause__ = error
     kinds = [number for number, kind in enumerate(FAILURES) if isinstance(failure, kind)]
     failures = [report for report in gather_object([(kinds, str(failure))]) if report[0]]
     if failure is not None:

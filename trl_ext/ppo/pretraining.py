@@ -13,24 +13,13 @@ class PretrainMix:
     """Batches of texts that depend on their number alone, so that a resumed run needs no position to go on.
 
     Args:
-        dataset: with a `text` column.
+        dataset: with a `text` column, as `checks.check_texts` accepts it.
         tokenizer: of the base.
         max_length: most tokens of a text.
         seed: of the order.
-
-    Raises:
-        ValueError: no `text` column, no rows, or an empty text.
     """
 
     def __init__(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> None:
-        if not isinstance(dataset, Dataset) or "text" not in dataset.column_names:
-            columns = getattr(dataset, "column_names", type(dataset).__name__)
-            raise ValueError(f"ptx_dataset has no 'text' column, only {columns}: give a datasets.Dataset of texts.")
-        if len(dataset) == 0:
-            raise ValueError("ptx_dataset is empty: it needs at least one text.")
-        empty = next((i for i, text in enumerate(dataset["text"]) if not text), None)
-        if empty is not None:
-            raise ValueError(f"ptx_dataset has no text in row {empty}: filter such rows out.")
         self.dataset, self.tokenizer, self.max_length, self.seed = dataset, tokenizer, max_length, seed
 
     def __call__(self, rows: int, number: int) -> tuple[Tensor, Tensor]:

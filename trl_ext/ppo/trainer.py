@@ -14,7 +14,7 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl_ext._trl import BaseTrainer
@@ -132,14 +132,9 @@ class PPOTrainer(BaseTrainer):
             check_events(callback)
         checks.check_output_dir(str(args.output_dir))
         checks.check_devices(args)
-        checks.check_datasets(train_dataset, eval_dataset, args)
         functions = checks.as_list(reward_funcs)
         checks.check_scores(functions, model, args)
-        if processing_class is None:
-            name = model if isinstance(model, str) else model.config.name_or_path
-            processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-        tokenizer = checks.check_tokenizer(processing_class, train_dataset, eval_dataset)
-        checks.check_texts(ptx_dataset, args)
+        tokenizer = checks.check_run(args, train_dataset, eval_dataset, processing_class, functions, model, ptx_dataset)
         mix = PretrainMix(ptx_dataset, tokenizer, args.ptx_max_length, args.seed) if ptx_dataset is not None else None
 
         set_seed(args.seed)  # LoRA draws its weights
@@ -170,6 +165,9 @@ class PPOTrainer(BaseTrainer):
         self.updater = Updater(self.base, args, self.accelerator, self.collector, events, mix)
         self.checkpoints = Checkpoints(args, self.updater, self.accelerator)
         self.add_callback(_AfterStep(self._after_step))
+        self._postponed: Exception | None = None
+        self._tell = self.callback_handler.call_event
+        self.callback_handler.call_event = self._call_event
         self._sampler: RolloutSampler | None = None
         set_seed(args.seed, device_specific=True)  # processes sample different completions
 
@@ -195,15 +193,34 @@ class PPOTrainer(BaseTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Transformers' `Trainer.train`. Ctrl-C and SIGTERM take effect after the optimizer step under way, with a
-        checkpoint written. A generator, reward function or callback that fails raises after a checkpoint is written."""
+        checkpoint written. Whatever fails after the first step (a generator, a reward function, a callback, a tracker)
+        raises after a checkpoint is written."""
         self.updater.reset()
         self.checkpoints.forget_step_end()
-        # Trackers come after the callbacks that add to a log.
-        self.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, RolloutCallback))
-        with self.interrupts:
+        self._postponed = None
+        # A step is closed before anybody hears of it, and trackers come after the callbacks that add to a log.
+        self.callback_handler.callbacks.sort(
+            key=lambda callback: (not isinstance(callback, _AfterStep), not isinstance(callback, RolloutCallback))
+        )
+        # Where several processes train, one that failed alone could not save: the others wait elsewhere.
+        alone = self.accelerator.num_processes == 1
+        with self.interrupts, self._saved_on_failure(whole_run=True) if alone else nullcontext():
             output = super().train(*args, **kwargs)
         self.interrupts.raise_received()
         return output
+
+    def _call_event(self, event: str, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers' `CallbackHandler.call_event`. Once the optimizer has stepped, what a callback raises waits
+        for the end of the step, where the run can be saved."""
+        try:
+            control = self._tell(event, *args, **kwargs)
+        except Exception as error:
+            if event != "on_optimizer_step":
+                raise
+            self._postponed, control = error, self.control
+        if event == "on_pre_optimizer_step":
+            self.checkpoints.note_stepping()
+        return control
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Nothing if the interrupted run had already finished: Transformers would take one more step."""
@@ -230,7 +247,7 @@ class PPOTrainer(BaseTrainer):
                 updater.collect(inputs, self.state, self.control)
         # Where several processes train, one that failed alone could not save: the others wait in backward.
         alone = self.accelerator.num_processes == 1
-        with self.collector.timed("train"), self._saved_on_failure(amid_step=True) if alone else nullcontext():
+        with self.collector.timed("train"), self._saved_on_failure() if alone else nullcontext():
             loss = updater.train_on_next(model, step)
             may_step = not updater.idle or updater.finish_minibatch()
         if not may_step:
@@ -253,6 +270,8 @@ class PPOTrainer(BaseTrainer):
         self.checkpoints.note_step_end()
         with self._saved_on_failure():
             self.updater.end_step(self.state, self.control)
+            if self._postponed is not None:
+                raise self._postponed
         if any(gather_object([self.interrupts.received is not None])):
             self.control.should_save = self.control.should_training_stop = True
 
@@ -266,13 +285,12 @@ class PPOTrainer(BaseTrainer):
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
-    def _saved_on_failure(self, amid_step: bool = False) -> AbstractContextManager[None]:
+    def _saved_on_failure(self, whole_run: bool = False) -> AbstractContextManager[None]:
         def save() -> None:
-            if amid_step:
-                self.updater.undo_step()
-            self._save_checkpoint(self.model, None)
+            self.updater.undo_step()
+            self._write_checkpoint()
 
-        return self.checkpoints.saved_first(self.state.global_step, save)
+        return self.checkpoints.saved_first(lambda: self.state.global_step, save, whole_run)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The roles instead of the model."""
@@ -283,10 +301,13 @@ class PPOTrainer(BaseTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Transformers', whole or not at all."""
         self.create_model_card()
-        with self.checkpoints.written(self.state):
-            super()._save_checkpoint(model, trial)
+        self._write_checkpoint(trial)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(self.checkpoints.folder_of(self.state.global_step)))
+
+    def _write_checkpoint(self, trial: Any = None) -> None:
+        with self.checkpoints.written(self.state):
+            super()._save_checkpoint(self.model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -305,6 +326,7 @@ class PPOTrainer(BaseTrainer):
 
     def _load_best_model(self) -> None:
         self.checkpoints.load_best(Path(str(self.state.best_model_checkpoint)))
+        self.checkpoints.forget_step_end()
 
     def _send_telemetry(self) -> None:
         """Nothing: TRL's trainers report each run to the Hub."""

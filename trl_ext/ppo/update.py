@@ -30,6 +30,7 @@ Transformers' Trainer keeps the loop: it draws micro-batches, steps the optimize
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -150,7 +151,7 @@ class Updater:
         self.experience: Experience | None = None
         self.rollout_metrics: dict[str, float] = {}
         self.position = Position.of(0, args)
-        self._metrics_before = self.metrics
+        self._before: tuple[Metrics, EpochProgress] | None = None
         self._queue: list[Tensor] = []
         self._texts: list[tuple[Tensor, Tensor]] = []
         self._sums: dict[str, Tensor] = {}
@@ -163,7 +164,7 @@ class Updater:
 
     def reset(self) -> None:
         """Drop a minibatch that an earlier training left unfinished."""
-        self._queue, self._sums = [], {}
+        self._queue, self._sums, self._before = [], {}, None
 
     # Experience -------------------------------------------------------------------------------------------------------
 
@@ -171,7 +172,7 @@ class Updater:
         """Before an optimizer step's first micro-batch: find its place."""
         if self.idle:
             self.position = Position.of(global_step, self.args)
-            self._metrics_before = self.metrics.copy()
+            self._before = self.metrics.copy(), deepcopy(self.progress)
 
     @property
     def idle(self) -> bool:
@@ -341,12 +342,15 @@ class Updater:
         return finite or scaler is not None
 
     def undo_step(self) -> None:
-        """Forget what the step under way has added to the metrics: it failed, and a run that resumes takes it again."""
-        self.metrics = self._metrics_before
+        """Forget what the step under way, if there is one, has added to the numbers: it failed, and a run that resumes
+        takes it again."""
+        if self._before is not None:
+            (self.metrics, self.progress), self._before = self._before, None
 
     def end_step(self, state: TrainerState, control: PPOControl) -> None:
         """After an optimizer step, taken or skipped: tell the callbacks of an epoch and an update that have ended."""
         assert self.experience is not None
+        self._before = None
         if self.position.first:
             state.num_input_tokens_seen += int(self.experience.rollout.attention_mask.sum())
         at, stats = self.position, None

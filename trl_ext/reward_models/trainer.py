@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,9 @@ from trl import RewardConfig, RewardTrainer
 from trl_ext.core.probe import choose_penalty, fit_probe
 from trl_ext.core.reward_losses import all_pairs_loss, binary_loss, plackett_luce_loss, regression_loss
 from trl_ext.reward_models.probing import probe_data, score_head
+from trl_ext.reward_models.rows import check_written, checked_rows, template_of
 from trl_ext.roles.adapters import write_note
-from trl_ext.tokens import sequence_ids
+from trl_ext.tokens import config_of, sequence_ids
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +106,12 @@ class FeedbackRewardTrainer(RewardTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, rows in _all_datasets(train_dataset, eval_dataset):
-            check_columns(rows, name, args.objective)
+        train_dataset = checked(train_dataset, "train_dataset", args.objective)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: checked(rows, name, args.objective) for name, rows in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = checked(eval_dataset, "eval_dataset", args.objective)
+        self._config = config_of(model, args.trust_remote_code)
         self._scale = Scale.of(train_dataset, args.objective)
         args.remove_unused_columns = False  # neither collator minds further columns
         super().__init__(
@@ -121,10 +127,16 @@ class FeedbackRewardTrainer(RewardTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         """Rows in ids, once TRL has put template and special tokens into the tokenizer; also rows for `evaluate`."""
-        if REWARD_OBJECTIVES[args.objective].loss is None or "sequences" in dataset.column_names:
+        if not isinstance(dataset, Dataset) or is_in_ids(dataset):
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        name = f"{dataset_name}_dataset"
+        dataset = checked(dataset, name, args.objective)
+        check_written(dataset, name, processing_class, self._config, args.max_length)
+        if REWARD_OBJECTIVES[args.objective].loss is None:
             rows = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            tell_left_out(len(dataset), len(rows), name, args.max_length)
         else:
-            rows = encode(dataset, f"{dataset_name}_dataset", processing_class, args, self._scale)
+            rows = encode(dataset, name, processing_class, args, self._scale)
         return _with_lengths(rows, args.length_column_name)
 
     def _send_telemetry(self) -> None:
@@ -207,16 +219,43 @@ class Scale:
         values = torch.tensor([float(value) for value in dataset[column]], dtype=torch.float64)
         if len(values.unique()) == 1:
             raise ValueError(f"Every {column} is {float(values[0]):g}: nothing can be learned from a constant.")
+        mean, std = float(values.mean()), float(values.std())
+        if not math.isfinite(mean) or not math.isfinite(std):
+            raise ValueError(f"The ratings go from {float(values.min()):g} to {float(values.max()):g}: rescale them.")
         weights = dataset["weight"] if "weight" in dataset.column_names else [1.0]
         weight = fmean(1.0 if value is None else float(value) for value in weights)
         if weight <= 0:
             raise ValueError("Every weight is 0: nothing can be learned from answers that do not count.")
-        return cls(float(values.mean()), float(values.std()), weight) if column == "rating" else cls(weight=weight)
+        return cls(mean, std, weight) if column == "rating" else cls(weight=weight)
 
 
-def _all_datasets(train: Dataset, evaluated: Any) -> list[tuple[str, Dataset]]:
-    several = evaluated if isinstance(evaluated, dict) else {} if evaluated is None else {"eval_dataset": evaluated}
-    return [("train_dataset", train), *several.items()]
+def is_in_ids(dataset: Any) -> bool:
+    """Whether the rows are tokenised already, by this trainer or by TRL's."""
+    known = ("sequences", "chosen_ids", "chosen_input_ids")
+    return any(column in (dataset.column_names or []) for column in known)
+
+
+def checked(dataset: Any, name: str, objective: str) -> Any:
+    """Rows of `objective` as `checked_rows` lays them out; rows in ids as they are."""
+    if hasattr(dataset, "column_names"):
+        if is_in_ids(dataset):
+            return dataset
+        if dataset.column_names is not None:
+            check_columns(dataset, name, objective)
+    return checked_rows(dataset, name, REWARD_OBJECTIVES[objective].columns)
+
+
+def tell_left_out(before: int, after: int, name: str, max_length: int | None) -> None:
+    """Say how many rows `max_length` leaves out.
+
+    Raises:
+        ValueError: all.
+    """
+    if not after:
+        raise ValueError(f"Every row of {name} is longer than max_length {max_length}: raise it.")
+    if after < before:
+        lost = before - after
+        logger.warning("%d rows of %s are longer than max_length %s and left out.", lost, name, max_length)
 
 
 def check_columns(dataset: Dataset, name: str, objective: str) -> None:
@@ -225,9 +264,9 @@ def check_columns(dataset: Dataset, name: str, objective: str) -> None:
     Raises:
         ValueError: says which.
     """
-    columns, loss = REWARD_OBJECTIVES[objective].columns, REWARD_OBJECTIVES[objective].loss
+    columns = REWARD_OBJECTIVES[objective].columns
     missing = [column for column in columns if column not in dataset.column_names]
-    if missing and loss is not None:
+    if missing:
         raise ValueError(
             f"{name} has no {' and no '.join(map(repr, missing))} column, only {dataset.column_names}: the objective "
             f"{objective!r} needs {', '.join(columns)} (see trl_ext.feedback)."
@@ -242,16 +281,14 @@ def encode(
     The columns chosen_ids and rejected_ids, both the longest sequence, are what TRL knows tokenised rows by.
 
     Raises:
-        ValueError: a column is missing, or every row is longer than `max_length`.
+        ValueError: every row is longer than `max_length`.
     """
-    check_columns(dataset, name, args.objective)
     columns = REWARD_OBJECTIVES[args.objective].columns
     rows: list[dict[str, Any]] = []
     for row in dataset:
         completions = row["completions"] if "completions" in columns else [row["completion"]]
-        template = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
         sequences = [
-            sequence_ids(tokenizer, row.get("prompt", ""), completion, **template) for completion in completions
+            sequence_ids(tokenizer, row.get("prompt", ""), completion, **template_of(row)) for completion in completions
         ]
         if "ranks" in columns:
             targets = [float(rank) for rank in row["ranks"]]
@@ -265,11 +302,7 @@ def encode(
         ids = {"sequences": sequences, "chosen_ids": longest, "rejected_ids": longest}
         rows.append(ids | {"targets": targets, "weights": weights})
     fitting = [row for row in rows if args.max_length is None or len(row["chosen_ids"]) <= args.max_length]
-    if not fitting:
-        raise ValueError(f"Every row of {name} is longer than max_length {args.max_length}: raise it.")
-    if len(fitting) < len(rows):
-        lost = len(rows) - len(fitting)
-        logger.warning("%d rows of %s are longer than max_length %s and left out.", lost, name, args.max_length)
+    tell_left_out(len(rows), len(fitting), name, args.max_length)
     return Dataset.from_list(fitting)
 
 

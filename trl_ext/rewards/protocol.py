@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import inspect
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 from torch import nn
 
 RewardCallable = Callable[..., "list[float | None] | Awaitable[list[float | None]]"]
 """Called with the keyword arguments `prompts`, `completions`, `completion_ids`, `trainer_state`, `log_extra`,
-`log_metric` and every further column of the dataset, each list with one entry per completion. Returns one number a
-completion, None to abstain. May be `async`."""
+`log_metric` and every further column of the dataset, each list with one entry per completion; without `**kwargs` with
+those that it names. Returns one number a completion, None to abstain: a list, or whatever else holds them in their
+order (an array, a tensor, a pandas Series, a generator). May be `async`."""
+
+ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 RewardFunction = RewardCallable | nn.Module | str
 """A reward callable, a sequence-classification model with one label, or the name or folder of one."""
@@ -25,3 +29,26 @@ def name_of(function: Any) -> str:
         return str(path).rstrip("/").split("/")[-1] or type(function).__name__
     function = getattr(function, "func", function)  # functools.partial
     return getattr(function, "__name__", type(function).__name__)
+
+
+def arguments_of(function: Any, offered: Collection[str]) -> list[str]:
+    """Which of the names `offered` a reward function is called with: those that it names, with `**kwargs` all. The ids
+    of the prompts (`prompt_ids`), which TRL's trainers do not have, only go to one that names them.
+
+    Raises:
+        TypeError: it asks for something else, or for an argument without a name.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a callable that Python cannot look into
+        return [name for name in offered if name != "prompt_ids"]
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for p in parameters:
+        if p.kind not in starred and p.default is p.empty and (p.name not in offered or p.name not in named):
+            raise TypeError(
+                f"Reward function {name_of(function)!r} asks for {p.name!r}, and is called by name with "
+                f"{', '.join(offered)}: name the dataset's column so, or take it out of the signature."
+            )
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return [name for name in offered if name in named or (takes_all and name != "prompt_ids")]

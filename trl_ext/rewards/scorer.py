@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import math
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import count
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from trl_ext.rewards.protocol import RewardFunction, name_of
+from trl_ext.rewards.protocol import RewardFunction, arguments_of, name_of
 from trl_ext.types import Rollout
 
 
@@ -84,12 +84,13 @@ class Scorer:
             "prompts": list(rollout.prompts),
             "completions": list(rollout.completions),
             "completion_ids": rollout.completion_tokens,
+            "prompt_ids": rollout.prompt_tokens,
         }
         results: list[Any] = []
         for name, function in zip(self.names, self._functions, strict=True):
-            more = {"prompt_ids": rollout.prompt_tokens} if _names_prompt_ids(function) else {}
             with _reported_as(name, self.timeout):
-                results.append(self._call(function, arguments | more))
+                taken = {argument: arguments[argument] for argument in arguments_of(function, arguments)}
+                results.append(self._call(function, taken))
         waiting = {i: result for i, result in enumerate(results) if inspect.isawaitable(result)}
         if waiting:
             finished = self._run(_gather(list(waiting.values()), self.timeout))
@@ -97,7 +98,7 @@ class Scorer:
                 with _reported_as(self.names[i], self.timeout):
                     if isinstance(result, BaseException):
                         raise result
-                results[i] = result
+                    results[i] = _listed(result)
         count = len(rollout.completions)
         checked = [_checked(result, name, count) for result, name in zip(results, self.names, strict=True)]
         return torch.stack(checked, dim=1)
@@ -105,12 +106,12 @@ class Scorer:
     def _call(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Call a function, in a thread that can be left behind where it may not take for ever."""
         if self.timeout is None or inspect.iscoroutinefunction(function):
-            return function(**arguments)
+            return _listed(function(**arguments))
         future: Future[Any] = Future()
 
         def work() -> None:
             try:
-                future.set_result(function(**arguments))
+                future.set_result(_listed(function(**arguments)))
             except BaseException as error:
                 future.set_exception(error)
 
@@ -186,17 +187,20 @@ def _reported_as(name: str, timeout: float | None) -> Iterator[None]:
         ) from error
 
 
-def _names_prompt_ids(function: Callable[..., Any]) -> bool:
-    """Whether a function asks for the ids of the prompts, which TRL's trainers do not pass on."""
-    try:
-        return "prompt_ids" in inspect.signature(function).parameters
-    except (TypeError, ValueError):  # a callable that Python cannot look into
-        return False
+def _listed(values: Any) -> Any:
+    """What a function returned as a list, where it is something else that holds numbers in their order: a tensor, an
+    array, a Series, one column of either, a generator."""
+    if hasattr(values, "tolist"):
+        column = len(getattr(values, "shape", ())) == 2 and values.shape[1] == 1
+        listed = (values[:, 0] if column else values).tolist()
+        return listed if isinstance(listed, list) else values
+    if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping, Set)):
+        return list(values)
+    return values
 
 
 def _checked(values: Any, name: str, expected: int) -> Tensor:
-    values = values.tolist() if isinstance(values, Tensor) else values
-    if not isinstance(values, (list, tuple)):
+    if not isinstance(values, list):
         raise RewardError(
             f"Reward function {name!r} returned {type(values).__name__}: return a list of numbers, one a completion."
         )
