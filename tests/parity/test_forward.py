@@ -181,3 +181,26 @@ def test_the_note_says_that_the_base_was_quantised(llama: tiny.Home, tmp_path: P
     base.save_pretrained(tmp_path)
     for role in ("policy", "value"):
         assert json.loads((tmp_path / role / "trl_ext_role.json").read_text())["quantized"] is True
+
+
+def test_padding_holds_a_real_token() -> None:
+    ids = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 0, 0, 0]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 0, 0]])
+    assert AlignedBatch.of(ids, mask, 2).ids.tolist() == [[5, 6, 7], [8, 9, 8]]
+
+
+def test_padding_leaves_gradients_finite(llama: tiny.Home) -> None:
+    """A padding token is embedded as zeros; a norm by the square root of a sum of squares (Gemma 3n's) has no gradient
+    there."""
+    base, batch = llama.again(), tiny.padded_batch()
+    base.causal_lm.get_input_embeddings().weight.data[tiny.PAD] = 0.0
+    first: Any = base.causal_lm.base_model.layers[0]
+    first.register_forward_pre_hook(
+        lambda module, inputs: (inputs[0] / inputs[0].pow(2).sum(-1, keepdim=True).sqrt(), *inputs[1:])
+    )
+    base.packs = False
+    first.self_attn.q_proj.base_layer.weight.requires_grad_(True)
+    base.causal_lm.get_input_embeddings().weight.requires_grad_(True)
+    base.logprobs(*batch.args).sum().backward()
+    for parameter in base.parameters():
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all()

@@ -12,7 +12,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,7 @@ class Zoo:
         plain: each role's model alone.
         heads: score heads (1, hidden), "value" and "reward".
         rows: ids of each row.
+        generates: the rows that plain Transformers samples, alone, as its own forward reads them.
     """
 
     folder: Path
@@ -118,6 +119,7 @@ class Zoo:
     plain: dict[str, PeftModel]
     heads: dict[str, Tensor]
     rows: list[Tensor]
+    generates: list[int] = field(default_factory=list)
 
     @cached_property
     def said(self) -> dict[str, list[Tensor]]:
@@ -247,10 +249,12 @@ def check_plain(zoo: Zoo) -> None:
         raise NotPlain("backward: its gradients are missing or not finite")
     try:
         off = generation_alone(zoo)
+        zoo.generates = [i for i, nats in enumerate(off) if nats <= LIMITS["output"]]
     except Exception as error:
         raise NotPlain(f"generate: {sentence(error)}") from error
-    if off > LIMITS["output"]:
-        raise NotPlain(f"generate: it samples with log-probabilities {off:.2g} nats off those of its own forward")
+    if len(zoo.generates) < len(ROWS) // 2:
+        nats = sorted(off)[len(off) // 2]
+        raise NotPlain(f"generate: it samples with log-probabilities {nats:.2g} nats off those of its own forward")
 
 
 # Batches -------------------------------------------------------------------------------------------------------------
@@ -455,15 +459,15 @@ def recomputed(zoo: Zoo, base: SharedBase) -> dict[str, float] | str:
         base.gradient_checkpointing_disable()
 
 
-def generation_alone(zoo: Zoo) -> float:
-    """Plain generation of one row against the plain forward, of the three rows where it is best: a row that crosses a
-    threshold may well be off."""
+def generation_alone(zoo: Zoo) -> list[float]:
+    """Plain generation of each row alone against the plain forward. Where a family chooses among tokens (a sparse
+    attention's index), a tie may fall one way with a cache and the other way without."""
     model, off = zoo.plain["policy"], []
-    for row, (prompt, _) in list(zip(zoo.rows, ROWS, strict=True))[:3]:
+    for row, (prompt, _) in zip(zoo.rows, ROWS, strict=True):
         sequences, _, said = generated(model, [row[:prompt]])
         with torch.no_grad():
             off.append(distance(said, [logprobs_of(model, sequences[0])[-len(said[0]) :]]))
-    return min(off)
+    return off
 
 
 def generation(zoo: Zoo, base: SharedBase) -> dict[str, float]:
@@ -472,13 +476,13 @@ def generation(zoo: Zoo, base: SharedBase) -> dict[str, float]:
     sequences, mask, said = generated(base, prompts)
     with torch.no_grad():
         scored = base.logprobs(sequences, mask, len(said[0]))
-    return {"policy": distance(said, list(scored))}
+    return {"policy": distance([said[i] for i in zoo.generates], [scored[i] for i in zoo.generates])}
 
 
 def completions(zoo: Zoo, base: SharedBase) -> dict[str, float]:
     """What a rollout's generator writes, greedily, some prompts twice, rows ending at unlike places: by how many nats
     each token misses the best one of its row read alone."""
-    prompts = [row[:prompt] for row, (prompt, _) in zip(zoo.rows, ROWS, strict=True)]
+    prompts = [zoo.rows[i][: ROWS[i][0]] for i in zoo.generates]
     prompts += prompts[:2]
     ends = list(range(3, 3 + configs.VOCABULARY // 5))
     config = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=configs.PAD, eos_token_id=ends)

@@ -82,7 +82,7 @@ def page(results: dict[str, dict[str, Any]], order: list[str], limits: dict[str,
     lines.append(
         f"With Transformers {transformers.__version__}, PEFT {peft.__version__} and PyTorch "
         f"{torch.__version__.split('+')[0]}: {len(done)} entries, of which plain Transformers and PEFT can train "
-        f"{trainable}. Of these "
+        f"{trainable}. Of these: "
         + ", ".join(f"{counts[v]} {v}" for v in ("right", "refused", "wrong", "raw") if counts[v] or v != "raw")
         + ".\n"
     )
