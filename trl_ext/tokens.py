@@ -111,12 +111,14 @@ def context_limit(config: Any) -> int | None:
     """Most tokens that a model can read in a row, by its config; None where it sets no limit.
 
     Positions go up to `max_position_embeddings`. Rotary positions reach further where they are scaled, and without end
-    where they are rescaled as the row grows ("dynamic"), or where no layer looks further back than a window.
+    where no layer looks further back than a window. Where a longer row would rescale them, see `longest_row`.
 
     Args:
         config: of a Transformers model.
     """
     config = config.get_text_config()
+    if (longest := longest_row(config)) is not None:
+        return longest
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0 or getattr(config, "alibi", False):
         return None
@@ -126,14 +128,29 @@ def context_limit(config: Any) -> int | None:
     if rope and window and window <= limit and kinds <= {"sliding_attention", "linear_attention"}:
         return None
     scalings = [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
-    if any(scaling.get("rope_type") == "dynamic" for scaling in scalings):
-        return None
     reach = [
         scaling["factor"] * scaling.get("original_max_position_embeddings", limit)
         for scaling in scalings
         if scaling.get("factor")
     ]
     return max([limit, *map(int, reach)])
+
+
+def longest_row(config: Any) -> int | None:
+    """Most tokens of a row, where a longer one would rescale the positions of all rows in its batch; else None.
+
+    Dynamic NTK and LongRoPE choose their frequencies by the longest row of a batch. A row's log-probabilities would
+    depend on its neighbours, and a completion that grows past the limit is sampled otherwise than it is scored.
+    """
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for kind in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        if kind.get("rope_type") == "longrope":
+            limits.append(kind["original_max_position_embeddings"])
+        elif "dynamic" in (kind.get("rope_type") or ""):
+            limits.append(config.max_position_embeddings)
+    return min(limits, default=None)
 
 
 def config_of(model: Any, trust_remote_code: bool = False, revision: str | None = None) -> Any | None:

@@ -242,7 +242,7 @@ def test_models_that_remember_more_than_keys_and_values_are_plain_generate(confi
     asked: list[dict[str, Any]] = []
 
     class Base:
-        causal_lm, device = model, DEVICE
+        causal_lm, device, pads_left = model, DEVICE, True
 
         def generate(self, role: str, **how: Any) -> Tensor:
             asked.append(how)

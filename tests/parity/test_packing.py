@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM, GenerationConfig
 
 from tests.helpers import DEVICE, TOLERANCE
 from tests.parity import tiny
 from tests.parity.test_roles import close
 from trl_ext import SharedBase
+from trl_ext.generation import TransformersGenerator
 from trl_ext.ppo.building import without_dropout
-from trl_ext.roles.packing import Packing, can_pack, longest_row, stacked
+from trl_ext.roles.packing import Packing, can_pack, can_pad_left, stacked
+from trl_ext.tokens import longest_row
 
 PROMPTS, ANSWERS = (4, 1, 2, 3, 2, 4), (8, 1, 2, 1, 6, 5)
 
@@ -222,12 +224,34 @@ def test_a_row_that_would_rescale_its_neighbours_is_refused(kind: str) -> None:
 
 def test_other_scalings_leave_rows_alone() -> None:
     config = tiny.config_of("llama")
-    assert longest_row(SimpleNamespace(config=config)) is None
+    assert longest_row(config) is None
     config.rope_parameters = {"rope_type": "yarn", **ROPE}
-    assert longest_row(SimpleNamespace(config=config)) is None
+    assert longest_row(config) is None
     parts = {
         "full_attention": {"rope_type": "longrope", **ROPE, **FACTORS},
         "sliding_attention": {"rope_type": "default"},
     }
     config.rope_parameters = parts
-    assert longest_row(SimpleNamespace(config=config)) == 8
+    assert longest_row(config) == 8
+
+
+def test_models_that_padding_shifts_answer_prompts_of_one_length_together() -> None:
+    """BART's decoder counts its positions from the first column."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 32, "d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    config = BartConfig(**shape, init_std=0.3, dropout=0.0, is_decoder=True, is_encoder_decoder=False, eos_token_id=31)
+    base = SharedBase.from_model(BartForCausalLM(config).to(DEVICE)).eval()
+    assert not can_pad_left(base.causal_lm) and not base.pads_left
+    prompts = [[5, 6, 7], [8], [9, 10], [11], [12, 13, 14], [15]]
+    sampling = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=[31], pad_token_id=1)
+    written = TransformersGenerator(base, batch_size=2).answers(prompts, sampling, "policy").ids
+    for prompt, completion in zip(prompts, written, strict=True):
+        ids = torch.tensor([prompt], device=DEVICE)
+        alone = base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=sampling)
+        assert completion[: alone.shape[1] - len(prompt)] == alone[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_other_models_may_be_padded_on_the_left(family: str) -> None:
+    torch.manual_seed(0)
+    assert can_pad_left(AutoModelForCausalLM.from_config(tiny.config_of(family)).to(DEVICE))

@@ -42,7 +42,7 @@ ARROWS: dict[str, set[str]] = {
     "rewards": {"core", "tokens", "types", "_moved"},
     "interop": {"rewards", "types"},
     "feedback": {"types", "_moved"},
-    "roles": {"core"},
+    "roles": {"core", "tokens"},
     "diagnostics": {"core", "types"},
     "callbacks": {"controllers", "core", "diagnostics", "types"},
     "reward_models": LOGIC | {"_trl"},

@@ -211,7 +211,7 @@ def test_answers_beyond_what_the_model_reads(max_length: int | None, cut: bool, 
             LlamaConfig(
                 max_position_embeddings=64, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
             ),
-            None,
+            64,  # beyond, each row would be read otherwise beside a longer one
         ),
         (
             Qwen2Config(

@@ -57,8 +57,13 @@ class TransformersGenerator:
         # The longest first: what does not fit into memory shows at once. Equal prompts come to lie side by side.
         order = sorted(range(len(prompt_ids)), key=lambda row: (-len(prompt_ids[row]), prompt_ids[row]))
         completions: dict[int, list[int]] = {}
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        # Some models shift by padding what they read: there only prompts of one length share a batch.
+        alike = (
+            [order]
+            if self.base.pads_left
+            else [list(g) for _, g in itertools.groupby(order, lambda row: len(prompt_ids[row]))]
+        )
+        for rows in (part[i : i + self.batch_size] for part in alike for i in range(0, len(part), self.batch_size)):
             completions |= zip(rows, complete([prompt_ids[row] for row in rows], config, role), strict=True)
         return Answers([completions[row] for row in range(len(prompt_ids))])
 

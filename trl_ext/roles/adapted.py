@@ -14,8 +14,9 @@ from trl_ext.roles.adapters import is_quantized
 from trl_ext.roles.aligned import AlignedBatch
 from trl_ext.roles.lm_head import trunk_of
 from trl_ext.roles.lora import AdapterPath, Block, CannotMixError
-from trl_ext.roles.packing import Packing, can_pack, longest_row, stacked
+from trl_ext.roles.packing import Packing, can_pack, can_pad_left, stacked
 from trl_ext.roles.switching import active_adapter, evaluating, keep_differentiable, under
+from trl_ext.tokens import longest_row
 
 # Tokens a role up to which one forward for all roles is faster: few rows are bound by reading the weights, over a
 # quantised base by dequantising them (tests/benchmarks/score_pass.py, on two CPU cores). Beyond, it only takes memory.
@@ -29,6 +30,7 @@ class AdaptedModel(nn.Module):
     Attributes:
         model: the PEFT model.
         packs: whether rows may be packed (see `packing`).
+        pads_left: whether prompts of unlike length may be answered in one batch.
         deterministic: whether `train()` leaves everything that is random in training, or otherwise another function
             than in scoring (noise in routers, clamped coefficients), as it is in eval mode.
         longest: most tokens of a row; None where there is no limit but the model's own (see `longest_row`).
@@ -41,7 +43,8 @@ class AdaptedModel(nn.Module):
         self.path = AdapterPath(model)
         self.packs = can_pack(self.causal_lm)
         self.deterministic = False
-        self.longest = longest_row(self.causal_lm)
+        self.pads_left = can_pad_left(self.causal_lm)
+        self.longest = longest_row(self.config)
 
     @property
     def causal_lm(self) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from trl_ext.roles.lm_head import trunk_of
 
@@ -89,23 +90,6 @@ def stacked(packings: Sequence[Packing]) -> tuple[Tensor, Tensor | None]:
     return ids, positions if any(packing.is_packed for packing in packings) else None
 
 
-def longest_row(causal_lm: Any) -> int | None:
-    """Most tokens of a row, where a longer one would rescale the positions of all rows in its batch; else None.
-
-    Dynamic NTK and LongRoPE choose their frequencies by the longest row of a batch. A row's log-probabilities would
-    depend on its neighbours, and a completion that grows past the limit is sampled otherwise than it is scored.
-    """
-    config = causal_lm.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    limits = []
-    for kind in (rope, *(part for part in rope.values() if isinstance(part, dict))):
-        if kind.get("rope_type") == "longrope":
-            limits.append(kind["original_max_position_embeddings"])
-        elif "dynamic" in (kind.get("rope_type") or ""):
-            limits.append(config.max_position_embeddings)
-    return min(limits, default=None)
-
-
 @torch.no_grad()
 def can_pack(causal_lm: Any) -> bool:
     """Whether the model keeps the rows of a bin apart, tried on two bins of two rows each. Some do not: recurrent ones,
@@ -136,3 +120,35 @@ def can_pack(causal_lm: Any) -> bool:
     alone = apart.cpu()[real].float()
     changed, spoilt = (float((x[:, :5].cpu()[real].float() - alone).norm()) for x in (packed, mixed))
     return changed <= (1e-3 if apart.dtype == torch.float32 else 0.1) * spoilt
+
+
+@torch.no_grad()
+def can_pad_left(causal_lm: Any) -> bool:
+    """Whether `generate` says the same of a prompt with padding on its left as without. Models that count positions
+    from the first column, padding or not, do not.
+
+    The change by padding is compared with the change where padding is read.
+    """
+    device = causal_lm.get_input_embeddings().weight.device
+    ids = torch.arange(1, 6, device=device).unsqueeze(0) % causal_lm.config.get_text_config().vocab_size
+    config = GenerationConfig(
+        max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0
+    )
+
+    def logits(ids: Tensor, mask: Tensor) -> Tensor:
+        said = causal_lm.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        return said.logits[0].float()
+
+    mode = causal_lm.training
+    causal_lm.eval()
+    try:
+        mask = torch.tensor([[0, 0, 1, 1, 1]], device=device)
+        alone, padded = logits(ids[:, 2:], mask[:, 2:]), logits(ids, mask)
+        spoilt = logits(ids, torch.ones_like(mask))
+    except Exception as error:  # whatever a model raises that cannot generate so
+        logger.debug("%s does not generate from a padded prompt: %s", type(causal_lm).__name__, error)
+        return False
+    finally:
+        causal_lm.train(mode)
+    tolerance = 1e-3 if causal_lm.dtype == torch.float32 else 0.1
+    return bool((padded - alone).norm() <= tolerance * (spoilt - alone).norm())
