@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, TrainerCallback
 from trl_ext import SharedBase
 from trl_ext.ppo import trainer as trainer_module
 from trl_ext.ppo import update as update_module
+from trl_ext.roles import adapted as adapted_module
+from trl_ext.roles import base as base_module
+from trl_ext.roles import lora
 from trl_ext.roles.aligned import AlignedBatch
 from trl_ext.roles.lm_head import LMHead
 from trl_ext.roles.switching import keep_differentiable
@@ -66,8 +69,8 @@ def as_peft(base: SharedBase) -> SharedBase:
 def built(model: str, precision: str, rank: int) -> SharedBase:
     """Policy and value on one trunk, every adapter and head random."""
     torch.manual_seed(0)
-    lora = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    base = SharedBase.from_pretrained(model, policy=lora, value="head", **work.weights(precision)).to(DEVICE)
+    policy = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    base = SharedBase.from_pretrained(model, policy=policy, value="head", **work.weights(precision)).to(DEVICE)
     for name, parameter in base.named_parameters():
         if "lora_B" in name or name.startswith("heads"):
             nn.init.normal_(parameter, std=0.02)
@@ -84,6 +87,10 @@ class Way:
         """For forwards; backwards run outside, as in trainers."""
         return torch.autocast(DEVICE, torch.bfloat16, enabled=self.precision == "autocast")
 
+    def sampling(self) -> Any:
+        """Around the steps of one `generate`."""
+        return nullcontext()
+
     def outputs(self, ids: Tensor, new: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities and values of completions of `new` tokens."""
         raise NotImplementedError
@@ -94,6 +101,14 @@ class Adapted(Way):
 
     def __init__(self, base: SharedBase, precision: str) -> None:
         self.base, self.causal_lm, self.precision = base, base.causal_lm, precision
+        self._kept: Any = None
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """See `Way`. What `generate` keeps from step to step is kept here."""
+        with self.base.path.constant():
+            self.base.path.kept = self._kept = self.base.path.kept if self._kept is None else self._kept
+            yield
 
     def outputs(self, ids: Tensor, new: int) -> tuple[Tensor, Tensor]:
         """See `Way`."""
@@ -142,7 +157,7 @@ def generation(way: Way, ids: Tensor) -> Callable[[], None]:
 
     def read(part: Tensor) -> None:
         way.causal_lm.eval()
-        with torch.no_grad(), way.autocast():
+        with torch.no_grad(), way.autocast(), way.sampling():
             way.causal_lm(input_ids=part, past_key_values=cache, **how)
 
     def step() -> None:
@@ -212,7 +227,8 @@ def _is(name: str, of: str) -> bool:
 
 
 def counts(precision: str, three: dict[str, Way], ids: Tensor, chosen: argparse.Namespace) -> None:
-    """Prints operations and bytes, by kind."""
+    """Prints operations and bytes, by kind, as on a device that multiplies in bfloat16."""
+    lora.multiplies = lambda *_: True
     for name, way in three.items():
         with Counter() as forward:
             loss = loss_of(way, ids, chosen.new_tokens)
@@ -316,8 +332,13 @@ def watched() -> Stopwatch:
         (trainer, "log", "rows, metrics"),
     ):
         watch.around(owner, name, label)
-    for name in ("use", "_under"):
-        watch.around_ends(SharedBase, name, "switching roles")
+    for owner, name in (
+        (SharedBase, "use"),
+        (adapted_module, "under"),
+        (base_module, "under"),
+        (update_module, "frozen"),
+    ):
+        watch.around_ends(owner, name, "switching roles")
     plain = trainer.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -4,8 +4,8 @@ A LoRA layer computes y = W x + s B A x with thin matrices A (rank, inputs) and 
 or alpha / sqrt(rank). PEFT takes six steps: cast x to float32, multiply by A, by B, by s, add, cast back. For few rows
 these are launches of small kernels, for many they read and write whole activations. Here
 
-    [z_q; z_k; z_v] = [A_q; A_k; A_v] x       one thin product for all layers that read the same x
-    y_q = W_q x,  y_q += s B_q z_q            one product that adds in place
+    [z_q; z_k; z_v] = s [A_q; A_k; A_v] x     one thin product for all layers that read the same x
+    y_q = W_q x,  y_q += B_q z_q              one product that adds in place
 
 in the precision that W x is computed in; A, B and their gradients stay in float32 (docs/numerics.md has what that
 costs). What is not plain (DoRA, a bias, other kinds of layers, compiled models) takes PEFT's own forward.
@@ -105,7 +105,7 @@ class AdapterPath:
 
 
 class Part(NamedTuple):
-    """What an adapter adds to some rows of a layer's output: s B `thin`, with `thin` (rows, rank)."""
+    """What an adapter adds to some rows of a layer's output: B `thin`, with `thin` (rows, rank)."""
 
     adapter: str
     rows: slice
@@ -147,7 +147,7 @@ class SharedInput:
             members = [member for member in self.layers if adapter in member.r]
             down = self.path.keep(
                 (self, adapter, precise),
-                lambda adapter=adapter, members=members: _stacked([m.lora_A[adapter].weight for m in members], precise),
+                lambda adapter=adapter, members=members: _down(members, adapter, precise),
             )
             thin = _linear(read if where is EVERY else read[where], down)
             if len(members) == 1:
@@ -200,17 +200,17 @@ class LeanForward:
         return result.view(*x.shape[:-1], result.shape[-1])
 
     def _added(self, result: Tensor, part: Part) -> Tensor:
-        """`result` and s B thin in some of its rows; in place where autograd would not copy for that."""
+        """`result` and B thin in some of its rows; in place where autograd would not copy for that."""
         adapter, where, thin = part
-        scale, weight = self.layer.scaling[adapter], self.layer.lora_B[adapter].weight
+        weight = self.layer.lora_B[adapter].weight
         up = self.path.keep((self, adapter, thin.dtype), lambda: weight.to(thin.dtype)).t()
         rows = result if where is EVERY else result[where]
         if thin.dtype != result.dtype:
-            rows.add_(_linear(thin, up.t()), alpha=scale)
+            rows.add_(_linear(thin, up.t()))
         elif torch.is_grad_enabled() and result._is_view():
-            return torch.addmm(result, thin, up, alpha=scale)
+            return torch.addmm(result, thin, up)
         else:
-            rows.addmm_(thin, up, alpha=scale)
+            rows.addmm_(thin, up)
         return result
 
     def _rows_of(self, x: Tensor) -> Adapters:
@@ -238,14 +238,13 @@ class Ready:
 
     def __init__(self, layer: Any, shared: SharedInput, kept: dict[Any, Any], adapter: str, dtype: torch.dtype) -> None:
         self.layer, self.adapters, self.dtype = layer, [adapter], dtype
-        self.base, self.scale = layer.base_layer, layer.scaling[adapter]
+        self.base = layer.base_layer
         self.up = layer.lora_B[adapter].weight.to(dtype).t()
         members = [member for member in shared.layers if adapter in member.r]
         self.number = members.index(layer)
         key = shared, adapter, dtype, "ready"
         if key not in kept:
-            weights = [member.lora_A[adapter].weight for member in members]
-            kept[key] = ReadyInput(_stacked(weights, dtype), [member.r[adapter] for member in members])
+            kept[key] = ReadyInput(_down(members, adapter, dtype), [member.r[adapter] for member in members])
         self.shared: ReadyInput = kept[key]
 
     def serves(self, x: Tensor) -> bool:
@@ -256,12 +255,12 @@ class Ready:
     def __call__(self, x: Tensor) -> Tensor:
         rows, thin = self.shared.read(x)
         result = self.base(rows)
-        result.addmm_(thin[self.number], self.up, alpha=self.scale)
+        result.addmm_(thin[self.number], self.up)
         return result.view(*x.shape[:-1], -1)
 
 
 class ReadyInput:
-    """A x of layers that share x, made once."""
+    """s A x of layers that share x, made once."""
 
     def __init__(self, down: Tensor, ranks: list[int]) -> None:
         self.down, self.ranks = down, ranks
@@ -306,8 +305,12 @@ def thin_precision(x: Tensor) -> torch.dtype:
     return dtype if dtype != torch.float16 and multiplies(x.device.type, dtype) else torch.float32
 
 
-def _stacked(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
-    return (torch.cat(weights) if len(weights) > 1 else weights[0]).to(dtype)
+def _down(layers: list[Any], adapter: str, dtype: torch.dtype) -> Tensor:
+    """s A of several layers, one below the other, (their ranks, inputs)."""
+    weights, scales = [layer.lora_A[adapter].weight for layer in layers], [layer.scaling[adapter] for layer in layers]
+    if len(set(scales)) > 1:
+        return torch.cat([weight * scale for weight, scale in zip(weights, scales, strict=True)]).to(dtype)
+    return ((torch.cat(weights) if len(weights) > 1 else weights[0]) * scales[0]).to(dtype)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
