@@ -87,8 +87,8 @@ class Way:
         """For forwards; backwards run outside, as in trainers."""
         return torch.autocast(DEVICE, torch.bfloat16, enabled=self.precision == "autocast")
 
-    def sampling(self) -> Any:
-        """Around the steps of one `generate`."""
+    def constant(self) -> Any:
+        """Around what trains nothing: the steps of one `generate`, the parts of one score pass."""
         return nullcontext()
 
     def outputs(self, ids: Tensor, new: int) -> tuple[Tensor, Tensor]:
@@ -104,8 +104,8 @@ class Adapted(Way):
         self._kept: Any = None
 
     @contextmanager
-    def sampling(self) -> Iterator[None]:
-        """See `Way`. What `generate` keeps from step to step is kept here."""
+    def constant(self) -> Iterator[None]:
+        """See `Way`. What is kept from step to step there is kept here."""
         with self.base.path.constant():
             self.base.path.kept = self._kept = self.base.path.kept if self._kept is None else self._kept
             yield
@@ -147,7 +147,7 @@ def loss_of(way: Way, ids: Tensor, new: int) -> Tensor:
 
 def score(way: Way, ids: Tensor, new: int) -> None:
     """A forward without gradient."""
-    with torch.no_grad(), way.autocast():
+    with torch.no_grad(), way.autocast(), way.constant():
         way.outputs(ids, new)
 
 
@@ -157,7 +157,7 @@ def generation(way: Way, ids: Tensor) -> Callable[[], None]:
 
     def read(part: Tensor) -> None:
         way.causal_lm.eval()
-        with torch.no_grad(), way.autocast(), way.sampling():
+        with torch.no_grad(), way.autocast(), way.constant():
             way.causal_lm(input_ids=part, past_key_values=cache, **how)
 
     def step() -> None:

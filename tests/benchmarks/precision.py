@@ -7,6 +7,7 @@ log-probabilities and values of completions, scores, and the gradients of a rand
 and values, which is what PPO's losses are in their first step. Errors of gradients are the norm of the difference over
 the norm, for all A matrices, all B matrices and the value head. Rows have unlike lengths.
 
+Thin products are computed as on a device that multiplies in bfloat16, whatever this one is.
 TRL's way: the padded batch, logits over the temperature, its `selective_log_softmax`, and scalar heads in the model's
 precision. PEFT's way is trl_ext's with PEFT's own LoRA layers. Without --model a tiny Llama is made.
 """
@@ -27,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import selective_log_softmax
 
 from trl_ext import SharedBase
+from trl_ext.roles import lora
 from trl_ext.roles.switching import activate
 
 LORA = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -219,6 +221,7 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=24)
     parser.add_argument("--temperature", type=float, default=0.7)
     chosen = parser.parse_args()
+    lora.multiplies = lambda *_: True
     names = ["log-probs: largest", "rms", "values: largest", "rms", "scores: largest", "rms"]
     print(head("precision", "way", *names, "gradients: A", "B", "value head"))
     with tempfile.TemporaryDirectory() as folder:

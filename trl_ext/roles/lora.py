@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -95,7 +95,7 @@ class AdapterPath:
         finally:
             self.kept = None
 
-    def keep(self, key: Any, make: Any) -> Tensor:
+    def keep(self, key: Any, make: Callable[[], Any]) -> Any:
         """`make()`, once where weights are constant."""
         if self.kept is None:
             return make()
@@ -144,18 +144,26 @@ class SharedInput:
         read = self._rows if self._rows.dtype == precise else rows.to(precise)
         self._parts = {}
         for adapter, where in adapters:
-            members = [member for member in self.layers if adapter in member.r]
-            down = self.path.keep(
-                (self, adapter, precise),
-                lambda adapter=adapter, members=members: _down(members, adapter, precise),
-            )
-            thin = _linear(read if where is EVERY else read[where], down)
-            if len(members) == 1:
-                self._parts.setdefault(members[0], []).append(Part(adapter, where, thin))
-                continue
+            thin = _linear(read if where is EVERY else read[where], self.down(adapter, precise))
+            members = self.members(adapter)
             ranks = [member.r[adapter] for member in members]
-            for member, own in zip(members, thin.split(ranks, dim=1), strict=True):
+            for member, own in zip(members, thin.split(ranks, dim=1) if len(ranks) > 1 else [thin], strict=True):
                 self._parts.setdefault(member, []).append(Part(adapter, where, own))
+
+    def members(self, adapter: str) -> list[Any]:
+        """The layers that have this adapter."""
+        return [layer for layer in self.layers if adapter in layer.r]
+
+    def down(self, adapter: str, dtype: torch.dtype) -> Tensor:
+        """s A of these layers, one below the other, (their ranks, inputs)."""
+        return self.path.keep((self, adapter, dtype), lambda: self._down(adapter).to(dtype))
+
+    def _down(self, adapter: str) -> Tensor:
+        members = self.members(adapter)
+        weights, scales = [m.lora_A[adapter].weight for m in members], [m.scaling[adapter] for m in members]
+        if len(set(scales)) > 1:
+            return torch.cat([weight * scale for weight, scale in zip(weights, scales, strict=True)])
+        return (torch.cat(weights) if len(weights) > 1 else weights[0]) * scales[0]
 
 
 class LeanForward:
@@ -196,14 +204,13 @@ class LeanForward:
             result = self._added(result, part)
         simple = len(adapters) == 1 and not mixed and not dropping
         if self.path.kept is not None and simple and x.dtype == rows.dtype == parts[0].thin.dtype == result.dtype:
-            self.path.kept[self] = Ready(layer, self.shared, self.path.kept, adapters[0][0], x.dtype)
+            self.path.kept[self] = Ready(self, adapters[0][0], x.dtype)
         return result.view(*x.shape[:-1], result.shape[-1])
 
     def _added(self, result: Tensor, part: Part) -> Tensor:
         """`result` and B thin in some of its rows; in place where autograd would not copy for that."""
         adapter, where, thin = part
-        weight = self.layer.lora_B[adapter].weight
-        up = self.path.keep((self, adapter, thin.dtype), lambda: weight.to(thin.dtype)).t()
+        up = self.up(adapter, thin.dtype).t()
         rows = result if where is EVERY else result[where]
         if thin.dtype != result.dtype:
             rows.add_(_linear(thin, up.t()))
@@ -212,6 +219,10 @@ class LeanForward:
         else:
             rows.addmm_(thin, up)
         return result
+
+    def up(self, adapter: str, dtype: torch.dtype) -> Tensor:
+        """B, (outputs, rank)."""
+        return self.path.keep((self, adapter, dtype), lambda: self.layer.lora_B[adapter].weight.to(dtype))
 
     def _rows_of(self, x: Tensor) -> Adapters:
         """Whose adapter speaks in which rows of `x`, where a batch is mixed.
@@ -236,16 +247,15 @@ class Ready:
     """The same under one plain adapter while weights are constant, with every decision taken: for few rows these cost
     more than the products. A token of an 8B model passes 252 layers."""
 
-    def __init__(self, layer: Any, shared: SharedInput, kept: dict[Any, Any], adapter: str, dtype: torch.dtype) -> None:
-        self.layer, self.adapters, self.dtype = layer, [adapter], dtype
-        self.base = layer.base_layer
-        self.up = layer.lora_B[adapter].weight.to(dtype).t()
-        members = [member for member in shared.layers if adapter in member.r]
-        self.number = members.index(layer)
-        key = shared, adapter, dtype, "ready"
-        if key not in kept:
-            kept[key] = ReadyInput(_down(members, adapter, dtype), [member.r[adapter] for member in members])
-        self.shared: ReadyInput = kept[key]
+    def __init__(self, lean: LeanForward, adapter: str, dtype: torch.dtype) -> None:
+        self.layer, self.base, self.adapters, self.dtype = lean.layer, lean.layer.base_layer, [adapter], dtype
+        self.up, shared = lean.up(adapter, dtype).t(), lean.shared
+        members = shared.members(adapter)
+        self.number = members.index(lean.layer)
+        ranks = [member.r[adapter] for member in members]
+        self.shared: Any = lean.path.keep(
+            (shared, adapter, dtype, "ready"), lambda: ReadyInput(shared.down(adapter, dtype), ranks)
+        )
 
     def serves(self, x: Tensor) -> bool:
         """Whether this adapter still is the active one, and `x` of the precision it was made for."""
@@ -303,14 +313,6 @@ def thin_precision(x: Tensor) -> torch.dtype:
     """What thin products are computed in: as W x, unless that overflows (float16) or the device is slow at it."""
     dtype = computed_in(x)
     return dtype if dtype != torch.float16 and multiplies(x.device.type, dtype) else torch.float32
-
-
-def _down(layers: list[Any], adapter: str, dtype: torch.dtype) -> Tensor:
-    """s A of several layers, one below the other, (their ranks, inputs)."""
-    weights, scales = [layer.lora_A[adapter].weight for layer in layers], [layer.scaling[adapter] for layer in layers]
-    if len(set(scales)) > 1:
-        return torch.cat([weight * scale for weight, scale in zip(weights, scales, strict=True)]).to(dtype)
-    return ((torch.cat(weights) if len(weights) > 1 else weights[0]) * scales[0]).to(dtype)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
