@@ -245,6 +245,9 @@ def test_models_that_padding_shifts_answer_prompts_of_one_length_together() -> N
     prompts = [[5, 6, 7], [8], [9, 10], [11], [12, 13, 14], [15]]
     sampling = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=[31], pad_token_id=1)
     written = TransformersGenerator(base, batch_size=2).answers(prompts, sampling, "policy").ids
+    padded = torch.tensor([[5, 6], [1, 8]], device=DEVICE)
+    with pytest.raises(ValueError, match="counts positions from the first column"):
+        base.generate(input_ids=padded, attention_mask=(padded > 1).long(), generation_config=sampling)
     for prompt, completion in zip(prompts, written, strict=True):
         ids = torch.tensor([prompt], device=DEVICE)
         alone = base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=sampling)

@@ -151,10 +151,11 @@ def test_what_a_template_writes_after_an_answer_is_appended_where_it_belongs() -
     mask[0, 0] = mask[2, 1] = mask[2, 2] = mask[2, 3] = 0
     batch = AlignedBatch.of(ids, mask, 2)
     longer = batch.extended([3, 4], torch.tensor([True, False, True]))
-    assert longer.ids.tolist() == [[5, 6, 7, 3, 4], [5, 6, 7, 8, 0], [5, 3, 4, 0, 0]]
+    # What is left of padding holds the row's first token.
+    assert longer.ids.tolist() == [[5, 6, 7, 3, 4], [5, 6, 7, 8, 0], [5, 3, 4, 5, 0]]
     assert longer.last.tolist() == [4, 3, 2]
     shorter = batch.extended([3], torch.tensor([True, False, True]))
-    assert shorter.ids.tolist() == [[5, 6, 7, 3], [5, 6, 7, 8], [5, 3, 0, 0]]
+    assert shorter.ids.tolist() == [[5, 6, 7, 3], [5, 6, 7, 8], [5, 3, 5, 5]]
     assert shorter.last.tolist() == [3, 3, 1]
     for other in (longer, shorter):  # what is predicted stays
         for name in ("completion", "row", "before", "targets"):

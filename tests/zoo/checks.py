@@ -471,11 +471,15 @@ def generation_alone(zoo: Zoo) -> list[float]:
 
 
 def generation(zoo: Zoo, base: SharedBase) -> dict[str, float]:
-    """What tokens were chosen with, prompts padded on the left, against what is scored afterwards."""
+    """What tokens were chosen with, prompts padded on the left where the base allows it, against what is scored
+    afterwards."""
     prompts = [row[:prompt] for row, (prompt, _) in zip(zoo.rows, ROWS, strict=True)]
-    sequences, mask, said = generated(base, prompts)
-    with torch.no_grad():
-        scored = base.logprobs(sequences, mask, len(said[0]))
+    said, scored = [], []
+    for part in [prompts] if base.pads_left else [[prompt] for prompt in prompts]:
+        sequences, mask, chosen = generated(base, part)
+        with torch.no_grad():
+            scored += list(base.logprobs(sequences, mask, len(chosen[0])))
+        said += chosen
     return {"policy": distance([said[i] for i in zoo.generates], [scored[i] for i in zoo.generates])}
 
 

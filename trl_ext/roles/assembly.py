@@ -50,10 +50,8 @@ def default_lora(model: Any) -> LoraConfig:
     left_out = [
         name
         for name, module in model.named_modules()
-        # A linear layer that does more than multiply: Llama 4's router.
-        if isinstance(module, nn.Linear)
-        and type(module).__module__.startswith("transformers.models")
-        and type(module).forward is not nn.Linear.forward
+        if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models")
+        if not _only_multiplies(module)
     ]
     if model.config.model_type in MAMBA:
         left_out += ["out_proj", "conv1d"]  # its kernels read these weights past the layers
@@ -65,6 +63,16 @@ def default_lora(model: Any) -> LoraConfig:
         exclude_modules=left_out or None,
         task_type="CAUSAL_LM",
     )
+
+
+@torch.no_grad()
+def _only_multiplies(layer: nn.Linear) -> bool:
+    """Whether a linear layer of a model's own kind says W x and no more. (Llama 4's router says two things.)"""
+    if type(layer).forward is nn.Linear.forward:
+        return True
+    x = torch.ones(2, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+    said = layer(x)
+    return isinstance(said, torch.Tensor) and torch.allclose(said, nn.Linear.forward(layer, x), rtol=0.01, atol=0.01)
 
 
 def plan(base_name: str, policy: Any, value: Any, reward: Any, reference: Any) -> Plan:

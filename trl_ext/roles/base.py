@@ -264,7 +264,17 @@ class SharedBase(AdaptedModel):
     @torch.no_grad()
     def generate(self, role: Role = "policy", **kwargs: Any) -> Tensor:
         """Transformers' `generate` under the policy (or another) role, in eval mode. A `generation_config` given here
-        replaces the model's own, so its defaults (a top_k, say) do not change what is sampled."""
+        replaces the model's own, so its defaults (a top_k, say) do not change what is sampled.
+
+        Raises:
+            ValueError: prompts of unlike length to a model that counts its positions from the padding.
+        """
+        mask = kwargs.get("attention_mask")
+        if not self.pads_left and mask is not None and not bool(mask.all()):
+            raise ValueError(
+                f"{type(self.causal_lm).__name__} counts positions from the first column, so padding on the left "
+                "changes what it says: generate from prompts of one length at a time."
+            )
         own = self.causal_lm.generation_config
         with self.use(role), self.path.constant():
             self.model.eval()
