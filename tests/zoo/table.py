@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def remark(result: dict[str, Any]) -> str:
 
 def shortened(note: str) -> str:
     """A cell of a table."""
+    note = re.sub(r"'/[^']*/", "'", note)  # a temporary folder's name is nobody's concern
     note = note.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
     return note if len(note) <= 200 else note[:200].rsplit(" ", 1)[0] + " ..."
 
