@@ -124,20 +124,20 @@ def can_pack(causal_lm: Any) -> bool:
 
 @torch.no_grad()
 def can_pad_left(causal_lm: Any) -> bool:
-    """Whether `generate` says the same of a prompt with padding on its left as without. Models that count positions
-    from the first column, padding or not, do not.
+    """Whether `generate` says the same of a prompt with padding on its left as without, for three tokens. Models that
+    count positions from the first column, padding or not, do not, some from the second token on.
 
     The change by padding is compared with the change where padding is read.
     """
     device = causal_lm.get_input_embeddings().weight.device
     ids = torch.arange(1, 6, device=device).unsqueeze(0) % causal_lm.config.get_text_config().vocab_size
     config = GenerationConfig(
-        max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0
+        max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0
     )
 
     def logits(ids: Tensor, mask: Tensor) -> Tensor:
         said = causal_lm.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        return said.logits[0].float()
+        return torch.stack(said.logits).float()
 
     mode = causal_lm.training
     causal_lm.eval()
