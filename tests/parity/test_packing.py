@@ -165,9 +165,7 @@ def leaky(model: Any) -> Any:
     return SimpleNamespace(
         base_model=base_model,
         config=model.config,
-        training=model.training,
-        eval=model.eval,
-        train=model.train,
+        modules=model.modules,
         get_input_embeddings=model.get_input_embeddings,
     )
 
@@ -258,3 +256,21 @@ def test_models_that_padding_shifts_answer_prompts_of_one_length_together() -> N
 def test_other_models_may_be_padded_on_the_left(family: str) -> None:
     torch.manual_seed(0)
     assert can_pad_left(AutoModelForCausalLM.from_config(tiny.config_of(family)).to(DEVICE))
+
+
+@torch.no_grad()
+def test_a_models_own_eos_does_not_end_the_trial() -> None:
+    """Here it would end what is said where padding is read a token before the rest."""
+    torch.manual_seed(2)
+    model = AutoModelForCausalLM.from_config(tiny.config_of("llama")).to(DEVICE).eval()
+
+    def goes_on(prompt: list[int]) -> list[int]:
+        for _ in range(3):
+            prompt = [*prompt, int(model(torch.tensor([prompt], device=DEVICE)).logits[0, -1].argmax())]
+        return prompt[-3:]
+
+    alone, spoilt = goes_on([3, 4, 5]), goes_on([1, 2, 3, 4, 5])
+    others = {*alone, spoilt[0]}
+    assert spoilt[1] not in others
+    model.generation_config.eos_token_id = [i for i in range(tiny.VOCABULARY) if i not in others]
+    assert can_pad_left(model)

@@ -58,13 +58,11 @@ class TransformersGenerator:
         order = sorted(range(len(prompt_ids)), key=lambda row: (-len(prompt_ids[row]), prompt_ids[row]))
         completions: dict[int, list[int]] = {}
         # Some models shift by padding what they read: there only prompts of one length share a batch.
-        alike = (
-            [order]
-            if self.base.pads_left
-            else [list(g) for _, g in itertools.groupby(order, lambda row: len(prompt_ids[row]))]
-        )
-        for rows in (part[i : i + self.batch_size] for part in alike for i in range(0, len(part), self.batch_size)):
-            completions |= zip(rows, complete([prompt_ids[row] for row in rows], config, role), strict=True)
+        shared = itertools.groupby(order, lambda row: self.base.pads_left or len(prompt_ids[row]))
+        for part in (list(group) for _, group in shared):
+            for start in range(0, len(part), self.batch_size):
+                rows = part[start : start + self.batch_size]
+                completions |= zip(rows, complete([prompt_ids[row] for row in rows], config, role), strict=True)
         return Answers([completions[row] for row in range(len(prompt_ids))])
 
     def _at_once(self, prompts: list[list[int]], config: GenerationConfig, role: str) -> list[list[int]]:

@@ -144,7 +144,7 @@ def _measured(
     kind: tuple[Any, ...],
     ids: Callable[[list[Any]], list[list[int]]],
 ) -> Measured:
-    known, key = _KNOWN.setdefault(dataset, {}), (column, id(tokenizer), len(tokenizer), *kind)
+    known, key = _KNOWN.setdefault(dataset, {}), (column, tokenizer, len(tokenizer), *kind)
     if key not in known:
         values, measured = dataset[column], Measured()
         for start in range(0, len(dataset), ROWS_AT_ONCE):

@@ -111,6 +111,8 @@ class FeedbackRewardTrainer(RewardTrainer):
             eval_dataset = {name: checked(rows, name, args.objective) for name, rows in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = checked(eval_dataset, "eval_dataset", args.objective)
+        evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        self._laid_out = [train_dataset, *evaluated]
         self._config = config_of(model, args.trust_remote_code)
         self._scale = Scale.of(train_dataset, args.objective)
         args.remove_unused_columns = False  # neither collator minds further columns
@@ -130,7 +132,8 @@ class FeedbackRewardTrainer(RewardTrainer):
         if not isinstance(dataset, Dataset) or is_in_ids(dataset):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         name = f"{dataset_name}_dataset"
-        dataset = checked(dataset, name, args.objective)
+        if not any(dataset is known for known in self._laid_out):  # rows that `evaluate` was given
+            dataset = checked(dataset, name, args.objective)
         check_written(dataset, name, processing_class, self._config, args.max_length)
         if REWARD_OBJECTIVES[args.objective].loss is None:
             rows = super()._prepare_dataset(dataset, processing_class, args, dataset_name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ class AdaptedModel(nn.Module):
     Attributes:
         model: the PEFT model.
         packs: whether rows may be packed (see `packing`).
-        pads_left: whether prompts of unlike length may be answered in one batch.
         deterministic: whether `train()` leaves everything that is random in training, or otherwise another function
             than in scoring (noise in routers, clamped coefficients), as it is in eval mode.
         longest: most tokens of a row; None where there is no limit but the model's own (see `longest_row`).
@@ -43,13 +43,17 @@ class AdaptedModel(nn.Module):
         self.path = AdapterPath(model)
         self.packs = can_pack(self.causal_lm)
         self.deterministic = False
-        self.pads_left = can_pad_left(self.causal_lm)
         self.longest = longest_row(self.config)
 
     @property
     def causal_lm(self) -> Any:
         """The Transformers model under the adapters."""
         return self.model.get_base_model()
+
+    @cached_property
+    def pads_left(self) -> bool:
+        """Whether prompts of unlike length may be answered in one batch (see `can_pad_left`)."""
+        return can_pad_left(self.causal_lm)
 
     @property
     def config(self) -> Any:

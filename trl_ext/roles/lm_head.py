@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_ext.core import token_logprobs
+from trl_ext.roles.switching import evaluating
 
 logger = logging.getLogger(__name__)
 LOGITS = 2**24  # most logits that a `ModelHead` computes at a time
@@ -42,9 +43,7 @@ def head_of(causal_lm: Any) -> Head:
     """
     device = causal_lm.get_input_embeddings().weight.device
     ids = torch.arange(1, 5, device=device).unsqueeze(0) % causal_lm.config.get_text_config().vocab_size
-    mode = causal_lm.training
-    causal_lm.eval()
-    try:
+    with evaluating(causal_lm):
         logits = causal_lm(input_ids=ids, use_cache=False).logits[0, :-1].float()
         output = trunk_of(causal_lm)(input_ids=ids, use_cache=False)
         lean, whole = LMHead.of(causal_lm), ModelHead(causal_lm, type(output))
@@ -55,8 +54,6 @@ def head_of(causal_lm: Any) -> Head:
         if differs[lean] <= nats and differs[whole] <= nats and hidden.dtype == torch.float32:
             loud = whole.logprobs(LOUD * hidden, targets, 1.0)[0]
             differs[lean] = _difference(lean, LOUD * hidden, targets, loud) / LOUD
-    finally:
-        causal_lm.train(mode)
     if differs[lean] <= nats:
         return lean
     if differs[whole] > nats:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trl_ext.roles.lm_head import trunk_of
+from trl_ext.roles.switching import evaluating
 
 logger = logging.getLogger(__name__)
 # Linear layers whose W x is a product with rows of x, whatever W is stored in.
@@ -59,13 +60,13 @@ class AdapterPath:
         self.kept: dict[Any, Any] | None = None
         causal_lm = model.get_base_model()
         layers = {name: module for name, module in causal_lm.named_modules() if type(module) in KINDS}
-        inputs, self.apart = _traced(causal_lm, layers)
+        inputs, by_row = _traced(causal_lm, layers)
         others = any(isinstance(module, BaseTunerLayer) and type(module) not in KINDS for module in model.modules())
-        self.mixes = bool(inputs) and not others and all(name in self.apart for name in inputs)
+        self.mixes = bool(inputs) and not others and all(name in by_row for name in inputs)
         for group in _groups(inputs, layers):
             shared = SharedInput([layers[name] for name in group], self)
             for name in group:
-                layers[name].forward = LeanForward(layers[name], shared, self, name in self.apart)
+                layers[name].forward = LeanForward(layers[name], shared, self, name in by_row)
         for name in layers.keys() - inputs.keys():  # an expert that got no token, say
             layers[name].forward = LeanForward(layers[name], SharedInput([layers[name]], self), self, False)
 
@@ -374,12 +375,10 @@ def _inputs(causal_lm: Any, layers: dict[str, nn.Module], ids: Tensor) -> dict[s
         layer.register_forward_pre_hook(lambda module, inputs, name=name: read.__setitem__(name, inputs[0]))
         for name, layer in layers.items()
     ]
-    mode = causal_lm.training
-    causal_lm.eval()
     try:
-        trunk_of(causal_lm)(input_ids=ids, use_cache=False)
+        with evaluating(causal_lm):
+            trunk_of(causal_lm)(input_ids=ids, use_cache=False)
     finally:
-        causal_lm.train(mode)
         for hook in hooks:
             hook.remove()
     return read

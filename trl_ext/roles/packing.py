@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from trl_ext.roles.lm_head import trunk_of
+from trl_ext.roles.switching import evaluating
 
 logger = logging.getLogger(__name__)
 MIN_GAIN = 0.1  # share of the columns that must be saved, or rows stay as they are
@@ -107,16 +108,13 @@ def can_pack(causal_lm: Any) -> bool:
     def states(ids: Tensor, **positions: Tensor) -> Tensor:
         return trunk_of(causal_lm)(input_ids=ids, use_cache=False, **positions).last_hidden_state
 
-    mode = causal_lm.training
-    causal_lm.eval()
     try:
-        apart, mixed = states(ids), packing.unpacked(states(packing.ids))
-        packed = packing.unpacked(states(packing.ids, position_ids=packing.position_ids))
+        with evaluating(causal_lm):
+            apart, mixed = states(ids), packing.unpacked(states(packing.ids))
+            packed = packing.unpacked(states(packing.ids, position_ids=packing.position_ids))
     except Exception as error:  # whatever a model raises that takes no positions
         logger.warning("%s cannot be packed, so padding is computed too: %s", type(causal_lm).__name__, error)
         return False
-    finally:
-        causal_lm.train(mode)
     alone = apart.cpu()[real].float()
     changed, spoilt = (float((x[:, :5].cpu()[real].float() - alone).norm()) for x in (packed, mixed))
     return changed <= (1e-3 if apart.dtype == torch.float32 else 0.1) * spoilt
@@ -131,24 +129,27 @@ def can_pad_left(causal_lm: Any) -> bool:
     """
     device = causal_lm.get_input_embeddings().weight.device
     ids = torch.arange(1, 6, device=device).unsqueeze(0) % causal_lm.config.get_text_config().vocab_size
+    # The least is the most: what the model's own settings call an EOS ends nothing here.
     config = GenerationConfig(
-        max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0
+        max_new_tokens=3,
+        min_new_tokens=3,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=0,
     )
 
     def logits(ids: Tensor, mask: Tensor) -> Tensor:
         said = causal_lm.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         return torch.stack(said.logits).float()
 
-    mode = causal_lm.training
-    causal_lm.eval()
+    mask = torch.tensor([[0, 0, 1, 1, 1]], device=device)
     try:
-        mask = torch.tensor([[0, 0, 1, 1, 1]], device=device)
-        alone, padded = logits(ids[:, 2:], mask[:, 2:]), logits(ids, mask)
-        spoilt = logits(ids, torch.ones_like(mask))
+        with evaluating(causal_lm):
+            alone, padded = logits(ids[:, 2:], mask[:, 2:]), logits(ids, mask)
+            spoilt = logits(ids, torch.ones_like(mask))
     except Exception as error:  # whatever a model raises that cannot generate so
         logger.debug("%s does not generate from a padded prompt: %s", type(causal_lm).__name__, error)
         return False
-    finally:
-        causal_lm.train(mode)
     tolerance = 1e-3 if causal_lm.dtype == torch.float32 else 0.1
     return bool((padded - alone).norm() <= tolerance * (spoilt - alone).norm())

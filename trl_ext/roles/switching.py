@@ -24,15 +24,19 @@ class AdapterModules(NamedTuple):
 
     @classmethod
     def of(cls, model: nn.Module) -> AdapterModules:
-        """Those of `model`, cached as its attribute until it has another number of adapters."""
+        """Those of `model`, cached as its attribute until it has another number of adapters; a model without adapters
+        may get some, so of that nothing is cached."""
         cached = vars(model).get(_CACHE)
-        if cached is None or cached[0] != len(cached[1].layers[0].scaling):
-            modules = list(model.modules())
-            layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
-            # PEFT's own modules around the model repeat the name of the active adapter.
-            wrappers = [module for module in modules if isinstance(module, (PeftModel, BaseTuner))]
-            cached = vars(model)[_CACHE] = (len(layers[0].scaling), cls(modules, layers, wrappers))
-        own: AdapterModules = cached[1]
+        if cached is not None and cached[0] == len(cached[1].layers[0].scaling):
+            kept: AdapterModules = cached[1]
+            return kept
+        modules = list(model.modules())
+        layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
+        # PEFT's own modules around the model repeat the name of the active adapter.
+        wrappers = [module for module in modules if isinstance(module, (PeftModel, BaseTuner))]
+        own = cls(modules, layers, wrappers)
+        if layers:
+            vars(model)[_CACHE] = len(layers[0].scaling), own
         return own
 
     def parameters(self) -> list[nn.Parameter]:
