@@ -149,7 +149,8 @@ def can_pad_left(causal_lm: Any) -> bool:
             alone, padded = logits(ids[:, 2:], mask[:, 2:]), logits(ids, mask)
             spoilt = logits(ids, torch.ones_like(mask))
     except Exception as error:  # whatever a model raises that cannot generate so
-        logger.debug("%s does not generate from a padded prompt: %s", type(causal_lm).__name__, error)
+        name = type(causal_lm).__name__
+        logger.warning("%s is only given prompts of one length at a time, for padding was no use: %s", name, error)
         return False
     tolerance = 1e-3 if causal_lm.dtype == torch.float32 else 0.1
     return bool((padded - alone).norm() <= tolerance * (spoilt - alone).norm())
