@@ -312,3 +312,20 @@ def test_a_layer_that_gets_other_rows_than_it_got_when_tried_ends_the_mixing(lla
     layer.forward.row_by_row = False
     torch.testing.assert_close(base(*batch.args, roles=("policy", "value"))["logprobs"], expected)
     assert not base.path.mixes
+
+
+@torch.no_grad()
+def test_what_was_made_for_one_adapter_is_not_another_ones(llama: tiny.Home) -> None:
+    """Of one input q reads under the policy and k under the value role."""
+    base, x = llama.base, torch.randn(2, 3, 32, device=DEVICE)
+    attention = base.causal_lm.model.layers[0].self_attn
+
+    def read() -> list[Tensor]:
+        with base.use("policy"):
+            query = attention.q_proj(x)
+        with base.use("value"):
+            return [query, attention.k_proj(x)]
+
+    got = read()
+    with pefts_own(base):
+        torch.testing.assert_close(got, read())
