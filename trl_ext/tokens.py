@@ -5,7 +5,7 @@ Lists of ids have one entry per token; masks are bool, True marks a real token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -170,6 +170,26 @@ def vocabulary_size(config: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def check_loaded(info: dict[str, Any], name: Any, kind: str) -> None:
+    """Refuse a model with weights that its checkpoint does not hold, which Transformers makes up at random.
+
+    Args:
+        info: what `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)` tells.
+        name: of the checkpoint.
+        kind: of checkpoint that would do.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for key, saved, wanted in sorted(info["mismatched_keys"], key=str):
+        raise ValueError(
+            f"{str(name)!r} holds {key!r} of shape {tuple(saved)}, and {tuple(wanted)} is needed: give the checkpoint "
+            f"of {kind}, with a config.json that fits."
+        )
+    for key in sorted(info["missing_keys"]):
+        raise ValueError(f"{str(name)!r} holds no {key!r}, which would be random: give the checkpoint of {kind}.")
+
+
 # Where a completion ends -------------------------------------------------------------------------------------------
 
 
@@ -184,9 +204,10 @@ def eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids if tokenizer.eos_token_id in ids else [tokenizer.eos_token_id, *ids]
 
 
-def as_ids(ids: int | Sequence[int] | None) -> list[int]:
-    """One id, several or none, as GenerationConfig takes them, as a list."""
-    return [ids] if isinstance(ids, int) else list(ids or [])
+def as_ids(ids: Any) -> list[Any]:
+    """One id, several or none, as GenerationConfig takes them (or as an array or tensor), as a list."""
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    return [] if ids is None else list(ids) if isinstance(ids, Iterable) else [ids]
 
 
 def cut_at_eos(ids: Sequence[int], eos: Sequence[int]) -> list[int]:

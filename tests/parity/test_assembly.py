@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +14,19 @@ import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertConfig,
     BitsAndBytesConfig,
+    Gemma3TextConfig,
     MambaConfig,
     MambaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLMConfig,
 )
 
 from tests.helpers import DEVICE, QUIET
@@ -202,6 +209,76 @@ def test_a_model_that_writes_no_text_is_refused(llama: tiny.Home) -> None:
         SharedBase.from_model(classifier)
 
 
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+BIDIRECTIONAL = [
+    BertConfig(**SHAPE, vocab_size=tiny.VOCABULARY, is_decoder=False),
+    Gemma3TextConfig(**SHAPE, vocab_size=tiny.VOCABULARY, head_dim=8, use_bidirectional_attention=True),
+    XLMConfig(vocab_size=tiny.VOCABULARY, emb_dim=32, n_layers=2, n_heads=4, pad_index=0, causal=False),
+]
+
+
+@pytest.mark.parametrize("config", BIDIRECTIONAL, ids=lambda config: config.model_type)
+def test_a_model_that_reads_ahead_is_refused(config: Any) -> None:
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
+    first, second = model(input_ids=ids).logits[:, :3]
+    assert not torch.equal(first, second)  # the last token changes what is said before it
+    with pytest.raises(ValueError, match=r"^\w+ reads ahead: a later token changes .* make it causal in its config"):
+        SharedBase.from_model(model)
+
+
+def test_a_base_with_weights_of_chance_is_refused(llama: tiny.Home, tmp_path: Path) -> None:
+    """Transformers warns of what a checkpoint lacks, and draws it."""
+    plain, shapes = str(llama.base_folder), r"of shape \(64, 32\), and \(65, 32\) is needed"
+    AutoModelForSequenceClassification.from_pretrained(plain, num_labels=1).save_pretrained(tmp_path / "classifier")
+    AutoModel.from_pretrained(plain).save_pretrained(tmp_path / "trunk")
+    config = json.loads((llama.base_folder / "config.json").read_text())
+    shutil.copytree(plain, tmp_path / "wider")
+    (tmp_path / "wider/config.json").write_text(json.dumps({**config, "vocab_size": 65}))
+    shutil.copytree(plain, tmp_path / "gap")
+    state = load_file(llama.base_folder / "model.safetensors")
+    state.pop("model.layers.1.mlp.down_proj.weight")
+    save_file(state, tmp_path / "gap/model.safetensors", {"format": "pt"})
+    for folder, says in {
+        "classifier": "holds no 'lm_head.weight', which would be random: give the checkpoint of a causal language",
+        "trunk": r"holds no 'lm_head.weight'",
+        "gap": r"holds no 'model.layers.1.mlp.down_proj.weight'",
+        "wider": shapes,
+    }.items():
+        with pytest.raises(ValueError, match=says):
+            SharedBase.from_pretrained(str(tmp_path / folder))
+
+
+def test_a_base_whose_weights_are_elsewhere_is_refused(llama: tiny.Home, tmp_path: Path) -> None:
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    where = {**dict.fromkeys(parts, "cpu"), "model.layers.1": "disk"}
+    with pytest.raises(ValueError, match=r"^The weight 'model\.layers\.1\..*' is not in memory.*give a device_map"):
+        SharedBase.from_pretrained(str(llama.base_folder), device_map=where, offload_folder=str(tmp_path))
+
+
+def test_what_is_no_causal_language_model_as_it_is_says_so(llama: tiny.Home) -> None:
+    encoder = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_ff=32, num_layers=1, num_heads=2))
+    with pytest.raises(TypeError, match=r"^T5ForConditionalGeneration has an encoder: give a model of Auto"):
+        SharedBase.from_model(encoder)
+    with pytest.raises(TypeError, match=r"^The model is of type OptimizedModule, around another one: give a model"):
+        SharedBase.from_model(torch.compile(AutoModelForCausalLM.from_pretrained(llama.base_folder)))
+    once = get_peft_model(AutoModelForCausalLM.from_pretrained(llama.base_folder), tiny.new_lora())
+    with pytest.warns(UserWarning), pytest.raises(TypeError, match="PeftModelForCausalLM, around another one"):
+        SharedBase.from_model(get_peft_model(once, tiny.new_lora(), adapter_name="second"))
+    with pytest.raises(ValueError, match="return_dict=False, and its outputs are read by name: set it to True"):
+        SharedBase.from_pretrained(str(llama.base_folder), return_dict=False)
+
+
+def test_how_to_load_is_checked_before_loading(llama: tiny.Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = str(llama.base_folder)
+    assert SharedBase.from_pretrained(name, dtype="torch.bfloat16").causal_lm.dtype == torch.bfloat16
+    monkeypatch.delattr(AutoModelForCausalLM, "from_pretrained")
+    with pytest.raises(ValueError, match=r"^dtype is 'float15', which torch does not know: give one such as"):
+        SharedBase.from_pretrained(name, dtype="float15")
+    with pytest.raises(TypeError, match=r"^quantization_config is '4bit': give a transformers.BitsAndBytesConfig"):
+        SharedBase.from_pretrained(name, quantization_config="4bit")
+
+
 # What does not fit ----------------------------------------------------------------------------------------------------
 
 
@@ -344,10 +421,11 @@ def test_how_the_base_is_loaded(llama: tiny.Home, monkeypatch: pytest.MonkeyPatc
     SharedBase.from_pretrained(name)
     SharedBase.from_pretrained(name, quantization_config=four_bit)
     SharedBase.from_pretrained(name, dtype=torch.float16, device_map={"": "cpu"}, attn_implementation="eager")
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     assert loads == [
-        {"dtype": torch.float32},
-        {"dtype": torch.bfloat16, "quantization_config": four_bit},
-        {"dtype": torch.float16, "device_map": {"": "cpu"}, "attn_implementation": "eager"},
+        {"dtype": torch.float32, **told},
+        {"dtype": torch.bfloat16, "quantization_config": four_bit, **told},
+        {"dtype": torch.float16, "device_map": {"": "cpu"}, "attn_implementation": "eager", **told},
     ]
 
 

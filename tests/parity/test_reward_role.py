@@ -68,6 +68,24 @@ def texts(trainer: RewardTrainer) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("pad", [tiny.PAD, tiny.EOS])
+def test_without_a_tokenizer_padding_is_that_of_the_bases_config(pad: int, tmp_path: Path) -> None:
+    """By it a classifier of PEFT's goes: where padding is EOS, it reads the token before the EOS."""
+    config = tiny.config_of("qwen2")
+    config.pad_token_id = pad
+    base = tiny.save_base(tmp_path / "base", config)
+    with torch.enable_grad():
+        tiny.save_reward_adapter(tmp_path / "reward", base, seed=3)
+    ids, mask = torch.tensor([[5, 6, 7, 8, 1], [5, 9, 1, pad, pad]]), torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
+    plain = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), tmp_path / "reward"
+    ).eval()
+    expected = plain(input_ids=ids, attention_mask=mask).logits[:, 0]
+    roles = SharedBase.from_pretrained(str(base), policy=tiny.new_lora(), reward=tmp_path / "reward").eval()
+    close(roles.scores(ids.to(DEVICE), mask.to(DEVICE)), expected)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma"])
 def test_scores_are_those_of_the_reward_trainer(family: str, pad: str, tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from transformers import PreTrainedModel
 
-from tests.helpers import CHAT_TEMPLATE, QUIET, prompt_dataset, word_tokenizer
+from tests.helpers import CHAT_TEMPLATE, QUIET, prompt_dataset, saved_model, word_tokenizer
+from trl_ext import PPOTrainer
 from trl_ext.ppo.building import args_of_gpu
 from trl_ext.ppo.checks import as_list, check_datasets, check_output_dir, check_prompts, check_tokenizer
 from trl_ext.ppo.config import PPOConfig
@@ -20,7 +22,7 @@ def rows(**columns: list[Any]) -> Dataset:
 
 
 def config(**changes: Any) -> PPOConfig:
-    return PPOConfig("run", **{**QUIET, "per_device_train_batch_size": 2, **changes})
+    return PPOConfig(**{"output_dir": "run", **QUIET, "per_device_train_batch_size": 2, **changes})
 
 
 def refused(check: Callable[[], Any], error: type[Exception]) -> str:
@@ -231,3 +233,35 @@ def test_a_base_is_loaded_where_and_as_it_computes() -> None:
     assert args_of_gpu(cpu, False) == {}
     assert args_of_gpu(gpu, False) == {"device_map": {"": gpu}}
     assert args_of_gpu(gpu, True) == {"device_map": {"": gpu}, "dtype": torch.bfloat16}
+
+
+# Before a model is loaded --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "error", "says"),
+    [
+        ({"reward_funcs": 5}, {}, TypeError, "A reward function must be a callable"),
+        ({"reward_funcs": "/no/such"}, {}, FileNotFoundError, "The reward model '/no/such' does not exist"),
+        ({"reward_funcs": torch.nn.Linear(1, 1)}, {}, TypeError, "The reward model Linear is none of Transformers"),
+        ({"reward_processing_classes": [None] * 2}, {}, ValueError, "reward_processing_classes has 2 entries for 1"),
+        ({}, {"use_vllm": True}, ImportError, "use_vllm is set, but vLLM is not installed"),
+        ({}, {"generation_kwargs": {"eos_token_id": [1, 99]}}, ValueError, "has eos_token_id=99, but the model has 25"),
+        ({}, {"generation_kwargs": {"pad_token_id": 99}}, ValueError, "has pad_token_id=99, but the model has 25 ids"),
+        ({}, {"model_init_kwargs": {"dtype": "float15"}}, ValueError, "dtype is 'float15', which torch does not know"),
+        ({"quantization_config": "4bit"}, {}, TypeError, "quantization_config is '4bit': give a"),
+    ],
+)
+def test_what_settings_tell_is_said_before_a_model_is_loaded(
+    given: dict[str, Any],
+    settings: dict[str, Any],
+    error: type[Exception],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = saved_model(tmp_path / "model")
+    monkeypatch.delattr(PreTrainedModel, "from_pretrained")
+    args = config(output_dir=str(tmp_path / "run"), max_completion_length=4, **settings)
+    given = {"reward_funcs": lambda completions: [1.0] * len(completions), **given}
+    assert says in refused(lambda: PPOTrainer(model, args=args, train_dataset=prompt_dataset(), **given), error)

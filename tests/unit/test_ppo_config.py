@@ -7,7 +7,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 from trl import TrlParser
 
@@ -344,3 +346,32 @@ def test_every_field_is_read() -> None:
     for path in PACKAGE.rglob("*.py"):
         read |= reads(path.read_text(encoding="utf-8"), own_file=path.name == "config.py")
     assert [name for name in own_fields() if name not in read] == []
+
+
+@pytest.mark.parametrize("eos", [5, np.int64(5), np.array([5]), torch.tensor(5), torch.tensor([5]), (5,), {5}])
+def test_ids_of_any_kind_end_a_completion(eos: Any) -> None:
+    assert make(generation_kwargs={"eos_token_id": eos}).generation_kwargs == {"eos_token_id": [5]}
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"eos_token_id": 5.0}, "has eos_token_id=5.0: give an id"),
+        ({"pad_token_id": None}, "has pad_token_id=None: give an id, or leave it out"),
+        ({"pad_token_id": -1}, "has pad_token_id=-1"),
+        ({"pad_token_id": "<pad>"}, "has pad_token_id='<pad>'"),
+        ({"max_new_tokens": None}, "has max_new_tokens=None, .* set max_completion_length"),
+        ({"max_new_tokens": None, "max_length": 12}, "has max_new_tokens=None"),
+        ({"max_length": 12}, "has max_length=12, and the length .* set max_completion_length"),
+        ({"min_new_tokens": 300}, "has min_new_tokens=300, but a completion has at most 256 tokens"),
+    ],
+)
+def test_generation_kwargs_that_contradict_a_run_are_refused(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=f"^generation_kwargs {says}"):
+        make(generation_kwargs=given)
+
+
+@pytest.mark.parametrize("given", ["[1]", {"policy": "folder"}])
+def test_model_init_kwargs_are_arguments_of_the_base(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"^model_init_kwargs is .*the policy's LoRA as peft_config"):
+        make(model_init_kwargs=given)

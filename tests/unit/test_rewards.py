@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from tests.helpers import CHAT_TEMPLATE, rollout, tiny_classifier, word_tokenizer
+from tests.helpers import CHAT_TEMPLATE, rollout, saved_model, tiny_classifier, tiny_llama, word_tokenizer
 from trl_ext import rewards
 from trl_ext.interop import RewardModule
 from trl_ext.rewards import Combination, RewardError, Scorer, name_of, weighted_total
@@ -360,6 +360,29 @@ def test_chat_template_kwargs_reach_the_models_template() -> None:
     chat = texts([[{"role": "user", "content": "the"}]], [[{"role": "assistant", "content": "cat"}]])
     scorer = Scorer([model], tokenizers=[word_tokenizer(template)], chat_template_kwargs={"loud": True})
     assert scorer(chat, {})[:, 0].item() == pytest.approx(direct(model, [7, 9, 11]), rel=1e-4)
+
+
+def test_a_model_that_gives_no_single_score_of_its_own_is_refused(tmp_path: Path) -> None:
+    """Another label would be read for the score, or a score head that was drawn at random."""
+    with pytest.raises(ValueError, match=r"LlamaForSequenceClassification' has 2 labels, and a score is one number"):
+        Scorer([tiny_classifier(num_labels=2)], [word_tokenizer()])
+    with pytest.raises(TypeError, match=r"^The reward model Linear is none of Transformers: give a function that"):
+        Scorer([nn.Linear(1, 1)], [word_tokenizer()])
+    writes = Scorer([tiny_llama()], [word_tokenizer()])
+    with pytest.raises(
+        RewardError, match=r"'LlamaForCausalLM' gives \(\d+, 25\) numbers a completion: give a sequence"
+    ):
+        writes(texts(["the cat"], ["sat"]), {})
+    with pytest.raises(
+        ValueError, match=r"holds no 'score.weight', which would be random: give the checkpoint of a seq"
+    ):
+        Scorer([saved_model(tmp_path / "lm")])
+    tiny_classifier(num_labels=2).save_pretrained(tmp_path / "two")
+    word_tokenizer().save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match=r"holds 'score.weight' of shape \(2, 16\), and \(1, 16\) is needed"):
+        Scorer([str(tmp_path / "two")])
+    with pytest.raises(FileNotFoundError, match=r"^The reward model '/no/such' does not exist"):
+        Scorer(["/no/such"])
 
 
 def test_a_model_by_its_folder_and_one_that_knows_its_folder(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -86,10 +88,13 @@ def check_generator(generator: Any, args: PPOConfig) -> None:
     """Refuse what cannot answer, and two who would.
 
     Raises:
+        ImportError: `args` name one that is not installed.
         TypeError: it has no method `answers`.
         ValueError: `args` name another one.
     """
     if generator is None:
+        if args.use_vllm and find_spec("vllm") is None and "vllm" not in sys.modules:
+            raise ImportError("use_vllm is set, but vLLM is not installed: pip install vllm, or unset it.")
         return
     try:
         inspect.signature(generator.answers).bind([], None, "policy")

@@ -13,9 +13,9 @@ from transformers.integrations import get_available_reporting_integrations
 
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.measuring import Limits, measured_prompts, measured_texts
-from trl_ext.rewards.protocol import ARGUMENTS, arguments_of
+from trl_ext.rewards.protocol import ARGUMENTS, arguments_of, check_functions
 from trl_ext.roles import SharedBase
-from trl_ext.tokens import check_chat_template, config_of, context_limit, vocabulary_size
+from trl_ext.tokens import as_ids, check_chat_template, config_of, context_limit, vocabulary_size
 from trl_ext.types import fault_of_messages
 
 
@@ -150,6 +150,7 @@ def check_run(
     config = config_of(model, args.trust_remote_code, given.get("revision"))
     vocabulary = None if config is None else vocabulary_size(config)
     tokenizer = check_tokenizer(tokenizer, train_dataset, eval_dataset, vocabulary)
+    check_ids(args, vocabulary)
     context = None if config is None else context_limit(config)
     limits = Limits.of_prompts(vocabulary, context, tokenizer, train_dataset[0]["prompt"], args, bool(functions))
     for name, dataset in datasets:
@@ -160,6 +161,19 @@ def check_run(
         measured = measured_texts(ptx_dataset, tokenizer, args.ptx_max_length)
         of_texts.check(measured, "The text in row {} of ptx_dataset", tokenizer)
     return tokenizer
+
+
+def check_ids(args: PPOConfig, vocabulary: int | None) -> None:
+    """Refuse ids in `generation_kwargs` that the model does not have.
+
+    Raises:
+        ValueError: names the first.
+    """
+    given: Any = args.generation_kwargs or {}
+    for name in ("eos_token_id", "pad_token_id"):
+        for i in as_ids(given.get(name)):
+            if vocabulary is not None and i >= vocabulary:
+                raise ValueError(f"generation_kwargs has {name}={i}, but the model has {vocabulary} ids only.")
 
 
 def check_arguments(functions: Sequence[Any], datasets: Iterable[tuple[str, Dataset]], args: PPOConfig) -> None:
@@ -182,13 +196,14 @@ def check_arguments(functions: Sequence[Any], datasets: Iterable[tuple[str, Data
 # What scores, and where ----------------------------------------------------------------------------------------------
 
 
-def check_scores(functions: list[Any], model: Any, args: PPOConfig) -> None:
-    """Refuse to begin where nothing scores, or where weights are not one per reward function (the reward role counts as
-    one).
+def check_scores(functions: list[Any], tokenizers: Any, model: Any, args: PPOConfig) -> None:
+    """Refuse to begin where nothing scores, where something cannot, or where weights are not one per reward function
+    (the reward role counts as one).
 
     Raises:
-        ValueError: says what is missing, or how many there are.
+        FileNotFoundError, TypeError, ValueError: says what is missing, or how many there are.
     """
+    check_functions(functions, as_list(tokenizers) or [None] * len(functions))
     if not functions and not (isinstance(model, SharedBase) and model.has_role("reward")):
         raise ValueError(
             "Nothing gives a score: pass reward_funcs, or a SharedBase built with reward=<adapter folder>."

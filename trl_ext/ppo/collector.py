@@ -255,5 +255,5 @@ def sampling_config(args: PPOConfig, base: SharedBase, tokenizer: PreTrainedToke
         "use_cache": True,
         **(args.generation_kwargs or {}),  # type: ignore[dict-item]
     }
-    settings["eos_token_id"] = as_ids(settings["eos_token_id"])
+    settings["eos_token_id"], settings["pad_token_id"] = as_ids(settings["eos_token_id"]), int(settings["pad_token_id"])
     return GenerationConfig(**settings)

@@ -203,6 +203,11 @@ class PPOConfig(BaseConfig):
             )
         super().__post_init__()
         self._check_generation_kwargs()
+        if not isinstance(self.model_init_kwargs, dict | None) or "policy" in (self.model_init_kwargs or {}):
+            raise ValueError(
+                f"model_init_kwargs is {self.model_init_kwargs!r:.80}: give a dict of arguments of from_pretrained, "
+                "and the policy's LoRA as peft_config."
+            )
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size would change the number of completions a rollout has: set it to False and lower "
@@ -305,9 +310,26 @@ class PPOConfig(BaseConfig):
                     f"generation_kwargs has {name}={given[name]!r}: one completion a prompt is taken, as plain ids; "
                     "leave it out."
                 )
-        eos = given.get("eos_token_id", 0)
-        if eos is None or not all(Bounds(0, whole=True).refusal(i) is None for i in as_ids(eos)) or not as_ids(eos):
-            raise ValueError(f"generation_kwargs has eos_token_id={eos!r}: give an id, or a list of ids.")
+        eos, pad = as_ids(given.get("eos_token_id", 0)), given.get("pad_token_id", 0)
+        if not eos or any(Bounds(0, whole=True).refusal(i) for i in eos):
+            raise ValueError(f"generation_kwargs has eos_token_id={given['eos_token_id']!r}: give an id, or some ids.")
+        if "eos_token_id" in given:
+            given = self.generation_kwargs = {**given, "eos_token_id": eos}
+        if Bounds(0, whole=True).refusal(pad):
+            raise ValueError(f"generation_kwargs has pad_token_id={pad!r}: give an id, or leave it out.")
+        longest = given.get("max_new_tokens", self.max_completion_length)
+        if longest is None or given.get("max_length") is not None:
+            name = "max_new_tokens" if longest is None else "max_length"
+            raise ValueError(
+                f"generation_kwargs has {name}={given[name]!r}, and the length of a completion must be known: leave it "
+                "out, and set max_completion_length."
+            )
+        least = given.get("min_new_tokens") or 0
+        if Bounds(0, longest, whole=True).refusal(least):
+            raise ValueError(
+                f"generation_kwargs has min_new_tokens={least!r}, but a completion has at most {longest} tokens: lower "
+                "it, or raise max_completion_length."
+            )
         try:
             GenerationConfig(**{"do_sample": True, "max_new_tokens": self.max_completion_length, **given})
         except (TypeError, ValueError, AttributeError) as error:

@@ -133,7 +133,7 @@ class PPOTrainer(BaseTrainer):
         checks.check_output_dir(str(args.output_dir))
         checks.check_devices(args)
         functions = checks.as_list(reward_funcs)
-        checks.check_scores(functions, model, args)
+        checks.check_scores(functions, reward_processing_classes, model, args)
         tokenizer = checks.check_run(args, train_dataset, eval_dataset, processing_class, functions, model, ptx_dataset)
         mix = PretrainMix(ptx_dataset, tokenizer, args.ptx_max_length, args.seed) if ptx_dataset is not None else None
 

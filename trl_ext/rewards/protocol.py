@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,41 @@ ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_e
 
 RewardFunction = RewardCallable | nn.Module | str
 """A reward callable, a sequence-classification model with one label, or the name or folder of one."""
+
+
+def check_functions(functions: Sequence[Any], tokenizers: Sequence[Any]) -> None:
+    """Refuse what cannot score, as far as that shows without loading it.
+
+    Args:
+        tokenizers: one for each function; None where it has none.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: names it.
+    """
+    if len(tokenizers) != len(functions):
+        raise ValueError(
+            f"reward_processing_classes has {len(tokenizers)} entries for {len(functions)} reward functions: give one "
+            "each."
+        )
+    for function in functions:
+        if not callable(function) and not isinstance(function, str):
+            raise TypeError(
+                f"A reward function must be a callable, a model or a model's name, not {type(function).__name__}."
+            )
+        if isinstance(function, str) and Path(function).is_absolute() and not Path(function).is_dir():
+            raise FileNotFoundError(f"The reward model {function!r} does not exist: give a model's name or folder.")
+        if not isinstance(function, nn.Module):
+            continue
+        if not hasattr(function, "config"):
+            raise TypeError(
+                f"The reward model {type(function).__name__} is none of Transformers: give a function that calls it."
+            )
+        labels = getattr(function.config, "num_labels", 1)
+        if type(function).__name__.endswith("ForSequenceClassification") and labels != 1:
+            raise ValueError(
+                f"The reward model {name_of(function)!r} has {labels} labels, and a score is one number: give one of "
+                "num_labels=1, or a function that reads the label you mean."
+            )
 
 
 def name_of(function: Any) -> str:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from trl_ext.rewards.protocol import RewardFunction, arguments_of, name_of
+from trl_ext.rewards.protocol import RewardFunction, arguments_of, check_functions, name_of
+from trl_ext.tokens import check_loaded
 from trl_ext.types import Rollout
 
 
@@ -47,16 +48,7 @@ class Scorer:
         batch_size: int = 64,
     ) -> None:
         tokenizers = list(tokenizers) if tokenizers is not None else [None] * len(functions)
-        if len(tokenizers) != len(functions):
-            raise ValueError(
-                f"reward_processing_classes has {len(tokenizers)} entries for {len(functions)} reward functions: give "
-                "one each."
-            )
-        for function in functions:
-            if not callable(function) and not isinstance(function, str):
-                raise TypeError(
-                    f"A reward function must be a callable, a model or a model's name, not {type(function).__name__}."
-                )
+        check_functions(functions, tokenizers)
         self.names = _distinct([name_of(function) for function in functions])
         self.timeout, self._batch_size = timeout, batch_size
         self._chat_template_kwargs = chat_template_kwargs or {}
@@ -129,9 +121,12 @@ class Scorer:
         if isinstance(model, str):
             if tokenizer is None:
                 tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-            model = AutoModelForSequenceClassification.from_pretrained(
-                model, num_labels=1, trust_remote_code=trust_remote_code
+            told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            name = model
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                name, num_labels=1, trust_remote_code=trust_remote_code, **told
             )
+            check_loaded(info, name, "a sequence classifier with one label")
         elif tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path, trust_remote_code=trust_remote_code)
         if tokenizer.pad_token_id is None:
@@ -154,6 +149,11 @@ class Scorer:
                     text=part, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
                 )
                 logits: Tensor = model(**inputs.to(device)).logits
+                if logits.shape[1:] != (1,):
+                    raise RewardError(
+                        f"Reward function {name_of(model)!r} gives {tuple(logits.shape[1:])} numbers a completion: "
+                        "give a sequence classifier with one label."
+                    )
                 scores += logits[:, 0].float().tolist()
             return scores
 

@@ -224,8 +224,9 @@ def load_scalar_head(folder: Path, size: int, device: torch.device) -> nn.Linear
     return head
 
 
-def read_pad_token_id(folder: Path) -> int | None:
-    """Pad token of the tokenizer that the reward adapter in `folder` was trained with; None where it is unknown.
+def read_pad_token_id(folder: Path, of_base: int | None) -> int | None:
+    """Pad token of the tokenizer that the reward adapter in `folder` was trained with; where no tokenizer lies there,
+    that of the base's config, `of_base`, which a classifier made of the base goes by.
 
     Transformers' sequence classifiers read the score at the last token that is not padding, by id.
     """
@@ -233,7 +234,7 @@ def read_pad_token_id(folder: Path) -> int | None:
     if "pad_token_id" in note:
         return note["pad_token_id"]
     if not (folder / "tokenizer_config.json").is_file():
-        return None
+        return of_base
     return AutoTokenizer.from_pretrained(str(folder)).pad_token_id
 
 

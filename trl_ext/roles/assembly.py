@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trl_ext.roles import adapters as files
 from trl_ext.roles import sharing
+from trl_ext.roles.packing import check_causal
 from trl_ext.roles.switching import belongs_to, keep_differentiable
+from trl_ext.tokens import check_loaded
 
 NEW = "The policy's LoraConfig"
 
@@ -123,6 +126,15 @@ def load_base(
     if dtype is not None and older is not None and _precision(dtype) != _precision(older):
         raise ValueError(f"dtype is {dtype!r} and torch_dtype, its older name, is {older!r}: leave torch_dtype out.")
     dtype = older if dtype is None else dtype
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = _precision(dtype)
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype is {dtype!r}, which torch does not know: give one such as 'bfloat16', or 'auto'.")
+    if quantization_config is not None and not isinstance(quantization_config, (dict, QuantizationConfigMixin)):
+        raise TypeError(
+            f"quantization_config is {quantization_config!r}: give a transformers.BitsAndBytesConfig, or a dict of its "
+            "fields."
+        )
     if isinstance(quantization_config, dict) and _is_bitsandbytes(quantization_config):
         quantization_config = BitsAndBytesConfig.from_dict(quantization_config)
     own = _own_quantization(name, kwargs)
@@ -137,7 +149,10 @@ def load_base(
         dtype = "auto" if own is not None else torch.float32 if quantization_config is None else torch.bfloat16
     given = {"quantization_config": quantization_config, "device_map": device_map}
     kwargs.update({key: value for key, value in given.items() if value is not None})
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
+    # Said of wrong shapes and of missing weights alike; Transformers would raise about the ones and warn of the others.
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **{**kwargs, **told})
+    check_loaded(info, name, "a causal language model")
     if own is not None and dtype != "auto" and _precision(model.dtype) != _precision(dtype):
         warnings.warn(
             f"dtype is {dtype!r}, but {name!r} was saved quantised, with its other weights in {model.dtype}, and "
@@ -172,12 +187,11 @@ def assemble(model: Any, plan: Plan) -> AssembledRoles:
     """Put every role of `plan` on `model` (a PreTrainedModel or a PeftModel).
 
     Raises:
-        TypeError: the model writes no text.
-        ValueError: its LM head is quantised, or an adapter does not fit it.
+        TypeError: the model writes no text, or is wrapped.
+        ValueError: its LM head is quantised, weights are not in memory, or an adapter does not fit it.
     """
+    _check_kind(model)
     lm_head = model.get_output_embeddings()
-    if lm_head is None:
-        raise TypeError(f"{type(model).__name__} has no LM head: give a model of AutoModelForCausalLM.")
     if not lm_head.weight.is_floating_point():
         raise ValueError(
             "The model's LM head is quantised, and log-probabilities are computed from its weight directly: name it in "
@@ -187,6 +201,7 @@ def assemble(model: Any, plan: Plan) -> AssembledRoles:
     model.requires_grad_(False)
     peft_model, policy, reference = _policy_and_reference(model, plan)
     causal_lm = peft_model.get_base_model()
+    check_causal(causal_lm)
     adapters: dict[Any, str | None] = {"policy": policy, "reference": reference}
     heads: dict[str, nn.Module] = {}
     device = causal_lm.get_output_embeddings().weight.device
@@ -212,8 +227,37 @@ def assemble(model: Any, plan: Plan) -> AssembledRoles:
     peft_model.base_model.set_adapter(policy)
     for name, parameter in peft_model.named_parameters():
         parameter.requires_grad_(belongs_to(name, policy) or belongs_to(name, adapters["value"]))
-    pad_token_id = None if plan.reward is None else files.read_pad_token_id(plan.reward)
+    own_pad = causal_lm.config.get_text_config().pad_token_id
+    pad_token_id = None if plan.reward is None else files.read_pad_token_id(plan.reward, own_pad)
     return AssembledRoles(peft_model, adapters, heads, pad_token_id)
+
+
+def _check_kind(model: Any) -> None:
+    """Refuse what is no causal language model in memory, whole and as it is.
+
+    Raises:
+        TypeError, ValueError: says what it is.
+    """
+    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    wrapped = isinstance(causal_lm, (PeftModel, torch._dynamo.OptimizedModule))
+    if wrapped or not isinstance(causal_lm, (PreTrainedModel, PeftMixedModel)):
+        raise TypeError(
+            f"The model is of type {type(causal_lm).__name__}{', around another one' if wrapped else ''}: give a model "
+            "of AutoModelForCausalLM, or one PeftModel of it."
+        )
+    if model.get_output_embeddings() is None or causal_lm.config.is_encoder_decoder:
+        raise TypeError(
+            f"{type(model).__name__} {'has an encoder' if causal_lm.config.is_encoder_decoder else 'has no LM head'}: "
+            "give a model of AutoModelForCausalLM."
+        )
+    if causal_lm.config.return_dict is False:
+        raise ValueError("The model's config has return_dict=False, and its outputs are read by name: set it to True.")
+    away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if away is not None:
+        raise ValueError(
+            f"The weight {away!r} is not in memory, or not where it computes, and all roles need all weights there: "
+            "give a device_map that puts none elsewhere, a smaller model, or a quantization_config."
+        )
 
 
 def _policy_and_reference(model: Any, plan: Plan) -> tuple[PeftModel, str, str | None]:

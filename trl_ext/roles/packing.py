@@ -92,6 +92,28 @@ def stacked(packings: Sequence[Packing]) -> tuple[Tensor, Tensor | None]:
 
 
 @torch.no_grad()
+def check_causal(causal_lm: Any) -> None:
+    """Refuse a model whose states depend on later tokens: it writes without them, and would be scored with them.
+
+    A change of the last of four tokens is looked for in the states before it.
+
+    Raises:
+        ValueError: it reads ahead.
+    """
+    device = causal_lm.get_input_embeddings().weight.device
+    ids = torch.arange(1, 5, device=device).repeat(2, 1) % causal_lm.config.get_text_config().vocab_size
+    ids[1, -1] = ids[1, 0]
+    with evaluating(causal_lm):
+        states = trunk_of(causal_lm)(input_ids=ids, use_cache=False).last_hidden_state.float()
+    changed = (states[1] - states[0]).norm(dim=-1)
+    if changed[:-1].max() > (1e-3 if causal_lm.dtype == torch.float32 else 0.05) * changed[-1]:
+        raise ValueError(
+            f"{type(causal_lm).__name__} reads ahead: a later token changes the states of those before it, which no "
+            "policy could write by; make it causal in its config (BERT and its kin have is_decoder for that)."
+        )
+
+
+@torch.no_grad()
 def can_pack(causal_lm: Any) -> bool:
     """Whether the model keeps the rows of a bin apart, tried on two bins of two rows each. Some do not: recurrent ones,
     and some implementations of attention where a batch has several bins.
