@@ -235,6 +235,14 @@ def test_a_base_is_loaded_where_and_as_it_computes() -> None:
     assert args_of_gpu(gpu, True) == {"device_map": {"": gpu}, "dtype": torch.bfloat16}
 
 
+@pytest.mark.parametrize("kind", ["pandas", "arrow", "numpy"])
+def test_rows_in_a_format_of_their_own_are_refused(kind: str) -> None:
+    chats = prompt_dataset(chat=True).with_format(kind)
+    says = f"train_dataset gives its rows in the format {kind!r}: call its reset_format()."
+    assert refused(lambda: check_prompts(chats, "train_dataset"), ValueError) == says
+    check_prompts(prompt_dataset().with_format("torch"), "train_dataset")  # texts stay texts
+
+
 # Before a model is loaded --------------------------------------------------------------------------------------------
 
 

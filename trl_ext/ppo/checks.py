@@ -33,6 +33,10 @@ def check_prompts(dataset: Any, name: str) -> None:
         raise ValueError(f"{name} has no 'prompt' column, only {dataset.column_names}: rename yours to 'prompt'{hint}.")
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: it needs at least one prompt.")
+    kind = dataset.format["type"]
+    plain = isinstance(dataset[0], dict) and isinstance(dataset[0]["prompt"], (str, list))
+    if kind not in (None, "custom") and not plain and isinstance(dataset.with_format(None)[0]["prompt"], (str, list)):
+        raise ValueError(f"{name} gives its rows in the format {kind!r}: call its reset_format().")
     first: Any = None
     for row, prompt in enumerate(dataset["prompt"]):
         reason = _reason_against(prompt)
