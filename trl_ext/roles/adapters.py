@@ -55,15 +55,16 @@ def check_folder(path: str | Path, role: str) -> Path:
     if has_config:
         sharing.check_config(read_config(folder), whose, scored, trained=True)
         sharing.check_config(read_lora_config(folder), whose, scored, trained=True)
-    try:
-        with safe_open(_weights_file(folder), framework="pt") as weights:
-            keys = list(weights.keys())
-    except SafetensorError as error:
-        raise ValueError(
-            f"The weights {str(_weights_file(folder))!r} are not whole ({error}): save or copy the adapter again."
-        ) from error
-    if has_config:
-        sharing.check_keys(keys, whose, scored)
+    for file in _weights_files(folder):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                keys = list(weights.keys())
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights {str(file)!r} are not whole ({error}): save or copy the adapter again."
+            ) from error
+        if has_config and file.name == WEIGHTS:
+            sharing.check_keys(keys, whose, scored)
     return folder
 
 
@@ -195,9 +196,11 @@ def read_score_head(folder: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: there is none, or it has more than one output.
     """
-    with safe_open(_weights_file(folder), framework="pt") as weights:
-        keys = [key for key in weights.keys() if sharing.is_score(key)]  # noqa: SIM118 (not a dict)
-        head = {key.rpartition(".")[2]: weights.get_tensor(key).float() for key in keys}
+    head = {}
+    for file in _weights_files(folder):
+        with safe_open(file, framework="pt") as weights:
+            keys = [key for key in weights.keys() if sharing.is_score(key)]  # noqa: SIM118 (not a dict)
+            head |= {key.rpartition(".")[2]: weights.get_tensor(key).float() for key in keys}
     if "weight" not in head or head["weight"].shape[0] != 1:
         reason = f"a score head with {head['weight'].shape[0]} outputs" if "weight" in head else "no score head"
         raise ValueError(
@@ -232,7 +235,8 @@ def read_pad_token_id(folder: Path) -> int | None:
     note = _read_note(folder)
     if "pad_token_id" in note:
         return note["pad_token_id"]
-    if not (folder / "tokenizer_config.json").is_file():
+    # A head beside its adapter is LLaMA-Factory's, which reads the score at the last token that the mask marks.
+    if (folder / HEAD).is_file() or not (folder / "tokenizer_config.json").is_file():
         return None
     return AutoTokenizer.from_pretrained(str(folder)).pad_token_id
 
@@ -285,8 +289,9 @@ def as_sequence_classifier(config: Any) -> LoraConfig:
     return replace(deepcopy(config), **changed)
 
 
-def _weights_file(folder: Path) -> Path:
-    return folder / (WEIGHTS if (folder / WEIGHTS).is_file() else HEAD)
+def _weights_files(folder: Path) -> list[Path]:
+    """Those of its adapter, and those of a head saved beside it, or alone."""
+    return [file for file in (folder / WEIGHTS, folder / HEAD) if file.is_file()]
 
 
 def _same_model(one: str, other: str) -> bool:
