@@ -125,6 +125,8 @@ def warn_if_quantized_otherwise(folder: Path, model: Any, role: str) -> None:
     """
     trained_quantized = _read_note(folder).get("quantized")
     if trained_quantized is None:
+        if (folder / HEAD).is_file():
+            return  # LLaMA-Factory's, whose precision does not tell
         with safe_open(folder / WEIGHTS, framework="pt") as weights:
             key = next((k for k in weights.keys() if "lora_A" in k), None)  # noqa: SIM118 (not a dict)
             trained_quantized = key is not None and weights.get_slice(key).get_dtype() == "BF16"
@@ -235,7 +237,7 @@ def read_pad_token_id(folder: Path) -> int | None:
     note = _read_note(folder)
     if "pad_token_id" in note:
         return note["pad_token_id"]
-    # A head beside its adapter is LLaMA-Factory's, which reads the score at the last token that the mask marks.
+    # A head in a file of its own is LLaMA-Factory's, which reads the score at the last token that the mask marks.
     if (folder / HEAD).is_file() or not (folder / "tokenizer_config.json").is_file():
         return None
     return AutoTokenizer.from_pretrained(str(folder)).pad_token_id
