@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, ModelConfig
 
-from tests.helpers import DEVICE, FLAGS, QUIET, prompt_dataset, saved_model, tiny_classifier, word_tokenizer
+from tests.helpers import FLAGS, QUIET, prompt_dataset, saved_model, tiny_classifier, word_tokenizer
 from trl_ext import PPOConfig, PPOTrainer, SharedBase
 
 ROOT = Path(__file__).parents[2]
@@ -38,9 +38,9 @@ def run_recipe(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **loc
     prompts.write_text("\n".join(json.dumps(row) for row in prompt_dataset(40)), encoding="utf-8")
     said = yaml.safe_load(ours(page, "yaml"))
     output = {"output_dir": str(tmp_path / "out"), "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
-    changes = {"num_train_epochs": 1, "eval_rows": 8, "max_completion_length": 6, "bf16": False, "dataset": str(prompts), **output}
+    small = {"num_train_epochs": 1, "eval_rows": 8, "max_completion_length": 6, "bf16": False}
     config = tmp_path / "ppo.yaml"
-    config.write_text(yaml.safe_dump({**said, **changes, **local}), encoding="utf-8")
+    config.write_text(yaml.safe_dump({**said, **small, **output, "dataset": str(prompts), **local}), encoding="utf-8")
     monkeypatch.setattr(sys, "argv", [str(RECIPE), "--config", str(config), *FLAGS])
     runpy.run_path(str(RECIPE), run_name="__main__")
     return said
