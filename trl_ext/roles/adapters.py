@@ -118,26 +118,30 @@ def check_same_base(folder: Path, base_name: str, role: str) -> None:
 
 
 def warn_if_quantized_otherwise(folder: Path, model: Any, role: str) -> None:
-    """Warn where an adapter was trained over the same base in another precision.
-
-    A folder written here has it in its note. TRL's trainers store LoRA weights as bfloat16 over a quantised base and
-    as float32 over any other.
-    """
-    trained_quantized = _read_note(folder).get("quantized")
-    if trained_quantized is None:
-        if (folder / HEAD).is_file():
-            return  # LLaMA-Factory's, whose precision does not tell
-        with safe_open(folder / WEIGHTS, framework="pt") as weights:
-            key = next((k for k in weights.keys() if "lora_A" in k), None)  # noqa: SIM118 (not a dict)
-            trained_quantized = key is not None and weights.get_slice(key).get_dtype() == "BF16"
-    if trained_quantized != is_quantized(model):
-        was, now = ("a quantised", "not quantised") if trained_quantized else ("an unquantised", "quantised")
+    """Warn where an adapter was trained over the same base in another precision."""
+    trained = trained_over_quantized(folder)
+    if trained is not None and trained != is_quantized(model):
+        was, now = ("a quantised", "not quantised") if trained else ("an unquantised", "quantised")
         warnings.warn(
             f"The {role} adapter in {str(folder)!r} was trained over {was} base, and this base is {now}: its outputs "
             f"shift. Train the {role} model over the base exactly as PPO loads it (same quantization_config).",
             UserWarning,
             stacklevel=3,
         )
+
+
+def trained_over_quantized(folder: Path) -> bool | None:
+    """Whether the saved adapter was trained over a quantised base; None where its folder does not tell.
+
+    One written here has it in its note. TRL's trainers store LoRA weights as bfloat16 over a quantised base and as
+    float32 over any other.
+    """
+    noted: bool | None = _read_note(folder).get("quantized")
+    if noted is not None or (folder / HEAD).is_file():  # LLaMA-Factory's precision does not tell
+        return noted
+    with safe_open(folder / WEIGHTS, framework="pt") as weights:
+        key = next((k for k in weights.keys() if "lora_A" in k), None)  # noqa: SIM118 (not a dict)
+        return key is not None and weights.get_slice(key).get_dtype() == "BF16"
 
 
 def is_quantized(model: Any) -> bool:
@@ -198,7 +202,7 @@ def read_score_head(folder: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: there is none, or it has more than one output.
     """
-    head = {}
+    head: dict[str, Tensor] = {}
     for file in _weights_files(folder):
         with safe_open(file, framework="pt") as weights:
             keys = [key for key in weights.keys() if sharing.is_score(key)]  # noqa: SIM118 (not a dict)
