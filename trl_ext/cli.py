@@ -11,10 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 from rich.text import Text
 
 from trl_ext import diagnostics, feedback
+from trl_ext.diagnostics.catalogue import all_clear
+from trl_ext.diagnostics.pages import page
 from trl_ext.feedback.reading import renaming
 
 
@@ -36,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.add_argument("--strict", action="store_true", help="exit with status 2 where there is a problem")
     doctor.set_defaults(run=_doctor)
+    explain = rooms.add_parser("explain", help="the page about one of the doctor's problems")
+    explain.add_argument("name", help="as the doctor says it, e.g. kl_runs_away")
+    explain.set_defaults(run=_explain)
     report = rooms.add_parser("report", help="one HTML file about a run, or about two side by side")
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="output folders, as for doctor")
     report.add_argument("--output", type=Path, metavar="FILE", help="where to; report.html in the first folder")
@@ -82,6 +88,11 @@ def _doctor(chosen: argparse.Namespace) -> int:
     return 2 if chosen.strict and problems else 0
 
 
+def _explain(chosen: argparse.Namespace) -> int:
+    Console().print(Markdown(page(chosen.name)))
+    return 0
+
+
 def _report(chosen: argparse.Namespace) -> int:
     print(diagnostics.write_report(chosen.run_dirs, chosen.output))
     return 0
@@ -91,11 +102,12 @@ def _print_findings(log: diagnostics.RunLog, findings: Sequence[diagnostics.Find
     console = Console()
     console.print(Text(f"{log.kind} run, {len(log.rows)} logs, steps {log.steps[0]} to {log.steps[1]}"))
     if not findings:
-        console.print("Nothing stands out.")
+        console.print(all_clear(log))
     for finding in findings:
         table = Table(title=f"{finding.severity}: {finding.title}", show_header=False, title_justify="left")
-        for name in ("evidence", "cause", "remedy", "page"):
+        for name in ("evidence", "cause", "remedy"):
             table.add_row(name, Text(str(getattr(finding, name))))
+        table.add_row("more", f"trl-ext explain {finding.name}")
         table.add_row("steps", f"{finding.steps[0]} to {finding.steps[1]}")
         for sample in finding.samples:
             table.add_row(f"score {sample.score:.2f}", Text(f"{sample.prompt} -> {sample.completion}"))
