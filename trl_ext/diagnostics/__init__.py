@@ -15,9 +15,7 @@ __all__ = [
     "Rule",
     "RunLog",
     "Sample",
-    "all_clear",
     "diagnose",
-    "page",
     "read_run",
     "write_report",
 ]
