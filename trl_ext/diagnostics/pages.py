@@ -5,7 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from pathlib import Path
 
-INSTALLED = Path(__file__).parent / "pages"
+INSTALLED = Path(__file__).parent / "texts"
 IN_A_CLONE = Path(__file__).parents[2] / "docs" / "diagnostics"
 
 
