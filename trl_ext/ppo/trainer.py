@@ -372,13 +372,14 @@ class PPOTrainer(BaseTrainer):
             logs["memory/peak_gib"] = peak_memory(self.accelerator.device) / 2**30
             self.collector.seconds.clear()
         super().log(logs, start_time)
+        experience = self.experience
         # Once a rollout, though its steps may be logged one by one.
-        if "loss" in logs and self.args.log_completions and self.experience is not self._shown:
-            self._shown = self.experience
+        if "loss" in logs and self.args.log_completions and experience is not None and experience is not self._shown:
+            self._shown = experience
             extra = gather_object([dict(self.collector.log.columns)])
             if self.is_world_process_zero():
                 step = self.state.global_step
-                frame = completions_frame(self.experience, self.collector.score_names, step, extra)
+                frame = completions_frame(experience, self.collector.score_names, step, extra)
                 save_completions(frame, str(self.args.output_dir), step)
                 track_completions(frame, self.args.report_to or ())
                 print_completions(frame, self.args.num_completions_to_print, f"Step {step}")
