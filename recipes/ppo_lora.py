@@ -73,7 +73,6 @@ def main() -> None:
             "roles": ", ".join(f"{role}: {name or 'the bare base'}" for role, name in base.adapters.items()),
             "memory": launch.megabytes(base),
             "data": f"{len(train)} prompts of {script.dataset!r}, {len(test)} held out",
-            "update": f"{args.rollout_batch_size} answers, {args.steps_per_rollout} optimizer steps",
         },
     )
     prompts, how = test["prompt"][:64], {"chat_template_kwargs": args.chat_template_kwargs}

@@ -11,10 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 from rich.text import Text
 
 from trl_ext import diagnostics, feedback
+from trl_ext.diagnostics.catalogue import all_clear
+from trl_ext.diagnostics.pages import page
 from trl_ext.feedback.reading import renaming
 
 
@@ -36,10 +39,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.add_argument("--strict", action="store_true", help="exit with status 2 where there is a problem")
     doctor.set_defaults(run=_doctor)
+    explain = rooms.add_parser("explain", help="the page about one of the doctor's problems")
+    explain.add_argument("name", help="as the doctor says it, e.g. kl_runs_away")
+    explain.set_defaults(run=_explain)
     report = rooms.add_parser("report", help="one HTML file about a run, or about two side by side")
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="output folders, as for doctor")
     report.add_argument("--output", type=Path, metavar="FILE", help="where to; report.html in the first folder")
     report.set_defaults(run=_report)
+    for name, run, what in (
+        ("merge", _merge, "write the base with a saved adapter merged into it"),
+        ("score", _score, "score a file of answers by a saved reward adapter"),
+        ("chat", _chat, "talk to a saved policy"),
+    ):
+        command = rooms.add_parser(name, help=what)
+        command.add_argument("adapter", help="folder of the adapter")
+        command.add_argument("--base", metavar="MODEL", help="name or folder of the base; without it, the adapter's")
+        command.set_defaults(run=run)
+        if name == "merge":
+            command.add_argument("output_dir", type=Path, help="where the merged model goes")
+            command.add_argument("--dtype", default="auto", help="of its weights: auto, float32, bfloat16, float16")
+            continue
+        command.add_argument("--load_in_4bit", action="store_true", help="hold the base in 4 bits (NF4)")
+        if name == "score":
+            command.add_argument("file", help="rows with 'completion' and 'prompt': .jsonl, .json, .csv, .parquet")
+            command.add_argument("output", type=Path, help="the same rows with their 'score', as JSONL")
+            command.add_argument("--column", action="append", default=[], metavar="THEIRS=OURS", help="rename a column")
+        else:
+            command.add_argument("--max_new_tokens", type=int, default=256, help="most tokens of an answer")
+            command.add_argument("--temperature", type=float, default=1.0, help="of the sampling")
     chosen = parser.parse_args(arguments)
     try:
         return int(chosen.run(chosen))
@@ -61,6 +88,11 @@ def _doctor(chosen: argparse.Namespace) -> int:
     return 2 if chosen.strict and problems else 0
 
 
+def _explain(chosen: argparse.Namespace) -> int:
+    Console().print(Markdown(page(chosen.name)))
+    return 0
+
+
 def _report(chosen: argparse.Namespace) -> int:
     print(diagnostics.write_report(chosen.run_dirs, chosen.output))
     return 0
@@ -70,11 +102,12 @@ def _print_findings(log: diagnostics.RunLog, findings: Sequence[diagnostics.Find
     console = Console()
     console.print(Text(f"{log.kind} run, {len(log.rows)} logs, steps {log.steps[0]} to {log.steps[1]}"))
     if not findings:
-        console.print("Nothing stands out.")
+        console.print(all_clear(log))
     for finding in findings:
         table = Table(title=f"{finding.severity}: {finding.title}", show_header=False, title_justify="left")
-        for name in ("evidence", "cause", "remedy", "page"):
+        for name in ("evidence", "cause", "remedy"):
             table.add_row(name, Text(str(getattr(finding, name))))
+        table.add_row("more", f"trl-ext explain {finding.name}")
         table.add_row("steps", f"{finding.steps[0]} to {finding.steps[1]}")
         for sample in finding.samples:
             table.add_row(f"score {sample.score:.2f}", Text(f"{sample.prompt} -> {sample.completion}"))
@@ -100,6 +133,42 @@ def _check(chosen: argparse.Namespace) -> int:
     if chosen.picture:
         feedback.draw_ratings(report, chosen.picture)
         console.print(Text(f"drawn into {chosen.picture}"))
+    return 0
+
+
+def _merge(chosen: argparse.Namespace) -> int:
+    from trl_ext.launch import trained
+
+    difference = trained.merge(chosen.adapter, chosen.output_dir, chosen.base, chosen.dtype)
+    print(f"{chosen.output_dir} (at most {difference:.1g} from the adapter on its base)")
+    return 0
+
+
+def _score(chosen: argparse.Namespace) -> int:
+    from trl_ext.launch import load_texts, trained
+
+    if chosen.output.exists():
+        raise ValueError(f"{str(chosen.output)!r} exists: name another file for the scores.")
+    rows = load_texts(chosen.file).rename_columns(renaming(chosen.column))
+    scores = trained.score(chosen.adapter, rows, chosen.base, chosen.load_in_4bit)
+    scored = (json.dumps({**row, "score": score}, ensure_ascii=False) for row, score in zip(rows, scores, strict=True))
+    chosen.output.write_text("".join(f"{line}\n" for line in scored), encoding="utf-8")
+    print(f"{len(scores)} scores, mean {sum(scores) / len(scores):.3g}, in {chosen.output}")
+    return 0
+
+
+def _chat(chosen: argparse.Namespace) -> int:
+    from trl_ext.launch import trained
+
+    def ask() -> str | None:
+        try:
+            return input("> ")
+        except (EOFError, KeyboardInterrupt):
+            return None
+
+    print("Say something; /new begins anew, an empty line ends.")
+    sampling = {"max_new_tokens": chosen.max_new_tokens, "temperature": chosen.temperature}
+    trained.chat(chosen.adapter, ask, chosen.base, chosen.load_in_4bit, **sampling)
     return 0
 
 

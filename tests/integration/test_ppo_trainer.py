@@ -360,7 +360,10 @@ def test_reward_functions_get_columns_may_be_async_abstain_and_are_weighted(tmp_
     assert seen["trainer_state"] is not None
     assert len(seen["animal"]) == len(seen["ids"]) == 8
     assert len({*map(str, seen["prompts"])}) > 1
-    frame = pd.read_parquet(tmp_path / "out" / "completions" / "completions_00001.parquet")
+    assert len(rows_with(trainer, "loss")) == 2, "each step was logged, the rollout shown once"
+    (table,) = (tmp_path / "out" / "completions").iterdir()
+    frame = pd.read_parquet(table)
+    assert table.name == "completions_00001.parquet"
     assert frame["twice"].tolist() == [2 * len(text) for text in frame["completion"]]
     assert frame["reward/later"].isna().sum() == 1
     assert {"step", "prompt", "completion", "score", "kl", "tokens", "ended"} <= set(frame.columns)

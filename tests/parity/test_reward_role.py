@@ -14,8 +14,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 from trl import RewardConfig, RewardTrainer
 
 from tests.helpers import DEVICE, QUIET
@@ -143,6 +144,36 @@ def test_where_the_score_is_read(tmp_path: Path) -> None:
     classifier = tiny.load_classifier(reward, base_folder)
     classifier.config.pad_token_id = tiny.EOS
     close(with_tokenizer[:3], classifier(batch[:3], attention_mask=mask[:3]).logits.squeeze(-1))
+
+
+@torch.no_grad()
+def test_a_reward_model_with_its_head_in_a_file_of_its_own(tmp_path: Path) -> None:
+    """As LLaMA-Factory saves it: a causal LM's adapter, and `v_head` beside it. Its score is read at the last token."""
+    base_folder = str(tiny.save_base(tmp_path / "base", tiny.config_of("llama"), pad="<eos>"))
+    folder = tmp_path / "reward"
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder).to(DEVICE), tiny.new_lora()).eval()
+    for parameter in (p for name, p in model.named_parameters() if "lora_" in name):
+        parameter.normal_(std=0.2)
+    head = torch.nn.Linear(model.config.hidden_size, 1, device=DEVICE)
+    model.save_pretrained(folder)
+    save_file(
+        {f"v_head.summary.{key}": tensor.cpu() for key, tensor in head.state_dict().items()},
+        folder / "value_head.safetensors",
+    )
+    tiny.make_tokenizer(pad="<eos>").save_pretrained(folder)
+    ids = torch.tensor([[5, 6, 7, 1], [8, 9, 1, 0]], device=DEVICE)
+    mask = ids.ne(tiny.PAD).long()
+    hidden = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+    expected = head(hidden[[0, 1], [3, 2]]).squeeze(-1)
+
+    base = SharedBase.from_pretrained(base_folder, policy=tiny.new_lora(), reward=folder).eval()
+    close(base.scores(ids, mask), expected)
+    # LLaMA-Factory's PPO policy has its value head in the same file.
+    trunk = SharedBase.from_pretrained(base_folder, policy=folder, value=folder).eval()
+    close(trunk.values(ids, mask, 3)[0], head(hidden[0, :3]).squeeze(-1))
+    (folder / "value_head.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no score head"):
+        SharedBase.from_pretrained(base_folder, policy=tiny.new_lora(), reward=folder)
 
 
 @torch.no_grad()

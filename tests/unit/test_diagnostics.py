@@ -17,6 +17,7 @@ from trl_ext import DiagnosticsCallback
 from trl_ext.cli import main
 from trl_ext.diagnostics import Finding, Limits, Remedy, RunLog, Sample, diagnose, read_run
 from trl_ext.diagnostics.log import Series
+from trl_ext.diagnostics.pages import page
 from trl_ext.diagnostics.scores import functions_at_odds, over_optimisation
 
 WIGGLE = [0.03, -0.02, 0.01, -0.03, 0.02, -0.01]
@@ -467,6 +468,27 @@ def test_a_run_s_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "Completions are cut off before they end" in capsys.readouterr().out
     assert main(["doctor", str(folder), "--strict", "--json"]) == 2
     assert json.loads(capsys.readouterr().out)[0]["page"] == "docs/diagnostics/truncation.md"
+
+
+def test_the_page_of_a_problem(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every finding names its page, which is there without a clone, too (the wheel holds docs/diagnostics)."""
+    for name in {**SICK, **SICK_REWARD, **SICK_DPO}:
+        assert page(name).startswith("# ")
+    assert main(["explain", "truncation"]) == 0
+    assert "Completions are cut off before they end" in capsys.readouterr().out
+    assert main(["explain", "truncated"]) == 1
+    assert "do you mean 'truncation'?" in capsys.readouterr().err
+    finding = diagnose(log_of(**SICK["truncation"]))[0]
+    assert str(finding).endswith("More: trl-ext explain truncation.")
+
+
+def test_a_trainer_without_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"step": step, "loss": 1.0 / step} for step in range(1, 5)]
+    state = {"global_step": 4, "log_history": rows}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+    assert main(["doctor", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "no rules for this trainer" in out and "Nothing stands out" not in out
 
 
 def test_trl_s_completions_have_a_column_a_function(tmp_path: Path) -> None:

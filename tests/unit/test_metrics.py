@@ -1,5 +1,7 @@
 """Metrics between two logs, and the table of completions."""
 
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 
 from tests.helpers import rollout
 from trl_ext.ppo import metrics as module
-from trl_ext.ppo.completions import completions_frame, print_completions, save_completions
+from trl_ext.ppo.completions import completions_frame, print_completions, save_completions, track_completions
 from trl_ext.ppo.metrics import Metrics
 from trl_ext.types import Experience, ScorePass, Scores, as_text
 
@@ -131,6 +133,38 @@ def test_print_shows_so_many_rows_and_takes_text_literally(
     assert "1.00" in printed
     assert "-0.50" in printed
     assert "unseen" not in printed
+
+
+def test_print_has_a_column_a_function_where_there_are_several(
+    experience: Experience, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = completions_frame(experience, ["likes", "hates"], 0)
+    print_completions(frame, rows=2, title="Step 0")
+    printed = capsys.readouterr().out
+    assert "likes" in printed and "hates" in printed
+    assert all(f"{value:.2f}" in printed for value in frame["reward/hates"])
+    print_completions(frame.drop(columns="reward/hates"), rows=2, title="Step 0")
+    assert "likes" not in capsys.readouterr().out
+
+
+def test_trackers_that_are_reported_to_get_the_table(experience: Experience, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, Any]] = []
+
+    def tracker(name: str, run: Any) -> types.SimpleNamespace:
+        return types.SimpleNamespace(
+            run=run, Table=lambda dataframe: dataframe, log=lambda row: told.append((name, row))
+        )
+
+    frame = completions_frame(experience, ["a", "b"], 0)
+    monkeypatch.setitem(sys.modules, "trackio", tracker("trackio", None))
+    monkeypatch.setitem(sys.modules, "wandb", tracker("wandb", object()))
+    track_completions(frame, [])
+    track_completions(frame, ["tensorboard", "wandb", "trackio"])
+    assert [(name, list(row)) for name, row in told] == [("wandb", ["completions"]), ("trackio", ["completions"])]
+    assert all(row["completions"] is frame for _, row in told)
+    monkeypatch.setitem(sys.modules, "wandb", tracker("wandb", None))  # was never started: WANDB_MODE=disabled
+    track_completions(frame, ["wandb"])
+    assert len(told) == 2
 
 
 def test_text_of_a_conversation_is_its_last_message() -> None:

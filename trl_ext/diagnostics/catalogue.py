@@ -76,3 +76,10 @@ def diagnose(log: RunLog, limits: Limits | None = None, rules: Sequence[Rule] | 
     results = [rule(log, limits) for rule in (rules if rules is not None else RULES[log.kind])]
     findings = [_within_reach(finding, log) for finding in results if finding is not None]
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
+
+
+def all_clear(log: RunLog) -> str:
+    """What to say where `diagnose` finds nothing: for a trainer without rules of its own, that there are none."""
+    if log.kind == "other":
+        return "There are no rules for this trainer; in its gradients, which every trainer logs, nothing stands out."
+    return "Nothing stands out."

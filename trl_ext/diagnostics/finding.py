@@ -59,13 +59,13 @@ class Finding:
 
     @property
     def page(self) -> str:
-        """The page of the docs that explains it."""
+        """The page of the docs that explains it, which `trl-ext explain <name>` prints."""
         return f"docs/diagnostics/{self.name}.md"
 
     def __str__(self) -> str:
         return (
             f"{self.severity}: {self.title} (steps {self.steps[0]} to {self.steps[1]}). {self.evidence} "
-            f"Likely cause: {self.cause} Remedy: {self.remedy} See {self.page}."
+            f"Likely cause: {self.cause} Remedy: {self.remedy} More: trl-ext explain {self.name}."
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from trl_ext.diagnostics.catalogue import diagnose
+from trl_ext.diagnostics.catalogue import all_clear, diagnose
 from trl_ext.diagnostics.charts import Line, line_chart, number, scatter
 from trl_ext.diagnostics.log import RunLog, Sample
 from trl_ext.diagnostics.reading import read_run, read_versions
@@ -105,6 +105,7 @@ def render(runs: Sequence[Run]) -> str:
     return environment.get_template("report.html").render(
         runs=runs,
         findings_by_run=[(run, diagnose(run.log)) for run in runs],
+        all_clear=all_clear,
         charts=[chart for chart in _charts(runs) if chart["svg"]],
         samples_by_run=[(run, _shown(run.log.samples)) for run in runs],
         settings=_settings(runs),

@@ -17,7 +17,6 @@ from trl_ext.tokens import eos_ids, padded_by_length, reward_suffix, sequence_id
 from trl_ext.types import as_text
 
 
-@torch.no_grad()
 def scored_answers(
     base: SharedBase, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int = 32
 ) -> list[ScoredAnswer]:
@@ -29,14 +28,23 @@ def scored_answers(
         batch_size: answers in one forward; answers of like length share one.
     """
     answers = list(_answers(rows))
-    sequences = [sequence_ids(tokenizer, prompt, answer) for prompt, answer, _, _ in answers]
+    scores = scores_of(base, tokenizer, [(prompt, answer) for prompt, answer, _, _ in answers], batch_size)
+    return [
+        ScoredAnswer(group, worth, score, len(as_text(answer)))
+        for (_, answer, worth, group), score in zip(answers, scores, strict=True)
+    ]
+
+
+@torch.no_grad()
+def scores_of(
+    base: SharedBase, tokenizer: PreTrainedTokenizerBase, answers: Sequence[tuple[Any, Any]], batch_size: int = 32
+) -> list[float]:
+    """The reward role's score of each (prompt, answer), texts or conversations, as TRL's RewardTrainer reads them."""
+    sequences = [sequence_ids(tokenizer, prompt, answer) for prompt, answer in answers]
     scores = torch.zeros(len(answers))
     for numbers, ids, mask in padded_by_length(sequences, batch_size):
         scores[numbers] = base.scores(ids.to(base.device), mask.to(base.device)).float().cpu()
-    return [
-        ScoredAnswer(group, worth, score, len(as_text(answer)))
-        for (_, answer, worth, group), score in zip(answers, scores.tolist(), strict=True)
-    ]
+    return scores.tolist()
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from trl_ext.ppo import PPOConfig
+
 # What is shown, under which name, of what is there.
 SHOWN = {
     "objective/scores": "score",
@@ -25,7 +27,12 @@ SHOWN = {
 
 
 class Progress(TrainerCallback):
-    """Prints one line a log."""
+    """Prints what a PPO run's steps are made of, and one line a log."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print how many rollouts, epochs and minibatches the steps are."""
+        if state.is_world_process_zero and isinstance(args, PPOConfig):
+            print(steps_in_words(args, state.max_steps), flush=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Print what of `SHOWN` is in it; PPO's own sum of losses says nothing, so it is left out there."""
@@ -36,6 +43,19 @@ class Progress(TrainerCallback):
             kind = "evaluation" if any(name.startswith("eval_") for name in logs or {}) else "step"
             line = "  ".join(f"{label} {float(value):.3g}" for label, value in shown.items())
             print(f"{kind} {state.global_step}/{state.max_steps}  {line}", flush=True)
+
+
+def steps_in_words(args: PPOConfig, max_steps: int) -> str:
+    """What `max_steps` optimizer steps are: "400 steps = 50 rollouts of 64 completions x 4 epochs x 2 minibatches"."""
+    rollouts = _counted(-(-max_steps // args.steps_per_rollout), "rollout", "rollouts")
+    completions = _counted(args.rollout_batch_size, "completion", "completions")
+    epochs = _counted(args.num_ppo_epochs, "epoch", "epochs")
+    minibatches = _counted(args.num_mini_batches, "minibatch", "minibatches")
+    return f"{_counted(max_steps, 'step', 'steps')} = {rollouts} of {completions} x {epochs} x {minibatches}"
+
+
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count:,} {one if count == 1 else many}"
 
 
 def show_progress(trainer: Trainer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,26 @@ def save_completions(frame: pd.DataFrame, output_dir: str, step: int) -> Path:
     return path
 
 
+def track_completions(frame: pd.DataFrame, trackers: Sequence[str]) -> None:
+    """Give wandb and trackio, where the run reports to them, the completions as a table, as TRL's GRPOTrainer does."""
+    for name in ("wandb", "trackio"):
+        if name in trackers:
+            tracker = import_module(name)
+            if name == "trackio" or tracker.run is not None:
+                tracker.log({"completions": tracker.Table(dataframe=frame)})
+
+
 def print_completions(frame: pd.DataFrame, rows: int, title: str) -> None:
-    """Print the first `rows` completions with score and KL."""
+    """Print the first `rows` completions with their scores, by function where there are several, and KL."""
+    functions = [name for name in frame.columns if name.startswith("reward/")]
+    numbers = {"score": "Score", "kl": "KL"}
+    if len(functions) > 1:
+        numbers = {"score": "Score", **{name: name.removeprefix("reward/") for name in functions}, "kl": "KL"}
     table = Table(title=title, show_lines=True)
-    for column, justify in (("Prompt", "left"), ("Completion", "left"), ("Score", "right"), ("KL", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for row in frame.head(rows).itertuples():
-        table.add_row(Text(row.prompt), Text(row.completion), f"{row.score:.2f}", f"{row.kl:.2f}")
+    table.add_column("Prompt")
+    table.add_column("Completion")
+    for heading in numbers.values():
+        table.add_column(heading, justify="right")
+    for row in frame.head(rows).to_dict("records"):
+        table.add_row(Text(row["prompt"]), Text(row["completion"]), *(f"{row[name]:.2f}" for name in numbers))
     Console().print(table)

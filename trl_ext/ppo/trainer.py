@@ -33,7 +33,7 @@ from trl_ext.ppo.building import (
 )
 from trl_ext.ppo.checkpoints import Checkpoints
 from trl_ext.ppo.collector import Collector
-from trl_ext.ppo.completions import completions_frame, print_completions, save_completions
+from trl_ext.ppo.completions import completions_frame, print_completions, save_completions, track_completions
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.experience import make_experience
 from trl_ext.ppo.failures import together
@@ -161,6 +161,7 @@ class PPOTrainer(BaseTrainer):
         events = self.events = RolloutEvents(self, together)
         generator = generator if generator is not None else build_generator(self.base, args, self.accelerator)
         scorer = build_scorer(functions, reward_processing_classes, args, self.accelerator.device)
+        self._shown: Experience | None = None  # the rollout whose completions were printed and saved
         self.collector = Collector(self.base, tokenizer, generator, scorer, args, self.accelerator, events)
         self.updater = Updater(self.base, args, self.accelerator, self.collector, events, mix)
         self.checkpoints = Checkpoints(args, self.updater, self.accelerator)
@@ -198,6 +199,7 @@ class PPOTrainer(BaseTrainer):
         self.updater.reset()
         self.checkpoints.forget_step_end()
         self._postponed = None
+        self._shown = None
         # A step is closed before anybody hears of it, and trackers come after the callbacks that add to a log.
         self.callback_handler.callbacks.sort(
             key=lambda callback: (not isinstance(callback, _AfterStep), not isinstance(callback, RolloutCallback))
@@ -370,12 +372,16 @@ class PPOTrainer(BaseTrainer):
             logs["memory/peak_gib"] = peak_memory(self.accelerator.device) / 2**30
             self.collector.seconds.clear()
         super().log(logs, start_time)
-        if "loss" in logs and self.args.log_completions and self.experience is not None:
+        experience = self.experience
+        # Once a rollout, though its steps may be logged one by one.
+        if "loss" in logs and self.args.log_completions and experience is not None and experience is not self._shown:
+            self._shown = experience
             extra = gather_object([dict(self.collector.log.columns)])
             if self.is_world_process_zero():
                 step = self.state.global_step
-                frame = completions_frame(self.experience, self.collector.score_names, step, extra)
+                frame = completions_frame(experience, self.collector.score_names, step, extra)
                 save_completions(frame, str(self.args.output_dir), step)
+                track_completions(frame, self.args.report_to or ())
                 print_completions(frame, self.args.num_completions_to_print, f"Step {step}")
 
     def evaluation_loop(

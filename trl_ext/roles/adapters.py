@@ -55,15 +55,16 @@ def check_folder(path: str | Path, role: str) -> Path:
     if has_config:
         sharing.check_config(read_config(folder), whose, scored, trained=True)
         sharing.check_config(read_lora_config(folder), whose, scored, trained=True)
-    try:
-        with safe_open(_weights_file(folder), framework="pt") as weights:
-            keys = list(weights.keys())
-    except SafetensorError as error:
-        raise ValueError(
-            f"The weights {str(_weights_file(folder))!r} are not whole ({error}): save or copy the adapter again."
-        ) from error
-    if has_config:
-        sharing.check_keys(keys, whose, scored)
+    for file in _weights_files(folder):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                keys = list(weights.keys())
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights {str(file)!r} are not whole ({error}): save or copy the adapter again."
+            ) from error
+        if has_config and file.name == WEIGHTS:
+            sharing.check_keys(keys, whose, scored)
     return folder
 
 
@@ -117,24 +118,30 @@ def check_same_base(folder: Path, base_name: str, role: str) -> None:
 
 
 def warn_if_quantized_otherwise(folder: Path, model: Any, role: str) -> None:
-    """Warn where an adapter was trained over the same base in another precision.
-
-    A folder written here has it in its note. TRL's trainers store LoRA weights as bfloat16 over a quantised base and
-    as float32 over any other.
-    """
-    trained_quantized = _read_note(folder).get("quantized")
-    if trained_quantized is None:
-        with safe_open(folder / WEIGHTS, framework="pt") as weights:
-            key = next((k for k in weights.keys() if "lora_A" in k), None)  # noqa: SIM118 (not a dict)
-            trained_quantized = key is not None and weights.get_slice(key).get_dtype() == "BF16"
-    if trained_quantized != is_quantized(model):
-        was, now = ("a quantised", "not quantised") if trained_quantized else ("an unquantised", "quantised")
+    """Warn where an adapter was trained over the same base in another precision."""
+    trained = trained_over_quantized(folder)
+    if trained is not None and trained != is_quantized(model):
+        was, now = ("a quantised", "not quantised") if trained else ("an unquantised", "quantised")
         warnings.warn(
             f"The {role} adapter in {str(folder)!r} was trained over {was} base, and this base is {now}: its outputs "
             f"shift. Train the {role} model over the base exactly as PPO loads it (same quantization_config).",
             UserWarning,
             stacklevel=3,
         )
+
+
+def trained_over_quantized(folder: Path) -> bool | None:
+    """Whether the saved adapter was trained over a quantised base; None where its folder does not tell.
+
+    One written here has it in its note. TRL's trainers store LoRA weights as bfloat16 over a quantised base and as
+    float32 over any other.
+    """
+    noted: bool | None = _read_note(folder).get("quantized")
+    if noted is not None or (folder / HEAD).is_file():  # LLaMA-Factory's precision does not tell
+        return noted
+    with safe_open(folder / WEIGHTS, framework="pt") as weights:
+        key = next((k for k in weights.keys() if "lora_A" in k), None)  # noqa: SIM118 (not a dict)
+        return key is not None and weights.get_slice(key).get_dtype() == "BF16"
 
 
 def is_quantized(model: Any) -> bool:
@@ -195,9 +202,11 @@ def read_score_head(folder: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: there is none, or it has more than one output.
     """
-    with safe_open(_weights_file(folder), framework="pt") as weights:
-        keys = [key for key in weights.keys() if sharing.is_score(key)]  # noqa: SIM118 (not a dict)
-        head = {key.rpartition(".")[2]: weights.get_tensor(key).float() for key in keys}
+    head: dict[str, Tensor] = {}
+    for file in _weights_files(folder):
+        with safe_open(file, framework="pt") as weights:
+            keys = [key for key in weights.keys() if sharing.is_score(key)]  # noqa: SIM118 (not a dict)
+            head |= {key.rpartition(".")[2]: weights.get_tensor(key).float() for key in keys}
     if "weight" not in head or head["weight"].shape[0] != 1:
         reason = f"a score head with {head['weight'].shape[0]} outputs" if "weight" in head else "no score head"
         raise ValueError(
@@ -233,6 +242,8 @@ def read_pad_token_id(folder: Path, of_base: int | None) -> int | None:
     note = _read_note(folder)
     if "pad_token_id" in note:
         return note["pad_token_id"]
+    if (folder / HEAD).is_file():
+        return None  # LLaMA-Factory's, whose score is read at the last token that the mask marks
     if not (folder / "tokenizer_config.json").is_file():
         return of_base
     return AutoTokenizer.from_pretrained(str(folder)).pad_token_id
@@ -286,8 +297,9 @@ def as_sequence_classifier(config: Any) -> LoraConfig:
     return replace(deepcopy(config), **changed)
 
 
-def _weights_file(folder: Path) -> Path:
-    return folder / (WEIGHTS if (folder / WEIGHTS).is_file() else HEAD)
+def _weights_files(folder: Path) -> list[Path]:
+    """Those of its adapter, and those of a head saved beside it, or alone."""
+    return [file for file in (folder / WEIGHTS, folder / HEAD) if file.is_file()]
 
 
 def _same_model(one: str, other: str) -> bool:

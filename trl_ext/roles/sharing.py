@@ -47,7 +47,8 @@ NEEDED_DATA_ONCE = ("eva",)  # before training, and leaves the base alone
 LM_HEADS = ("lm_head", "embed_out")
 
 _LORA = re.compile(r"\.(lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector(\.weight)?)$")
-_SCORE = re.compile(r"(^|\.)score\.(weight|bias)$")
+# `v_head.summary`: in TRL 0.11's AutoModelForCausalLMWithValueHead, and so in LLaMA-Factory's reward models.
+_SCORE = re.compile(r"(^|\.)(score|v_head\.summary)\.(weight|bias)$")
 # PEFT saves the embeddings too where they are targeted or were resized.
 _EMBEDDING = re.compile(r"\.(\w*embed\w*|wte|lm_head)(\.base_layer)?\.weight$")
 

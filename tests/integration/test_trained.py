@@ -1,0 +1,109 @@
+"""What is done with saved adapters: merged, scored with, talked to."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from tests.helpers import CHAT_TEMPLATE, saved_model, word_tokenizer
+from tests.parity import tiny
+from tests.zoo import configs
+from trl_ext import SharedBase
+from trl_ext.cli import main
+from trl_ext.launch import trained
+
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> tiny.Home:
+    return tiny.build(tmp_path / "home", tiny.config_of("llama"))
+
+
+@torch.no_grad()
+def test_merged_policy_and_reward_model(home: tiny.Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", str(home.saved / "policy"), str(tmp_path / "merged")]) == 0
+    assert "from the adapter on its base" in capsys.readouterr().out
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    alone = AutoPeftModelForCausalLM.from_pretrained(home.saved / "policy")
+    base = AutoModelForCausalLM.from_pretrained(home.base_folder)
+    torch.testing.assert_close(merged(IDS).logits, alone(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert (base(IDS).logits - alone(IDS).logits).abs().max() > 0.1
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+
+    reward = tiny.save_reward_adapter(tmp_path / "reward", Path(home.base_folder), seed=3)
+    assert main(["merge", str(reward), str(tmp_path / "judge")]) == 0
+    judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge")
+    expected = tiny.load_classifier(reward, Path(home.base_folder))(IDS).logits
+    torch.testing.assert_close(judge(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_merge_that_gives_another_function_is_refused(tmp_path: Path) -> None:
+    """Zamba2's layers share their weights, and PEFT adds what each adapter holds to all of them."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(configs.config_of("zamba2")).save_pretrained(tmp_path / "zamba2")
+    word_tokenizer().save_pretrained(tmp_path / "zamba2")
+    base = SharedBase.from_pretrained(str(tmp_path / "zamba2"))
+    tiny.randomise(base, seed=3, only=".policy.", scale=0.2)
+    base.save_pretrained(tmp_path / "roles")
+    with pytest.raises(ValueError, match="another function"):
+        trained.merge(tmp_path / "roles" / "policy", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_score_a_file(home: tiny.Home, tmp_path: Path) -> None:
+    reward = tiny.save_reward_adapter(tmp_path / "reward", Path(home.base_folder), seed=3)
+    rows = [{"prompt": "w5 w6", "text": " w7", "by": "a"}, {"prompt": "w8", "text": " w9 w10 w11", "by": "b"}]
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    out = tmp_path / "scores.jsonl"
+    assert main(["score", str(reward), str(tmp_path / "answers.jsonl"), str(out), "--column", "text=completion"]) == 0
+    scored = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [row["by"] for row in scored] == ["a", "b"]
+    classifier, tokenizer = tiny.load_classifier(reward, Path(home.base_folder)), tiny.make_tokenizer()
+    for row, given in zip(scored, rows, strict=True):
+        ids = torch.tensor([tokenizer(given["prompt"] + given["text"] + tokenizer.eos_token)["input_ids"]])
+        assert row["score"] == pytest.approx(float(classifier(ids).logits), abs=1e-5)
+
+
+def test_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    base = saved_model(tmp_path / "model")
+    word_tokenizer(CHAT_TEMPLATE).save_pretrained(tmp_path / "model")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    said = iter(["the cat", "/new", "the dog", "sat", ""])
+    messages = trained.chat(tmp_path / "adapter", lambda: next(said), max_new_tokens=3)
+    assert [m["role"] for m in messages] == ["user", "assistant"] * 2
+    assert [m["content"] for m in messages if m["role"] == "user"] == ["the dog", "sat"]
+    capsys.readouterr()
+    answers = iter(["the cat"])
+
+    def once(_: str) -> str:
+        try:
+            return next(answers)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", once)
+    assert main(["chat", str(tmp_path / "adapter"), "--max_new_tokens", "3"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["merge", "{model}", "{new}"], "holds no adapter_config.json"),
+        (["merge", "{adapter}", "{model}"], "is not empty"),
+        (["score", "{adapter}", "{rows}", "{new}"], "no column 'completion'"),
+        (["chat", "nowhere"], "holds no adapter_config.json"),
+    ],
+)
+def test_bad_calls(
+    arguments: list[str], sentence: str, home: tiny.Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"answer": "w5"}\n', encoding="utf-8")
+    places = {"model": home.base_folder, "adapter": home.saved / "policy"}
+    places |= {"new": tmp_path / "new", "rows": tmp_path / "rows.jsonl"}
+    assert main([argument.format(**places) for argument in arguments]) == 1
+    assert sentence in capsys.readouterr().err

@@ -1,0 +1,195 @@
+"""What is done with a saved adapter: it is merged into its base, it scores a file of answers, or one talks to it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
+
+from trl_ext.launch.judging import scores_of
+from trl_ext.ppo.building import args_of_gpu
+from trl_ext.roles import SharedBase, adapters
+
+# Nats between a model with its adapter and the merged one: what rounding explains.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
+
+
+def merge(folder: str | Path, output_dir: str | Path, base: str | None = None, dtype: str = "auto") -> float:
+    """Write the base with a saved adapter merged into it, and the tokenizer: a plain model that Transformers, vLLM and
+    llama.cpp's converter read. A reward adapter gives a sequence classifier.
+
+    The merged model is compared with the adapter on its base before anything is written: PEFT merges some
+    architectures into another function.
+
+    Args:
+        folder: of the adapter.
+        output_dir: where the model goes.
+        base: name or folder of the base; None: the one that the adapter names.
+        dtype: of the weights, as in `from_pretrained`.
+
+    Returns:
+        The largest difference on random tokens, nats (of a reward adapter: of the score).
+
+    Raises:
+        FileNotFoundError, ValueError: there is no adapter in `folder`, `output_dir` is in use, or the merged model is
+            another function.
+    """
+    folder, output = _adapter_folder(folder), Path(output_dir)
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"The folder {str(output)!r} is not empty: name another one for the merged model.")
+    config = adapters.read_lora_config(folder)
+    name = base or base_of(folder)
+    scored = config.task_type == "SEQ_CLS"
+    kind = AutoModelForSequenceClassification if scored else AutoModelForCausalLM
+    if adapters.trained_over_quantized(folder):
+        warnings.warn(
+            f"The adapter in {str(folder)!r} was trained over a quantised base, and it is merged into one that is not: "
+            "the merged model's answers shift a little.",
+            UserWarning,
+            stacklevel=2,
+        )
+    plain = kind.from_pretrained(name, dtype=dtype, **({"num_labels": 1} if scored else {}))
+    model = PeftModel.from_pretrained(plain, str(folder)).eval()
+    before = _outputs(model, scored)
+    merged = model.merge_and_unload(safe_merge=True)
+    difference = float((_outputs(merged, scored) - before).abs().max())
+    if not difference <= TOLERANCE.get(merged.dtype, TOLERANCE[torch.bfloat16]):
+        raise ValueError(
+            f"Merged into {type(plain).__name__}, the adapter in {str(folder)!r} is another function "
+            f"({difference:.2g} nats apart): PEFT does not merge it right there. Use base and adapter side by side."
+        )
+    merged.save_pretrained(output)
+    tokenizer_of(folder, name).save_pretrained(output)
+    return difference
+
+
+def score(
+    folder: str | Path, rows: Dataset, base: str | None = None, load_in_4bit: bool = False, batch_size: int = 32
+) -> list[float]:
+    """Each row's score by a saved reward adapter, read as TRL's RewardTrainer reads it.
+
+    Args:
+        folder: that RewardTrainer, `recipes/reward_lora.py` or LLaMA-Factory wrote.
+        rows: with a column "completion" and, where answers have one, "prompt"; texts or conversations.
+        base: name or folder of the base; None: the one that the adapter names.
+        load_in_4bit: hold the base in NF4, as it was for the training.
+        batch_size: answers in one forward.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no adapter in `folder`, or a row has no completion.
+    """
+    folder = _adapter_folder(folder)
+    if "completion" not in rows.column_names:
+        raise ValueError(
+            f"The rows have no column 'completion', but {', '.join(rows.column_names)}: rename one, as in "
+            "--column text=completion."
+        )
+    for number, row in enumerate(rows):
+        if not (row["completion"] and isinstance(row["completion"], (str, list))):
+            raise ValueError(f"Row {number}, column 'completion': {row['completion']!r} is no text or conversation.")
+    name = base or base_of(folder)
+    shared = SharedBase.from_pretrained(name, reward=folder, **_how(load_in_4bit)).eval()
+    answers = [(row.get("prompt"), row["completion"]) for row in rows]
+    return scores_of(shared, tokenizer_of(folder, name), answers, batch_size)
+
+
+def chat(
+    folder: str | Path,
+    ask: Callable[[], str | None],
+    base: str | None = None,
+    load_in_4bit: bool = False,
+    **sampling: Any,
+) -> list[dict[str, str]]:
+    """Talk to a saved policy; its answers appear on the screen as they are written.
+
+    Args:
+        folder: of the adapter.
+        ask: gives what the person says next; "/new" begins anew, None or "" ends.
+        base: name or folder of the base; None: the one that the adapter names.
+        load_in_4bit: hold the base in NF4.
+        **sampling: of `generate`: max_new_tokens, temperature, ...
+
+    Returns:
+        The last conversation's messages. A tokenizer without a chat template continues texts instead.
+    """
+    folder = _adapter_folder(folder)
+    name = base or base_of(folder)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **_how(load_in_4bit))
+    model, tokenizer = PeftModel.from_pretrained(model, str(folder)).eval(), tokenizer_of(folder, name)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    messages: list[dict[str, str]] = []
+    while said := ask():
+        if said == "/new":
+            messages = []
+            continue
+        messages.append({"role": "user", "content": said})
+        if tokenizer.chat_template is None:
+            inputs = tokenizer(said, return_tensors="pt")
+        else:
+            inputs = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        inputs = inputs.to(model.device)
+        ids = model.generate(
+            **inputs, do_sample=True, streamer=streamer, pad_token_id=tokenizer.eos_token_id, **sampling
+        )
+        answer = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+def base_of(folder: Path) -> str:
+    """The base that a saved adapter names.
+
+    Raises:
+        ValueError: it names none.
+    """
+    name = adapters.read_config(folder).get("base_model_name_or_path")
+    if not name:
+        raise ValueError(f"The adapter in {str(folder)!r} does not name its base: give it with --base.")
+    return str(name)
+
+
+def tokenizer_of(folder: Path, base: str) -> PreTrainedTokenizerBase:
+    """The adapter's own tokenizer where one is saved beside it, or else its base's."""
+    own = (folder / "tokenizer_config.json").is_file()
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder) if own else base)
+    return tokenizer
+
+
+def _how(load_in_4bit: bool) -> dict[str, Any]:
+    """Arguments of `from_pretrained`."""
+    device = PartialState().device
+    computed_in = torch.bfloat16 if device.type == "cuda" else torch.float32
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed_in)
+    return args_of_gpu(device) | ({"quantization_config": nf4} if load_in_4bit else {})
+
+
+def _adapter_folder(folder: str | Path) -> Path:
+    if not (Path(folder) / adapters.CONFIG).is_file():
+        raise FileNotFoundError(f"{str(folder)!r} holds no {adapters.CONFIG}: give the folder that save_model() wrote.")
+    return Path(folder)
+
+
+@torch.no_grad()
+def _outputs(model: Any, scored: bool) -> Tensor:
+    """Log-probs (2, 32, vocabulary), or scores (2,), of the same random tokens, float32."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (2, 32), generator=torch.Generator().manual_seed(0)).to(model.device)
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+    return logits[:, 0] if scored else logits.log_softmax(dim=-1)
