@@ -32,6 +32,7 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,10 +47,12 @@ from trl_ext.ppo.batches import micro_batches, mini_batch
 from trl_ext.ppo.collector import Collector
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.experience import estimate, shape
-from trl_ext.ppo.metrics import Metrics
-from trl_ext.ppo.objectives import CheckedObjective, TokenMetrics, policy_loss, value_loss
+from trl_ext.ppo.failures import RunError, on_all, together
+from trl_ext.ppo.metrics import Metrics, name_taken
+from trl_ext.ppo.objectives import CheckedObjective, ObjectiveError, TokenMetrics, policy_loss, value_loss
 from trl_ext.ppo.pretraining import PretrainMix
 from trl_ext.ppo.summary import summarize
+from trl_ext.rewards import RewardError
 from trl_ext.roles import Role, SharedBase
 from trl_ext.roles.switching import frozen
 from trl_ext.types import Experience
@@ -63,6 +66,9 @@ EPOCH_METRICS = {
     "policy_loss": "loss/policy_avg",
     "value_loss": "loss/value_avg",
 }
+
+
+ROLLOUTS_WITHOUT = 3  # of so many in a row no gradient was finite: the run ends
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,8 @@ class Updater:
         self.rollout_metrics: dict[str, float] = {}
         self.position = Position.of(0, args)
         self._before: tuple[Metrics, EpochProgress] | None = None
+        self._finite: set[bool] = set()  # what the gradients of the rollout's minibatches were
+        self._rollouts_without = 0
         self._queue: list[Tensor] = []
         self._texts: list[tuple[Tensor, Tensor]] = []
         self._sums: dict[str, Tensor] = {}
@@ -188,13 +196,20 @@ class Updater:
         """Answer this process's prompts (rows of the dataset) and turn all processes' completions into experience."""
         control.should_update_stop = False
         scored = self.events.on_scores(self.collector(prompts, state))
-        shaped = self.events.on_rewards(shape(scored, self.args))
-        self.experience = experience = self.events.on_advantages(estimate(shaped, self.args))
+        shaped = self.events.on_rewards(together(lambda: shape(scored, self.args)))
+        self.experience = experience = self.events.on_advantages(together(lambda: estimate(shaped, self.args)))
         self.metrics.take_in(self.collector.log.metrics)
-        self.rollout_metrics = summarize(experience, self.args, self.collector.score_names)
+        self.rollout_metrics = together(lambda: self._described(experience))
         self.metrics.add_rollout(self.rollout_metrics)
         self.progress = EpochProgress(stopped=control.should_update_stop)
         return experience
+
+    def _described(self, experience: Experience) -> dict[str, float]:
+        metrics = summarize(experience, self.args, self.collector.score_names)
+        taken = name_taken(self.collector.log.metrics.names, metrics)
+        if taken is not None:
+            raise RewardError(f"A reward function logged {taken!r}, which the trainer logs itself: rename it.")
+        return metrics
 
     # Training ---------------------------------------------------------------------------------------------------------
 
@@ -252,9 +267,9 @@ class Updater:
         total = torch.zeros((), device=self.accelerator.device)
         with frozen(self._parameters["policy"] if self._warming_up else []):  # the value's trunk may be the policy's
             for roles in self._roles():
-                total = total + self._backward(self._loss(model, batch, roles))
+                total = total + self._backward(on_all(partial(self._loss, model, batch, roles)))
         if self.pretrain_mix is not None and not self._warming_up:
-            total = total + self._backward(self._pretraining_loss(model))
+            total = total + self._backward(on_all(partial(self._pretraining_loss, model)))
         return total
 
     def _backward(self, loss: Tensor) -> Tensor:
@@ -312,6 +327,7 @@ class Updater:
         if self.progress.stopped:
             return False
         finite = self._gradients_finite()
+        self._finite.add(finite)
         totals: dict[str, list[float]] = {}
         for sums in gather_object([{name: entry.tolist() for name, entry in self._sums.items()}]):
             _add_up(totals, sums)
@@ -360,15 +376,36 @@ class Updater:
             stats = EpochStats(epoch=at.epoch, skipped=self.progress.skipped, **means)
             self.progress = EpochProgress(stopped=self.progress.stopped, last_kl=stats.approxkl)
         if at.last:
-            for name, value in self.objective.metrics(self.controller.value).items():
-                self.metrics.add_value(name, value)
-            self.controller.update(self.progress.last_kl, 1)
+            self._check_gradients()
+            together(self._end_of_objective)
         if stats is not None:
             self.events.on_ppo_epoch_end(self.experience, stats)
         if at.last:
             self.events.on_update_end(self.experience, self.rollout_metrics)
         if control.should_update_stop:
             self.progress.stopped = True
+
+    def _check_gradients(self) -> None:
+        if self._finite:
+            self._rollouts_without = 0 if True in self._finite else self._rollouts_without + 1
+        self._finite = set()
+        if self._rollouts_without == ROLLOUTS_WITHOUT:
+            self._rollouts_without = 0
+            raise RunError(
+                f"No gradient of the last {ROLLOUTS_WITHOUT} rollouts was finite, so no step was taken on them: look "
+                "for what is not finite in model or objective, or go on from an earlier checkpoint with a lower "
+                "learning_rate."
+            )
+
+    def _end_of_objective(self) -> None:
+        metrics = self.objective.metrics(self.controller.value)
+        taken = name_taken(metrics, self.rollout_metrics)
+        if taken is not None:
+            name = self.args.objective_name
+            raise ObjectiveError(f"{name}.metrics returned {taken!r}, which the trainer logs itself: rename it.")
+        for name, value in metrics.items():
+            self.metrics.add_value(name, value)
+        self.controller.update(self.progress.last_kl, 1)
 
     # What an interrupted run must restore -----------------------------------------------------------------------------
 
