@@ -15,7 +15,8 @@ Transformers' Trainer keeps the loop: it draws micro-batches, steps the optimize
     Trainer.train                              for each micro-batch of each optimizer step of each rollout:
       PPOTrainer.training_step
         Updater.begin_step                     finds the step's place in the run, a Position
-        Updater.collect                        at the first micro-batch of a rollout alone
+        Updater.collect                        at the first micro-batch of a rollout alone; at its end the objective's
+                                               controller hears of the rollout before
           Collector -> rollout, scores, pass_    heard by on_rollout_end, on_scores
           shape     -> rewards                   heard by on_rewards
           estimate  -> advantages, returns       heard by on_advantages
@@ -23,8 +24,8 @@ Transformers' Trainer keeps the loop: it draws micro-batches, steps the optimize
         Updater.finish_minibatch               after the last micro-batch of a step: may the optimizer step?
       optimizer.step                           unless a guard said no
       _AfterStep.on_step_end -> PPOTrainer._after_step
-        Updater.end_step                       after the last step of an epoch: on_ppo_epoch_end; of a rollout: the
-                                               objective's controller, on_update_end
+        Updater.end_step                       after the last step of an epoch: on_ppo_epoch_end; of a rollout:
+                                               on_update_end
 """
 
 from __future__ import annotations
@@ -158,6 +159,7 @@ class Updater:
         self.rollout_metrics: dict[str, float] = {}
         self.position = Position.of(0, args)
         self._before: tuple[Metrics, EpochProgress] | None = None
+        self._controller_before: dict[str, Any] | None = None
         self._finite: set[bool] = set()  # what the gradients of the rollout's minibatches were
         self._rollouts_without = 0
         self._queue: list[Tensor] = []
@@ -172,7 +174,7 @@ class Updater:
 
     def reset(self) -> None:
         """Drop a minibatch that an earlier training left unfinished."""
-        self._queue, self._sums, self._before = [], {}, None
+        self._queue, self._sums, self._before, self._controller_before = [], {}, None, None
 
     # Experience -------------------------------------------------------------------------------------------------------
 
@@ -180,7 +182,7 @@ class Updater:
         """Before an optimizer step's first micro-batch: find its place."""
         if self.idle:
             self.position = Position.of(global_step, self.args)
-            self._before = self.metrics.copy(), deepcopy(self.progress)
+            self._before, self._controller_before = (self.metrics.copy(), deepcopy(self.progress)), None
 
     @property
     def idle(self) -> bool:
@@ -194,15 +196,21 @@ class Updater:
 
     def collect(self, prompts: list[dict[str, Any]], state: TrainerState, control: PPOControl) -> Experience:
         """Answer this process's prompts (rows of the dataset) and turn all processes' completions into experience."""
-        control.should_update_stop = False
+        control.should_update_stop, earlier = False, self.experience is not None
         scored = self.events.on_scores(self.collector(prompts, state))
         shaped = self.events.on_rewards(together(lambda: shape(scored, self.args)))
         self.experience = experience = self.events.on_advantages(together(lambda: estimate(shaped, self.args)))
         self.metrics.take_in(self.collector.log.metrics)
         self.rollout_metrics = together(lambda: self._described(experience))
         self.metrics.add_rollout(self.rollout_metrics)
+        if earlier:  # at the end of a rollout a run that resumes would not repeat it, if it failed
+            together(self._update_controller)
         self.progress = EpochProgress(stopped=control.should_update_stop)
         return experience
+
+    def _update_controller(self) -> None:
+        self._controller_before = self.controller.state_dict()
+        self.controller.update(self.progress.last_kl, 1)
 
     def _described(self, experience: Experience) -> dict[str, float]:
         metrics = summarize(experience, self.args, self.collector.score_names)
@@ -362,11 +370,14 @@ class Updater:
         takes it again."""
         if self._before is not None:
             (self.metrics, self.progress), self._before = self._before, None
+        if self._controller_before is not None:
+            self.controller.load_state_dict(self._controller_before)
+            self._controller_before = None
 
     def end_step(self, state: TrainerState, control: PPOControl) -> None:
         """After an optimizer step, taken or skipped: tell the callbacks of an epoch and an update that have ended."""
         assert self.experience is not None
-        self._before = None
+        self._before = self._controller_before = None
         if self.position.first:
             state.num_input_tokens_seen += int(self.experience.rollout.attention_mask.sum())
         at, stats = self.position, None
@@ -377,7 +388,7 @@ class Updater:
             self.progress = EpochProgress(stopped=self.progress.stopped, last_kl=stats.approxkl)
         if at.last:
             self._check_gradients()
-            together(self._end_of_objective)
+            together(self._note_objective)
         if stats is not None:
             self.events.on_ppo_epoch_end(self.experience, stats)
         if at.last:
@@ -397,7 +408,7 @@ class Updater:
                 "learning_rate."
             )
 
-    def _end_of_objective(self) -> None:
+    def _note_objective(self) -> None:
         metrics = self.objective.metrics(self.controller.value)
         taken = name_taken(metrics, self.rollout_metrics)
         if taken is not None:
@@ -405,7 +416,6 @@ class Updater:
             raise ObjectiveError(f"{name}.metrics returned {taken!r}, which the trainer logs itself: rename it.")
         for name, value in metrics.items():
             self.metrics.add_value(name, value)
-        self.controller.update(self.progress.last_kl, 1)
 
     # What an interrupted run must restore -----------------------------------------------------------------------------
 
