@@ -24,6 +24,8 @@ from trl_ext import (
 from trl_ext.callbacks import CallbackError
 from trl_ext.generation import GenerationError, TransformersGenerator
 from trl_ext.ppo import Objective
+from trl_ext.ppo.failures import RunError
+from trl_ext.ppo.metrics import name_taken
 from trl_ext.ppo.objectives import Clip, ObjectiveError
 from trl_ext.rewards import RewardError
 from trl_ext.tokens import side_by_side
@@ -160,6 +162,8 @@ def gone(value: Any) -> Any:
         ("terms", lambda terms: terms.detach(), r"must return a tensor of shape \(8, \d\) that carries the gradient"),
         ("clipped", lambda clipped: clipped.float(), r"must return a tensor of bool of shape"),
         ("metrics", lambda metrics: list(metrics), r"must return a dict of numbers by name"),
+        ("metrics", lambda _: {"objective/kl": 1.0}, r"returned 'objective/kl', which the trainer logs itself"),
+        ("metrics", lambda _: {"val/ratio": 1.0}, r"returned 'val/ratio', which the trainer logs itself"),
     ],
 )
 def test_an_objective_that_fails_late_loses_nothing(tmp_path: Path, method: str, instead: Any, message: str) -> None:
@@ -336,6 +340,12 @@ def test_every_record_can_be_replaced(tmp_path: Path, event: str) -> None:
             lambda judged: replace(judged, rollout=replace(judged.rollout, prompts=[])),
             r"returned 0 rollout\.prompts, not 8",
         ),
+        (
+            lambda judged: replace(
+                judged, rollout=replace(judged.rollout, completion_ids=judged.rollout.completion_ids + 100)
+            ),
+            r"returned an id that the model does not have in row 0: 1\d\d\.",
+        ),
     ],
 )
 def test_a_callback_that_returns_something_else_is_named(tmp_path: Path, changed: Any, message: str) -> None:
@@ -347,6 +357,44 @@ def test_a_callback_that_returns_something_else_is_named(tmp_path: Path, changed
     trainer.add_callback(Careless())
     with pytest.raises(CallbackError, match=rf"^Careless\.on_scores {message}"):
         trainer.train()
+
+
+def test_ids_that_the_model_does_not_have_are_refused_before_it_reads_them(tmp_path: Path) -> None:
+    class Careless(RolloutCallback):
+        def on_rollout_end(self, rollout: Any) -> Any:
+            ids = rollout.completion_ids.clone()
+            ids[2, 0] = 25  # the vocabulary has 25, from 0
+            return replace(rollout, completion_ids=ids)
+
+    trainer = trainer_for(tmp_path)
+    trainer.add_callback(Careless())
+    message = r"^Careless\.on_rollout_end returned an id that the model does not have in row 2: 25\.$"
+    with pytest.raises(CallbackError, match=message):
+        trainer.train()
+
+
+def test_a_reward_function_logs_under_names_of_its_own(tmp_path: Path) -> None:
+    def judge(completions: list[str], log_metric: Any, **_: Any) -> list[float]:
+        log_metric("objective/kl", 7.0)
+        return [1.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"^A reward function logged 'objective/kl', which the trainer logs itself"):
+        trainer_for(tmp_path, judge).train()
+
+
+def test_every_name_that_a_run_logs_is_known_as_taken(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, ptx_coef=0.0, max_grad_norm=1.0)
+    trainer.train()
+    for row in rows_with(trainer, "eps"):
+        assert not [name for name in row if name_taken([name], trainer.updater.rollout_metrics) is None]
+
+
+def test_a_run_whose_gradients_are_never_finite_ends(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, total_episodes=8 * 6)
+    trainer.base.trainable_parameters("policy")[0].register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(RunError, match=r"^No gradient of the last 3 rollouts was finite, .* steps before are saved in"):
+        trainer.train()
+    assert trainer.state.global_step == 3 * 2
 
 
 def test_a_callback_that_fails_late_loses_nothing(tmp_path: Path) -> None:

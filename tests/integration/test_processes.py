@@ -38,7 +38,7 @@ def launch(processes: int, script: Path, *arguments: str, **variables: str) -> s
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
     command += [str(script), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def start(model: str, out: Path, processes: int, *more: str) -> subprocess.CompletedProcess[str]:
@@ -122,3 +122,14 @@ def test_a_judge_that_fails_on_one_process_ends_both_after_a_checkpoint(folder: 
     assert done.returncode != 0
     assert done.stderr.count("raised ConnectionResetError: the judge went home") >= 2, "each process says why"
     assert (folder / "out" / "checkpoint-8" / "trainer_state.json").is_file()
+
+
+@pytest.mark.slow
+def test_what_fails_on_one_process_alone_ends_both_after_a_checkpoint(folder: Path) -> None:
+    """One seam after the other, on the main process or on the other one; every third run goes on from there."""
+    done = launch(2, Path(__file__).with_name("seams_worker.py"), str(folder / "seams"))
+    for process in range(2):
+        outcomes = json.loads((folder / "seams" / f"outcomes_{process}.json").read_text())
+        assert {seam: outcome for seam, outcome in outcomes.items() if outcome != "right"} == {}
+        assert len(outcomes) >= 30
+    assert done.returncode == 0, done.stderr[-3000:]

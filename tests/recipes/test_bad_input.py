@@ -100,7 +100,7 @@ ROWS = [
     Row("a file that is no JSON", "ppo", "--dataset broken.jsonl", "The dataset file 'broken.jsonl' cannot be read"),
     Row("half a list", "ppo", "--dataset list.jsonl", "The dataset file 'list.jsonl' cannot be read"),
     Row("a Parquet file that is none", "ppo", "--dataset broken.parquet", "The dataset file 'broken.parquet' cannot be read"),
-    Row("another name for the prompts", "ppo", "--dataset queries.jsonl", "train_dataset has no 'prompt' column, only ['query']: rename yours to 'prompt'."),
+    Row("another name for the prompts", "ppo", "--dataset queries.jsonl", "queries.jsonl has no 'prompt' column, only ['query']: rename yours to 'prompt'."),
     Row("a column renamed by half", "ppo", "--dataset queries.jsonl --columns query", "The column 'query' is not of the kind THEIRS=OURS, as in text=completion."),
     Row("a column to rename that is not there", "ppo", "--dataset queries.jsonl --columns question=prompt", "question"),
     Row("a split of a file", "ppo", "--dataset prompts.jsonl --eval_split test", "eval_split is 'test', but the file 'prompts.jsonl' has no splits: name a second file, or leave it out and eval_rows are held out."),

@@ -47,12 +47,13 @@ def refused(check: Callable[[], Any], error: type[Exception]) -> str:
         (
             DatasetDict({"train": rows(prompt=["a"])}),
             TypeError,
-            "D must be a datasets.Dataset with a 'prompt' column, not DatasetDict.",
+            "D must be a datasets.Dataset with a 'prompt' column, not DatasetDict: choose one of its splits.",
         ),
         (
             rows(prompt=["a"]).to_iterable_dataset(),
             TypeError,
-            "D must be a datasets.Dataset with a 'prompt' column, not IterableDataset.",
+            "D must be a datasets.Dataset with a 'prompt' column, not IterableDataset: a stream cannot be read before "
+            "the run, so take its rows, as in datasets.Dataset.from_list(list(stream.take(1000))).",
         ),
         (
             rows(text=["a"], label=[1]),

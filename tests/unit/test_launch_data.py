@@ -271,3 +271,11 @@ def test_a_broken_line_of_prompts_is_named(tmp_path: Path) -> None:
     file.write_text("prompt,city\np0,a\np1\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"prompts.csv' cannot be read: line 3: 1 fields under 2 columns"):
         load_rows(DataArguments(str(file)), "prompts")
+
+
+def test_a_wrong_column_is_told_before_too_few_rows(tmp_path: Path) -> None:
+    data = DataArguments(jsonl(tmp_path / "one.jsonl", [{"query": "a"}]))
+    with pytest.raises(ValueError, match=r"one\.jsonl has no 'prompt' column, only \['query'\]: rename yours"):
+        load_rows(data, "prompts")
+    with pytest.raises(FeedbackError, match=r"has the columns \['query'\], which are no form of feedback"):
+        load_pairs(data)

@@ -3,6 +3,7 @@
 import ast
 import json
 import sys
+import threading
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,8 @@ def test_an_objective_of_your_own() -> None:
     args = make(objective=Mine(), num_ppo_epochs=1)
     assert type(args.policy_objective) is Mine and not args.uses_value
     assert json.loads(args.to_json_string())["objective"] == "Mine", "a run's folder names it"
+    args.objective.lock = threading.Lock()  # type: ignore[union-attr]
+    assert "objective=Mine" in str(args), "also where it cannot be copied"
     with pytest.raises(ValueError, match=r"^objective 'Mine' knows no old policy, so a second epoch"):
         make(objective=Mine(), num_ppo_epochs=2)
     with pytest.raises(ValueError, match=r"^gamma is 0\.9, but objective 'Mine' has no critic here"):

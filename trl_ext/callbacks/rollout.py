@@ -162,14 +162,20 @@ class RolloutEvents:
         host: the trainer.
         together: makes an error on one process an error on all. `on_rollout_end` does not use it: it is called within
             work that already runs under it.
+        vocabulary: ids that the model has; None: any.
 
     Raises:
         CallbackError: each event, where a callback raised, or returned something that is no such record, or of another
-            shape.
+            shape, or with ids that the model does not have.
     """
 
-    def __init__(self, host: Host, together: Callable[[Callable[[], Any]], Any] = lambda work: work()) -> None:
-        self._host, self._together = host, together
+    def __init__(
+        self,
+        host: Host,
+        together: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+        vocabulary: int | None = None,
+    ) -> None:
+        self._host, self._together, self._vocabulary = host, together, vocabulary
 
     def on_rollout_end(self, rollout: Rollout) -> Rollout:
         """See `RolloutCallback`."""
@@ -203,7 +209,9 @@ class RolloutEvents:
         for callback in self._listening():
             returned = self._call(callback, event, record)
             if returned is not None:
-                _check_same(record, returned, f"{type(callback).__name__}.{event}")
+                where = f"{type(callback).__name__}.{event}"
+                _check_same(record, returned, where)
+                _check_ids(getattr(returned, "rollout", returned), self._vocabulary, where)
                 record = returned
         return record
 
@@ -225,6 +233,16 @@ class RolloutEvents:
             return method(**{name: by_name[name] for name in names})
         except Exception as error:
             raise CallbackError(f"{type(callback).__name__}.{event} raised {type(error).__name__}: {error}.") from error
+
+
+def _check_ids(rollout: Rollout, vocabulary: int | None, where: str) -> None:
+    for ids in (rollout.prompt_ids, rollout.completion_ids):
+        foreign = ((ids < 0) | (ids >= (vocabulary or 2**31))).nonzero().tolist()
+        if foreign:
+            row, column = foreign[0]
+            raise CallbackError(
+                f"{where} returned an id that the model does not have in row {row}: {int(ids[row, column])}."
+            )
 
 
 def _check_same(before: Any, after: Any, where: str, path: str = "") -> None:

@@ -22,6 +22,7 @@ from trl_ext.feedback.files import READERS, Unusable, numbered_rows
 from trl_ext.feedback.forms import decoded, has_half_a_character
 from trl_ext.feedback.reading import renaming
 from trl_ext.feedback.records import Problem
+from trl_ext.ppo.checks import check_column
 from trl_ext.reward_models import rows as rows_of_reward
 from trl_ext.tokens import config_of
 
@@ -48,7 +49,7 @@ class DataArguments:
 
 
 def load_rows(data: DataArguments, name: str) -> tuple[Dataset, Dataset]:
-    """Rows to train on and rows to evaluate on.
+    """Rows with a prompt to train on, and such rows to evaluate on.
 
     Args:
         data: where they are.
@@ -60,6 +61,7 @@ def load_rows(data: DataArguments, name: str) -> tuple[Dataset, Dataset]:
     if data.dataset == "demo":
         return demo.load(name, "train"), demo.load(name, "test")
     rows = _read(data.dataset, data.train_split, data.columns)
+    check_column(rows, data.dataset)  # more rows would not help
     held_out = _held_out_source(data)
     if held_out is not None:
         return rows, _read(*held_out, data.columns)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,7 +28,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from trl_ext.ppo.config import PPOConfig
-from trl_ext.ppo.failures import FAILURES
+from trl_ext.ppo.failures import FAILURES, RunError, on_all
 from trl_ext.ppo.update import Updater
 from trl_ext.types import Experience, Rollout, ScorePass, Scores
 
@@ -67,6 +68,7 @@ class Checkpoints:
     def __init__(self, args: PPOConfig, updater: Updater, accelerator: Accelerator) -> None:
         self.args, self.updater, self.accelerator = args, updater, accelerator
         self.unfinished: Path | None = None
+        self._numbers: dict[str, Any] = {}
         self._step_end: tuple[RandomState, dict[str, Any]] | None = None
         self._stepping = False
         self._told: Exception | None = None
@@ -81,11 +83,10 @@ class Checkpoints:
         (folder / "ppo_config.json").write_text(self.args.to_json_string(), encoding="utf-8")
 
     def save_state(self, folder: Path) -> None:
-        """The rollout in use and the updater's numbers. Every process must call it."""
-        numbers = self.updater.state_dict()
+        """The rollout in use, and the updater's numbers as they were when `written` was entered."""
         if self.args.should_save and self.updater.experience is not None:
             save_experience(self.updater.experience, folder)
-            (folder / NUMBERS).write_text(json.dumps(numbers), encoding="utf-8")
+            (folder / NUMBERS).write_text(json.dumps(self._numbers), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
         """Go on from the checkpoint in `folder`."""
@@ -107,29 +108,26 @@ class Checkpoints:
     @contextmanager
     def written(self, state: TrainerState) -> Iterator[None]:
         """Within, Transformers writes the checkpoint into `unfinished`; on exit it moves to its place in one step, so
-        that a run that is killed while it writes leaves nothing that could be taken for a checkpoint.
+        that a run that is killed while it writes leaves nothing that could be taken for a checkpoint. Every process
+        must enter it.
 
         Raises:
             OSError: it cannot be written; those before it are as they were.
         """
         final = self.folder_of(state.global_step)
         limit = self.args.save_total_limit
+        self._numbers = self.updater.state_dict()  # before anything is written: the processes wait for each other here
         self.args.save_total_limit = None  # what is old goes once the new one is there
         self.unfinished = final.parent / UNFINISHED
+        failure: Exception | None = None
         try:
             yield
         except Exception as error:
-            shutil.rmtree(self.unfinished, ignore_errors=True)
-            # A full disk is a RuntimeError to torch.save.
-            if not isinstance(error, (OSError, SafetensorError, RuntimeError)):
-                raise
-            last = get_last_checkpoint(str(final.parent))
-            raise OSError(
-                f"{final.name} could not be written to {str(final.parent)!r} ({error}): make room there and "
-                + (f"resume from {Path(last).name}, which is whole." if last else "start again.")
-            ) from error
+            failure = error
         finally:
-            checkpoint, self.unfinished, self.args.save_total_limit = self.unfinished / final.name, None, limit
+            unfinished, self.unfinished, self.args.save_total_limit = self.unfinished, None, limit
+        self.met(lambda: self._check_written(failure, final, unfinished))
+        checkpoint = unfinished / final.name
         if state.best_model_checkpoint == str(checkpoint):
             state.best_model_checkpoint = str(final)
             if self.args.should_save:
@@ -146,6 +144,26 @@ class Checkpoints:
                 best_model_checkpoint=state.best_model_checkpoint,
             )
         self.accelerator.wait_for_everyone()
+
+    def met(self, write: Callable[[], None]) -> None:
+        """Call `write`. Where it fails on one process it raises on all, unless they wait for each other within, as
+        those that share out the weights do."""
+        shared_out = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        write() if shared_out else on_all(write)
+
+    def _check_written(self, failure: Exception | None, final: Path, unfinished: Path) -> None:
+        if failure is None:
+            return
+        shutil.rmtree(unfinished, ignore_errors=True)
+        error = failure.__cause__ if isinstance(failure, RunError) else failure  # None: another process's
+        # A full disk is a RuntimeError to torch.save.
+        if not isinstance(error, (OSError, SafetensorError, RuntimeError)):
+            raise failure
+        last = get_last_checkpoint(str(final.parent))
+        raise OSError(
+            f"{final.name} could not be written to {str(final.parent)!r} ({error}): make room there and "
+            + (f"resume from {Path(last).name}, which is whole." if last else "start again.")
+        ) from error
 
     # Nothing is lost where something fails ----------------------------------------------------------------------------
 
@@ -177,17 +195,16 @@ class Checkpoints:
 
         Raises:
             Exception: what was raised within, with a sentence on where the run is saved: at the end of its own where it
-                is one of `FAILURES`, as a note else.
+                is one of `FAILURES`, as a note else. Nothing is saved where one of several processes failed alone.
         """
         if self._step_end is None and not whole_run:
             self.note_step_end()
         try:
             yield
         except Exception as error:
-            # Where several processes train, one that failed alone could not save: the others wait elsewhere.
-            alone = self.accelerator.num_processes > 1 and not isinstance(error, FAILURES)
-            if error is self._told or alone:
-                raise
+            known_to_all = isinstance(error, FAILURES) or self.accelerator.num_processes == 1
+            if error is self._told or not known_to_all:
+                raise  # one that failed alone could not save: the others wait elsewhere
             step, sentence = steps(), str(error)
             where = self._saved(step, save)
             if isinstance(error, torch.OutOfMemoryError):
@@ -196,7 +213,7 @@ class Checkpoints:
                     "local_rollout_forward_batch_size, per_device_train_batch_size or max_completion_length "
                     f"({sentence.split('.')[0]})."
                 )
-            if isinstance(error, FAILURES):
+            if isinstance(error, (*FAILURES, torch.OutOfMemoryError)):
                 self._told = type(error)(f"{sentence} {where}".strip())
                 raise self._told from error.__cause__
             self._told = error
@@ -209,7 +226,7 @@ class Checkpoints:
         folder = self.folder_of(step)
         if step == 0:
             return ""
-        if not folder.exists():
+        if not any(gather_object([folder.exists()])):
             if self._step_end is None or self._stepping:
                 return ""
             self._back_to_step_end()

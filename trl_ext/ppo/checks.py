@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 
@@ -26,11 +26,8 @@ def check_prompts(dataset: Any, name: str) -> None:
         TypeError: not a `datasets.Dataset`.
         ValueError: empty, without a prompt column, or with a prompt that is neither text nor conversation.
     """
-    if not isinstance(dataset, Dataset):
-        raise TypeError(f"{name} must be a datasets.Dataset with a 'prompt' column, not {type(dataset).__name__}.")
-    if "prompt" not in dataset.column_names:
-        hint = " (give the prompts themselves: they are tokenised here)" if "input_ids" in dataset.column_names else ""
-        raise ValueError(f"{name} has no 'prompt' column, only {dataset.column_names}: rename yours to 'prompt'{hint}.")
+    _check_dataset(dataset, name, "prompt")
+    check_column(dataset, name)
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: it needs at least one prompt.")
     kind = dataset.format["type"]
@@ -45,6 +42,30 @@ def check_prompts(dataset: Any, name: str) -> None:
         if reason is not None:
             raise ValueError(f"The prompt in row {row} of {name} is {prompt!r:.80}: {reason}")
         first = prompt if first is None else first
+
+
+def check_column(dataset: Dataset, name: str) -> None:
+    """Refuse rows without prompts.
+
+    Raises:
+        ValueError: there is no prompt column.
+    """
+    if "prompt" not in dataset.column_names:
+        hint = " (give the prompts themselves: they are tokenised here)" if "input_ids" in dataset.column_names else ""
+        raise ValueError(f"{name} has no 'prompt' column, only {dataset.column_names}: rename yours to 'prompt'{hint}.")
+
+
+def _check_dataset(dataset: Any, name: str, column: str) -> None:
+    if not isinstance(dataset, Dataset):
+        remedy = {
+            IterableDataset: ": a stream cannot be read before the run, so take its rows, as in "
+            "datasets.Dataset.from_list(list(stream.take(1000)))",
+            DatasetDict: ": choose one of its splits",
+        }
+        kind = type(dataset)
+        raise TypeError(
+            f"{name} must be a datasets.Dataset with a {column!r} column, not {kind.__name__}{remedy.get(kind, '')}."
+        )
 
 
 def _reason_against(prompt: Any) -> str | None:
@@ -223,6 +244,7 @@ def check_texts(ptx_dataset: Any, args: PPOConfig) -> None:
     """Refuse a pretraining term without texts, and texts without one.
 
     Raises:
+        TypeError: no dataset.
         ValueError: says which of the two is missing, or what is no text.
     """
     if bool(args.ptx_coef) != (ptx_dataset is not None):
@@ -232,9 +254,9 @@ def check_texts(ptx_dataset: Any, args: PPOConfig) -> None:
         )
     if ptx_dataset is None:
         return
-    if not isinstance(ptx_dataset, Dataset) or "text" not in ptx_dataset.column_names:
-        columns = getattr(ptx_dataset, "column_names", type(ptx_dataset).__name__)
-        raise ValueError(f"ptx_dataset has no 'text' column, only {columns}: give a datasets.Dataset of texts.")
+    _check_dataset(ptx_dataset, "ptx_dataset", "text")
+    if "text" not in ptx_dataset.column_names:
+        raise ValueError(f"ptx_dataset has no 'text' column, only {ptx_dataset.column_names}: rename yours to 'text'.")
     if len(ptx_dataset) == 0:
         raise ValueError("ptx_dataset is empty: it needs at least one text.")
     for row, text in enumerate(ptx_dataset["text"]):

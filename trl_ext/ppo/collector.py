@@ -106,9 +106,11 @@ class Collector:
         count = min(self.args.normalization_samples, len(dataset))
         drawn = permutation(len(dataset), self.args.seed)[:count].tolist()
         share = drawn[self.accelerator.process_index :: self.accelerator.num_processes]
+        batches = [share[i : i + self._batch] for i in range(0, len(share), self._batch)]
         with self._apart(self.args.seed):
-            batches = [dataset.select(share[i : i + self._batch]).to_list() for i in range(0, len(share), self._batch)]
-            parts = together(lambda: [self._reference_scores(rows, trainer_state) for rows in batches])
+            parts = together(
+                lambda: [self._reference_scores(dataset.select(rows).to_list(), trainer_state) for rows in batches]
+            )
         self.combination.moments.update(torch.cat(gather_object(parts)))
 
     def _reference_scores(self, inputs: list[dict[str, Any]], trainer_state: Any) -> Tensor:

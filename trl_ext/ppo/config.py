@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from dataclasses import dataclass, field
@@ -243,6 +244,12 @@ class PPOConfig(BaseConfig):
     def rollout_batch_size(self) -> int:
         """Completions of one rollout, over all processes."""
         return self.mini_batch_size * self.num_mini_batches
+
+    def __str__(self) -> str:
+        """As TrainingArguments', which copies every value; an objective of your own by its name."""
+        shown = copy.copy(self)
+        shown.objective = self.objective_name  # type: ignore[assignment]
+        return super(PPOConfig, shown).__str__()
 
     def to_dict(self) -> dict[str, Any]:
         """As TrainingArguments', an objective of your own by its name."""

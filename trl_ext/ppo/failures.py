@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from trl_ext.callbacks import CallbackError
@@ -18,7 +19,12 @@ class RunError(RuntimeError):
     """What nobody foresaw, by its class and its words; its cause is the error itself."""
 
 
-FAILURES = (GenerationError, RewardError, CallbackError, ObjectiveError, torch.OutOfMemoryError, RunError)
+class OutOfMemory(torch.OutOfMemoryError):
+    """Torch's, of which every process has heard."""
+
+
+# Each ends the run on all processes at once.
+FAILURES = (GenerationError, RewardError, CallbackError, ObjectiveError, OutOfMemory, RunError)
 _Result = TypeVar("_Result")
 
 
@@ -36,7 +42,8 @@ def together(work: Callable[[], _Result]) -> _Result:
     except FAILURES as error:
         failure = error
     except Exception as error:
-        failure = RunError(f"{type(error).__name__}: {error}")
+        known = isinstance(error, torch.OutOfMemoryError)
+        failure = OutOfMemory(str(error)) if known else RunError(f"{type(error).__name__}: {error}")
         failure.__cause__ = error
     kinds = [number for number, kind in enumerate(FAILURES) if isinstance(failure, kind)]
     failures = [report for report in gather_object([(kinds, str(failure))]) if report[0]]
@@ -46,3 +53,8 @@ def together(work: Callable[[], _Result]) -> _Result:
         (kind, *_), message = failures[0]
         raise FAILURES[kind](message)
     return done[0]
+
+
+def on_all(work: Callable[[], _Result]) -> _Result:
+    """As `together`; of a single process an error stays what it is."""
+    return together(work) if PartialState().num_processes > 1 else work()

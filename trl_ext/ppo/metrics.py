@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,21 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from trl_ext.core import masked_sum
+
+# What a training log holds beside a rollout's metrics.
+OF_THE_TRAINER = {
+    *("loss", "grad_norm", "learning_rate", "epoch", "step", "episode", "eps", "memory/peak_gib"),
+    *("loss/policy_avg", "loss/value_avg", "loss/ptx", "val/ratio", "val/clipfrac_avg"),
+    *("policy/approxkl_avg", "policy/first_approxkl", "policy/clipfrac_avg", "policy/entropy_avg"),
+    *("policy/skipped_minibatches", "grad_norm/policy", "grad_norm/value"),
+    *("time/generate", "time/roles", "time/score", "time/train"),
+}
+
+
+def name_taken(names: Iterable[str], rollout_metrics: Iterable[str]) -> str | None:
+    """The first of `names`, given by a user's code, that the trainer logs something else under; None where none is."""
+    taken = OF_THE_TRAINER.union(rollout_metrics)
+    return next((name for name in sorted(names) if name in taken), None)
 
 
 class Metrics:
@@ -24,6 +40,11 @@ class Metrics:
     def __init__(self) -> None:
         self._local: dict[str, Tensor] = {}
         self._rollouts: defaultdict[str, list[float]] = defaultdict(list)
+
+    @property
+    def names(self) -> set[str]:
+        """Of what has been collected."""
+        return {*self._local, *self._rollouts}
 
     def add_tokens(self, values: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
         """Add per-token `values` (batch, tokens) each at the real positions of `mask`; gives back what was added, (sum,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,7 +37,7 @@ from trl_ext.ppo.collector import Collector
 from trl_ext.ppo.completions import completions_frame, print_completions, save_completions, track_completions
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.experience import make_experience
-from trl_ext.ppo.failures import together
+from trl_ext.ppo.failures import on_all, together
 from trl_ext.ppo.interrupts import Interrupts
 from trl_ext.ppo.metrics import Metrics, peak_memory
 from trl_ext.ppo.pretraining import PretrainMix
@@ -158,7 +159,8 @@ class PPOTrainer(BaseTrainer):
         )
         self.control = PPOControl()
         self.interrupts = Interrupts()
-        events = self.events = RolloutEvents(self, together)
+        vocabulary = self.base.config.get_text_config().vocab_size
+        events = self.events = RolloutEvents(self, together, vocabulary)
         generator = generator if generator is not None else build_generator(self.base, args, self.accelerator)
         scorer = build_scorer(functions, reward_processing_classes, args, self.accelerator.device)
         self._shown: Experience | None = None  # the rollout whose completions were printed and saved
@@ -204,25 +206,37 @@ class PPOTrainer(BaseTrainer):
         self.callback_handler.callbacks.sort(
             key=lambda callback: (not isinstance(callback, _AfterStep), not isinstance(callback, RolloutCallback))
         )
-        # Where several processes train, one that failed alone could not save: the others wait elsewhere.
-        alone = self.accelerator.num_processes == 1
-        with self.interrupts, self._saved_on_failure(whole_run=True) if alone else nullcontext():
+        with self.interrupts, self._saved_on_failure(whole_run=True):
             output = super().train(*args, **kwargs)
         self.interrupts.raise_received()
         return output
 
     def _call_event(self, event: str, *args: Any, **kwargs: Any) -> Any:
-        """As Transformers' `CallbackHandler.call_event`. Once the optimizer has stepped, what a callback raises waits
-        for the end of the step, where the run can be saved."""
-        try:
+        """As Transformers' `CallbackHandler.call_event`. What a callback raises on one process, all raise. Once the
+        optimizer has stepped, it waits for the end of the step, where the run can be saved; and where a script may call
+        the event on one process alone, for the next event that all of them come to."""
+
+        def tell() -> Any:
             control = self._tell(event, *args, **kwargs)
-        except Exception as error:
-            if event != "on_optimizer_step":
-                raise
-            self._postponed, control = error, self.control
+            self._raise_postponed()
+            return control
+
+        perhaps_alone = self.accelerator.num_processes > 1 and event in ("on_log", "on_push_begin")
+        if event != "on_optimizer_step" and not perhaps_alone:
+            control = on_all(tell)
+        else:
+            try:
+                control = self._tell(event, *args, **kwargs)
+            except Exception as error:
+                self._postponed, control = error, self.control
         if event == "on_pre_optimizer_step":
             self.checkpoints.note_stepping()
         return control
+
+    def _raise_postponed(self) -> None:
+        error, self._postponed = self._postponed, None
+        if error is not None:
+            raise error
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Nothing if the interrupted run had already finished: Transformers would take one more step."""
@@ -247,9 +261,7 @@ class PPOTrainer(BaseTrainer):
             with self._saved_on_failure():
                 self._normalize_scores()
                 updater.collect(inputs, self.state, self.control)
-        # Where several processes train, one that failed alone could not save: the others wait in backward.
-        alone = self.accelerator.num_processes == 1
-        with self.collector.timed("train"), self._saved_on_failure() if alone else nullcontext():
+        with self.collector.timed("train"), self._saved_on_failure():
             loss = updater.train_on_next(model, step)
             may_step = not updater.idle or updater.finish_minibatch()
         if not may_step:
@@ -272,8 +284,7 @@ class PPOTrainer(BaseTrainer):
         self.checkpoints.note_step_end()
         with self._saved_on_failure():
             self.updater.end_step(self.state, self.control)
-            if self._postponed is not None:
-                raise self._postponed
+            on_all(self._raise_postponed)
         if any(gather_object([self.interrupts.received is not None])):
             self.control.should_save = self.control.should_training_stop = True
 
@@ -302,7 +313,7 @@ class PPOTrainer(BaseTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Transformers', whole or not at all."""
-        self.create_model_card()
+        on_all(self.create_model_card)
         self._write_checkpoint(trial)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(self.checkpoints.folder_of(self.state.global_step)))
@@ -310,6 +321,11 @@ class PPOTrainer(BaseTrainer):
     def _write_checkpoint(self, trial: Any = None) -> None:
         with self.checkpoints.written(self.state):
             super()._save_checkpoint(self.model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Transformers'. A script may call it on one process alone; the Trainer calls it on all."""
+        save = partial(super().save_model, output_dir, _internal_call)
+        self.checkpoints.met(save) if _internal_call else save()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -354,6 +370,10 @@ class PPOTrainer(BaseTrainer):
         )
         return self._sampler
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers': rows that one process cannot read end the run on all."""
+        return on_all(lambda: super(PPOTrainer, self).get_batch_samples(*args, **kwargs))
+
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt"]
 
@@ -372,17 +392,21 @@ class PPOTrainer(BaseTrainer):
             logs["memory/peak_gib"] = peak_memory(self.accelerator.device) / 2**30
             self.collector.seconds.clear()
         super().log(logs, start_time)
-        experience = self.experience
-        # Once a rollout, though its steps may be logged one by one.
-        if "loss" in logs and self.args.log_completions and experience is not None and experience is not self._shown:
-            self._shown = experience
-            extra = gather_object([dict(self.collector.log.columns)])
-            if self.is_world_process_zero():
-                step = self.state.global_step
-                frame = completions_frame(experience, self.collector.score_names, step, extra)
-                save_completions(frame, str(self.args.output_dir), step)
-                track_completions(frame, self.args.report_to or ())
-                print_completions(frame, self.args.num_completions_to_print, f"Step {step}")
+        if "loss" in logs:
+            # The completions once a rollout, though its steps may be logged one by one.
+            shown = self.args.log_completions and self.experience is not self._shown
+            self._shown = self.experience
+            extra = gather_object([dict(self.collector.log.columns)]) if shown else None
+            on_all(lambda: self._after_log(extra))
+
+    def _after_log(self, extra: list[dict[str, list[Any]]] | None) -> None:
+        self._raise_postponed()
+        if extra is not None and self.experience is not None and self.is_world_process_zero():
+            step = self.state.global_step
+            frame = completions_frame(self.experience, self.collector.score_names, step, extra)
+            save_completions(frame, str(self.args.output_dir), step)
+            track_completions(frame, self.args.report_to or ())
+            print_completions(frame, self.args.num_completions_to_print, f"Step {step}")
 
     def evaluation_loop(
         self,
@@ -396,8 +420,8 @@ class PPOTrainer(BaseTrainer):
         with self._saved_on_failure():
             self._normalize_scores()
             scored, logged = self.collector.all_of(dataloader, self.state)
-            experience = make_experience(scored, self.args)
-            metrics = summarize(experience, self.args, self.collector.score_names) | logged
+            experience = together(lambda: make_experience(scored, self.args))
+            metrics = together(lambda: summarize(experience, self.args, self.collector.score_names)) | logged
             metrics["completions/eos_rate"] = 1.0 - metrics["completions/clipped_ratio"]
             self.events.on_evaluation_end(experience, metrics)
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}

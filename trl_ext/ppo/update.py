@@ -15,7 +15,8 @@ Transformers' Trainer keeps the loop: it draws micro-batches, steps the optimize
     Trainer.train                              for each micro-batch of each optimizer step of each rollout:
       PPOTrainer.training_step
         Updater.begin_step                     finds the step's place in the run, a Position
-        Updater.collect                        at the first micro-batch of a rollout alone
+        Updater.collect                        at the first micro-batch of a rollout alone; at its end the objective's
+                                               controller hears of the rollout before
           Collector -> rollout, scores, pass_    heard by on_rollout_end, on_scores
           shape     -> rewards                   heard by on_rewards
           estimate  -> advantages, returns       heard by on_advantages
@@ -23,8 +24,8 @@ Transformers' Trainer keeps the loop: it draws micro-batches, steps the optimize
         Updater.finish_minibatch               after the last micro-batch of a step: may the optimizer step?
       optimizer.step                           unless a guard said no
       _AfterStep.on_step_end -> PPOTrainer._after_step
-        Updater.end_step                       after the last step of an epoch: on_ppo_epoch_end; of a rollout: the
-                                               objective's controller, on_update_end
+        Updater.end_step                       after the last step of an epoch: on_ppo_epoch_end; of a rollout:
+                                               on_update_end
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,10 +48,12 @@ from trl_ext.ppo.batches import micro_batches, mini_batch
 from trl_ext.ppo.collector import Collector
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.experience import estimate, shape
-from trl_ext.ppo.metrics import Metrics
-from trl_ext.ppo.objectives import CheckedObjective, TokenMetrics, policy_loss, value_loss
+from trl_ext.ppo.failures import RunError, on_all, together
+from trl_ext.ppo.metrics import Metrics, name_taken
+from trl_ext.ppo.objectives import CheckedObjective, ObjectiveError, TokenMetrics, policy_loss, value_loss
 from trl_ext.ppo.pretraining import PretrainMix
 from trl_ext.ppo.summary import summarize
+from trl_ext.rewards import RewardError
 from trl_ext.roles import Role, SharedBase
 from trl_ext.roles.switching import frozen
 from trl_ext.types import Experience
@@ -63,6 +67,9 @@ EPOCH_METRICS = {
     "policy_loss": "loss/policy_avg",
     "value_loss": "loss/value_avg",
 }
+
+
+ROLLOUTS_WITHOUT = 3  # of so many in a row no gradient was finite: the run ends
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,9 @@ class Updater:
         self.rollout_metrics: dict[str, float] = {}
         self.position = Position.of(0, args)
         self._before: tuple[Metrics, EpochProgress] | None = None
+        self._controller_before: dict[str, Any] | None = None
+        self._finite: set[bool] = set()  # what the gradients of the rollout's minibatches were
+        self._rollouts_without = 0
         self._queue: list[Tensor] = []
         self._texts: list[tuple[Tensor, Tensor]] = []
         self._sums: dict[str, Tensor] = {}
@@ -164,7 +174,7 @@ class Updater:
 
     def reset(self) -> None:
         """Drop a minibatch that an earlier training left unfinished."""
-        self._queue, self._sums, self._before = [], {}, None
+        self._queue, self._sums, self._before, self._controller_before = [], {}, None, None
 
     # Experience -------------------------------------------------------------------------------------------------------
 
@@ -172,7 +182,7 @@ class Updater:
         """Before an optimizer step's first micro-batch: find its place."""
         if self.idle:
             self.position = Position.of(global_step, self.args)
-            self._before = self.metrics.copy(), deepcopy(self.progress)
+            self._before, self._controller_before = (self.metrics.copy(), deepcopy(self.progress)), None
 
     @property
     def idle(self) -> bool:
@@ -186,15 +196,28 @@ class Updater:
 
     def collect(self, prompts: list[dict[str, Any]], state: TrainerState, control: PPOControl) -> Experience:
         """Answer this process's prompts (rows of the dataset) and turn all processes' completions into experience."""
-        control.should_update_stop = False
+        control.should_update_stop, earlier = False, self.experience is not None
         scored = self.events.on_scores(self.collector(prompts, state))
-        shaped = self.events.on_rewards(shape(scored, self.args))
-        self.experience = experience = self.events.on_advantages(estimate(shaped, self.args))
+        shaped = self.events.on_rewards(together(lambda: shape(scored, self.args)))
+        self.experience = experience = self.events.on_advantages(together(lambda: estimate(shaped, self.args)))
         self.metrics.take_in(self.collector.log.metrics)
-        self.rollout_metrics = summarize(experience, self.args, self.collector.score_names)
+        self.rollout_metrics = together(lambda: self._described(experience))
         self.metrics.add_rollout(self.rollout_metrics)
+        if earlier:  # at the end of a rollout a run that resumes would not repeat it, if it failed
+            together(self._update_controller)
         self.progress = EpochProgress(stopped=control.should_update_stop)
         return experience
+
+    def _update_controller(self) -> None:
+        self._controller_before = self.controller.state_dict()
+        self.controller.update(self.progress.last_kl, 1)
+
+    def _described(self, experience: Experience) -> dict[str, float]:
+        metrics = summarize(experience, self.args, self.collector.score_names)
+        taken = name_taken(self.collector.log.metrics.names, metrics)
+        if taken is not None:
+            raise RewardError(f"A reward function logged {taken!r}, which the trainer logs itself: rename it.")
+        return metrics
 
     # Training ---------------------------------------------------------------------------------------------------------
 
@@ -252,9 +275,9 @@ class Updater:
         total = torch.zeros((), device=self.accelerator.device)
         with frozen(self._parameters["policy"] if self._warming_up else []):  # the value's trunk may be the policy's
             for roles in self._roles():
-                total = total + self._backward(self._loss(model, batch, roles))
+                total = total + self._backward(on_all(partial(self._loss, model, batch, roles)))
         if self.pretrain_mix is not None and not self._warming_up:
-            total = total + self._backward(self._pretraining_loss(model))
+            total = total + self._backward(on_all(partial(self._pretraining_loss, model)))
         return total
 
     def _backward(self, loss: Tensor) -> Tensor:
@@ -312,6 +335,7 @@ class Updater:
         if self.progress.stopped:
             return False
         finite = self._gradients_finite()
+        self._finite.add(finite)
         totals: dict[str, list[float]] = {}
         for sums in gather_object([{name: entry.tolist() for name, entry in self._sums.items()}]):
             _add_up(totals, sums)
@@ -346,11 +370,14 @@ class Updater:
         takes it again."""
         if self._before is not None:
             (self.metrics, self.progress), self._before = self._before, None
+        if self._controller_before is not None:
+            self.controller.load_state_dict(self._controller_before)
+            self._controller_before = None
 
     def end_step(self, state: TrainerState, control: PPOControl) -> None:
         """After an optimizer step, taken or skipped: tell the callbacks of an epoch and an update that have ended."""
         assert self.experience is not None
-        self._before = None
+        self._before = self._controller_before = None
         if self.position.first:
             state.num_input_tokens_seen += int(self.experience.rollout.attention_mask.sum())
         at, stats = self.position, None
@@ -360,15 +387,35 @@ class Updater:
             stats = EpochStats(epoch=at.epoch, skipped=self.progress.skipped, **means)
             self.progress = EpochProgress(stopped=self.progress.stopped, last_kl=stats.approxkl)
         if at.last:
-            for name, value in self.objective.metrics(self.controller.value).items():
-                self.metrics.add_value(name, value)
-            self.controller.update(self.progress.last_kl, 1)
+            self._check_gradients()
+            together(self._note_objective)
         if stats is not None:
             self.events.on_ppo_epoch_end(self.experience, stats)
         if at.last:
             self.events.on_update_end(self.experience, self.rollout_metrics)
         if control.should_update_stop:
             self.progress.stopped = True
+
+    def _check_gradients(self) -> None:
+        if self._finite:
+            self._rollouts_without = 0 if True in self._finite else self._rollouts_without + 1
+        self._finite = set()
+        if self._rollouts_without == ROLLOUTS_WITHOUT:
+            self._rollouts_without = 0
+            raise RunError(
+                f"No gradient of the last {ROLLOUTS_WITHOUT} rollouts was finite, so no step was taken on them: look "
+                "for what is not finite in model or objective, or go on from an earlier checkpoint with a lower "
+                "learning_rate."
+            )
+
+    def _note_objective(self) -> None:
+        metrics = self.objective.metrics(self.controller.value)
+        taken = name_taken(metrics, self.rollout_metrics)
+        if taken is not None:
+            name = self.args.objective_name
+            raise ObjectiveError(f"{name}.metrics returned {taken!r}, which the trainer logs itself: rename it.")
+        for name, value in metrics.items():
+            self.metrics.add_value(name, value)
 
     # What an interrupted run must restore -----------------------------------------------------------------------------
 
