@@ -213,8 +213,8 @@ def test_without_a_reward_role_there_are_no_views(llama: tiny.Home) -> None:
 
 
 def test_layers_whose_names_hold_an_older_name_keep_their_weights(tmp_path: Path) -> None:
-    """Transformers reads `shared_expert` in Laguna's old checkpoints as `shared_experts`, and PEFT renames today's layers
-    of a saved adapter once more, so that it loses them."""
+    """In Laguna's old checkpoints Transformers reads `shared_expert` as `shared_experts`. PEFT renames today's layers
+    of a saved adapter once more, and loses them."""
     tiny.save_base(tmp_path / "base", zoo.config_of("laguna"))
     policy = tiny.save_policy_adapter(tmp_path / "policy", tmp_path / "base", seed=1)
     alone = load_file(policy / "adapter_model.safetensors")
