@@ -8,15 +8,25 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM, GenerationConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForCausalLM,
+    GenerationConfig,
+    RobertaConfig,
+    RwkvConfig,
+    XLMConfig,
+)
 
 from tests.helpers import DEVICE, TOLERANCE
 from tests.parity import tiny
 from tests.parity.test_roles import close
+from tests.zoo import configs as zoo
 from trl_ext import SharedBase
 from trl_ext.generation import TransformersGenerator
 from trl_ext.ppo.building import without_dropout
-from trl_ext.roles.packing import Packing, can_pack, can_pad_left, stacked
+from trl_ext.roles.packing import Packing, can_generate, can_pack, can_pad_left, stacked
 from trl_ext.tokens import longest_row
 
 PROMPTS, ANSWERS = (4, 1, 2, 3, 2, 4), (8, 1, 2, 1, 6, 5)
@@ -244,7 +254,7 @@ def test_models_that_padding_shifts_answer_prompts_of_one_length_together() -> N
     sampling = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=[31], pad_token_id=1)
     written = TransformersGenerator(base, batch_size=2).answers(prompts, sampling, "policy").ids
     padded = torch.tensor([[5, 6], [1, 8]], device=DEVICE)
-    with pytest.raises(ValueError, match="counts positions from the first column"):
+    with pytest.raises(ValueError, match="Padding on the left changes what BartForCausalLM says"):
         base.generate(input_ids=padded, attention_mask=(padded > 1).long(), generation_config=sampling)
     for prompt, completion in zip(prompts, written, strict=True):
         ids = torch.tensor([prompt], device=DEVICE)
@@ -253,9 +263,51 @@ def test_models_that_padding_shifts_answer_prompts_of_one_length_together() -> N
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_other_models_may_be_padded_on_the_left(family: str) -> None:
+def test_other_models_may_be_padded_on_the_left_and_sample_what_they_read(family: str) -> None:
     torch.manual_seed(0)
-    assert can_pad_left(AutoModelForCausalLM.from_config(tiny.config_of(family)).to(DEVICE))
+    model = AutoModelForCausalLM.from_config(tiny.config_of(family)).to(DEVICE)
+    assert can_pad_left(model) and can_generate(model)
+
+
+SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2}
+HEADS = {**SMALL, "num_attention_heads": 2, "intermediate_size": 32, "initializer_range": 0.3}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RobertaConfig(**HEADS, is_decoder=True, max_position_embeddings=40),  # positions from 0 only in generation
+        RwkvConfig(**SMALL, attention_hidden_size=16),  # a batch's rows in one state
+        XLMConfig(vocab_size=32, emb_dim=16, n_layers=2, n_heads=2, causal=True, mask_token_id=5, init_std=0.3),
+    ],
+    ids=lambda config: config.model_type,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_model_that_samples_otherwise_than_it_reads_is_refused(config: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
+    ids = torch.tensor([[3, 4, 6], [9, 8, 7]], device=DEVICE)
+    said = model.generate(
+        input_ids=ids, max_new_tokens=2, min_new_tokens=2, do_sample=False, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    read = model(input_ids=said.sequences, use_cache=False).logits[:, 2:-1].log_softmax(-1)
+    assert float((torch.stack(said.logits, 1).log_softmax(-1) - read).abs().max()) > 0.1  # nats, plain Transformers
+    base = SharedBase.from_model(model.to(dtype), policy=tiny.new_lora())
+    with pytest.raises(ValueError, match="cannot be trained on its own samples"):
+        base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2)
+
+
+def test_short_rows_do_not_tell_whether_an_attention_to_blocks_of_tokens_can_be_packed_or_padded() -> None:
+    """DeepSeek V4 compresses every four tokens of a row into one; the trial's rows end too soon to show it."""
+    if "deepseek_v4" not in CONFIG_MAPPING:
+        return  # an older Transformers
+    torch.manual_seed(0)
+    config = zoo.config_of("deepseek_v4")
+    config.compress_rates = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}  # as published
+    model = AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
+    assert not can_pack(model) and not can_pad_left(model)
 
 
 @torch.no_grad()

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tests.parity import tiny
 from tests.parity.test_roles import close
+from tests.zoo import configs as zoo
 from trl_ext import SharedBase
 from trl_ext.roles.aligned import AlignedBatch
 
@@ -207,3 +210,23 @@ def test_without_a_reward_role_there_are_no_views(llama: tiny.Home) -> None:
     message = "This base has no reward role: build it with reward=<folder of a reward adapter>."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         base.as_trl_models()
+
+
+def test_layers_whose_names_hold_an_older_name_keep_their_weights(tmp_path: Path) -> None:
+    """In Laguna's old checkpoints Transformers reads `shared_expert` as `shared_experts`. PEFT renames today's layers
+    of a saved adapter once more, and loses them."""
+    tiny.save_base(tmp_path / "base", zoo.config_of("laguna"))
+    policy = tiny.save_policy_adapter(tmp_path / "policy", tmp_path / "base", seed=1)
+    alone = load_file(policy / "adapter_model.safetensors")
+    assert any("shared_experts" in name for name in alone)
+    base = SharedBase.from_pretrained(str(tmp_path / "base"), policy=policy)
+    base.save_roles(tmp_path / "checkpoint", "")
+    tiny.randomise(base, seed=2)
+    base.load_trained_roles(tmp_path / "checkpoint")
+    base.save_pretrained(tmp_path / "again")
+    trained = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tiny.new_lora())
+    tiny.randomise(trained, seed=1)  # as `save_policy_adapter` does
+    SharedBase.from_model(trained).save_pretrained(tmp_path / "copied")
+    for folder in ("again/policy", "copied/policy", "copied/reference"):
+        saved = load_file(tmp_path / folder / "adapter_model.safetensors")
+        assert saved.keys() == alone.keys() and all(torch.equal(saved[name], alone[name]) for name in alone)

@@ -38,7 +38,8 @@ RULES: list[tuple[str, int]] = [
     (r"(max|n)_position.*|n_ctx|max_target_positions|max_source_positions|context_length|model_max_length", CONTEXT),
     (r"original_max_position_embeddings", 8),
     (r"rotary_dim", 4),
-    (r".*(experts_per_tok(en)?|moe_topk|moe_k|top_k|index_topk)", 2),
+    (r"index_topk", 4),  # rows of `checks.ROWS` have fewer and more tokens
+    (r".*(experts_per_tok(en)?|moe_topk|moe_k|top_k)", 2),
     (r".*(shared_experts|num_shared)", 1),
     (r"(n_|num_|num_local_|moe_num_|.*routed_)experts", 4),
     (r"(n|num|topk|num_expert)_groups?|topk_group|mamba_n(_)?groups", 1),
@@ -67,10 +68,16 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}},
     "deepseek_v2": {"n_routed_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v4": {
+        "o_groups": 2, "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+    },
     "dots1": {
         "moe_intermediate_size": 24, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
         "first_k_dense_replace": 1,
     },
+    "dots3_note.vision_config": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
+    "dots3_note.audio_config": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN},
+    "emu3": {"vocabulary_map": {"<|extra_200|>": 5, "<image>": 6, "<|visual token 000000|>": 7}},
     "gemma3n_text": {
         "num_hidden_layers": 4, "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
         "layer_types": ["sliding_attention", "full_attention"] * 2,

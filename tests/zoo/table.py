@@ -7,9 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import peft
-import torch
-import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 OUTPUTS = ("roles, rollout", "roles, left", "roles, right", "mixed", "one row", "training forward", "saved", "merged")
@@ -33,7 +30,12 @@ that read each row alone. It compares:
 *Right*: no output differs by more than {output:g} nats, no gradient by more than {gradient:g} of its norm, and
 `first_approxkl` is below {approxkl:g}. Float32 explains that much: sums are taken in another order.
 *Refused*: the package says in one sentence what it cannot do. *Not trainable*: Transformers and PEFT alone cannot train
-this model, or generate with it, on the machine of the test.
+this model, or generate with it, on the machine of the test. Where Transformers samples with other probabilities than
+the model's own forward gives, this package says so before it samples.
+
+This package does not merge adapters. PEFT's `merge_and_unload` changes what some of the models say, because some of
+their layers read a weight without calling the module that PEFT adapts. The table says where; serve those with their
+adapter.
 
 Make the table again with
 
@@ -41,7 +43,8 @@ Make the table again with
 python tests/zoo/run.py --out zoo.jsonl --table docs/models.md
 ```
 
-It takes about {minutes} minutes on one CPU core. An interrupted run goes on where it stopped.
+It takes about {minutes} minutes on one CPU core. An interrupted run goes on where it stopped, unless the code or a
+version has changed since. `--floor` adds a column from the results of a run with another Transformers.
 """
 
 
@@ -62,6 +65,8 @@ def remark(result: dict[str, Any]) -> str:
     remarks = []
     if found["packs"]["note"] == "False":
         remarks.append("padding is computed: rows cannot be packed")
+    if found.get("merged", {}).get("verdict") == "absent":
+        remarks.append(found["merged"]["note"])
     if found["recomputed"]["verdict"] == "absent":
         remarks.append("Transformers cannot recompute its activations")
     return "; ".join(remarks)
@@ -74,28 +79,50 @@ def shortened(note: str) -> str:
     return note if len(note) <= 200 else note[:200].rsplit(" ", 1)[0] + " ..."
 
 
-def page(results: dict[str, dict[str, Any]], order: list[str], limits: dict[str, float]) -> str:
-    """The whole page."""
-    done = [results[name] for name in order if name in results]
-    counts = Counter(result["verdict"] for result in done)
-    trainable = len(done) - counts["not trainable"]
-    minutes = round(sum(result["seconds"] for result in done) / 60 / 5) * 5
-    lines = [HEAD.format(minutes=minutes, **limits)]
-    lines.append(
-        f"With Transformers {transformers.__version__}, PEFT {peft.__version__} and PyTorch "
-        f"{torch.__version__.split('+')[0]}: {len(done)} entries, of which plain Transformers and PEFT can train "
-        f"{trainable}. Of these: "
-        + ", ".join(f"{counts[v]} {v}" for v in ("right", "refused", "wrong", "raw") if counts[v] or v != "raw")
-        + ".\n"
+def summary(results: list[dict[str, Any]]) -> str:
+    """What was measured with which versions, in a sentence or two."""
+    counts = Counter(result["verdict"] for result in results)
+    state = results[0]["state"]
+    said = ("right", "refused", "wrong", "raw")
+    return (
+        f"With Transformers {state['transformers']}, PEFT {state['peft']} and PyTorch "
+        f"{state['torch'].split('+')[0]}: {len(results)} entries, of which plain Transformers and PEFT can train "
+        f"{len(results) - counts['not trainable']}. Of these: "
+        + ", ".join(f"{counts[v]} {v}" for v in said if counts[v] or v != "raw")
+        + "."
     )
-    lines += ["| Model type | Class | Verdict | Outputs | Gradients | |", "|---|---|---|---|---|---|"]
+
+
+def page(
+    results: dict[str, dict[str, Any]],
+    order: list[str],
+    limits: dict[str, float],
+    floor: dict[str, dict[str, Any]] | None = None,
+) -> str:
+    """The whole page; `floor` holds results with the lowest Transformers, which get a column of their own."""
+    done = [results[name] for name in order if name in results]
+    minutes = round(sum(result["seconds"] for result in done) / 60 / 5) * 5
+    lines = [HEAD.format(minutes=minutes, **limits), summary(done) + "\n"]
+    columns = ["Model type", "Class", "Verdict", "Outputs", "Gradients", ""]
+    if floor:
+        lines.append(summary(list(floor.values())) + "\n")
+        columns.insert(3, f"With {next(iter(floor.values()))['state']['transformers']}")
+    lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for result in done:
         kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[result["name"].partition("+")[0]]
         cells = [f"`{result['name']}`", kind, result["verdict"], worst(result, OUTPUTS), worst(result, GRADIENTS)]
+        if floor:
+            cells.insert(3, floor[result["name"]]["verdict"] if result["name"] in floor else "not in it")
         lines.append("| " + " | ".join([*cells, remark(result)]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def write(path: Path, results: dict[str, dict[str, Any]], order: list[str], limits: dict[str, float]) -> None:
+def write(
+    path: Path,
+    results: dict[str, dict[str, Any]],
+    order: list[str],
+    limits: dict[str, float],
+    floor: dict[str, dict[str, Any]] | None = None,
+) -> None:
     """Write the page."""
-    path.write_text(page(results, order, limits), encoding="utf-8")
+    path.write_text(page(results, order, limits, floor), encoding="utf-8")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.zoo import checks, configs, table
+from tests.zoo import checks, configs, run, table
 from trl_ext.roles.lm_head import LMHead
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -79,9 +80,29 @@ def test_a_page() -> None:
         "bert": result("refused", ("build", "refused", None, "It cannot be.")),
     }
     for name, found in results.items():
-        found["name"] = name
+        found |= {"name": name, "state": {"transformers": "5.23.0", "peft": "0.21.2", "torch": "2.13.0+cpu"}}
     text = table.page(results, ["bert", "llama"], checks.LIMITS)
+    assert "With Transformers 5.23.0, PEFT 0.21.2 and PyTorch 2.13.0: 2 entries" in text
     assert "1 right, 1 refused, 0 wrong" in text
     bert, llama = text.splitlines()[-2:]
     assert bert == "| `bert` | BertLMHeadModel | refused |  |  | It cannot be. |"
     assert llama.startswith("| `llama` | LlamaForCausalLM | right | 2e-06 |  | padding is computed")
+    older = {"bert": {**results["bert"], "state": {**results["bert"]["state"], "transformers": "5.0.0"}}}
+    both = table.page(results, ["bert", "llama"], checks.LIMITS, older)
+    assert "With Transformers 5.0.0" in both and "| Verdict | With 5.0.0 |" in both
+    bert, llama = both.splitlines()[-2:]
+    assert "| refused | refused |" in bert and "| right | not in it |" in llama
+
+
+def test_results_of_another_code_or_version_do_not_count(tmp_path: Path) -> None:
+    out, state = tmp_path / "zoo.jsonl", run.fingerprint()
+    lines = [
+        {"name": "llama", "verdict": "right"},  # of before states were recorded
+        {"name": "gpt2", "verdict": "right", "state": {**state, "code": "another"}},
+        {"name": "opt", "verdict": "right", "state": {**state, "transformers": "4.0"}},
+        {"name": "bert", "verdict": "right", "state": state},
+        {"name": "bert", "verdict": "wrong", "state": {**state, "code": "another"}},
+    ]
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert {name: found["verdict"] for name, found in run.known(out, state).items()} == {"bert": "right"}
+    assert set(run.known(out)) == {"llama", "gpt2", "opt", "bert"}

@@ -110,7 +110,11 @@ def check_generator(generator: Any, args: PPOConfig) -> None:
 
 
 def build_generator(base: SharedBase, args: PPOConfig, accelerator: Accelerator) -> Generator:
-    """Who answers, as `args` say."""
+    """Who answers, as `args` say.
+
+    Raises:
+        ValueError: the base's own samples would be another policy's.
+    """
     rows = args.local_rollout_forward_batch_size
     if args.use_vllm:
         memory, limit = args.vllm_gpu_memory_utilization, args.vllm_max_model_length
@@ -118,6 +122,7 @@ def build_generator(base: SharedBase, args: PPOConfig, accelerator: Accelerator)
     if args.use_transformers_continuous_batching:
         settings: Any = args.transformers_continuous_batching_config
         return ContinuousGenerator(base, rows, settings)
+    base.check_generates()
     return TransformersGenerator(base, rows)
 
 

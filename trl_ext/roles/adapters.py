@@ -175,13 +175,13 @@ def load_weights(model: PeftModel, folder: Path, name: str) -> None:
     lora = {key: tensor for key, tensor in state.items() if sharing.is_lora(key)}
     causal_lm = model.get_base_model()
     with fits(whose, causal_lm.config.name_or_path):
-        result = set_peft_model_state_dict(model, lora, adapter_name=name)
-    if missing := [key for key in result.missing_keys if belongs_to(key, name)]:
+        missing, unexpected = put_lora(model, lora, name)
+    if missing:
         raise ValueError(f"{whose} lacks weights that its config promises, first {missing[0]!r}.")
-    if result.unexpected_keys:
+    if unexpected:
         raise ValueError(
             f"{whose} does not fit the base {causal_lm.config.name_or_path!r} (it has no layer for "
-            f"{result.unexpected_keys[0]!r}): train it over this base."
+            f"{unexpected[0]!r}): train it over this base."
         )
     own = [causal_lm.get_input_embeddings().weight, causal_lm.get_output_embeddings().weight]
     for key, tensor in state.items():
@@ -190,6 +190,26 @@ def load_weights(model: PeftModel, folder: Path, name: str) -> None:
                 f"{whose} holds {key!r}, which is not as in the base {causal_lm.config.name_or_path!r}: save the model "
                 "with its new embeddings, and train the adapter over that."
             )
+
+
+@torch.no_grad()
+def put_lora(model: PeftModel, state: dict[str, Tensor], name: str) -> tuple[list[str], list[str]]:
+    """Put LoRA weights, named as PEFT saves them, into the adapter called `name`. Returns the names that `state` lacks,
+    and those that the adapter has no place for.
+
+    PEFT renames them on the way, as Transformers renames the layers of old checkpoints. It does so with the names of
+    today's layers too, where an old name is a part of them, and loses their weights. So that is only tried with names
+    that the adapter does not have.
+    """
+    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    if own.keys() != state.keys():
+        result = set_peft_model_state_dict(model, state, adapter_name=name)
+        return [key for key in result.missing_keys if belongs_to(key, name)], list(result.unexpected_keys)
+    for key, tensor in state.items():
+        if own[key].shape != tensor.shape:
+            raise ValueError(f"size mismatch for {key}: {tuple(tensor.shape)} and {tuple(own[key].shape)}")
+        own[key].copy_(tensor)
+    return [], []
 
 
 def _same(tensor: Tensor, weight: Tensor) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
@@ -70,12 +70,17 @@ def default_lora(model: Any) -> LoraConfig:
 
 @torch.no_grad()
 def _only_multiplies(layer: nn.Linear) -> bool:
-    """Whether a linear layer of a model's own kind says W x and no more. (Llama 4's router says two things.)"""
+    """Whether a linear layer of a model's own kind says W x and no more. (Llama 4's router says two things, DeepSeek
+    V4's output projection takes groups of heads.)"""
     if type(layer).forward is nn.Linear.forward:
         return True
     x = torch.ones(2, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
-    said = layer(x)
-    return isinstance(said, torch.Tensor) and torch.allclose(said, nn.Linear.forward(layer, x), rtol=0.01, atol=0.01)
+    try:
+        said, product = layer(x), nn.Linear.forward(layer, x)
+    except RuntimeError:  # it reads x in another shape
+        return False
+    alike = isinstance(said, torch.Tensor) and said.shape == product.shape
+    return alike and torch.allclose(said, product, rtol=0.01, atol=0.01)
 
 
 def plan(base_name: str, policy: Any, value: Any, reward: Any, reference: Any) -> Plan:
@@ -309,7 +314,7 @@ def _frozen_copy(model: PeftModel, policy: str) -> str:
     name = _free_name(model, "reference")
     model.add_adapter(name, copy.deepcopy(model.peft_config[policy]))
     source = get_peft_model_state_dict(model, adapter_name=policy, save_embedding_layers=False)
-    set_peft_model_state_dict(model, source, adapter_name=name)
+    files.put_lora(model, source, name)
     return name
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -261,19 +261,33 @@ class SharedBase(AdaptedModel):
         with torch.autocast(hidden.device.type, enabled=False):
             return head(hidden.to(head.weight.device, torch.float32)).squeeze(-1)
 
+    def check_generates(self) -> None:
+        """Refuse a model whose completions would be another policy's.
+
+        Raises:
+            ValueError: its `generate` samples otherwise than its own forward reads.
+        """
+        if not self.generates:
+            raise ValueError(
+                f"{type(self.causal_lm).__name__} cannot be trained on its own samples: Transformers' generate samples "
+                "with other probabilities than the model's own forward gives; take another model."
+            )
+
     @torch.no_grad()
     def generate(self, role: Role = "policy", **kwargs: Any) -> Tensor:
         """Transformers' `generate` under the policy (or another) role, in eval mode. A `generation_config` given here
         replaces the model's own, so its defaults (a top_k, say) do not change what is sampled.
 
         Raises:
-            ValueError: prompts of unlike length to a model that counts its positions from the padding.
+            ValueError: a model whose `generate` samples otherwise than its own forward reads, or prompts of unlike
+                length to one that changes what it says with padding on the left.
         """
+        self.check_generates()
         mask = kwargs.get("attention_mask")
         if not self.pads_left and mask is not None and not bool(mask.all()):
             raise ValueError(
-                f"{type(self.causal_lm).__name__} counts positions from the first column, so padding on the left "
-                "changes what it says: generate from prompts of one length at a time."
+                f"Padding on the left changes what {type(self.causal_lm).__name__} says: generate from prompts of one "
+                "length at a time."
             )
         own = self.causal_lm.generation_config
         with self.use(role), self.path.constant():
@@ -327,7 +341,7 @@ class SharedBase(AdaptedModel):
                 raise FileNotFoundError(f"{str(file)!r} is missing: this checkpoint does not hold the {role} role.")
             if own_adapter:
                 state = {key: tensor for key, tensor in load_file(file).items() if "lora_" in key}
-                set_peft_model_state_dict(self.model, state, adapter_name=str(self._adapter(role)))
+                files.put_lora(self.model, state, str(self._adapter(role)))
             if role == "value":
                 self.heads["value"].load_state_dict(files.read_score_head(part))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from trl_ext.roles.lm_head import trunk_of
 from trl_ext.roles.switching import evaluating
@@ -120,6 +120,8 @@ def can_pack(causal_lm: Any) -> bool:
 
     The change by packing is compared with the change by reading each bin as one row.
     """
+    if not _reads_tokens(causal_lm):
+        return False
     device = causal_lm.get_input_embeddings().weight.device
     lengths = torch.tensor([5, 2, 4, 3])
     ids = torch.arange(20, device=device).view(4, 5) % (causal_lm.config.get_text_config().vocab_size - 1) + 1
@@ -149,6 +151,8 @@ def can_pad_left(causal_lm: Any) -> bool:
 
     The change by padding is compared with the change where padding is read.
     """
+    if not _reads_tokens(causal_lm):
+        return False
     device = causal_lm.get_input_embeddings().weight.device
     ids = torch.arange(1, 6, device=device).unsqueeze(0) % causal_lm.config.get_text_config().vocab_size
     # The least is the most: what the model's own settings call an EOS ends nothing here.
@@ -176,3 +180,47 @@ def can_pad_left(causal_lm: Any) -> bool:
         return False
     tolerance = 1e-3 if causal_lm.dtype == torch.float32 else 0.1
     return bool((padded - alone).norm() <= tolerance * (spoilt - alone).norm())
+
+
+@torch.no_grad()
+def can_generate(causal_lm: Any) -> bool:
+    """Whether `generate` samples two prompts as the model's own forward reads them, for three tokens. Transformers
+    numbers the positions of some otherwise there (RoBERTa), adds a token to the prompt (XLM, XLNet), or mixes the rows
+    of a batch (RWKV).
+
+    The change is compared with the difference between the two rows.
+    """
+    text, device = causal_lm.config.get_text_config(), causal_lm.get_input_embeddings().weight.device
+    # Padding is left out: it may embed to zeros, among which a sparse attention cannot choose.
+    pad = getattr(text, "pad_token_id", None) or 0
+    ids = torch.tensor([i for i in range(1, 8) if i != pad][:6], device=device).view(2, 3) % text.vocab_size
+    config = GenerationConfig(
+        max_new_tokens=3,
+        min_new_tokens=3,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=pad,
+        suppress_tokens=[pad],
+    )
+    try:
+        with evaluating(causal_lm):
+            said = causal_lm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            read = causal_lm(input_ids=said.sequences, use_cache=False).logits[:, 2:-1]
+    except Exception as error:  # whatever it is, the call that this trial precedes says it
+        logger.warning("%s could not be tried: %s", type(causal_lm).__name__, error)
+        return True
+    sampled, own = (x.float().log_softmax(-1) for x in (torch.stack(said.logits, dim=1), read))
+    tolerance = 1e-2 if causal_lm.dtype == torch.float32 else 0.5
+    return bool((sampled - own).norm() <= tolerance * (own[0] - own[1]).norm())
+
+
+def _reads_tokens(causal_lm: Any) -> bool:
+    """Whether all that each layer keeps of a row are its tokens' keys and values, or a recurrent state. An attention
+    that chooses among blocks of tokens, or compresses them, reads short rows as any other does: a short trial does not
+    tell what it makes of padding and of packed rows."""
+    try:
+        kinds = {type(layer) for layer in DynamicCache(config=causal_lm.config).layers}
+    except Exception:  # a configuration that no cache can be made for
+        return False
+    return all(kind.__module__ == DynamicCache.__module__ and "Indexed" not in kind.__name__ for kind in kinds)
