@@ -52,10 +52,10 @@ def main() -> None:
     roles = {"value": script.value, "reward": reward, "reference": script.reference_adapter}
     if script.policy_adapter:
         roles["policy"] = script.policy_adapter
-    name = launch.model_name(model_args)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = launch.named_model(model_args)
+    tokenizer = AutoTokenizer.from_pretrained(model.tokenizer)
     texts = launch.load_texts(script.ptx_dataset) if script.ptx_dataset else None
-    launch.check_run(args, train, test, tokenizer, functions or [], name, texts)
+    launch.check_run(args, train, test, tokenizer, functions or [], model.base, texts)
     base = launch.load_shared_base(model_args, trust_remote_code=args.trust_remote_code, **roles)
     callbacks = [DiagnosticsCallback()]
     if script.kl_target is not None:
@@ -68,7 +68,7 @@ def main() -> None:
     launch.show(
         "PPO with LoRA",
         {
-            "model": f"{model_args.model_name_or_path}{' in 4 bits' if model_args.load_in_4bit else ''}",
+            "model": launch.described(model_args, script.policy_adapter),
             "scores": script.reward_funcs or f"reward role ({script.reward_adapter})",
             "roles": ", ".join(f"{role}: {name or 'the bare base'}" for role, name in base.adapters.items()),
             "memory": launch.megabytes(base),

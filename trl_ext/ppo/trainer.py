@@ -143,8 +143,8 @@ class PPOTrainer(BaseTrainer):
             without_dropout(self.base)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # each role's backward touches its own adapter alone
-        if args.total_episodes is not None:
-            args.max_steps = -(-args.total_episodes // args.rollout_batch_size) * args.steps_per_rollout
+        if args.steps_of_run is not None:
+            args.max_steps = args.steps_of_run
 
         super().__init__(
             model=self.base,
