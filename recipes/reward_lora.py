@@ -46,7 +46,7 @@ def main() -> None:
     del trainer  # its base makes room for one with every role
     launch.free_memory()
 
-    base: SharedBase = launch.load_shared_base(model_args, policy=None, value="head", reward=args.output_dir)
+    base: SharedBase = launch.load_shared_base(model_args, policy=model.start, value="head", reward=args.output_dir)
     answers = launch.scored_answers(base, tokenizer, data.held_out, rows)
     prompts = launch.distinct_prompts(data.pairs)[:64]
     reference = launch.reference_scores(base, tokenizer, prompts, batch_size=rows)

@@ -24,6 +24,7 @@ from trl_ext.launch.settings import (
     model_for_trl,
     named_model,
     parse,
+    reward_folder,
     user_errors,
 )
 from trl_ext.ppo.checks import check_run
@@ -53,6 +54,7 @@ __all__ = [
     "parse",
     "reference_scores",
     "report",
+    "reward_folder",
     "scored_answers",
     "show",
     "show_before_after",

@@ -55,7 +55,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         ValueError, yaml.YAMLError: it is no mapping, or says something twice.
     """
     with open(path, encoding="utf-8") as file:
-        node = yaml.compose(file, Loader=yaml.SafeLoader)
+        node: Any = yaml.compose(file, Loader=yaml.SafeLoader)
         file.seek(0)
         content = yaml.safe_load(file)
     if not isinstance(content, dict):

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from trl_ext.launch.precedence import LORA, given_on, read_config, settled, spli
 from trl_ext.launch.resuming import checkpoint_of
 from trl_ext.ppo.building import args_of_gpu
 from trl_ext.ppo.checks import check_output_dir, check_trackers
+from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.failures import RunError
+from trl_ext.ppo.yesterday import SETTINGS, today
 from trl_ext.roles import SharedBase
 from trl_ext.roles.adapters import Named, check_folder, named
 
@@ -64,6 +67,7 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
         defaults |= {"model_name_or_path": "demo"}
         if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)):
             defaults["bf16"] = False
+    check_names(arguments, levels, types)
     settings = settled([*levels, ("The recipe", defaults)])
     check_adapter(settings, levels)
     check_precision(settings, levels)
@@ -86,6 +90,21 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
             part.resume_from_checkpoint = checkpoint_of(part)
             check_trackers(part.report_to)
     return parsed
+
+
+def check_names(arguments: Sequence[str], levels: Sequence[tuple[str, dict[str, Any]]], types: Sequence[Any]) -> None:
+    """Refuse the names that TRL's trainers had or have for settings of PPO.
+
+    Raises:
+        ValueError: says today's name.
+    """
+    if PPOConfig not in types:
+        return
+    known = {part.name for kind in types for part in fields(kind)}
+    words = [word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")]
+    for name in [*words, *(name for _, level in levels for name in level)]:
+        if name in SETTINGS and name not in known:
+            raise ValueError(today("PPOConfig", name, SETTINGS))
 
 
 def check_adapter(settings: dict[str, Any], levels: Sequence[tuple[str, dict[str, Any]]]) -> None:
@@ -229,6 +248,22 @@ def load_shared_base(model_args: ModelConfig, **roles: Any) -> SharedBase:
         attn_implementation=model_args.attn_implementation,
         **roles,
     )
+
+
+def reward_folder(adapter: str | None, functions: Any, model_args: ModelConfig) -> str | None:
+    """The folder of the reward role's adapter; None where reward functions score. "demo" is made where needed.
+
+    Raises:
+        ValueError: nothing scores.
+    """
+    if functions:
+        return None
+    if adapter is None:
+        raise ValueError(
+            "Nothing gives a score: give --reward_adapter, a folder that recipes/reward_lora.py wrote over the same "
+            "model, or --reward_funcs."
+        )
+    return demo.reward_adapter(load_in_4bit=model_args.load_in_4bit) if adapter == "demo" else adapter
 
 
 def import_functions(paths: Sequence[str]) -> list[Any]:

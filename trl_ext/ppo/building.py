@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from trl_ext.generation import ContinuousGenerator, Generator, TransformersGenerator, VLLMGenerator
 from trl_ext.ppo.checks import as_list
@@ -34,6 +34,11 @@ def check_model(model: Any, peft_config: Any | None, quantization_config: Any | 
     Raises:
         TypeError, ValueError: says what does not fit.
     """
+    if isinstance(model, TrainingArguments):
+        raise TypeError(
+            "PPOTrainer got its settings first, as TRL 0.11's and 1.12's did: the order is PPOTrainer(model, "
+            "reward_funcs, args, train_dataset, eval_dataset, processing_class), where model is the policy."
+        )
     if not isinstance(model, (str, PreTrainedModel, PeftModel, SharedBase)):
         raise TypeError(
             f"model must be a name, a PreTrainedModel, a PeftModel or a SharedBase, not {type(model).__name__}."
@@ -52,6 +57,19 @@ def check_model(model: Any, peft_config: Any | None, quantization_config: Any | 
     if quantization_config is not None and not isinstance(model, str):
         raise ValueError(
             "The model is loaded already: give its quantization_config where you load it, not to the trainer."
+        )
+
+
+def check_args(args: Any) -> None:
+    """Refuse another trainer's settings.
+
+    Raises:
+        TypeError: they are no PPOConfig.
+    """
+    if args is not None and not isinstance(args, PPOConfig):
+        raise TypeError(
+            f"args must be a trl_ext.PPOConfig, not {type(args).__name__}: give its settings to PPOConfig, which names "
+            "those that are called otherwise."
         )
 
 

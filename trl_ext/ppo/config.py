@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from trl_ext._trl import BaseConfig
 from trl_ext.core import KLEstimator
 from trl_ext.ppo.objectives import OBJECTIVES, Baseline, Objective, ObjectiveName
+from trl_ext.ppo.yesterday import SETTINGS, explained
 from trl_ext.tokens import as_ids
 
 if TYPE_CHECKING:
@@ -359,3 +360,6 @@ class PPOConfig(BaseConfig):
             elif get_origin(kind) is Literal and value not in get_args(kind) and not isinstance(value, Objective):
                 yours = ", or give a trl_ext.ppo.Objective" if name == "objective" else ""
                 raise ValueError(f"{name} is {value!r}: choose one of {', '.join(get_args(kind))}{yours}.")
+
+
+PPOConfig.__init__ = explained(PPOConfig.__init__, "PPOConfig", SETTINGS)  # type: ignore[method-assign]

@@ -89,7 +89,7 @@ def trained_further(start: files.Named, args: RewardConfig, quantization_config:
         ValueError: the adapter does not fit the base, or is not one that roles can share it with.
     """
     folder = files.check_folder(str(start.adapter), "reward")
-    given: dict[str, Any] = {"dtype": "float32", **(args.model_init_kwargs or {}), "revision": start.revision or "main"}  # type: ignore[dict-item]
+    given: dict[str, Any] = {"dtype": "float32", **(args.model_init_kwargs or {}), "revision": start.revision or "main"}
     args.model_init_kwargs = None  # used here
     if quantization_config is not None:
         given |= {"quantization_config": quantization_config, "device_map": {"": args.device}}
@@ -146,7 +146,7 @@ class FeedbackRewardTrainer(RewardTrainer):
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         self._laid_out = [train_dataset, *evaluated]
         if isinstance(model, str):
-            start = files.named(model, revision=(args.model_init_kwargs or {}).get("revision"))  # type: ignore[union-attr]
+            start = files.named(model, revision=(args.model_init_kwargs or {}).get("revision"))
             if start.adapter is not None:
                 if kwargs.get("peft_config") is not None:
                     raise ValueError(

@@ -53,6 +53,11 @@ class Named(NamedTuple):
         own = self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
         return str(self.adapter) if own else self.base
 
+    @property
+    def start(self) -> Path | None:
+        """The adapter, where it is one that writes text: a policy's."""
+        return None if self.adapter is None or read_config(self.adapter).get("task_type") == "SEQ_CLS" else self.adapter
+
     def __str__(self) -> str:
         return self.base if self.adapter is None else f"{self.base} with the adapter {self.adapter}"
 
