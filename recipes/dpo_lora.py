@@ -5,7 +5,7 @@ accelerate launch recipes/dpo_lora.py --load_in_4bit
 """
 
 from transformers import AutoTokenizer
-from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantization_config
+from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from trl_ext import DiagnosticsCallback, demo, launch
 
@@ -13,16 +13,15 @@ from trl_ext import DiagnosticsCallback, demo, launch
 def main() -> None:
     script, args, model_args = launch.parse(__file__, launch.DataArguments, DPOConfig, ModelConfig)
     train, test = launch.load_pairs(script)
-    args.model_init_kwargs = launch.model_kwargs(model_args)
-    name = launch.model_name(model_args)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    launch.check_written(name, tokenizer, args, train, test, cut=True)
+    model = launch.named_model(model_args)
+    tokenizer = AutoTokenizer.from_pretrained(model.tokenizer)
+    launch.check_written(model.base, tokenizer, args, train, test, cut=True)
     launch.show(
         "DPO with LoRA",
         {
-            "model": f"{model_args.model_name_or_path}{' in 4 bits' if model_args.load_in_4bit else ''}",
+            "model": launch.described(model_args),
             "data": f"{len(train)} pairs of {script.dataset!r}, {len(test)} held out",
-            "LoRA": f"rank {model_args.lora_r} on {model_args.lora_target_modules}, beta {args.beta}",
+            "reference": f"{model}, frozen; beta {args.beta}",
         },
     )
     prompts, outcome = launch.distinct_prompts(test)[:64], {}
@@ -34,14 +33,12 @@ def main() -> None:
     del untrained  # the trainer loads its own
     launch.free_memory()
     trainer = DPOTrainer(
-        model=name,
         args=args,
         train_dataset=train,
         eval_dataset=test,
         processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
         callbacks=[DiagnosticsCallback()],
+        **launch.model_for_trl(model_args, args),
     )
     launch.tell_left_out(len(train), len(trainer.train_dataset), "train_dataset", args.max_length)
     launch.show_progress(trainer)
@@ -52,7 +49,8 @@ def main() -> None:
     del trainer
     launch.free_memory()
 
-    trained = launch.load_shared_base(model_args, value="head", policy=args.output_dir)
+    roles = {"policy": args.output_dir, "reference": model.adapter or "base"}
+    trained = launch.load_shared_base(model_args, value="head", **roles)
     launch.show_before_after(prompts[:6], before, launch.answers(trained, tokenizer, prompts[:6], **how))
     if script.dataset == "demo":
         outcome["exam after"] = demo.run_exam(trained, tokenizer)

@@ -19,7 +19,7 @@ class PPOArguments(launch.DataArguments):
 
     reward_funcs: list[str] | None = field(
         default=None,
-        metadata={"help": "Reward functions by dotted path, or reward models by name; overrides the adapter."},
+        metadata={"help": "Reward functions by dotted path, or reward models by name, in place of the adapter."},
     )
     reward_adapter: str | None = field(
         default=None, metadata={"help": "Folder that recipes/reward_lora.py wrote, or 'demo': the reward role scores."}
@@ -46,16 +46,14 @@ def main() -> None:
     script, args, model_args = launch.parse(__file__, PPOArguments, PPOConfig, ModelConfig)
     functions = launch.import_functions(script.reward_funcs) if script.reward_funcs else None
     train, test = launch.load_rows(script, "prompts")
-    reward = None if functions else script.reward_adapter
-    if reward == "demo":
-        reward = demo.reward_adapter(load_in_4bit=model_args.load_in_4bit)
-    roles = {"value": script.value, "reward": reward, "reference": script.reference_adapter}
+    model = launch.named_model(model_args)
+    tokenizer = AutoTokenizer.from_pretrained(model.tokenizer)
+    texts = launch.load_texts(script.ptx_dataset) if script.ptx_dataset else None
+    launch.check_run(args, train, test, tokenizer, functions or [], model.base, texts)
+    roles = {"value": script.value, "reference": script.reference_adapter}
+    roles["reward"] = launch.reward_folder(script.reward_adapter, functions, model_args)
     if script.policy_adapter:
         roles["policy"] = script.policy_adapter
-    name = launch.model_name(model_args)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    texts = launch.load_texts(script.ptx_dataset) if script.ptx_dataset else None
-    launch.check_run(args, train, test, tokenizer, functions or [], name, texts)
     base = launch.load_shared_base(model_args, trust_remote_code=args.trust_remote_code, **roles)
     callbacks = [DiagnosticsCallback()]
     if script.kl_target is not None:
@@ -68,7 +66,7 @@ def main() -> None:
     launch.show(
         "PPO with LoRA",
         {
-            "model": f"{model_args.model_name_or_path}{' in 4 bits' if model_args.load_in_4bit else ''}",
+            "model": launch.described(model_args, script.policy_adapter),
             "scores": script.reward_funcs or f"reward role ({script.reward_adapter})",
             "roles": ", ".join(f"{role}: {name or 'the bare base'}" for role, name in base.adapters.items()),
             "memory": launch.megabytes(base),

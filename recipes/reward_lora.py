@@ -8,7 +8,7 @@ accelerate launch recipes/reward_lora.py --objective regression   # from ratings
 from pathlib import Path
 
 from transformers import AutoTokenizer
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig
 
 from trl_ext import DiagnosticsCallback, FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, feedback, launch
 
@@ -16,28 +16,25 @@ from trl_ext import DiagnosticsCallback, FeedbackRewardConfig, FeedbackRewardTra
 def main() -> None:
     script, args, model_args = launch.parse(__file__, launch.DataArguments, FeedbackRewardConfig, ModelConfig)
     data = launch.load_feedback(script, args.objective)
-    name = launch.model_name(model_args)
+    model = launch.named_model(model_args)
     if args.chat_template_path is None:
-        launch.check_written(name, AutoTokenizer.from_pretrained(name), args, data.train, data.test)
+        tokenizer = AutoTokenizer.from_pretrained(model.tokenizer)
+        launch.check_written(model.base, tokenizer, args, data.train, data.test)
     model_args.lora_task_type = "SEQ_CLS"
-    args.model_init_kwargs = launch.model_kwargs(model_args)
     launch.show(
         "Reward model with LoRA",
         {
-            "model": f"{model_args.model_name_or_path}{' in 4 bits' if model_args.load_in_4bit else ''}",
+            "model": launch.described(model_args),
             "objective": args.objective,
             "data": f"{len(data.train)} rows of {script.dataset!r}, {len(data.test)} held out",
-            "LoRA": f"rank {model_args.lora_r} on {model_args.lora_target_modules}",
         },
     )
     trainer = FeedbackRewardTrainer(
-        model=name,
         args=args,
         train_dataset=data.train,
         eval_dataset=data.test,
-        peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
         callbacks=[DiagnosticsCallback()],
+        **launch.model_for_trl(model_args, args),
     )
     launch.show_progress(trainer)
     launch.match_precision(trainer, model_args)
@@ -49,7 +46,7 @@ def main() -> None:
     del trainer  # its base makes room for one with every role
     launch.free_memory()
 
-    base: SharedBase = launch.load_shared_base(model_args, policy=None, value="head", reward=args.output_dir)
+    base: SharedBase = launch.load_shared_base(model_args, policy=model.start, value="head", reward=args.output_dir)
     answers = launch.scored_answers(base, tokenizer, data.held_out, rows)
     prompts = launch.distinct_prompts(data.pairs)[:64]
     reference = launch.reference_scores(base, tokenizer, prompts, batch_size=rows)

@@ -127,6 +127,17 @@ ROWS = [
     Row("rankings that are ties", "reward", "--objective ranking --dataset ties.jsonl", "nothing can be learned from answers that are all alike."),
     Row("a ranking of one answer", "reward", "--objective ranking --dataset lonely.jsonl", "a ranking needs two completions or more, not 1"),
     Row("half a character", "reward", "--objective regression --dataset surrogate.jsonl", "half of a surrogate pair"),
+    # Settings that say one thing twice
+    Row("two lengths of a run", "ppo", "--max_steps 2 --total_episodes 64", "The command line says both total_episodes 64 and max_steps 2, which name one thing: leave one of them out."),
+    Row("two who score", "ppo", "--reward_adapter demo --reward_funcs trl_ext.demo.rate", "The command line says both reward_funcs"),
+    Row("nobody who scores", "ppo", "--dataset prompts.jsonl --max_completion_length 8", "Nothing gives a score: give --reward_adapter"),
+    Row("two files of settings", "dpo", "--config broken.yaml --config list.yaml", "--config is given 2 times (broken.yaml, list.yaml): put the settings into one file."),
+    Row("a new LoRA over an adapter", "ppo", "--model_name_or_path roles/policy --lora_r 8", "which is trained further as it is: leave lora_r out, or give"),
+    Row("two policies to start from", "ppo", "--model_name_or_path roles/policy --policy_adapter roles/policy", "which is trained further as it is: leave policy_adapter out, or give"),
+    Row("a reward adapter as model", "ppo", "--model_name_or_path roles/value --dataset prompts.jsonl --reward_adapter roles/value --max_completion_length 8", "The adapter in 'roles/value' has modules_to_save=['score']: roles share every full weight"),
+    Row("a reward adapter as model for DPO", "dpo", "--model_name_or_path roles/value", "The adapter in 'roles/value' has modules_to_save=['score']: roles share every full weight"),
+    Row("full training", "dpo", "--use_peft false", "use_peft is false, but the recipes train LoRA adapters over a frozen base: leave it out."),
+    Row("a setting of yesterday", "ppo", "--response_length 53", "PPOConfig has no 'response_length': it is max_completion_length here."),
     # Reward functions
     Row("a module that is not there", "ppo", "--reward_funcs no_such_module.reward", "The reward function 'no_such_module.reward' cannot be imported"),
     Row("a function that is not there", "ppo", "--reward_funcs trl_ext.rewards.nothing", "The reward function 'trl_ext.rewards.nothing' cannot be imported"),
@@ -140,7 +151,7 @@ ROWS = [
     # Models and adapters
     Row("a model that is not there", "ppo", "--model_name_or_path no/such_model", "no/such_model"),
     Row("an unknown precision", "ppo", "--dtype float33", "float33"),
-    Row("4 and 8 bits", "ppo", "--load_in_4bit true --load_in_8bit true", "8 bit and 4 bit"),
+    Row("4 and 8 bits", "ppo", "--load_in_4bit true --load_in_8bit true", "The command line says both load_in_4bit True and load_in_8bit True, which name one thing: leave one of them out."),
     Row("LoRA on layers that are not there", "ppo", "--lora_target_modules nowhere", "nowhere"),
     Row("a reward adapter that is not there", "ppo", "--reward_adapter missing", "missing"),
     Row("a reward adapter that is an empty folder", "ppo", "--reward_adapter empty", "empty"),

@@ -97,7 +97,18 @@ def test_ratings_of_one_answer_a_prompt_make_a_reward_model(tmp_path: Path, monk
     file, out = tmp_path / "rated.jsonl", tmp_path / "out"
     rows = [{"prompt": f"Question {i}?", "completion": f"It is {i % 5}.", "rating": i % 5} for i in range(60)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    given = ["--objective", "regression", "--dataset", str(file), "--eval_rows", "20", "--max_steps", "2"]
+    given = [
+        "--objective",
+        "regression",
+        "--dataset",
+        str(file),
+        "--eval_rows",
+        "20",
+        "--max_steps",
+        "2",
+        "--save_strategy",
+        "no",
+    ]
     run(monkeypatch, "reward", *given, "--output_dir", str(out))
     judged = json.loads((out / "judgement.json").read_text(encoding="utf-8"))
     assert judged["answers"] == 20 and judged["pairs"] == 0 and -1 <= judged["spearman"] <= 1

@@ -378,3 +378,27 @@ def test_generation_kwargs_that_contradict_a_run_are_refused(given: dict[str, An
 def test_model_init_kwargs_are_arguments_of_the_base(given: Any) -> None:
     with pytest.raises(ValueError, match=r"^model_init_kwargs is .*the policy's LoRA as peft_config"):
         make(model_init_kwargs=given)
+
+
+# How long ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", [{"max_steps": 2}, {"num_train_epochs": 1}])
+def test_two_lengths_are_refused(other: dict[str, Any]) -> None:
+    name = next(iter(other))
+    sentence = f"^{name} is {other[name]} and total_episodes is 20, which is 12 steps here: each says how long"
+    with pytest.raises(ValueError, match=sentence):
+        make(total_episodes=20, per_device_train_batch_size=8, **other)
+    assert make(**other).total_episodes is None
+
+
+def test_lengths_that_agree_are_fine() -> None:
+    """A trainer writes the steps of `total_episodes` into `max_steps`, and its settings may be copied from there."""
+    args = make(total_episodes=20, per_device_train_batch_size=8, max_steps=12)
+    assert (args.total_episodes, args.max_steps, args.steps_of_run) == (20, 12, 12)  # 3 rollouts of 8, 4 epochs each
+
+
+def test_one_way_of_sampling_is_not_given_twice() -> None:
+    with pytest.raises(ValueError, match=r"^top_p is 0\.8, and generation_kwargs has top_p 0\.9: leave one"):
+        make(top_p=0.8, generation_kwargs={"top_p": 0.9})
+    make(top_p=0.8, generation_kwargs={"top_p": 0.8, "top_k": 5})

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,24 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
+from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.utils import CONFIG_NAME, cached_file
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, RewardConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_ext import demo
 from trl_ext._trl import train_in_float32
 from trl_ext.generation import GenerationError
+from trl_ext.launch.precedence import LORA, given_on, read_config, settled, split_config
 from trl_ext.launch.resuming import checkpoint_of
 from trl_ext.ppo.building import args_of_gpu
 from trl_ext.ppo.checks import check_output_dir, check_trackers
+from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.failures import RunError
+from trl_ext.ppo.yesterday import SETTINGS, today
 from trl_ext.roles import SharedBase
+from trl_ext.roles.adapters import Named, check_folder, named
 
 USER_ERRORS = (
     *(ValueError, TypeError, OSError, ImportError, GenerationError),
@@ -34,26 +40,106 @@ USER_ERRORS = (
 )
 
 
+# What every recipe does unless it is told otherwise, whatever the model.
+DEFAULTS = {"use_peft": True, "lora_dropout": 0.0, "lora_target_modules": ["all-linear"], "report_to": "none"}
+DEMO = {"model_name_or_path": "demo", "dataset": "demo"}
+
+
 def parse(script: str, *types: Any) -> tuple[Any, ...]:
-    """Settings of a recipe: the YAML file beside `script`, or the one after --config, then the command line.
-    `--resume_from_checkpoint true` becomes the last checkpoint's folder.
+    """Settings of a recipe: the command line, then the file after --config, then the recipe's defaults, as
+    `precedence` says. The YAML file beside `script` has the settings of the demo: it is read where model and data are
+    the demo's. `--resume_from_checkpoint true` becomes the last checkpoint's folder.
 
     Raises:
         FileExistsError: output_dir holds a run already, which is not gone on with.
         FileNotFoundError: there is no checkpoint to go on from.
-        ValueError: report_to names a tracker that is not installed.
+        ValueError: settings contradict each other, or report_to names a tracker that is not installed.
     """
-    arguments = sys.argv[1:]
-    if "--config" not in arguments:
-        arguments = ["--config", str(Path(script).with_suffix(".yaml")), *arguments]
-    parsed: tuple[Any, ...] = TrlParser(types, allow_abbrev=False).parse_args_and_config(arguments)
+    path, arguments = split_config(sys.argv[1:])
+    given = given_on(arguments, types)
+    levels = [("The command line", given)]
+    defaults = DEFAULTS | {"output_dir": f"runs/{Path(script).stem}"}
+    if path is not None:
+        levels.append((f"Config file {path}", read_config(path)))
+    elif all(given.get(name, value) == value for name, value in DEMO.items()):
+        defaults |= read_config(Path(script).with_suffix(".yaml"))
+    else:
+        defaults |= {"model_name_or_path": "demo"}
+        if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)):
+            defaults["bf16"] = False
+    check_names(arguments, levels, types)
+    settings = settled([*levels, ("The recipe", defaults)])
+    check_adapter(settings, levels)
+    check_precision(settings, levels)
+    os.environ.update({name: str(value) for name, value in (settings.pop("env", None) or {}).items()})
+    parser = TrlParser(types, allow_abbrev=False)
+    if unknown := parser.set_defaults_with_config(**settings):
+        raise ValueError(f"Unknown arguments from config file: {unknown[::2]}. Remove them, or mend their names.")
+    parsed: tuple[Any, ...] = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     for part in parsed:
+        if isinstance(part, ModelConfig) and not part.use_peft:
+            raise ValueError("use_peft is false, but the recipes train LoRA adapters over a frozen base: leave it out.")
+        if getattr(part, "model_init_kwargs", None):
+            raise ValueError(
+                "model_init_kwargs is given, but a recipe loads its base for several roles, as dtype, model_revision, "
+                "attn_implementation and load_in_4bit say: set these instead."
+            )
         if isinstance(part, TrainingArguments):
             if part.process_index == 0:
                 check_output_dir(str(part.output_dir))
             part.resume_from_checkpoint = checkpoint_of(part)
             check_trackers(part.report_to)
     return parsed
+
+
+def check_names(arguments: Sequence[str], levels: Sequence[tuple[str, dict[str, Any]]], types: Sequence[Any]) -> None:
+    """Refuse the names that TRL's trainers had or have for settings of PPO.
+
+    Raises:
+        ValueError: says today's name.
+    """
+    if PPOConfig not in types:
+        return
+    known = {part.name for kind in types for part in fields(kind)}
+    words = [word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")]
+    for name in [*words, *(name for _, level in levels for name in level)]:
+        if name in SETTINGS and name not in known:
+            raise ValueError(today("PPOConfig", name, SETTINGS))
+
+
+def check_adapter(settings: dict[str, Any], levels: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """Refuse a new policy where the model that is named is an adapter, which is the policy.
+
+    Raises:
+        ValueError: another adapter, or a LoRA's shape, is asked for.
+    """
+    name = settings.get("model_name_or_path")
+    if name in (None, "demo") or (model := named(name, settings.get("model_revision"))).adapter is None:
+        return
+    depth = next(i for i, (_, level) in enumerate(levels) if "model_name_or_path" in level)
+    asked = [field for _, level in levels[: depth + 1] for field in (*LORA, "policy_adapter") if level.get(field)]
+    if asked or settings.get("policy_adapter"):
+        raise ValueError(
+            f"model_name_or_path {name!r} is an adapter over {model.base!r}, which is trained further as it is: leave "
+            f"{(asked or ['policy_adapter'])[0]} out, or give {model.base!r} as model_name_or_path."
+        )
+
+
+def check_precision(settings: dict[str, Any], levels: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """Refuse a precision other than that of `accelerate launch`, which Transformers would take in silence.
+
+    Raises:
+        ValueError: the user says both.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("bf16", "fp16") or not any("bf16" in level or "fp16" in level for _, level in levels):
+        return
+    wanted = next((kind for kind in ("bf16", "fp16") if settings.get(kind)), "no")
+    if wanted != launched:
+        raise ValueError(
+            f"accelerate launch says mixed_precision {launched}, and the settings say {wanted!r} (bf16 "
+            f"{settings.get('bf16')}, fp16 {settings.get('fp16')}): change one of them."
+        )
 
 
 @contextmanager
@@ -74,8 +160,9 @@ def user_errors() -> Iterator[None]:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {sentence}")
 
 
-def model_name(model_args: ModelConfig) -> str:
-    """The model's name or folder; "demo" stands for the embedded model, which is built where needed.
+def named_model(model_args: ModelConfig) -> Named:
+    """The model that is named, with the adapter where that is one's name or folder; "demo" stands for the embedded
+    model, which is built where needed.
 
     Raises:
         ValueError: none is given.
@@ -85,21 +172,48 @@ def model_name(model_args: ModelConfig) -> str:
     if name is None:
         raise ValueError("model_name_or_path is missing: give a model's name or folder, or 'demo'.")
     if name == "demo":
-        return demo.model_path()
+        return Named(demo.model_path())
+    model = named(name, model_args.model_revision)
     try:
-        cached_file(name, CONFIG_NAME, revision=model_args.model_revision)
+        cached_file(model.base, CONFIG_NAME, revision=model.revision or "main")
     except OSError as error:
-        raise OSError(f"The model {name!r} cannot be loaded: {error}") from error
-    return str(name)
+        which = f"The model {name!r}" if model.adapter is None else f"The base {model.base!r} of the adapter {name!r}"
+        raise OSError(f"{which} cannot be loaded: {error}") from error
+    return model
 
 
-def model_kwargs(model_args: ModelConfig) -> dict[str, Any]:
-    """`model_init_kwargs` for TRL's own trainers, so that they load the base as `load_shared_base` does."""
-    return {
+def described(model_args: ModelConfig, policy: str | None = None) -> str:
+    """What is trained on what, for the header of a run.
+
+    Args:
+        policy: the adapter that training starts from, where it is not the named model's own.
+    """
+    model = named_model(model_args)
+    start = policy or (model_args.model_name_or_path if model.adapter is not None else None)
+    base = "demo" if model_args.model_name_or_path == "demo" else model.base
+    bits = " in 4 bits" if model_args.load_in_4bit else " in 8 bits" if model_args.load_in_8bit else ""
+    lora = f"a new LoRA of rank {model_args.lora_r} on {model_args.lora_target_modules}"
+    return f"{base}{bits}, and on it {lora if start is None else f'the adapter {start}, trained further'}"
+
+
+def model_for_trl(model_args: ModelConfig, args: Any) -> dict[str, Any]:
+    """Arguments for TRL's own trainers, so that they train on the base as `load_shared_base` loads it: a new LoRA, or
+    the adapter that is named as the model."""
+    model, quantization = named_model(model_args), get_quantization_config(model_args)
+    kwargs: dict[str, Any] = {
         "dtype": model_args.dtype,
-        "revision": model_args.model_revision,
+        "revision": model.revision or "main",
         "attn_implementation": model_args.attn_implementation,
     }
+    if model.adapter is not None and not isinstance(args, RewardConfig):  # TRL would lay a new LoRA over it
+        if quantization is not None:
+            kwargs |= {"quantization_config": quantization, "device_map": {"": PartialState().device}}
+        check_folder(model.adapter, "policy")
+        base = AutoModelForCausalLM.from_pretrained(model.base, trust_remote_code=args.trust_remote_code, **kwargs)
+        return {"model": PeftModel.from_pretrained(base, model.adapter, is_trainable=True)}
+    args.model_init_kwargs, start = kwargs, {"model": str(model.adapter or model.base)}
+    peft_config = get_peft_config(model_args) if model.adapter is None else None
+    return {**start, "peft_config": peft_config, "quantization_config": quantization}
 
 
 def free_memory() -> None:
@@ -118,20 +232,38 @@ def load_shared_base(model_args: ModelConfig, **roles: Any) -> SharedBase:
     """The base with its roles, as TRL's `ModelConfig` says: precision, quantisation, LoRA; where this process trains.
 
     Args:
-        **roles: further arguments of `SharedBase.from_pretrained`; `policy` defaults to the LoraConfig of `model_args`.
+        **roles: further arguments of `SharedBase.from_pretrained`; `policy` defaults to the adapter that is named as
+            the model, or the LoraConfig of `model_args`.
     """
     quantization = get_quantization_config(model_args)
-    roles.setdefault("policy", get_peft_config(model_args))
+    model = named_model(model_args)
+    roles.setdefault("policy", model.adapter or get_peft_config(model_args))
     # No trainer moves what is loaded to be looked at.
     roles = args_of_gpu(PartialState().device) | roles
     return SharedBase.from_pretrained(
-        model_name(model_args),
+        model.base,
         quantization_config=quantization,
         dtype=model_args.dtype if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype),
-        revision=model_args.model_revision,
+        revision=model.revision or "main",
         attn_implementation=model_args.attn_implementation,
         **roles,
     )
+
+
+def reward_folder(adapter: str | None, functions: Any, model_args: ModelConfig) -> str | None:
+    """The folder of the reward role's adapter; None where reward functions score. "demo" is made where needed.
+
+    Raises:
+        ValueError: nothing scores.
+    """
+    if functions:
+        return None
+    if adapter is None:
+        raise ValueError(
+            "Nothing gives a score: give --reward_adapter, a folder that recipes/reward_lora.py wrote over the same "
+            "model, or --reward_funcs."
+        )
+    return demo.reward_adapter(load_in_4bit=model_args.load_in_4bit) if adapter == "demo" else adapter
 
 
 def import_functions(paths: Sequence[str]) -> list[Any]:

@@ -12,13 +12,14 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from trl_ext.generation import ContinuousGenerator, Generator, TransformersGenerator, VLLMGenerator
 from trl_ext.ppo.checks import as_list
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.rewards import Scorer
 from trl_ext.roles import SharedBase
+from trl_ext.roles.adapters import named
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,11 @@ def check_model(model: Any, peft_config: Any | None, quantization_config: Any | 
     Raises:
         TypeError, ValueError: says what does not fit.
     """
+    if isinstance(model, TrainingArguments):
+        raise TypeError(
+            "PPOTrainer got its settings first, as TRL 0.11's and 1.12's did: the order is PPOTrainer(model, "
+            "reward_funcs, args, train_dataset, eval_dataset, processing_class), where model is the policy."
+        )
     if not isinstance(model, (str, PreTrainedModel, PeftModel, SharedBase)):
         raise TypeError(
             f"model must be a name, a PreTrainedModel, a PeftModel or a SharedBase, not {type(model).__name__}."
@@ -45,9 +51,27 @@ def check_model(model: Any, peft_config: Any | None, quantization_config: Any | 
         )
     if peft_config is not None and isinstance(model, (PeftModel, SharedBase)):
         raise ValueError(f"The {type(model).__name__} has its adapters already: leave peft_config out.")
+    if peft_config is not None and isinstance(model, str) and (start := named(model)).adapter is not None:
+        raise ValueError(
+            f"{model!r} is an adapter over {start.base!r}, which is trained further: leave peft_config out, or give "
+            f"{start.base!r} as the model."
+        )
     if quantization_config is not None and not isinstance(model, str):
         raise ValueError(
             "The model is loaded already: give its quantization_config where you load it, not to the trainer."
+        )
+
+
+def check_args(args: Any) -> None:
+    """Refuse another trainer's settings.
+
+    Raises:
+        TypeError: they are no PPOConfig.
+    """
+    if args is not None and not isinstance(args, PPOConfig):
+        raise TypeError(
+            f"args must be a trl_ext.PPOConfig, not {type(args).__name__}: give its settings to PPOConfig, which names "
+            "those that are called otherwise."
         )
 
 
@@ -62,7 +86,7 @@ def build_base(model: Any, args: PPOConfig, quantization_config: Any | None, pef
         raise ValueError("The model is loaded already: give model_init_kwargs where you load it, not to PPOConfig.")
     if isinstance(model, SharedBase):
         return model
-    if peft_config is None and not isinstance(model, PeftModel):
+    if peft_config is None and not has_adapter(model, args):
         logger.warning("No peft_config: the policy is a LoRA adapter of rank 16 on every linear layer.")
     if not isinstance(model, str):
         return SharedBase.from_model(model, policy=peft_config)
@@ -74,6 +98,15 @@ def build_base(model: Any, args: PPOConfig, quantization_config: Any | None, pef
     if given.get("quantization_config") is not None or "torch_dtype" in given:
         defaults.pop("dtype", None)
     return SharedBase.from_pretrained(model, policy=peft_config, **{**defaults, **given})
+
+
+def has_adapter(model: Any, args: PPOConfig) -> bool:
+    """Whether a model comes with an adapter, the policy then: a PeftModel, an adapter's name or folder, or what
+    Transformers loaded from one."""
+    if isinstance(model, str):
+        given: Any = args.model_init_kwargs or {}
+        return named(model, given.get("revision")).adapter is not None
+    return isinstance(model, PeftModel) or hasattr(model, "peft_config")
 
 
 def args_of_gpu(device: torch.device, bf16: bool | None = None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.measuring import Limits, measured_prompts, measured_texts
 from trl_ext.rewards.protocol import ARGUMENTS, arguments_of, check_functions
 from trl_ext.roles import SharedBase
+from trl_ext.roles.adapters import Named, named, read_score_head
 from trl_ext.tokens import as_ids, check_chat_template, config_of, context_limit, vocabulary_size
 from trl_ext.types import fault_of_messages
 
@@ -168,11 +169,12 @@ def check_run(
     check_texts(ptx_dataset, args)
     datasets = [("train_dataset", train_dataset), *_eval_datasets(eval_dataset)]
     check_arguments(functions, datasets, args)
-    if tokenizer is None:
-        name = model if isinstance(model, str) else model.config.name_or_path
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     given: Any = args.model_init_kwargs or {}
-    config = config_of(model, args.trust_remote_code, given.get("revision"))
+    name = model if isinstance(model, str) else model.config.name_or_path
+    start = named(name, given.get("revision")) if isinstance(model, str) else Named(name)
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(start.tokenizer, trust_remote_code=args.trust_remote_code)
+    config = config_of(start.base if isinstance(model, str) else model, args.trust_remote_code, start.revision)
     vocabulary = None if config is None else vocabulary_size(config)
     tokenizer = check_tokenizer(tokenizer, train_dataset, eval_dataset, vocabulary)
     check_ids(args, vocabulary)
@@ -233,6 +235,9 @@ def check_scores(functions: list[Any], tokenizers: Any, model: Any, args: PPOCon
         raise ValueError(
             "Nothing gives a score: pass reward_funcs, or a SharedBase built with reward=<adapter folder>."
         )
+    for function in functions:
+        if isinstance(function, str) and (adapter := named(function).adapter) is not None:
+            read_score_head(adapter)  # Transformers would score by a random one
     expected = max(1, len(functions))
     if args.reward_weights is not None and len(args.reward_weights) != expected:
         raise ValueError(

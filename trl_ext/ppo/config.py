@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from trl_ext._trl import BaseConfig
 from trl_ext.core import KLEstimator
 from trl_ext.ppo.objectives import OBJECTIVES, Baseline, Objective, ObjectiveName
+from trl_ext.ppo.yesterday import SETTINGS, explained
 from trl_ext.tokens import as_ids
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class PPOConfig(BaseConfig):
     disable_dropout: bool = _f(True, "Set every dropout of the model to 0: with dropout the first ratio is not 1.")
 
     # Rollout
-    total_episodes: Count | None = _f(None, "Completions of the whole run; overrides num_train_epochs and max_steps.")
+    total_episodes: Count | None = _f(None, "Completions of the whole run, in place of num_train_epochs and max_steps.")
     num_mini_batches: Count = _f(1, "Minibatches (optimizer steps) a rollout is split into, each PPO epoch.")
     local_rollout_forward_batch_size: Count = _f(
         64, "Rows per forward without gradient, and per generate, on a process."
@@ -203,6 +204,7 @@ class PPOConfig(BaseConfig):
                 not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
             )
         super().__post_init__()
+        self._check_length()
         self._check_generation_kwargs()
         if not isinstance(self.model_init_kwargs, dict | None) or "policy" in (self.model_init_kwargs or {}):
             raise ValueError(
@@ -295,6 +297,30 @@ class PPOConfig(BaseConfig):
         if clip is not None and not (_are_numbers(clip) and len(clip) == 2 and clip[0] < clip[1]):
             raise ValueError(f"reward_clip_range is {clip!r}: give the least and the greatest score, as in [-1, 1].")
 
+    @property
+    def steps_of_run(self) -> int | None:
+        """Optimizer steps that `total_episodes` come to, whole rollouts; None where it is not set."""
+        if self.total_episodes is None:
+            return None
+        return -(-self.total_episodes // self.rollout_batch_size) * self.steps_per_rollout
+
+    def _usual(self, name: str) -> Any:
+        return type(self).__dataclass_fields__[name].default
+
+    def _check_length(self) -> None:
+        """Refuse two lengths of a run. (A trainer writes the steps of `total_episodes` into `max_steps`.)"""
+        if self.total_episodes is None:
+            return
+        for name, given in (
+            ("max_steps", self.max_steps > 0 and self.max_steps != self.steps_of_run),
+            ("num_train_epochs", self.num_train_epochs != self._usual("num_train_epochs")),
+        ):
+            if given:
+                raise ValueError(
+                    f"{name} is {getattr(self, name):g} and total_episodes is {self.total_episodes}, which is "
+                    f"{self.steps_of_run} steps here: each says how long the run is, so leave one of them out."
+                )
+
     def _check_generation_kwargs(self) -> None:
         """Refuse what Transformers' generate would not know, or what would not be one completion a prompt of the
         distribution that is scored."""
@@ -311,6 +337,12 @@ class PPOConfig(BaseConfig):
                 f"generation_kwargs has temperature {given['temperature']!r}, but log-probabilities are taken at "
                 f"temperature {self.temperature:g}: set PPOConfig's temperature instead."
             )
+        for name in ("top_p", "top_k", "min_p", "repetition_penalty"):
+            own = getattr(self, name)
+            if own not in (self._usual(name), given.get(name, own)):
+                raise ValueError(
+                    f"{name} is {own!r}, and generation_kwargs has {name} {given[name]!r}: leave one of them out."
+                )
         for name, usual in {"num_return_sequences": 1, "return_dict_in_generate": False, "stop_strings": None}.items():
             if name in given and given[name] is not None and given[name] is not usual:
                 raise ValueError(
@@ -357,3 +389,6 @@ class PPOConfig(BaseConfig):
             elif get_origin(kind) is Literal and value not in get_args(kind) and not isinstance(value, Objective):
                 yours = ", or give a trl_ext.ppo.Objective" if name == "objective" else ""
                 raise ValueError(f"{name} is {value!r}: choose one of {', '.join(get_args(kind))}{yours}.")
+
+
+PPOConfig.__init__ = explained(PPOConfig.__init__, "PPOConfig", SETTINGS)  # type: ignore[method-assign]

@@ -27,6 +27,7 @@ from trl_ext.ppo.building import (
     build_base,
     build_generator,
     build_scorer,
+    check_args,
     check_generator,
     check_model,
     default_config,
@@ -43,6 +44,7 @@ from trl_ext.ppo.metrics import Metrics, peak_memory
 from trl_ext.ppo.pretraining import PretrainMix
 from trl_ext.ppo.summary import summarize
 from trl_ext.ppo.update import Updater
+from trl_ext.ppo.yesterday import ARGUMENTS, explained
 from trl_ext.rewards import RewardFunction
 from trl_ext.types import Experience
 
@@ -127,6 +129,7 @@ class PPOTrainer(BaseTrainer):
         generator: Generator | None = None,
     ) -> None:
         check_model(model, peft_config, quantization_config)
+        check_args(args)
         args = args if args is not None else default_config(model)
         check_generator(generator, args)
         for callback in callbacks or []:
@@ -144,8 +147,8 @@ class PPOTrainer(BaseTrainer):
             without_dropout(self.base)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # each role's backward touches its own adapter alone
-        if args.total_episodes is not None:
-            args.max_steps = -(-args.total_episodes // args.rollout_batch_size) * args.steps_per_rollout
+        if args.steps_of_run is not None:
+            args.max_steps = args.steps_of_run
 
         super().__init__(
             model=self.base,
@@ -426,3 +429,6 @@ class PPOTrainer(BaseTrainer):
             self.events.on_evaluation_end(experience, metrics)
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=prefixed, num_samples=len(experience.kl))
+
+
+PPOTrainer.__init__ = explained(PPOTrainer.__init__, "PPOTrainer", ARGUMENTS)  # type: ignore[method-assign]

@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 from trl import RewardConfig, RewardTrainer
 
@@ -21,7 +24,8 @@ from trl_ext.core.probe import choose_penalty, fit_probe
 from trl_ext.core.reward_losses import all_pairs_loss, binary_loss, plackett_luce_loss, regression_loss
 from trl_ext.reward_models.probing import probe_data, score_head
 from trl_ext.reward_models.rows import check_written, checked_rows, template_of
-from trl_ext.roles.adapters import write_note
+from trl_ext.roles import adapters as files
+from trl_ext.roles import sharing
 from trl_ext.tokens import config_of, sequence_ids
 
 logger = logging.getLogger(__name__)
@@ -78,6 +82,33 @@ class FeedbackRewardConfig(RewardConfig):
         super().__post_init__()
 
 
+def trained_further(start: files.Named, args: RewardConfig, quantization_config: Any | None) -> PeftModel:
+    """A reward model over the base of an adapter, whose LoRA (and score head, where it has one) it starts from.
+
+    Raises:
+        ValueError: the adapter does not fit the base, or is not one that roles can share it with.
+    """
+    folder = files.check_folder(str(start.adapter), "reward")
+    given: dict[str, Any] = {"dtype": "float32", **(args.model_init_kwargs or {}), "revision": start.revision or "main"}
+    args.model_init_kwargs = None  # used here
+    if quantization_config is not None:
+        given |= {"quantization_config": quantization_config, "device_map": {"": args.device}}
+    model = AutoModelForSequenceClassification.from_pretrained(
+        start.base, num_labels=1, trust_remote_code=args.trust_remote_code, **given
+    )
+    state = load_file(folder / files.WEIGHTS)
+    if other := [key for key in state if not (sharing.is_lora(key) or sharing.is_score(key))]:
+        raise ValueError(f"The adapter in {str(folder)!r} holds {other[0]!r} too: merge it into its base first.")
+    for name, tensor in model.score.state_dict().items():  # drawn anew where the adapter has none
+        state.setdefault(files.SCORE + name, tensor)
+    with files.fits(f"The adapter in {str(folder)!r}", start.base):
+        peft_model = get_peft_model(model, files.as_sequence_classifier(files.read_lora_config(folder)))
+        unexpected = set_peft_model_state_dict(peft_model, state).unexpected_keys
+        if unexpected:
+            raise ValueError(f"it has no layer for {unexpected[0]!r}")
+    return peft_model
+
+
 class FeedbackRewardTrainer(RewardTrainer):
     """TRL's RewardTrainer for every form of feedback; saving, PEFT, 4 bits and evaluation are TRL's.
 
@@ -87,7 +118,8 @@ class FeedbackRewardTrainer(RewardTrainer):
     standard deviation 1 of the training set, weights to mean 1.
 
     Args:
-        model: a model's name or folder.
+        model: a model's name or folder, or that of an adapter over one: a policy's, whose LoRA the reward model then
+            starts from, or a reward model's, which is trained further.
         args: `FeedbackRewardConfig`.
         train_dataset, eval_dataset: rows as above; for evaluation a dict of several such too.
         processing_class: the tokenizer; None: the model's.
@@ -113,6 +145,22 @@ class FeedbackRewardTrainer(RewardTrainer):
             eval_dataset = checked(eval_dataset, "eval_dataset", args.objective)
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         self._laid_out = [train_dataset, *evaluated]
+        if isinstance(model, str):
+            start = files.named(model, revision=(args.model_init_kwargs or {}).get("revision"))
+            if start.adapter is not None:
+                if kwargs.get("peft_config") is not None:
+                    raise ValueError(
+                        f"{model!r} is an adapter over {start.base!r}, which is trained further: leave peft_config "
+                        f"out, or give {start.base!r} as the model."
+                    )
+                model = trained_further(start, args, kwargs.pop("quantization_config", None))
+                if processing_class is None:
+                    processing_class = AutoTokenizer.from_pretrained(start.tokenizer)
+        elif not isinstance(model, PeftModel) and any(isinstance(part, BaseTunerLayer) for part in model.modules()):
+            raise ValueError(
+                f"The {type(model).__name__} was loaded with an adapter, over which TRL would lay another: give the "
+                "adapter's folder."
+            )
         self._config = config_of(model, args.trust_remote_code)
         self._scale = Scale.of(train_dataset, args.objective)
         args.remove_unused_columns = False  # neither collator minds further columns
@@ -148,7 +196,7 @@ class FeedbackRewardTrainer(RewardTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As TRL saves, with a note for the base that the role is put on."""
         super()._save(output_dir, state_dict)
-        write_note(Path(output_dir or str(self.args.output_dir)), self.accelerator.unwrap_model(self.model))
+        files.write_note(Path(output_dir or str(self.args.output_dir)), self.accelerator.unwrap_model(self.model))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL trains; the probe reads the training set once and solves for its head."""

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
+from transformers.utils import CONFIG_NAME, find_adapter_config_file
 
 from trl_ext.roles import sharing
 from trl_ext.roles.switching import belongs_to
@@ -26,22 +29,113 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 HEAD = "value_head.safetensors"
 NOTE = "trl_ext_role.json"  # what the other files have no place for
+# Arguments of `from_pretrained` that say where files are looked for.
+HUB = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only", "proxies")
 SCORE = "base_model.model.score."  # where a PEFT sequence classifier keeps its head
+
+
+class Named(NamedTuple):
+    """What the name of a model stands for.
+
+    Attributes:
+        base: name or folder of the model itself.
+        adapter: folder of the adapter over it, where the name is that adapter's.
+        revision: of the base; None: the newest.
+        tokenizer: what the tokenizer is loaded from: the adapter's folder, where one lies there, else the base.
+    """
+
+    base: str
+    adapter: Path | None = None
+    revision: str | None = None
+
+    @property
+    def tokenizer(self) -> str:
+        own = self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
+        return str(self.adapter) if own else self.base
+
+    @property
+    def start(self) -> Path | None:
+        """The adapter, where it is one that writes text: a policy's."""
+        return None if self.adapter is None or read_config(self.adapter).get("task_type") == "SEQ_CLS" else self.adapter
+
+    def __str__(self) -> str:
+        return self.base if self.adapter is None else f"{self.base} with the adapter {self.adapter}"
+
+
+def named(name: str, revision: str | None = None, subfolder: str = "", **where: Any) -> Named:
+    """The model that `name` stands for, a folder or a name on the Hub: a model, or an adapter over one.
+
+    Args:
+        revision, subfolder, **where: as in `AutoModelForCausalLM.from_pretrained`; of an adapter, where `name` is one.
+
+    Raises:
+        FileNotFoundError: the Hub's adapter cannot be had.
+        ValueError: the adapter does not say what its base is, or a whole model lies beside it, or its base is an
+            adapter too.
+    """
+    try:
+        found = find_adapter_config_file(name, revision=revision, subfolder=subfolder, **where)
+    except OSError:  # no name for the Hub: loading says so
+        found = None
+    if found is None:
+        return Named(name, revision=revision)
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _downloaded(name, "model", revision=revision, subfolder=subfolder, **where)
+    folder /= subfolder
+    config = read_config(folder)
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"{name!r} is an adapter that does not say over which model it was trained: give that model, and the "
+            "adapter as policy."
+        )
+    if (folder / CONFIG_NAME).is_file() and any(file.name != WEIGHTS for file in folder.glob("*.safetensors")):
+        raise ValueError(f"{name!r} holds a model and an adapter beside it: move one of them into a folder of its own.")
+    if (Path(base) / CONFIG).is_file():
+        raise ValueError(
+            f"{name!r} is an adapter over {base!r}, which is an adapter too: merge that one into its base and save the "
+            "model, and train over it."
+        )
+    return Named(base, folder, config.get("revision"))
+
+
+def _downloaded(name: str, role: str, subfolder: str = "", **where: Any) -> Path:
+    """The folder of the Hub's cache with the adapter of this name, which is downloaded where needed."""
+    below = f"{subfolder}/" if subfolder else ""
+    files = (CONFIG, WEIGHTS, HEAD, NOTE, "tokenizer*", "special_tokens_map.json", "chat_template*", "*vocab*")
+    try:
+        return Path(snapshot_download(name, allow_patterns=[below + file for file in files], **where))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"The {role} role's folder {name!r} does not exist, and there is no adapter of that name in the Hub's "
+            f"cache or on the Hub ({reason:.200}): give the folder of a saved adapter."
+        ) from error
 
 
 def check_folder(path: str | Path, role: str) -> Path:
     """Check all that the files of a saved role tell without a model, and return its folder as a Path.
+
+    Args:
+        path: the folder, or the adapter's name on the Hub.
 
     Raises:
         FileNotFoundError: the folder is missing, or holds neither an adapter nor a head.
         ValueError: its adapter is not one that roles can share a base with, or its weights are damaged.
     """
     folder = Path(path)
+    if not folder.is_dir() and isinstance(path, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
+        folder = _downloaded(path, role)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"The {role} role's folder {str(path)!r} does not exist: give the folder of a saved adapter."
         )
     has_config = (folder / CONFIG).is_file()
+    if not has_config and (folder / "policy" / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"The {role} role's folder {str(path)!r} holds one folder a role: give {str(folder / role)!r}."
+        )
     if not has_config and not (role == "value" and (folder / HEAD).is_file()):
         raise FileNotFoundError(
             f"The {role} role's folder {str(path)!r} holds no {CONFIG}: give the folder that save_model() or "

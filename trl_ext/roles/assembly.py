@@ -45,7 +45,7 @@ class Plan:
     policy: LoraConfig | Path | None
     value: str | Path
     reward: Path | None
-    reference: Path | None
+    reference: str | Path | None
 
 
 def default_lora(model: Any) -> LoraConfig:
@@ -110,7 +110,7 @@ def plan(base_name: str, policy: Any, value: Any, reward: Any, reference: Any) -
         policy=folder(policy, "policy") if isinstance(policy, (str, Path)) else policy,
         value=value if value in ("adapter", "head") else folder(value, "value"),
         reward=None if reward is None else folder(reward, "reward"),
-        reference=None if reference is None else folder(reference, "reference"),
+        reference=reference if reference in (None, "base") else folder(reference, "reference"),
     )
 
 
@@ -123,10 +123,6 @@ def load_base(
     Raises:
         ValueError: two arguments, or an argument and the checkpoint, contradict each other.
     """
-    if (Path(name) / files.CONFIG).is_file():
-        raise ValueError(
-            f"{name!r} is the folder of an adapter: give the model that it was trained over, and the folder as policy."
-        )
     older = kwargs.pop("torch_dtype", None)
     if dtype is not None and older is not None and _precision(dtype) != _precision(older):
         raise ValueError(f"dtype is {dtype!r} and torch_dtype, its older name, is {older!r}: leave torch_dtype out.")
@@ -179,8 +175,7 @@ def _own_quantization(name: str, kwargs: dict[str, Any]) -> Any | None:
     if (config := kwargs.get("config")) is not None:
         own = getattr(config, "quantization_config", None)
         return own if own is None or isinstance(own, dict) else own.to_dict()
-    where = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only", "proxies")
-    content, _ = PreTrainedConfig.get_config_dict(name, **{key: kwargs[key] for key in where if key in kwargs})
+    content, _ = PreTrainedConfig.get_config_dict(name, **{key: kwargs[key] for key in files.HUB if key in kwargs})
     return content.get("quantization_config") or content.get("text_config", {}).get("quantization_config")
 
 
@@ -266,27 +261,47 @@ def _check_kind(model: Any) -> None:
 
 
 def _policy_and_reference(model: Any, plan: Plan) -> tuple[PeftModel, str, str | None]:
-    reference = None
-    if isinstance(model, PeftModel):
+    """The policy is the adapter that `model` has, or that of the plan. A frozen copy of it is the reference where the
+    policy was trained before: that is where training starts, so it is what the KL is measured from."""
+    reference, starts_trained = None, isinstance(plan.policy, Path)
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         if plan.policy is not None:
+            kind = "a PeftModel" if isinstance(model, PeftModel) else "loaded with an adapter"
             raise ValueError(
-                "The model is a PeftModel already, and a policy adapter was given too: pass the model without its "
+                f"The model is {kind} already, and a policy adapter was given too: pass the model without its "
                 "adapter, or leave the policy out to train the adapter it has."
             )
-        peft_model, policy = model, sharing.check_peft_model(model)
-        if plan.reference is None:
-            reference = _frozen_copy(peft_model, policy)
+        peft_model, policy = _with_its_adapter(model)
+        starts_trained = True
     else:
-        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            raise ValueError(
-                f"The {type(model).__name__} has adapters of its own: give the model without them, and a saved adapter "
-                "as policy."
-            )
         policy = _free_name(model, "policy")
         peft_model = _with_policy(model, plan.policy, policy)
-    if plan.reference is not None:
+    if isinstance(plan.reference, Path):
         reference = _add_saved(peft_model, plan.reference, "reference")
+    elif plan.reference is None and starts_trained:
+        reference = _frozen_copy(peft_model, policy)
     return peft_model, policy, reference
+
+
+def _with_its_adapter(model: Any) -> tuple[PeftModel, str]:
+    """A model that has adapters, as a PeftModel, and the name of the active one. Where Transformers put an adapter into
+    a model that it loaded by the adapter's name, it is taken out and put back by PEFT."""
+    if isinstance(model, PeftModel):
+        return model, sharing.check_peft_model(model)
+    if not hasattr(model, "peft_config"):
+        raise ValueError(
+            f"The {type(model).__name__} has adapters of its own: give the model without them, and a saved adapter "
+            "as policy."
+        )
+    name = sharing.check_peft_model(model)
+    config = copy.deepcopy(model.peft_config[name])
+    state = {f"base_model.model.{key}": tensor for key, tensor in model.get_adapter_state_dict(name).items()}
+    model.delete_adapter(list(model.peft_config))
+    for path, layer in [(path, layer) for path, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]:
+        model.set_submodule(path, layer.get_base_layer())
+    peft_model = get_peft_model(model, _for_text(config), adapter_name=name)
+    set_peft_model_state_dict(peft_model, state, adapter_name=name)
+    return peft_model, name
 
 
 def _with_policy(model: Any, policy: LoraConfig | Path | None, name: str) -> PeftModel:

@@ -52,6 +52,7 @@ class SharedBase(AdaptedModel):
         adapters: adapter name of each role; None stands for the bare base. A role that is missing has no entry.
         reward_pad_token_id: padding, by id, to the reward role: its score is read at the last token that is another
             one. None: at the last real token.
+        role: who speaks where a call names no role; `use` says it.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class SharedBase(AdaptedModel):
         self.adapters = adapters
         self.heads = nn.ModuleDict(heads)
         self.reward_pad_token_id = reward_pad_token_id
+        self.role: Role = "policy"
         self._lm_head = head_of(self.causal_lm)
 
     @classmethod
@@ -83,15 +85,17 @@ class SharedBase(AdaptedModel):
         """Load the base once and lay the roles on it.
 
         Args:
-            model_name_or_path: a causal language model.
+            model_name_or_path: a causal language model, or an adapter over one (a folder, or a name on the Hub), which
+                is then the policy to start from.
             quantization_config: `transformers.BitsAndBytesConfig` for a 4-bit or 8-bit base; None: the checkpoint's
                 own, if it has one.
-            policy: LoraConfig of a new policy adapter, or the folder of a saved one; None: LoRA of rank 16 on every
-                linear layer.
+            policy: LoraConfig of a new policy adapter, or a saved one to start from; None: LoRA of rank 16 on every
+                linear layer. Saved adapters are given by their folder or their name on the Hub.
             value: "adapter" (own LoRA like the policy's, scalar head starting at 0), "head" (scalar head on the
                 policy's trunk), or the folder of a saved value or reward adapter to start from.
             reward: folder of what TRL's RewardTrainer saved with LoRA; None: no reward role.
-            reference: folder of an adapter that stays frozen; None: the bare base.
+            reference: folder of an adapter that stays frozen, or "base", the bare base; None: a frozen copy of the
+                policy where that is a saved adapter, else the bare base.
             dtype: of the base's weights; None: float32, or bfloat16 under a quantisation. A checkpoint that was saved
                 quantised is loaded as it was saved.
             device_map: as in Transformers.
@@ -102,8 +106,18 @@ class SharedBase(AdaptedModel):
             ValueError: an adapter belongs to another base or is not one that roles can share it with, or arguments
                 contradict each other or the checkpoint.
         """
-        plan = assembly.plan(str(model_name_or_path), policy, value, reward, reference)
-        model = assembly.load_base(model_name_or_path, quantization_config, dtype, device_map, **model_kwargs)
+        hub = {key: model_kwargs[key] for key in files.HUB if key in model_kwargs}
+        name = files.named(str(model_name_or_path), **hub)
+        if name.adapter is not None:
+            if policy is not None:
+                raise ValueError(
+                    f"{str(model_name_or_path)!r} is an adapter over {name.base!r}, and a policy was given too: leave "
+                    f"the policy out to train this adapter, or give {name.base!r} as the model."
+                )
+            policy, model_kwargs = name.adapter, {k: v for k, v in model_kwargs.items() if k != "subfolder"}
+            model_kwargs["revision"] = name.revision or "main"
+        plan = assembly.plan(name.base, policy, value, reward, reference)
+        model = assembly.load_base(name.base, quantization_config, dtype, device_map, **model_kwargs)
         return cls(*assembly.assemble(model, plan))
 
     @classmethod
@@ -117,9 +131,9 @@ class SharedBase(AdaptedModel):
     ) -> SharedBase:
         """Lay the roles on a model that is in memory.
 
-        A `PeftModel`'s active adapter becomes the policy, and, unless `reference` says otherwise, a frozen copy of it
-        the reference (that adapter is where training starts, so it is what the KL is measured from). Other arguments as
-        in `from_pretrained`.
+        The active adapter of a `PeftModel`, or of a model that Transformers loaded by an adapter's name, becomes the
+        policy, and, unless `reference` says otherwise, a frozen copy of it the reference. Other arguments as in
+        `from_pretrained`.
         """
         causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
         plan = assembly.plan(causal_lm.config.name_or_path, policy, value, reward, reference)
@@ -129,16 +143,20 @@ class SharedBase(AdaptedModel):
 
     @contextmanager
     def use(self, role: Role) -> Iterator[SharedBase]:
-        """Forwards inside use the adapter of `role`. On exit the active adapter, every requires_grad and every
-        train/eval flag are as before, also when the body raises.
+        """Forwards inside use the adapter of `role`, and calls that name no role speak for it. On exit the active
+        adapter, every requires_grad and every train/eval flag are as before, also when the body raises.
 
         Raises:
             ValueError: no such role, or the base was built without it.
         """
-        adapter = self._adapter(role)
+        adapter, before = self._adapter(role), self.role
         with restored(self):
             activate(self.model, adapter)
-            yield self
+            self.role = role
+            try:
+                yield self
+            finally:
+                self.role = before
 
     def has_role(self, role: Role) -> bool:
         """Whether the base was built with this role."""
@@ -169,12 +187,13 @@ class SharedBase(AdaptedModel):
         input_ids: Tensor,
         attention_mask: Tensor,
         num_completion_tokens: int,
-        role: Role = "policy",
+        role: Role | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """Log-probability of each completion token under `role`, (batch, num_completion_tokens), nats."""
+        """Log-probability of each completion token under `role` (None: the policy, or the role of `use`), (batch,
+        num_completion_tokens), nats."""
         batch = AlignedBatch.of(input_ids, attention_mask, num_completion_tokens)
-        adapter = self._adapter(role)
+        adapter = self._adapter(role or self.role)
         hidden = batch.predicting(self.hidden_states({adapter: batch})[adapter])
         with under(self.model, adapter):
             return batch.padded(self._lm_head.logprobs(hidden, batch.targets, temperature)[0])
@@ -206,7 +225,7 @@ class SharedBase(AdaptedModel):
         input_ids: Tensor,
         attention_mask: Tensor,
         num_completion_tokens: int,
-        roles: Sequence[Role] = ("policy",),
+        roles: Sequence[Role] | None = None,
         temperature: float = 1.0,
         reward_suffix_ids: Sequence[int] = (),
         reward_suffix_rows: Tensor | None = None,
@@ -221,7 +240,7 @@ class SharedBase(AdaptedModel):
         Args:
             input_ids, attention_mask: (batch, columns).
             num_completion_tokens: how many of the last columns are completion.
-            roles: whose outputs to compute.
+            roles: whose outputs to compute; None: the policy's, or those of the role of `use`.
             temperature: logits are divided by it before log-probabilities.
             reward_suffix_ids: ids that the reward role alone reads after the rows marked in `reward_suffix_rows`
                 (batch,) bool: what a chat template writes after a completion.
@@ -233,6 +252,7 @@ class SharedBase(AdaptedModel):
         """
         batch = AlignedBatch.of(input_ids, attention_mask, num_completion_tokens)
         views: dict[str | None, AlignedBatch] = {}
+        roles = (self.role,) if roles is None else roles
         for role in roles:
             views[self._adapter(role)] = batch
         if "reward" in roles and reward_suffix_rows is not None:
@@ -274,9 +294,10 @@ class SharedBase(AdaptedModel):
             )
 
     @torch.no_grad()
-    def generate(self, role: Role = "policy", **kwargs: Any) -> Tensor:
-        """Transformers' `generate` under the policy (or another) role, in eval mode. A `generation_config` given here
-        replaces the model's own, so its defaults (a top_k, say) do not change what is sampled.
+    def generate(self, role: Role | None = None, **kwargs: Any) -> Tensor:
+        """Transformers' `generate` under `role` (None: the policy, or the role of `use`), in eval mode. A
+        `generation_config` given here replaces the model's own, so its defaults (a top_k, say) do not change what is
+        sampled.
 
         Raises:
             ValueError: a model whose `generate` samples otherwise than its own forward reads, or prompts of unlike
@@ -290,7 +311,7 @@ class SharedBase(AdaptedModel):
                 "length at a time."
             )
         own = self.causal_lm.generation_config
-        with self.use(role), self.path.constant():
+        with self.use(role or self.role), self.path.constant():
             self.model.eval()
             try:
                 self.causal_lm.generation_config = kwargs.get("generation_config", own)

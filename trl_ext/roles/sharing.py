@@ -132,8 +132,9 @@ def on_the_lm_head(whose: str) -> str:
     )
 
 
-def check_peft_model(model: PeftModel) -> str:
-    """Refuse a PeftModel whose adapters could not share its base with the roles'.
+def check_peft_model(model: PeftModel | Any) -> str:
+    """Refuse a PeftModel, or a model that Transformers put adapters into, where these could not share its base with
+    the roles'.
 
     Returns:
         The name of its active adapter.
@@ -148,7 +149,7 @@ def check_peft_model(model: PeftModel) -> str:
                 f"The PeftModel's adapter is called {name!r}, as a part of the model is, and PEFT would mix up their "
                 "weights: load it under another adapter_name."
             )
-    status = model.get_model_status()
+    status = peft.get_model_status(model)
     if status.enabled is not True:
         raise ValueError("The PeftModel's adapters are disabled: enable the one to train before building the roles.")
     if status.merged_adapters:
