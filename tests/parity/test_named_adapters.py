@@ -30,7 +30,7 @@ def by_name(folder: Path, base: Path) -> SharedBase:
 
 
 def as_policy(folder: Path, base: Path) -> SharedBase:
-    return SharedBase.from_pretrained(str(base), policy=folder)
+    return SharedBase.from_pretrained(str(base), policy=folder, reference="copy")
 
 
 def injected(folder: Path, base: Path) -> SharedBase:
@@ -43,7 +43,7 @@ def in_peft(folder: Path, base: Path) -> SharedBase:
 
 
 def as_policy_of_a_model(folder: Path, base: Path) -> SharedBase:
-    return SharedBase.from_model(AutoModelForCausalLM.from_pretrained(base), policy=str(folder))
+    return SharedBase.from_model(AutoModelForCausalLM.from_pretrained(base), policy=str(folder), reference="copy")
 
 
 WAYS = (by_name, as_policy, injected, in_peft, as_policy_of_a_model)
@@ -78,11 +78,18 @@ def test_training_starts_at_the_adapter_and_a_frozen_copy_is_the_reference(
 
 
 @torch.no_grad()
+def test_a_new_policy_has_nothing_to_copy(llama: tiny.Home) -> None:
+    with pytest.raises(ValueError, match="the policy starts from none"):
+        SharedBase.from_pretrained(str(llama.base_folder), policy=tiny.new_lora(), reference="copy")
+
+
+@torch.no_grad()
 def test_the_bare_base_is_the_reference_where_it_is_asked_for(llama: tiny.Home) -> None:
     batch = tiny.padded_batch()
     bare = tiny.plain_logprobs(AutoModelForCausalLM.from_pretrained(llama.base_folder).eval(), batch)
     for base in (
         SharedBase.from_pretrained(str(llama.reference_folder), reference="base").eval(),
+        SharedBase.from_pretrained(str(llama.base_folder), policy=llama.reference_folder).eval(),
         SharedBase.from_model(plain(llama.reference_folder, llama.base_folder), reference="base").eval(),
     ):
         assert base.adapters["reference"] is None
@@ -121,7 +128,7 @@ def test_an_adapter_on_the_hub(llama: tiny.Home, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(
         files, "snapshot_download", lambda name, **how: in_cache(name, cache_dir=tmp_path, local_files_only=True, **how)
     )
-    base = SharedBase.from_pretrained(str(llama.base_folder), policy="me/sft", reference="base").eval()
+    base = SharedBase.from_pretrained(str(llama.base_folder), policy="me/sft").eval()
     close(base.logprobs(*batch.args), expected)
     with pytest.raises(FileNotFoundError, match=r"The reward role's folder 'me/judge' does not exist, and there is no"):
         SharedBase.from_pretrained(str(llama.base_folder), reward="me/judge")

@@ -43,7 +43,7 @@ def test_policy_and_reference_alone(home: tiny.Home) -> None:
 def test_bare_reference_alone(home: tiny.Home) -> None:
     batch = tiny.padded_batch()
     base = SharedBase.from_pretrained(
-        str(home.base_folder), policy=home.saved / "policy", value=home.saved / "value", reference="base"
+        str(home.base_folder), policy=home.saved / "policy", value=home.saved / "value"
     ).eval()
     bare = AutoModelForCausalLM.from_pretrained(home.base_folder)
     close(base.logprobs(*batch.args, role="reference"), tiny.plain_logprobs(bare, batch))
@@ -238,7 +238,7 @@ def test_use_nests(llama: tiny.Home) -> None:
 def test_use_lets_the_role_speak(llama: tiny.Home) -> None:
     """A bare forward inside `use` runs under that role's adapter, also the bare base's."""
     batch = tiny.padded_batch()
-    base = SharedBase.from_pretrained(str(llama.base_folder), policy=llama.saved / "policy", reference="base").eval()
+    base = SharedBase.from_pretrained(str(llama.base_folder), policy=llama.saved / "policy").eval()
     expected = {
         "policy": tiny.load_policy(llama.saved / "policy"),
         "reference": AutoModelForCausalLM.from_pretrained(llama.base_folder),
@@ -252,8 +252,7 @@ def test_use_lets_the_role_speak(llama: tiny.Home) -> None:
 @pytest.mark.parametrize("role", ["reference", "value"])
 def test_one_forward_for_all_whoever_spoke_before(llama: tiny.Home, role: Any) -> None:
     """Few rows in float32 share a forward; PEFT gives none of them its adapter where adapters are off."""
-    saved, batch = llama.saved / "policy", tiny.padded_batch()
-    base = SharedBase.from_pretrained(str(llama.base_folder), policy=saved, reference="base")
+    base, batch = SharedBase.from_pretrained(str(llama.base_folder), policy=llama.saved / "policy"), tiny.padded_batch()
     tiny.randomise(base, 5, only=".value.")
     expected = base.score_pass(*batch.args)
     with base.use(role):

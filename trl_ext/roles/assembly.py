@@ -110,7 +110,7 @@ def plan(base_name: str, policy: Any, value: Any, reward: Any, reference: Any) -
         policy=folder(policy, "policy") if isinstance(policy, (str, Path)) else policy,
         value=value if value in ("adapter", "head") else folder(value, "value"),
         reward=None if reward is None else folder(reward, "reward"),
-        reference=reference if reference in (None, "base") else folder(reference, "reference"),
+        reference=reference if reference in (None, "base", "copy") else folder(reference, "reference"),
     )
 
 
@@ -261,9 +261,9 @@ def _check_kind(model: Any) -> None:
 
 
 def _policy_and_reference(model: Any, plan: Plan) -> tuple[PeftModel, str, str | None]:
-    """The policy is the adapter that `model` has, or that of the plan. A frozen copy of it is the reference where the
-    policy was trained before: that is where training starts, so it is what the KL is measured from."""
-    reference, starts_trained = None, isinstance(plan.policy, Path)
+    """The policy is the adapter that `model` has, or that of the plan. Of one that `model` has, a frozen copy is the
+    reference: training starts there, so the KL is measured from there."""
+    reference, copied = None, plan.reference == "copy"
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         if plan.policy is not None:
             kind = "a PeftModel" if isinstance(model, PeftModel) else "loaded with an adapter"
@@ -272,13 +272,18 @@ def _policy_and_reference(model: Any, plan: Plan) -> tuple[PeftModel, str, str |
                 "adapter, or leave the policy out to train the adapter it has."
             )
         peft_model, policy = _with_its_adapter(model)
-        starts_trained = True
+        copied = copied or plan.reference is None
+    elif copied and not isinstance(plan.policy, Path):
+        raise ValueError(
+            "reference is 'copy', a frozen copy of the adapter that the policy starts from, but the policy starts from "
+            "none: leave reference out."
+        )
     else:
         policy = _free_name(model, "policy")
         peft_model = _with_policy(model, plan.policy, policy)
     if isinstance(plan.reference, Path):
         reference = _add_saved(peft_model, plan.reference, "reference")
-    elif plan.reference is None and starts_trained:
+    elif copied:
         reference = _frozen_copy(peft_model, policy)
     return peft_model, policy, reference
 
@@ -300,7 +305,7 @@ def _with_its_adapter(model: Any) -> tuple[PeftModel, str]:
     for path, layer in [(path, layer) for path, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]:
         model.set_submodule(path, layer.get_base_layer())
     peft_model = get_peft_model(model, _for_text(config), adapter_name=name)
-    set_peft_model_state_dict(peft_model, state, adapter_name=name)
+    files.put_lora(peft_model, state, name)
     return peft_model, name
 
 

@@ -94,8 +94,8 @@ class SharedBase(AdaptedModel):
             value: "adapter" (own LoRA like the policy's, scalar head starting at 0), "head" (scalar head on the
                 policy's trunk), or the folder of a saved value or reward adapter to start from.
             reward: folder of what TRL's RewardTrainer saved with LoRA; None: no reward role.
-            reference: folder of an adapter that stays frozen, or "base", the bare base; None: a frozen copy of the
-                policy where that is a saved adapter, else the bare base.
+            reference: folder of an adapter that stays frozen; "base", the bare base; "copy", a frozen copy of the saved
+                adapter that the policy starts from. None: the bare base, or "copy" where the model named is an adapter.
             dtype: of the base's weights; None: float32, or bfloat16 under a quantisation. A checkpoint that was saved
                 quantised is loaded as it was saved.
             device_map: as in Transformers.
@@ -114,6 +114,7 @@ class SharedBase(AdaptedModel):
                     f"{str(model_name_or_path)!r} is an adapter over {name.base!r}, and a policy was given too: leave "
                     f"the policy out to train this adapter, or give {name.base!r} as the model."
                 )
+            reference = "copy" if reference is None else reference
             policy, model_kwargs = name.adapter, {k: v for k, v in model_kwargs.items() if k != "subfolder"}
             model_kwargs["revision"] = name.revision or "main"
         plan = assembly.plan(name.base, policy, value, reward, reference)
