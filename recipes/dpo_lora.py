@@ -21,7 +21,7 @@ def main() -> None:
         "DPO with LoRA",
         {
             "model": f"{model_args.model_name_or_path}{' in 4 bits' if model_args.load_in_4bit else ''}",
-            "data": f"{len(train)} pairs of {script.dataset!r}, {len(test)} held out",
+            "data": f"{len(train)} pairs of {script.dataset!r}, {len(test)} held out{script.read_as}",
             "LoRA": f"rank {model_args.lora_r} on {model_args.lora_target_modules}, beta {args.beta}",
         },
     )

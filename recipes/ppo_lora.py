@@ -72,7 +72,7 @@ def main() -> None:
             "scores": script.reward_funcs or f"reward role ({script.reward_adapter})",
             "roles": ", ".join(f"{role}: {name or 'the bare base'}" for role, name in base.adapters.items()),
             "memory": launch.megabytes(base),
-            "data": f"{len(train)} prompts of {script.dataset!r}, {len(test)} held out",
+            "data": f"{len(train)} prompts of {script.dataset!r}, {len(test)} held out{script.read_as}",
             "update": f"{args.rollout_batch_size} answers, {args.steps_per_rollout} optimizer steps",
         },
     )

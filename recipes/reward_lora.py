@@ -26,7 +26,7 @@ def main() -> None:
         {
             "model": f"{model_args.model_name_or_path}{' in 4 bits' if model_args.load_in_4bit else ''}",
             "objective": args.objective,
-            "data": f"{len(data.train)} rows of {script.dataset!r}, {len(data.test)} held out",
+            "data": f"{len(data.train)} rows of {script.dataset!r}, {len(data.test)} held out{script.read_as}",
             "LoRA": f"rank {model_args.lora_r} on {model_args.lora_target_modules}",
         },
     )

@@ -15,17 +15,20 @@ from trl_ext.feedback.converting import (
 from trl_ext.feedback.files import FeedbackError, Unusable
 from trl_ext.feedback.forms import FORMS, Form
 from trl_ext.feedback.judging import Judgement, ScoredAnswer, judge, save_judgement
-from trl_ext.feedback.reading import Feedback, read
+from trl_ext.feedback.layouts import LAYOUTS, Layout
+from trl_ext.feedback.reading import Feedback, read, read_prompts, rows_of
 from trl_ext.feedback.records import Label, Pair, Problem, Ranking, Rating, Record
 
 __all__ = [
     "FORMS",
+    "LAYOUTS",
     "Feedback",
     "FeedbackError",
     "FeedbackReport",
     "Form",
     "Judgement",
     "Label",
+    "Layout",
     "Pair",
     "Problem",
     "Ranking",
@@ -41,6 +44,8 @@ __all__ = [
     "draw_ratings",
     "judge",
     "read",
+    "read_prompts",
+    "rows_of",
     "save_judgement",
     "split_by_prompt",
     "to_preference",

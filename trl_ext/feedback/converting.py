@@ -11,6 +11,7 @@ import random
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, combinations, product
 from statistics import fmean
 from typing import Any
@@ -180,7 +181,8 @@ def split_by_prompt(feedback: Feedback, held_out: float, seed: int = 0) -> tuple
     parts: tuple[list[Record], list[Record]] = [], []
     for number, record in enumerate(feedback.records):
         parts[number in second].append(record)
-    return tuple(Feedback(feedback.form, part, feedback.source) for part in parts)  # type: ignore[return-value]
+    first, second = (replace(feedback, records=part, dropped=[], undecided=0) for part in parts)
+    return first, second
 
 
 def middle_of_scale(feedback: Feedback) -> float:
