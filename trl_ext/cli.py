@@ -24,9 +24,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rooms = parser.add_subparsers(required=True, metavar="COMMAND")
     about = rooms.add_parser("feedback", help="human feedback").add_subparsers(required=True, metavar="COMMAND")
     check = about.add_parser("check", help="look at a file of feedback before training on it")
-    check.add_argument("file", help="ratings, rankings, pairs or labels: .jsonl, .json, .csv, .tsv or .parquet")
-    check.add_argument("--form", choices=feedback.FORMS, help="the form; without it the columns decide")
-    check.add_argument("--column", action="append", default=[], metavar="THEIRS=OURS", help="rename a column")
+    convert = about.add_parser("convert", help="write feedback in any layout as our own JSONL")
+    for command in (check, convert):
+        command.add_argument("file", help="ratings, rankings, pairs or labels: a file, a saved folder, or a name on the Hub")
+        command.add_argument("--form", help="the form or the layout; without it the columns decide")
+        command.add_argument("--split", help="of a folder or a data set on the Hub")
+        command.add_argument(
+            "--columns", "--column", nargs="+", action="extend", default=[], metavar="THEIRS=OURS", help="rename columns"
+        )
+    convert.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, .jsonl")
+    convert.add_argument("--prompts", action="store_true", help="write the prompts alone, each once")
+    convert.add_argument("--drop", action="store_true", help="leave out records that cannot be used, and list them")
+    convert.set_defaults(run=_convert)
     check.add_argument("--held-out", metavar="FILE", help="feedback for evaluation; shared prompts are counted")
     check.add_argument("--picture", type=Path, metavar="FILE", help="draw the histogram of ratings (.png, .svg, .pdf)")
     check.add_argument("--strict", action="store_true", help="stop at the first record that cannot be used")
@@ -47,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("TRL_EXT_TRACEBACK"):
             raise
         print(f"trl-ext: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(*getattr(error, "__notes__", []), sep="\n", end="", file=sys.stderr)
         return 1
 
 
@@ -82,25 +92,49 @@ def _print_findings(log: diagnostics.RunLog, findings: Sequence[diagnostics.Find
 
 
 def _check(chosen: argparse.Namespace) -> int:
-    columns = renaming(chosen.column)
+    columns = renaming(chosen.columns)
     on_error = "raise" if chosen.strict else "drop"
-    data = feedback.read(chosen.file, chosen.form, columns, on_error)
+    data = feedback.read(chosen.file, chosen.form, columns, on_error, split=chosen.split)
     held_out = feedback.read(chosen.held_out, chosen.form, columns, on_error) if chosen.held_out else None
     report = feedback.check(data, held_out)
     console, table = Console(), Table(title=chosen.file, show_header=False, title_justify="left")
     for name, value in report.facts.items():
         table.add_row(name, Text(f"{value:,}" if isinstance(value, int) else str(value)))
     console.print(table)
-    for problem in data.dropped[:20]:
-        console.print(Text(f"dropped: {problem}"))
-    if len(data.dropped) > 20:
-        console.print(Text(f"... and {len(data.dropped) - 20} more"))
+    _print_dropped(data, console)
     for sentence in report.advice or ["Nothing stands out."]:
         console.print(Text(f"- {sentence}"))
     if chosen.picture:
         feedback.draw_ratings(report, chosen.picture)
         console.print(Text(f"drawn into {chosen.picture}"))
     return 0
+
+
+def _convert(chosen: argparse.Namespace) -> int:
+    columns, on_error = renaming(chosen.columns), "drop" if chosen.drop else "raise"
+    if chosen.out.exists():
+        raise FileExistsError(f"{chosen.out} exists already: name another file, or remove it.")
+    if chosen.prompts:
+        prompts, read_as, unused = feedback.read_prompts(chosen.file, columns, on_error, split=chosen.split)
+        rows = list(prompts)
+    else:
+        data = feedback.read(chosen.file, chosen.form, columns, on_error, split=chosen.split)
+        rows, read_as, unused = feedback.to_rows(data), data.read_as, data.unused
+        _print_dropped(data, Console())
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    chosen.out.write_text(text, encoding="utf-8")
+    print(f"read as: {read_as}")
+    if unused:
+        print(f"columns not used: {', '.join(unused)}")
+    print(f"{len(rows):,} records written to {chosen.out}")
+    return 0
+
+
+def _print_dropped(data: feedback.Feedback, console: Console) -> None:
+    for problem in data.dropped[:20]:
+        console.print(Text(f"dropped: {problem}"))
+    if len(data.dropped) > 20:
+        console.print(Text(f"... and {len(data.dropped) - 20} more"))
 
 
 if __name__ == "__main__":

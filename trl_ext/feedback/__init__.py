@@ -10,6 +10,7 @@ from trl_ext.feedback.converting import (
     to_prompts,
     to_rankings,
     to_ratings,
+    to_rows,
     to_unpaired,
 )
 from trl_ext.feedback.files import FeedbackError, Unusable
@@ -52,6 +53,7 @@ __all__ = [
     "to_prompts",
     "to_rankings",
     "to_ratings",
+    "to_rows",
     "to_unpaired",
 ]
 

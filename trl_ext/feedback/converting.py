@@ -7,6 +7,7 @@ rater of the other put them in this order, ties counting half.
 
 from __future__ import annotations
 
+import math
 import random
 from bisect import bisect_left
 from collections import defaultdict
@@ -106,6 +107,17 @@ def to_unpaired(feedback: Feedback, threshold: float | None = None) -> Dataset:
 def to_prompts(feedback: Feedback) -> Dataset:
     """TRL's prompt-only type: each prompt once."""
     return _dataset([{"prompt": prompt} for prompt in {key_of(r.prompt): r.prompt for r in feedback.records}.values()])
+
+
+def to_rows(feedback: Feedback) -> list[dict[str, Any]]:
+    """The records as rows in our own columns, which `read` reads again."""
+    rows = []
+    for record in feedback.records:
+        row = {name: value for name, value in vars(record).items() if value is not None}
+        if isinstance(record, Rating):
+            row["ratings"] = [None if math.isnan(rating) else rating for rating in record.ratings]
+        rows.append(row)
+    return rows
 
 
 def to_ratings(feedback: Feedback) -> Dataset:

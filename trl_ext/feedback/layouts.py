@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -86,14 +87,17 @@ def _one_of(row: Row, column: str, meanings: Mapping[str, Any]) -> Any:
     return meanings[word]
 
 
+def _parsed(value: Any) -> Any:
+    """What JSON says, where a text is some."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
 def _structure(row: Row, column: str, kind: type) -> Any:
     """A list or a mapping; in a table it is JSON."""
-    value = row.get(column)
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            pass
+    value = _parsed(row.get(column))
     if not isinstance(value, kind):
         raise Unusable(column, f"{row.get(column)!r:.60} is not a {'list' if kind is list else 'record'}")
     return value
@@ -280,7 +284,7 @@ def _ultrafeedback(row: Row) -> list[Made]:
     contradicts the critique of some answers."""
     prompt, made = _text(row, "instruction"), []
     columns = {"prompt": "instruction", "completion": "completions", "rating": "completions"}
-    for answer in _structure(row, "completions", list):
+    for answer in map(_parsed, _structure(row, "completions", list)):
         if not isinstance(answer, dict):
             raise Unusable("completions", f"{answer!r:.60} is not a record with 'response'")
         aspects = [aspect for aspect in (answer.get("annotations") or {}).values() if isinstance(aspect, dict)]
@@ -334,12 +338,7 @@ def _sharegpt_turn(turn: Any, column: str) -> Row:
 
 
 def _is_sharegpt(row: Row) -> bool:
-    turns = row.get("conversations")
-    if isinstance(turns, str) and turns.lstrip().startswith("["):
-        try:
-            turns = json.loads(turns)
-        except (ValueError, RecursionError):
-            return False
+    turns = _parsed(row.get("conversations"))
     return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and {"from", "value"} <= set(turns[0])
 
 
@@ -427,20 +426,21 @@ ANSWERED = ("completion", "response", "answer", "output", "generation", "text")
 SIDES = (("1", "2"), ("a", "b"), ("A", "B"), ("left", "right"))
 
 
-def _annotated(fields: Row, question: str, verdicts: Sequence[Any]) -> list[Made]:
-    """What people said to one question about these fields."""
+def _annotated(row: Row, fields: Sequence[str], question: str, verdicts: Sequence[Any]) -> list[Made]:
+    """What people said to one question about these fields of the row."""
     asked = next((name for name in ASKED if name in fields), "prompt")
-    prompt = _text(fields, asked) if asked in fields else ""
+    prompt = _text(row, asked) if asked in fields else ""
     if not verdicts:
         return [Made({"prompt": prompt}, {"prompt": asked})]
     if all(isinstance(verdict, (int, float)) and not isinstance(verdict, bool) for verdict in verdicts):
-        answer, row = _answer_of(fields, question), {"ratings": list(verdicts)}
-        return [Made({"prompt": prompt, "completion": fields[answer], **row}, {"completion": answer})]
+        answer = _answer_of(fields, question)
+        rated = {"prompt": prompt, "completion": row[answer], "ratings": list(verdicts)}
+        return [Made(rated, {"completion": answer, "ratings": question})]
     words = [str(verdict).strip().lower() for verdict in verdicts]
     if all(word in GOOD | BAD for word in words):
         answer = _answer_of(fields, question)
-        rows = [{"prompt": prompt, "completion": fields[answer], "label": word} for word in words]
-        return [Made(row, {"completion": answer, "label": question}) for row in rows]
+        rows = [{"prompt": prompt, "completion": row[answer], "label": word} for word in words]
+        return [Made(labelled, {"completion": answer, "label": question}) for labelled in rows]
     both = [
         (name, name.removesuffix(first) + second)
         for name in fields
@@ -453,12 +453,12 @@ def _annotated(fields: Row, question: str, verdicts: Sequence[Any]) -> list[Made
     made = []
     for verdict in verdicts:
         better = _one_of({question: verdict}, question, sides)
-        answers = [(name, _text(fields, name)) for name in both[0]]
+        answers = [(name, _text(row, name)) for name in both[0]]
         made += _compared(prompt, asked, answers, better)
     return made
 
 
-def _answer_of(fields: Row, question: str) -> str:
+def _answer_of(fields: Sequence[str], question: str) -> str:
     """The column of the one answer that was judged."""
     found = [name for name in ANSWERED if name in fields]
     if len(found) != 1:
@@ -488,7 +488,7 @@ def _argilla(row: Row) -> list[Made]:
     if not isinstance(values, list) or len(values) != len(states):
         raise Unusable(column, f"{len(states)} states for {values!r:.60}")
     kept = [value for value, state in zip(values, states, strict=True) if state == "submitted" and value is not None]
-    return _annotated({name: v for name, v in row.items() if "." not in name}, column, kept)
+    return _annotated(row, [name for name in row if "." not in name], column, kept)
 
 
 def _argilla1_answers(value: Any) -> list[Row] | None:
@@ -501,12 +501,13 @@ def _argilla1_answers(value: Any) -> list[Row] | None:
 
 
 def _argilla1(row: Row) -> list[Made]:
-    answered = {name: answers for name in row if (answers := _argilla1_answers(row[name])) is not None}
+    answered = {name: answers for name, value in row.items() if (answers := _argilla1_answers(value)) is not None}
     if not answered:  # nobody has answered yet
         return [Made({"prompt": ""})]
     question = _the_question(list(answered))
-    kept = [answer["value"] for answer in answered[question] if answer["status"] == "submitted"]
-    return _annotated({name: v for name, v in row.items() if name not in answered}, question, kept)
+    answers = _argilla1_answers(row[question]) or []
+    kept = [answer["value"] for answer in answers if answer["status"] == "submitted"]
+    return _annotated(row, [name for name in row if name not in answered], question, kept)
 
 
 def _label_studio(row: Row) -> list[Made]:
@@ -519,7 +520,7 @@ def _label_studio(row: Row) -> list[Made]:
             if said is not None:
                 verdicts.setdefault(result.get("from_name", "annotations"), []).append(said)
     question = _the_question(list(verdicts)) if verdicts else "annotations"
-    made = _annotated(fields, question, verdicts.get(question, []))
+    made = _annotated(fields, list(fields), question, verdicts.get(question, []))
     return [Made(m.row, {**dict.fromkeys(m.row, "data"), "ratings": "annotations", "label": "annotations"}) for m in made]
 
 

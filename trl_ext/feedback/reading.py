@@ -372,7 +372,7 @@ def converting_lines(name: str, columns: Sequence[str]) -> str:
         f'with open("{stem}.pairs.jsonl", "w", encoding="utf-8") as file:\n'
         f"    for row in rows_of({name!r}):  # has {', '.join(columns)}\n"
         f'        pair = {{"prompt": row[{prompt!r}], "chosen": row["..."], "rejected": row["..."]}}\n'
-        f'        file.write(json.dumps(pair) + "\\n")'
+        f'        file.write(json.dumps(pair) + "\\n")\n'
     )
 
 
