@@ -271,7 +271,10 @@ SHOWN: dict[str, tuple[Rows, list[Any], list[str], int]] = {
         0,
     ),
     "KTO": (
-        [{"prompt": "Why?", "completion": "Wind.", "label": True}, {"prompt": "Why?", "completion": "No.", "label": False}],
+        [
+            {"prompt": "Why?", "completion": "Wind.", "label": True},
+            {"prompt": "Why?", "completion": "No.", "label": False},
+        ],
         [Label("Why?", "Wind.", True), Label("Why?", "No.", False)],
         [],
         0,
@@ -458,7 +461,7 @@ def test_conversations_without_a_judgement_are_prompts(tmp_path: Path) -> None:
         [user("Why?"), bot("Wind."), user("How?")],
         [system("Be brief."), user("Why?")],
     ]
-    assert data.read_as == "; read as: prompts of prompts, ShareGPT turns layout; columns not used: id"
+    assert data.read_as == "; read as: prompts, ShareGPT turns layout; columns not used: id"
     with pytest.raises(FeedbackError, match="holds prompts without a judgement"):
         feedback.read(rows)
 

@@ -16,8 +16,8 @@ from trl_ext.feedback.converting import (
 from trl_ext.feedback.files import FeedbackError, Unusable
 from trl_ext.feedback.forms import FORMS, Form
 from trl_ext.feedback.judging import Judgement, ScoredAnswer, judge, save_judgement
-from trl_ext.feedback.layouts import LAYOUTS, Layout
-from trl_ext.feedback.reading import Feedback, read, read_prompts, rows_of
+from trl_ext.feedback.layouts import LAYOUTS, Layout, Made
+from trl_ext.feedback.reading import Feedback, Prompts, read, read_prompts, rows_of
 from trl_ext.feedback.records import Label, Pair, Problem, Ranking, Rating, Record
 
 __all__ = [
@@ -30,8 +30,10 @@ __all__ = [
     "Judgement",
     "Label",
     "Layout",
+    "Made",
     "Pair",
     "Problem",
+    "Prompts",
     "Ranking",
     "Rating",
     "Record",

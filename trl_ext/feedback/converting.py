@@ -116,6 +116,8 @@ def to_rows(feedback: Feedback) -> list[dict[str, Any]]:
         row = {name: value for name, value in vars(record).items() if value is not None}
         if isinstance(record, Rating):
             row["ratings"] = [None if math.isnan(rating) else rating for rating in record.ratings]
+        if "strength" in row:
+            row["margin"] = row.pop("strength")  # which may be any number
         rows.append(row)
     return rows
 
@@ -193,8 +195,8 @@ def split_by_prompt(feedback: Feedback, held_out: float, seed: int = 0) -> tuple
     parts: tuple[list[Record], list[Record]] = [], []
     for number, record in enumerate(feedback.records):
         parts[number in second].append(record)
-    first, second = (replace(feedback, records=part, dropped=[], undecided=0) for part in parts)
-    return first, second
+    halves = [replace(feedback, records=part, dropped=[], undecided=0) for part in parts]
+    return halves[0], halves[1]
 
 
 def middle_of_scale(feedback: Feedback) -> float:

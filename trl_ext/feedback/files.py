@@ -77,8 +77,8 @@ def opened(source: Source, split: str | None = None, name: str = "") -> Path | D
     if hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas
         return [{str(key): _plain(value) for key, value in row.items()} for row in source.to_dict(orient="records")]
     raise TypeError(
-        f"Rows cannot be read from {type(source).__name__}: give a file, a folder of save_to_disk, the name of a data set "
-        "on the Hub, a Dataset, a list of rows or a DataFrame."
+        f"Rows cannot be read from {type(source).__name__}: give a file, a folder of save_to_disk, the name of a data "
+        "set on the Hub, a Dataset, a list of rows or a DataFrame."
     )
 
 
@@ -173,7 +173,7 @@ class Table:
 
 
 def table_of(path: Path) -> Table:
-    """How this file of cells is laid out: by the header, which knows ";" or ",", and by its bytes, where it is Excel's."""
+    """How this file of cells is laid out: by its header and, if that has ";", by its bytes."""
     if path.suffix == ".tsv":
         return Table("\t")
     with path.open("rb") as file:

@@ -209,18 +209,23 @@ def save_judgement(
     reliable.plot(*zip(*[(p, t) for p, t, _ in judgement.reliability], strict=True), color="#0072b2", marker="o", ms=4)
     reliable.set_xlabel("predicted chance")
     reliable.set_ylabel("share that came true")
-    reliable.set_title(f"ECE {judgement.expected_calibration_error:.3f}" if judgement.pairs else "no pairs", fontsize=10)
+    named = {"expected_calibration_error": ".3f", "pair_accuracy": ".1%", "spearman": ".2f"}
+    figures = {
+        name: "none" if name in judgement.missing else format(getattr(judgement, name), form)
+        for name, form in named.items()
+    }
+    reliable.set_title(f"ECE {figures['expected_calibration_error']}", fontsize=10)
     names = [f"{least:.1f} and up" for least, _ in judgement.accuracy_by_strength]
     strong.bar(range(len(names)), [share for _, share in judgement.accuracy_by_strength], color="#0072b2")
     strong.set_xticks(range(len(names)), names, fontsize=8)
     strong.set_ylim(0, 1)
     strong.set_xlabel("difference in worth, by quarters")
     strong.set_ylabel("pair accuracy")
-    strong.set_title(f"{judgement.pair_accuracy:.1%} of {judgement.pairs:,} pairs" if judgement.pairs else "no pairs", fontsize=10)
+    strong.set_title(f"{figures['pair_accuracy']} of {judgement.pairs:,} pairs", fontsize=10)
     scattered.scatter([a.worth for a in answers], [a.score for a in answers], s=4, alpha=0.4, color="#0072b2")
     scattered.set_xlabel("worth")
     scattered.set_ylabel("score")
-    scattered.set_title("Spearman " + ("none" if "spearman" in judgement.missing else f"{judgement.spearman:.2f}"), fontsize=10)
+    scattered.set_title(f"Spearman {figures['spearman']}", fontsize=10)
     middle = judgement.reference_mean if reference_scores else 0.0
     centred.hist([a.score - middle for a in answers], bins=30, density=True, color="#0072b2", alpha=0.6, label="judged")
     if reference_scores:

@@ -115,7 +115,11 @@ def _said(role: str, text: Any) -> list[Row]:
 
 
 def _compared(
-    prompt: Any, prompt_column: str, answers: Sequence[tuple[str, Any]], better: int | None, strength: float | None = None
+    prompt: Any,
+    prompt_column: str,
+    answers: Sequence[tuple[str, Any]],
+    better: int | None,
+    strength: float | None = None,
 ) -> list[Made]:
     """A pair of two answers, each with its column, of which that numbered `better` was preferred; None: neither."""
     if better is None:
@@ -470,7 +474,9 @@ def _answer_of(fields: Sequence[str], question: str) -> str:
 def _the_question(names: Sequence[str], suffix: str = "") -> str:
     if len(names) != 1:
         listed = ", ".join(names) or "none"
-        raise Unusable("", f"holds the questions {listed}: rename one, as in {(names or ['quality'])[0]}{suffix}=ratings")
+        raise Unusable(
+            "", f"holds the questions {listed}: rename one, as in {(names or ['quality'])[0]}{suffix}=ratings"
+        )
     return names[0]
 
 
@@ -511,7 +517,8 @@ def _argilla1(row: Row) -> list[Made]:
 
 
 def _label_studio(row: Row) -> list[Made]:
-    fields, verdicts = _structure(row, "data", dict), {}
+    fields = _structure(row, "data", dict)
+    verdicts: dict[str, list[Any]] = {}
     for annotation in _structure(row, "annotations", list):
         for result in [] if annotation.get("was_cancelled") else annotation.get("result") or []:
             value = result.get("value") or {}
@@ -521,7 +528,9 @@ def _label_studio(row: Row) -> list[Made]:
                 verdicts.setdefault(result.get("from_name", "annotations"), []).append(said)
     question = _the_question(list(verdicts)) if verdicts else "annotations"
     made = _annotated(fields, list(fields), question, verdicts.get(question, []))
-    return [Made(m.row, {**dict.fromkeys(m.row, "data"), "ratings": "annotations", "label": "annotations"}) for m in made]
+    return [
+        Made(m.row, {**dict.fromkeys(m.row, "data"), "ratings": "annotations", "label": "annotations"}) for m in made
+    ]
 
 
 # The table -----------------------------------------------------------------------------------------------------------

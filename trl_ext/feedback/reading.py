@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -54,6 +55,21 @@ class Feedback:
     def read_as(self) -> str:
         """Form and layout, as in "pairs, hh-rlhf layout"."""
         return ", ".join([self.form, *([f"{self.layout} layout"] if self.layout else []), *filter(None, [self.table])])
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts for PPO.
+
+    Attributes:
+        dataset: with the column prompt, each once.
+        read_as, unused, dropped: as in `Feedback`.
+    """
+
+    dataset: Dataset
+    read_as: str
+    unused: list[str]
+    dropped: list[Problem]
 
 
 def read(
@@ -135,8 +151,8 @@ def read_prompts(
     on_error: str = "raise",
     name: str | None = None,
     split: str | None = None,
-) -> tuple[Dataset, str, list[str]]:
-    """Each prompt once, of feedback in any form and of conversations: (dataset, what it was read as, unused columns).
+) -> Prompts:
+    """Each prompt once, of feedback in any form and of conversations.
 
     Args:
         source, columns, on_error, name, split: as in `read`.
@@ -146,6 +162,7 @@ def read_prompts(
     """
     rows = Rows.of(source, columns, name, split)
     prompts: dict[str, Any] = {}
+    dropped: list[Problem] = []
     form = ""
     for line, made in rows:
         try:
@@ -161,13 +178,15 @@ def read_prompts(
         except Unusable as bad:
             if on_error == "raise":
                 raise FeedbackError(f"{rows.name}: {Problem(line, bad.column, bad.reason)}.") from bad
+            dropped.append(Problem(line, bad.column, bad.reason))
     if not prompts:
         raise rows.unreadable(f"holds no prompts (read as {form or 'nothing'})", "PPO needs them")
     if len({isinstance(prompt, str) for prompt in prompts.values()}) > 1:
         raise FeedbackError(f"{rows.name} has texts and messages as prompts: give all of them in one of the two ways.")
-    read_as = f"prompts of {form}, {rows.layout.name} layout" if rows.layout else f"prompts of {form}"
-    rows_of_prompts = [{"prompt": prompt} for prompt in prompts.values()]
-    return Dataset.from_list(rows_of_prompts, on_mixed_types="use_json"), read_as, rows.unused
+    what = "prompts" if form == "prompts" else f"prompts of {form}"
+    read_as = f"{what}, {rows.layout.name} layout" if rows.layout else what
+    each = [{"prompt": prompt} for prompt in prompts.values()]
+    return Prompts(Dataset.from_list(each, on_mixed_types="use_json"), read_as, rows.unused, dropped)
 
 
 def says_how_to_prompt(source: Source, columns: Mapping[str, str] | None = None, split: str | None = None) -> bool:
@@ -255,7 +274,9 @@ class Rows:
                 given, self._columns = self._columns, {**lower, **self._columns}
                 if (found := self._found()) is None:
                     self._columns = given
-                    raise self.unreadable(f"has the columns {sorted(self.first_columns)}, which are no form of feedback", "")
+                    raise self.unreadable(
+                        f"has the columns {sorted(self.first_columns)}, which are no form of feedback", ""
+                    )
             self.layout, self.form = (found, None) if isinstance(found, Layout) else (None, found)
 
     def _found(self) -> Layout | str | None:
@@ -306,7 +327,10 @@ class Rows:
                 if column in renamed and len(said := self._verdicts.setdefault(column, set())) < 9:
                     said.add(str(renamed[column]).strip().lower().removesuffix(".0"))
             if self._decimal_comma and "," in str(renamed.get("ratings", "")):
-                yield line, Unusable("ratings", f"{renamed['ratings']!r:.60} may be one number or several: put spaces between")
+                yield (
+                    line,
+                    Unusable("ratings", f"{renamed['ratings']!r:.60} may be one number or several: put spaces between"),
+                )
                 continue
             if self._decimal_comma:
                 for column in ("rating", "strength", "margin"):
@@ -340,9 +364,9 @@ class Rows:
             said = self._verdicts.get(column, set())
             if column in unread and len(said) > 1 and said <= SIDES:
                 raise FeedbackError(
-                    f"{self.name} has 'chosen' and 'rejected', and a column {unread[column]!r} that says now one and now "
-                    f"the other ({', '.join(sorted(said))}): if it tells which answer is better, half of the pairs are "
-                    "the wrong way round. Leave the columns their own names, or drop that one if it means something else."
+                    f"{self.name} has 'chosen' and 'rejected', and a column {unread[column]!r} that says now one and "
+                    f"now the other ({', '.join(sorted(said))}): if it tells which answer is better, half of the pairs "
+                    "are the wrong way round. Leave the columns their own names, or drop it if it means another thing."
                 )
         if any(record.prompt for record in records[:1000]) or not isinstance(answers_of(records[0])[0], str):
             return
@@ -353,10 +377,11 @@ class Rows:
                     f"({unread[column]}=prompt), or drop it if the answers belong to no prompt."
                 )
 
-    def unreadable(self, what: str, why: str) -> FeedbackError:
+    def unreadable(self, what: str, why: str = "") -> FeedbackError:
         """Why these rows are no feedback; its note holds lines that would make them some."""
         known = [" and ".join(sorted(columns)) for shape in FORMS.values() for columns in shape.columns]
-        needs = f"it needs {', '.join(known[:-1])}, or {known[-1]} (rename with columns), or a layout of docs/feedback.md"
+        needs = f"it needs {', '.join(known[:-1])}, or {known[-1]} (rename with columns), or one of the layouts that "
+        needs += "`trl-ext feedback layouts` lists"
         error = FeedbackError(f"{self.name} {what}: {why + ': ' if why else ''}{needs}.")
         error.add_note(converting_lines(self.name, sorted(self.first_columns)))
         return error
@@ -370,8 +395,8 @@ def converting_lines(name: str, columns: Sequence[str]) -> str:
         "import json\n"
         "from trl_ext.feedback import rows_of\n"
         f'with open("{stem}.pairs.jsonl", "w", encoding="utf-8") as file:\n'
-        f"    for row in rows_of({name!r}):  # has {', '.join(columns)}\n"
-        f'        pair = {{"prompt": row[{prompt!r}], "chosen": row["..."], "rejected": row["..."]}}\n'
+        f"    for row in rows_of({json.dumps(name)}):  # has {', '.join(columns)}\n"
+        f'        pair = {{"prompt": row["{prompt}"], "chosen": row["..."], "rejected": row["..."]}}\n'
         f'        file.write(json.dumps(pair) + "\\n")\n'
     )
 
@@ -401,7 +426,9 @@ def _together(parts: Sequence[Feedback]) -> Feedback:
     first = parts[0]
     for part in parts[1:]:
         if part.form != first.form:
-            raise FeedbackError(f"{first.source} has {first.form}, {part.source} has {part.form}: read them one by one.")
+            raise FeedbackError(
+                f"{first.source} has {first.form}, {part.source} has {part.form}: read them one by one."
+            )
         try:
             check_same(part.records[0], first.records[0])
         except Unusable as bad:

@@ -5,7 +5,7 @@ Feedback is read by `trl_ext.feedback.read` alone. Other rows (prompts, texts) s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,8 +33,8 @@ class DataArguments:
     dataset: str = field(
         default="demo",
         metadata={
-            "help": "'demo', a file (.jsonl, .json, .csv, .tsv, .parquet), a folder of save_to_disk, or a dataset on the "
-            "Hub; several with commas between them."
+            "help": "'demo', a file (.jsonl, .json, .csv, .tsv, .parquet), a folder of save_to_disk, or a dataset on "
+            "the Hub; several with commas between them."
         },
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on; a file is one split."})
@@ -87,12 +87,22 @@ def _prompts(data: DataArguments, dataset: str, split: str) -> Dataset:
     for name in _sources(dataset):
         source = name if _is_file(name) else opened(name, split, name)
         if (_is_file(name) and not Path(name).is_file()) or not says_how_to_prompt(source, columns):
-            parts.append(_read(source, name, data.columns))
+            rows = _read(source, name, data.columns)
+            capital = [column for column in rows.column_names if column.strip().lower() == "prompt"]
+            parts.append(rows.rename_column(capital[0], "prompt") if capital and "prompt" not in capital else rows)
             continue
-        prompts, read_as, unused = feedback.read_prompts(source, columns, data.on_error, name)
-        data.read_as = _described(read_as, unused)
-        parts.append(prompts)
-    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+        prompts = feedback.read_prompts(source, columns, data.on_error, name)
+        if (described := _described(prompts)) not in data.read_as:
+            data.read_as += described
+        parts.append(prompts.dataset)
+    if len(parts) == 1:
+        return parts[0]
+    parts = [part.select_columns(["prompt"]) if "prompt" in part.column_names else part for part in parts]
+    if len({str(part.features.get("prompt")) for part in parts}) > 1:
+        raise feedback.FeedbackError(
+            f"{dataset} has prompts of several kinds: give texts, or messages, in all of them."
+        )
+    return concatenate_datasets(parts)
 
 
 def _sources(dataset: str) -> list[str]:
@@ -100,9 +110,16 @@ def _sources(dataset: str) -> list[str]:
     return [dataset] if Path(dataset).exists() else [part.strip() for part in dataset.split(",")]
 
 
-def _described(read_as: str, unused: Sequence[str], *more: str) -> str:
-    shown = [f"columns not used: {', '.join(unused)}"] if unused else []
-    return "; ".join(["", f"read as: {read_as}", *shown, *filter(None, more)])
+def _described(read: feedback.Feedback | feedback.Prompts) -> str:
+    """What was read, to stand behind the number of rows."""
+    shown = ["", f"read as: {read.read_as}"]
+    if read.unused:
+        shown.append(f"columns not used: {', '.join(read.unused)}")
+    if undecided := getattr(read, "undecided", 0):
+        shown.append(f"{undecided} rows prefer nothing")
+    if read.dropped:
+        shown.append(f"{len(read.dropped)} rows dropped, the first for {read.dropped[0]}")
+    return "; ".join(shown)
 
 
 def load_texts(dataset: str) -> Dataset:
@@ -277,9 +294,7 @@ def _read_feedback(data: DataArguments, name: str) -> tuple[feedback.Feedback, f
         )
 
     records, source = read(data.dataset, data.train_split), _held_out_source(data)
-    ties = f"{records.undecided} rows prefer nothing" if records.undecided else ""
-    dropped = f"{len(records.dropped)} records dropped, the first for {records.dropped[0]}" if records.dropped else ""
-    data.read_as = _described(records.read_as, records.unused, ties, dropped)
+    data.read_as = _described(records)
     if source is not None:
         return records, read(*source)
     _check_size(data, len(records.records), "records")
