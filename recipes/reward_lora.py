@@ -66,7 +66,7 @@ def main() -> None:
             "held-out loss": f"{evaluation['eval_loss']:.3f}",
             "rank correlation with people": judgement.shown("spearman", ".2f"),
             "calibration error": judgement.shown("expected_calibration_error", ".3f") + " (see judgement.json)",
-            "mean score": f"{judgement.mean:.2f}, of the reference's {judgement.shown('reference_mean', '.2f')}",
+            "mean score": f"{judgement.mean:.2f}; the reference's {judgement.shown('reference_mean', '.2f')}",
             "rank correlation with length": judgement.shown("length_correlation", ".2f"),
             "memory": launch.megabytes(base),
             "saved in": f"{args.output_dir} (use it with recipes/ppo_lora.py --reward_adapter {args.output_dir})",

@@ -1,6 +1,7 @@
 """Rows in the layouts of public data sets and of tools, with texts of our own: the records that they mean, by hand."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -593,3 +594,28 @@ def test_a_users_form_comes_before_a_layout(monkeypatch: pytest.MonkeyPatch) -> 
     form = feedback.Form([{"text", "label"}], lambda row: Label(row["text"], "x", True))
     monkeypatch.setitem(feedback.FORMS, "mine", form)
     assert feedback.read(SHOWN["imdb"][0]).records[0] == Label("A film to sail to.", "x", True)
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "feedback.md"
+MARKS = "<!-- layouts: begin -->\n", "<!-- layouts: end -->"
+
+
+def table() -> str:
+    lines = ["| layout | made into | columns | what is read | found in |", "|---|---|---|---|---|"]
+    for layout in LAYOUTS:
+        columns = " or ".join(", ".join(f"`{name}`" for name in sorted(names)) for names in layout.columns)
+        lines.append(f"| {layout.name} | {layout.form} | {columns} | {layout.becomes} | {layout.found_in} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_page_lists_the_layouts() -> None:
+    """TRL_EXT_WRITE_LAYOUTS=1 writes the table anew."""
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(MARKS[0])
+    listed, after = rest.split(MARKS[1])
+    if os.environ.get("TRL_EXT_WRITE_LAYOUTS"):
+        PAGE.write_text(f"{before}{MARKS[0]}{table()}{MARKS[1]}{after}", encoding="utf-8")
+    else:
+        assert listed == table()

@@ -150,9 +150,9 @@ def test_lines_that_would_convert_run(tmp_path: Path, capsys: pytest.CaptureFixt
     assert cli.main(["feedback", "check", str(file)]) == 1
     sentence, code = capsys.readouterr().err.split("\n", 1)
     assert sentence.startswith(f"trl-ext: error: {file} has the columns ['bad one', 'good one', 'query'], which are no")
-    assert code.count("\n") == 6 and 'row["query"]' in code
+    assert code.count("\n") == 5 and 'row["query"]' in code
     code = code.replace('"chosen": row["..."]', '"chosen": row["good one"]').replace('row["..."]', 'row["bad one"]')
-    here = code.replace('open("odd.pairs.jsonl"', f"open({str(tmp_path / 'new.jsonl')!r}")
+    here = code.replace('open("odd.converted.jsonl"', f"open({str(tmp_path / 'new.jsonl')!r}")
     exec(here, {})
     assert feedback.read(tmp_path / "new.jsonl").records == [Pair("q", "a", "b", None)]
 

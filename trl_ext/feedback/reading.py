@@ -387,17 +387,17 @@ class Rows:
         return error
 
 
-def converting_lines(name: str, columns: Sequence[str]) -> str:
-    """Lines of Python that write these rows as pairs; "..." stands for what only people know."""
-    prompt = next((column for column in ASKED if column in columns), "...")
+def converting_lines(name: str, columns: Sequence[str], ours: Sequence[str] = ("prompt", "chosen", "rejected")) -> str:
+    """Lines of Python that write these rows in our columns; "..." stands for what only people know."""
+    theirs = {"prompt": next((column for column in ASKED if column in columns), "...")}
+    row = ", ".join(f'"{column}": row["{theirs.get(column, "...")}"]' for column in ours)
     stem = re.sub(r"\W+", "_", Path(name).stem) or "rows"
     return (
         "import json\n"
         "from trl_ext.feedback import rows_of\n"
-        f'with open("{stem}.pairs.jsonl", "w", encoding="utf-8") as file:\n'
+        f'with open("{stem}.converted.jsonl", "w", encoding="utf-8") as file:\n'
         f"    for row in rows_of({json.dumps(name)}):  # has {', '.join(columns)}\n"
-        f'        pair = {{"prompt": row["{prompt}"], "chosen": row["..."], "rejected": row["..."]}}\n'
-        f'        file.write(json.dumps(pair) + "\\n")\n'
+        f'        file.write(json.dumps({{{row}}}) + "\\n")\n'
     )
 
 

@@ -20,7 +20,7 @@ from trl_ext import demo, feedback
 from trl_ext.feedback.converting import middle_of_scale
 from trl_ext.feedback.files import READERS, Unusable, numbered_rows, opened
 from trl_ext.feedback.forms import decoded, has_half_a_character
-from trl_ext.feedback.reading import renaming, says_how_to_prompt
+from trl_ext.feedback.reading import converting_lines, renaming, says_how_to_prompt
 from trl_ext.feedback.records import Problem
 from trl_ext.reward_models import rows as rows_of_reward
 from trl_ext.tokens import config_of
@@ -89,7 +89,10 @@ def _prompts(data: DataArguments, dataset: str, split: str) -> Dataset:
         if (_is_file(name) and not Path(name).is_file()) or not says_how_to_prompt(source, columns):
             rows = _read(source, name, data.columns)
             capital = [column for column in rows.column_names if column.strip().lower() == "prompt"]
-            parts.append(rows.rename_column(capital[0], "prompt") if capital and "prompt" not in capital else rows)
+            rows = rows.rename_column(capital[0], "prompt") if capital and "prompt" not in capital else rows
+            if "prompt" not in rows.column_names:
+                raise _without_prompts(name, rows, "train_dataset" if dataset == data.dataset else "eval_dataset")
+            parts.append(rows)
             continue
         prompts = feedback.read_prompts(source, columns, data.on_error, name)
         if (described := _described(prompts)) not in data.read_as:
@@ -103,6 +106,13 @@ def _prompts(data: DataArguments, dataset: str, split: str) -> Dataset:
             f"{dataset} has prompts of several kinds: give texts, or messages, in all of them."
         )
     return concatenate_datasets(parts)
+
+
+def _without_prompts(name: str, rows: Dataset, part: str) -> feedback.FeedbackError:
+    columns = rows.column_names
+    error = feedback.FeedbackError(f"{part} has no 'prompt' column, only {columns}: rename yours to 'prompt'.")
+    error.add_note(converting_lines(name, columns, ("prompt",)))
+    return error
 
 
 def _sources(dataset: str) -> list[str]:
