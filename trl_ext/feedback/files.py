@@ -82,6 +82,28 @@ def opened(source: Source, split: str | None = None, name: str = "") -> Path | D
     )
 
 
+def as_dataset(rows: Any, name: str, several: bool = False) -> Any:
+    """What trainers take: a list of rows or a DataFrame as a Dataset, the only split of several; all else as it is.
+
+    Args:
+        several: whether a trainer takes several data sets by name, as it does for evaluation.
+
+    Raises:
+        ValueError: several splits, where one is needed.
+    """
+    if isinstance(rows, (DatasetDict, IterableDatasetDict)) and not several:
+        if len(rows) > 1:
+            listed = ", ".join(map(repr, rows))
+            raise ValueError(f"{name} has the splits {listed}: give one, as in dataset[{next(iter(rows))!r}].")
+        return next(iter(rows.values()))
+    if isinstance(rows, (Dataset, IterableDataset)):
+        return rows
+    is_list = isinstance(rows, (list, tuple)) and bool(rows) and all(isinstance(row, Mapping) for row in rows)
+    if is_list or (hasattr(rows, "columns") and (hasattr(rows, "to_dict") or hasattr(rows, "to_dicts"))):
+        return Dataset.from_list(list(opened(rows, None, name)), on_mixed_types="use_json")
+    return rows
+
+
 def _plain(value: Any) -> Any:
     """A cell of a DataFrame: an array as a list; what is missing, which pandas writes as NaN, as None."""
     value = value.tolist() if hasattr(value, "tolist") else value
