@@ -100,7 +100,8 @@ def as_dataset(rows: Any, name: str, several: bool = False) -> Any:
         return rows
     is_list = isinstance(rows, (list, tuple)) and bool(rows) and all(isinstance(row, Mapping) for row in rows)
     if is_list or (hasattr(rows, "columns") and (hasattr(rows, "to_dict") or hasattr(rows, "to_dicts"))):
-        return Dataset.from_list(list(opened(rows, None, name)), on_mixed_types="use_json")
+        each: Any = opened(rows, None, name)
+        return Dataset.from_list(list(each), on_mixed_types="use_json")
     return rows
 
 

@@ -5,7 +5,8 @@ Feedback is read by `trl_ext.feedback.read` alone. Other rows (prompts, texts) s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -94,7 +95,8 @@ def _prompts(data: DataArguments, dataset: str, split: str) -> Dataset:
                 raise _without_prompts(name, rows, "train_dataset" if dataset == data.dataset else "eval_dataset")
             parts.append(rows)
             continue
-        prompts = feedback.read_prompts(source, columns, data.on_error, name)
+        with _how_to_go_on():
+            prompts = feedback.read_prompts(source, columns, data.on_error, name)
         if (described := _described(prompts)) not in data.read_as:
             data.read_as += described
         parts.append(prompts.dataset)
@@ -113,6 +115,17 @@ def _without_prompts(name: str, rows: Dataset, part: str) -> feedback.FeedbackEr
     error = feedback.FeedbackError(f"{part} has no 'prompt' column, only {columns}: rename yours to 'prompt'.")
     error.add_note(converting_lines(name, columns, ("prompt",)))
     return error
+
+
+@contextmanager
+def _how_to_go_on() -> Iterator[None]:
+    """Where one row is at fault, say how to do without it."""
+    try:
+        yield
+    except feedback.FeedbackError as error:
+        if isinstance(error.__cause__, Unusable):
+            error.add_note("--on_error drop leaves such rows out, and says how many.")
+        raise
 
 
 def _sources(dataset: str) -> list[str]:
@@ -299,9 +312,9 @@ def _read_feedback(data: DataArguments, name: str) -> tuple[feedback.Feedback, f
 
     def read(dataset: str, split: str) -> feedback.Feedback:
         sources: Any = _sources(dataset)
-        return feedback.read(
-            sources if len(sources) > 1 else sources[0], None, renaming(data.columns), data.on_error, split=split
-        )
+        with _how_to_go_on():
+            several = sources if len(sources) > 1 else sources[0]
+            return feedback.read(several, None, renaming(data.columns), data.on_error, split=split)
 
     records, source = read(data.dataset, data.train_split), _held_out_source(data)
     data.read_as = _described(records)
