@@ -223,3 +223,24 @@ def test_the_layouts_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["feedback", "layouts"]) == 0
     shown = capsys.readouterr().out
     assert all(f"{layout.name} ({layout.form}): " in shown for layout in feedback.LAYOUTS)
+
+
+def test_rows_without_prompts_get_lines_that_make_some(tmp_path: Path) -> None:
+    file = tmp_path / "odd.jsonl"
+    file.write_text('{"query": "q"}\n' * 3, encoding="utf-8")
+    with pytest.raises(ValueError, match="train_dataset has no 'prompt' column") as raised:
+        load_rows(DataArguments(str(file), eval_rows=1), "prompts")
+    (code,) = raised.value.__notes__
+    assert 'json.dumps({"prompt": row["query"]})' in code
+
+
+def test_recipes_say_how_to_do_without_a_bad_row(tmp_path: Path) -> None:
+    file = tmp_path / "shp.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in (*SHP * 3, SHP[0] | {"labels": 7})), encoding="utf-8")
+    for load in (load_pairs, lambda data: load_rows(data, "prompts")):
+        with pytest.raises(FeedbackError, match="line 4, column 'labels'") as raised:
+            load(DataArguments(str(file), eval_split=str(file)))
+        assert raised.value.__notes__ == ["--on_error drop leaves such rows out, and says how many."]
+        data = DataArguments(str(file), eval_split=str(file), on_error="drop")
+        assert load(data)
+        assert "1 rows dropped, the first for line 4, column 'labels'" in data.read_as

@@ -196,7 +196,7 @@ def says_how_to_prompt(source: Source, columns: Mapping[str, str] | None = None,
         rows = Rows.of(source, columns, None, split)
     except FeedbackError:
         return False
-    return not rows.layout.plain if rows.layout else "prompt" not in rows.first_columns
+    return not rows.layout.plain if rows.layout else bool(rows.first_columns) and "prompt" not in rows.first_columns
 
 
 class _Watched(dict[str, Any]):

@@ -23,6 +23,7 @@ from trl_ext.feedback.files import READERS, Unusable, numbered_rows, opened
 from trl_ext.feedback.forms import decoded, has_half_a_character
 from trl_ext.feedback.reading import converting_lines, renaming, says_how_to_prompt
 from trl_ext.feedback.records import Problem
+from trl_ext.ppo.checks import check_prompts
 from trl_ext.reward_models import rows as rows_of_reward
 from trl_ext.tokens import config_of
 
@@ -92,7 +93,7 @@ def _prompts(data: DataArguments, dataset: str, split: str) -> Dataset:
             capital = [column for column in rows.column_names if column.strip().lower() == "prompt"]
             rows = rows.rename_column(capital[0], "prompt") if capital and "prompt" not in capital else rows
             if "prompt" not in rows.column_names:
-                raise _without_prompts(name, rows, "train_dataset" if dataset == data.dataset else "eval_dataset")
+                _refuse(rows, name, "train_dataset" if dataset == data.dataset else "eval_dataset")
             parts.append(rows)
             continue
         with _how_to_go_on():
@@ -110,11 +111,13 @@ def _prompts(data: DataArguments, dataset: str, split: str) -> Dataset:
     return concatenate_datasets(parts)
 
 
-def _without_prompts(name: str, rows: Dataset, part: str) -> feedback.FeedbackError:
-    columns = rows.column_names
-    error = feedback.FeedbackError(f"{part} has no 'prompt' column, only {columns}: rename yours to 'prompt'.")
-    error.add_note(converting_lines(name, columns, ("prompt",)))
-    return error
+def _refuse(rows: Dataset, name: str, part: str) -> None:
+    """Say that there are no prompts, as the trainer does, with lines that would make some."""
+    try:
+        check_prompts(rows, part)
+    except ValueError as error:
+        error.add_note(converting_lines(name, rows.column_names, ("prompt",)))
+        raise
 
 
 @contextmanager
