@@ -20,7 +20,7 @@ def main() -> None:
         "DPO with LoRA",
         {
             "model": launch.described(model_args),
-            "data": f"{len(train)} pairs of {script.dataset!r}, {len(test)} held out",
+            "data": f"{len(train)} pairs of {script.dataset!r}, {len(test)} held out{script.read_as}",
             "reference": f"{model}, frozen; beta {args.beta}",
         },
     )

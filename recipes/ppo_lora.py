@@ -70,7 +70,7 @@ def main() -> None:
             "scores": script.reward_funcs or f"reward role ({script.reward_adapter})",
             "roles": ", ".join(f"{role}: {name or 'the bare base'}" for role, name in base.adapters.items()),
             "memory": launch.megabytes(base),
-            "data": f"{len(train)} prompts of {script.dataset!r}, {len(test)} held out",
+            "data": f"{len(train)} prompts of {script.dataset!r}, {len(test)} held out{script.read_as}",
         },
     )
     prompts, how = test["prompt"][:64], {"chat_template_kwargs": args.chat_template_kwargs}

@@ -26,7 +26,7 @@ def main() -> None:
         {
             "model": launch.described(model_args),
             "objective": args.objective,
-            "data": f"{len(data.train)} rows of {script.dataset!r}, {len(data.test)} held out",
+            "data": f"{len(data.train)} rows of {script.dataset!r}, {len(data.test)} held out{script.read_as}",
         },
     )
     trainer = FeedbackRewardTrainer(
@@ -59,12 +59,12 @@ def main() -> None:
     launch.report(
         "Result",
         {
-            "held-out pair accuracy": f"{on_pairs.pair_accuracy:.1%}",
+            "held-out pair accuracy": on_pairs.shown("pair_accuracy", ".1%"),
             "held-out loss": f"{evaluation['eval_loss']:.3f}",
-            "rank correlation with people": f"{judgement.spearman:.2f}",
-            "calibration error": f"{judgement.expected_calibration_error:.3f} (see judgement.json)",
-            "mean score": f"{judgement.mean:.2f}, of the reference's answers {judgement.reference_mean:.2f}",
-            "rank correlation with length": f"{judgement.length_correlation:.2f}",
+            "rank correlation with people": judgement.shown("spearman", ".2f"),
+            "calibration error": judgement.shown("expected_calibration_error", ".3f") + " (see judgement.json)",
+            "mean score": f"{judgement.mean:.2f}; the reference's {judgement.shown('reference_mean', '.2f')}",
+            "rank correlation with length": judgement.shown("length_correlation", ".2f"),
             "memory": launch.megabytes(base),
             "saved in": f"{args.output_dir} (use it with recipes/ppo_lora.py --reward_adapter {args.output_dir})",
         },

@@ -27,9 +27,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rooms = parser.add_subparsers(required=True, metavar="COMMAND")
     about = rooms.add_parser("feedback", help="human feedback").add_subparsers(required=True, metavar="COMMAND")
     check = about.add_parser("check", help="look at a file of feedback before training on it")
-    check.add_argument("file", help="ratings, rankings, pairs or labels: .jsonl, .json, .csv, .tsv or .parquet")
-    check.add_argument("--form", choices=feedback.FORMS, help="the form; without it the columns decide")
-    check.add_argument("--column", action="append", default=[], metavar="THEIRS=OURS", help="rename a column")
+    convert = about.add_parser("convert", help="write feedback in any layout as our own JSONL")
+    for command in (check, convert):
+        command.add_argument(
+            "file", help="ratings, rankings, pairs or labels: a file, a saved folder, or a name on the Hub"
+        )
+        command.add_argument("--form", help="the form or the layout; without it the columns decide")
+        command.add_argument("--split", help="of a folder or a data set on the Hub")
+        command.add_argument(
+            "--columns",
+            "--column",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="THEIRS=OURS",
+            help="rename columns",
+        )
+    convert.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, .jsonl")
+    convert.add_argument("--prompts", action="store_true", help="write the prompts alone, each once")
+    convert.add_argument("--drop", action="store_true", help="leave out records that cannot be used, and list them")
+    convert.set_defaults(run=_convert)
+    about.add_parser("layouts", help="the layouts that are recognised").set_defaults(run=_layouts)
     check.add_argument("--held-out", metavar="FILE", help="feedback for evaluation; shared prompts are counted")
     check.add_argument("--picture", type=Path, metavar="FILE", help="draw the histogram of ratings (.png, .svg, .pdf)")
     check.add_argument("--strict", action="store_true", help="stop at the first record that cannot be used")
@@ -74,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("TRL_EXT_TRACEBACK"):
             raise
         print(f"trl-ext: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(*getattr(error, "__notes__", []), sep="\n", end="", file=sys.stderr)
         return 1
 
 
@@ -115,19 +134,16 @@ def _print_findings(log: diagnostics.RunLog, findings: Sequence[diagnostics.Find
 
 
 def _check(chosen: argparse.Namespace) -> int:
-    columns = renaming(chosen.column)
+    columns = renaming(chosen.columns)
     on_error = "raise" if chosen.strict else "drop"
-    data = feedback.read(chosen.file, chosen.form, columns, on_error)
+    data = feedback.read(chosen.file, chosen.form, columns, on_error, split=chosen.split)
     held_out = feedback.read(chosen.held_out, chosen.form, columns, on_error) if chosen.held_out else None
     report = feedback.check(data, held_out)
     console, table = Console(), Table(title=chosen.file, show_header=False, title_justify="left")
     for name, value in report.facts.items():
         table.add_row(name, Text(f"{value:,}" if isinstance(value, int) else str(value)))
     console.print(table)
-    for problem in data.dropped[:20]:
-        console.print(Text(f"dropped: {problem}"))
-    if len(data.dropped) > 20:
-        console.print(Text(f"... and {len(data.dropped) - 20} more"))
+    _print_dropped(data.dropped, console)
     for sentence in report.advice or ["Nothing stands out."]:
         console.print(Text(f"- {sentence}"))
     if chosen.picture:
@@ -170,6 +186,41 @@ def _chat(chosen: argparse.Namespace) -> int:
     sampling = {"max_new_tokens": chosen.max_new_tokens, "temperature": chosen.temperature}
     trained.chat(chosen.adapter, ask, chosen.base, chosen.load_in_4bit, **sampling)
     return 0
+
+
+def _convert(chosen: argparse.Namespace) -> int:
+    columns, on_error = renaming(chosen.columns), "drop" if chosen.drop else "raise"
+    if chosen.out.exists():
+        raise FileExistsError(f"{chosen.out} exists already: name another file, or remove it.")
+    if chosen.prompts:
+        data: feedback.Prompts | feedback.Feedback
+        data = feedback.read_prompts(chosen.file, columns, on_error, split=chosen.split)
+        rows = list(data.dataset)
+    else:
+        data = feedback.read(chosen.file, chosen.form, columns, on_error, split=chosen.split)
+        rows = feedback.to_rows(data)
+    _print_dropped(data.dropped, Console())
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    chosen.out.write_text(text, encoding="utf-8")
+    print(f"read as: {data.read_as}")
+    if data.unused:
+        print(f"columns not used: {', '.join(data.unused)}")
+    print(f"{len(rows):,} records written to {chosen.out}")
+    return 0
+
+
+def _layouts(_: argparse.Namespace) -> int:
+    for layout in feedback.LAYOUTS:
+        columns = " or ".join(", ".join(sorted(names)) for names in layout.columns)
+        print(f"{layout.name} ({layout.form}): {columns}\n    {layout.becomes}; as in {layout.found_in}")
+    return 0
+
+
+def _print_dropped(dropped: Sequence[feedback.Problem], console: Console) -> None:
+    for problem in dropped[:20]:
+        console.print(Text(f"dropped: {problem}"))
+    if len(dropped) > 20:
+        console.print(Text(f"... and {len(dropped) - 20} more"))
 
 
 if __name__ == "__main__":

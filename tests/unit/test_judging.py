@@ -97,3 +97,30 @@ def test_files(tmp_path: Path) -> None:
 def test_one_answer_is_not_enough() -> None:
     with pytest.raises(FeedbackError, match="two answers or more, not 1"):
         judge([ScoredAnswer("p", 1.0, 1.0, 1)])
+
+
+def test_a_figure_that_says_nothing_says_why(tmp_path: Path) -> None:
+    """One answer a prompt, alike in length and worth, no reference: nothing but the scores' mean and std is left."""
+    answers = [ScoredAnswer(f"p{i}", 1.0, float(i), 3) for i in range(4)]
+    judgement = judge(answers)
+    assert judgement.missing == {
+        "pair_accuracy": "no two of the answers belong to one prompt and were judged unlike",
+        "expected_calibration_error": "no two of the answers belong to one prompt and were judged unlike",
+        "spearman": "people judged every answer alike",
+        "length_correlation": "every answer has the same length",
+        "length_correlation_of_people": "people judged every answer alike",
+        **dict.fromkeys(
+            ("reference_mean", "reference_std", "centred_mean"),
+            "no answer of the reference was scored; without prompts it has nothing to answer",
+        ),
+    }
+    assert judgement.shown("spearman", ".2f") == "none (people judged every answer alike)"
+    assert judgement.shown("mean", ".2f") == "1.50"
+    save_judgement(judgement, tmp_path, answers)
+    saved = json.loads((tmp_path / "judgement.json").read_text(encoding="utf-8"))
+    assert saved["reference_mean"] is None and "nothing to answer" in saved["missing"]["reference_mean"]
+
+
+def test_what_can_be_computed_is_not_missing() -> None:
+    answers = [ScoredAnswer("p", 1.0, 2.0, 1), ScoredAnswer("p", 2.0, 6.0, 3)]
+    assert judge(answers, reference_scores=[1.0, 3.0]).missing == {}

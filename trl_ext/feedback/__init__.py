@@ -10,24 +10,30 @@ from trl_ext.feedback.converting import (
     to_prompts,
     to_rankings,
     to_ratings,
+    to_rows,
     to_unpaired,
 )
 from trl_ext.feedback.files import FeedbackError, Unusable
 from trl_ext.feedback.forms import FORMS, Form
 from trl_ext.feedback.judging import Judgement, ScoredAnswer, judge, save_judgement
-from trl_ext.feedback.reading import Feedback, read
+from trl_ext.feedback.layouts import LAYOUTS, Layout, Made
+from trl_ext.feedback.reading import Feedback, Prompts, read, read_prompts, rows_of
 from trl_ext.feedback.records import Label, Pair, Problem, Ranking, Rating, Record
 
 __all__ = [
     "FORMS",
+    "LAYOUTS",
     "Feedback",
     "FeedbackError",
     "FeedbackReport",
     "Form",
     "Judgement",
     "Label",
+    "Layout",
+    "Made",
     "Pair",
     "Problem",
+    "Prompts",
     "Ranking",
     "Rating",
     "Record",
@@ -41,12 +47,15 @@ __all__ = [
     "draw_ratings",
     "judge",
     "read",
+    "read_prompts",
+    "rows_of",
     "save_judgement",
     "split_by_prompt",
     "to_preference",
     "to_prompts",
     "to_rankings",
     "to_ratings",
+    "to_rows",
     "to_unpaired",
 ]
 

@@ -41,8 +41,13 @@ class FeedbackReport:
 
 def check(feedback: Feedback, held_out: Feedback | None = None) -> FeedbackReport:
     """Look at `feedback`, and at the prompts that it shares with `held_out`."""
-    facts: dict[str, float | int | str] = {"form": feedback.form, "records": len(feedback.records)}
+    facts: dict[str, float | int | str] = {"read as": feedback.read_as}
+    if feedback.unused:
+        facts["columns not used"] = ", ".join(feedback.unused)
+    facts["records"] = len(feedback.records)
     facts["prompts"] = len({key_of(record.prompt) for record in feedback.records})
+    if feedback.undecided:
+        facts["rows that prefer nothing"] = feedback.undecided
     facts["dropped records"] = len(feedback.dropped)
     advice = []
     if feedback.dropped:
@@ -176,7 +181,7 @@ def draw_ratings(report: FeedbackReport, picture: Path) -> None:
         ImportError: matplotlib is missing.
     """
     if not report.ratings:
-        raise FeedbackError(f"There are no ratings to draw: the feedback is of the form {report.facts['form']!r}.")
+        raise FeedbackError(f"There are no ratings to draw: it was read as {report.facts['read as']}.")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -7,10 +7,12 @@ rater of the other put them in this order, ties counting half.
 
 from __future__ import annotations
 
+import math
 import random
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, combinations, product
 from statistics import fmean
 from typing import Any
@@ -107,6 +109,19 @@ def to_prompts(feedback: Feedback) -> Dataset:
     return _dataset([{"prompt": prompt} for prompt in {key_of(r.prompt): r.prompt for r in feedback.records}.values()])
 
 
+def to_rows(feedback: Feedback) -> list[dict[str, Any]]:
+    """The records as rows in our own columns, which `read` reads again."""
+    rows = []
+    for record in feedback.records:
+        row = {name: value for name, value in vars(record).items() if value is not None}
+        if isinstance(record, Rating):
+            row["ratings"] = [None if math.isnan(rating) else rating for rating in record.ratings]
+        if "strength" in row:
+            row["margin"] = row.pop("strength")  # which may be any number
+        rows.append(row)
+    return rows
+
+
 def to_ratings(feedback: Feedback) -> Dataset:
     """Our rating type: prompt, completion, `rating` (the mean), and `weight`, the number of ratings over the largest
     such number.
@@ -180,7 +195,8 @@ def split_by_prompt(feedback: Feedback, held_out: float, seed: int = 0) -> tuple
     parts: tuple[list[Record], list[Record]] = [], []
     for number, record in enumerate(feedback.records):
         parts[number in second].append(record)
-    return tuple(Feedback(feedback.form, part, feedback.source) for part in parts)  # type: ignore[return-value]
+    halves = [replace(feedback, records=part, dropped=[], undecided=0) for part in parts]
+    return halves[0], halves[1]
 
 
 def middle_of_scale(feedback: Feedback) -> float:

@@ -1,16 +1,22 @@
-"""From files to rows, each with the number of its line. What is wrong with a line takes its row's place."""
+"""From sources to rows, each with the number of its line. What is wrong with a line takes its row's place."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 
 Row = dict[str, Any]
+
+# A file (.jsonl, .json, .csv, .tsv, .parquet), a folder that `save_to_disk` wrote, the name of a data set on the Hub, a
+# data set of `datasets`, a list of rows, or a DataFrame of pandas or polars.
+Source = Any
 
 
 class FeedbackError(ValueError):
@@ -25,29 +31,125 @@ class Unusable(Exception):
         self.column, self.reason = column, reason
 
 
-def numbered_rows(source: str | Path | Dataset, name: str) -> Iterator[tuple[int, Row | Unusable]]:
+def numbered_rows(source: Source, name: str, split: str | None = None) -> Iterator[tuple[int, Row | Unusable]]:
     """(line, row) of every record. A line that holds no record gives an `Unusable` instead of a row.
 
     Cells of CSV and TSV are texts, whatever they look like: 02 stays "02", NA stays "NA", an empty cell is "".
     """
-    if isinstance(source, Dataset):
-        yield from enumerate(source, start=1)
+    source = opened(source, split, name)
+    if isinstance(source, Path):
+        yield from READERS[source.suffix](source)
         return
-    path = Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"The feedback file {name!r} does not exist.")
-    if path.suffix not in READERS:
-        raise FeedbackError(f"{name} is of no known kind: give one of {', '.join(READERS)}.")
-    yield from READERS[path.suffix](path)
+    for number, row in enumerate(source, start=1):
+        yield number, row if isinstance(row, dict) else Unusable("", f"{type(row).__name__} instead of a record")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str | Unusable]]:
+def opened(source: Source, split: str | None = None, name: str = "") -> Path | Dataset | IterableDataset | list[Any]:
+    """A file that can be read, or what gives rows when it is gone through.
+
+    Args:
+        split: of what has several; None: the only one, or "train" of a data set on the Hub.
+        name: what messages call it.
+
+    Raises:
+        FileNotFoundError: no such file, nor such a data set.
+        FeedbackError: a file of an unknown kind, several splits and none of them named, or the Hub cannot be reached.
+        TypeError: nothing that holds rows.
+    """
+    name = name or str(source)
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if path.is_dir():
+            return _one_split(_saved(path, name), split, name)
+        if path.suffix in READERS or path.is_file():
+            if not path.is_file():
+                raise FileNotFoundError(f"The feedback file {name!r} does not exist.")
+            if path.suffix not in READERS:
+                raise FeedbackError(f"{name} is of no known kind: give one of {', '.join(READERS)}.")
+            return path
+        return _of_the_hub(str(source), split or "train", name)
+    if isinstance(source, (DatasetDict, IterableDatasetDict)):
+        return _one_split(source, split, name)
+    if isinstance(source, (Dataset, IterableDataset, list, tuple)):
+        return source
+    if hasattr(source, "to_dicts"):  # polars
+        return list(source.to_dicts())
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas
+        return [{str(key): _plain(value) for key, value in row.items()} for row in source.to_dict(orient="records")]
+    raise TypeError(
+        f"Rows cannot be read from {type(source).__name__}: give a file, a folder of save_to_disk, the name of a data "
+        "set on the Hub, a Dataset, a list of rows or a DataFrame."
+    )
+
+
+def as_dataset(rows: Any, name: str, several: bool = False) -> Any:
+    """What trainers take: a list of rows or a DataFrame as a Dataset, the only split of several; all else as it is.
+
+    Args:
+        several: whether a trainer takes several data sets by name, as it does for evaluation.
+
+    Raises:
+        ValueError: several splits, where one is needed.
+    """
+    if isinstance(rows, (DatasetDict, IterableDatasetDict)) and not several:
+        if len(rows) > 1:
+            listed = ", ".join(map(repr, rows))
+            raise ValueError(f"{name} has the splits {listed}: give one, as in dataset[{next(iter(rows))!r}].")
+        return next(iter(rows.values()))
+    if isinstance(rows, (Dataset, IterableDataset)):
+        return rows
+    is_list = isinstance(rows, (list, tuple)) and bool(rows) and all(isinstance(row, Mapping) for row in rows)
+    if is_list or (hasattr(rows, "columns") and (hasattr(rows, "to_dict") or hasattr(rows, "to_dicts"))):
+        each: Any = opened(rows, None, name)
+        return Dataset.from_list(list(each), on_mixed_types="use_json")
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """A cell of a DataFrame: an array as a list; what is missing, which pandas writes as NaN, as None."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, list):
+        return [item.tolist() if hasattr(item, "tolist") else item for item in value]
+    return None if value is not None and value != value else value
+
+
+def _saved(path: Path, name: str) -> Any:
+    try:
+        return load_from_disk(str(path))
+    except (FileNotFoundError, ValueError, OSError) as error:
+        raise FeedbackError(f"The folder {name!r} was not written by save_to_disk: name a file in it.") from error
+
+
+def _one_split(rows: Any, split: str | None, name: str) -> Any:
+    if not isinstance(rows, Mapping):
+        return rows
+    if split in rows or (len(rows) == 1 and split in (None, "train")):
+        return rows[split] if split in rows else next(iter(rows.values()))
+    listed = ", ".join(map(repr, rows))
+    said = f"has no split {split!r}" if split else "has several splits"
+    raise FeedbackError(f"{name} {said}: name one of {listed}.")
+
+
+def _of_the_hub(name: str, split: str, shown: str) -> Any:
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or ("/" not in name and "." in name):
+        raise FileNotFoundError(f"The feedback file {shown!r} does not exist.")
+    try:
+        return load_dataset(name, split=split)
+    except (OSError, ValueError) as error:  # no such data set, no network, no such split
+        reason = " ".join(str(error).split())
+        raise FeedbackError(
+            f"{shown} is neither a file here nor a data set that can be loaded from the Hub ({reason:.200})."
+        ) from error
+
+
+def _lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str | Unusable]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, line.decode("utf-8-sig" if number == 1 and encoding == "utf-8" else encoding)
             except UnicodeDecodeError as error:
-                yield number, Unusable("", f"byte {error.start + 1} is not UTF-8")
+                which = "UTF-8" if encoding == "utf-8" else encoding
+                yield number, Unusable("", f"byte {error.start + 1} is not {which}")
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Row | Unusable]]:
@@ -77,21 +179,56 @@ def _json(path: Path) -> Iterator[tuple[int, Row | Unusable]]:
         yield number, row if isinstance(row, dict) else Unusable("", "not a JSON object")
 
 
+@dataclass(frozen=True)
+class Table:
+    """How the cells of a CSV or TSV file are kept apart.
+
+    Attributes:
+        excel: written by Excel where the comma is the decimal sign: ";" between cells, often in cp1252.
+    """
+
+    separator: str
+    encoding: str = "utf-8"
+    excel: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.separator!r} between cells, {'UTF-8' if self.encoding == 'utf-8' else self.encoding}"
+
+
+def table_of(path: Path) -> Table:
+    """How this file of cells is laid out: by its header and, if that has ";", by its bytes."""
+    if path.suffix == ".tsv":
+        return Table("\t")
+    with path.open("rb") as file:
+        header = next((line for line in file if line.strip()), b"")
+        names = re.sub(rb'"[^"]*"', b"", header)
+        if b";" not in names or b"," in names:
+            return Table(",")
+        try:
+            file.seek(0)
+            for line in file:
+                line.decode("utf-8")
+        except UnicodeDecodeError:
+            return Table(";", "cp1252", excel=True)
+    return Table(";", excel=True)
+
+
 def _csv(path: Path) -> Iterator[tuple[int, Row | Unusable]]:
     csv.field_size_limit(2**31 - 1)
     broken: list[tuple[int, Unusable]] = []
     skipped = 0  # lines that the csv module has not seen
+    table = table_of(path)
 
     def decoded() -> Iterator[str]:
-        for number, line in _lines(path):
+        for number, line in _lines(path, table.encoding):
             if isinstance(line, Unusable):
                 broken.append((number, line))
             else:
                 yield line
 
     tabs = path.suffix == ".tsv"
-    dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
-    reader = csv.DictReader(decoded(), **dialect)
+    dialect: dict[str, Any] = {"quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+    reader = csv.DictReader(decoded(), delimiter=table.separator, **dialect)
     while True:
         try:
             row = next(reader, None)

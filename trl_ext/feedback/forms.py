@@ -45,7 +45,7 @@ def _rating(row: Row) -> Record:
     if isinstance(value, str) and column == "ratings":
         value = _list(row, column) if value.startswith("[") else value.replace(",", " ").replace(";", " ").split()
     values = list(value) if isinstance(value, (list, tuple)) else [value]
-    ratings = tuple(math.nan if item in (None, "") else _number(item, column) for item in values)
+    ratings = tuple(math.nan if item in (None, "") else number_of(item, column) for item in values)
     if not without_nan(ratings):
         raise Unusable(column, "no rating was given")
     prompt, (completion,) = _prompt_and_answers(row, "completion")
@@ -58,7 +58,7 @@ def _ranking(row: Row) -> Record:
         raise Unusable("completions", f"a ranking needs two completions or more, not {len(completions)}")
     if len(ranks) != len(completions):
         raise Unusable("ranks", f"{len(ranks)} ranks for {len(completions)} completions")
-    numbers = [_number(rank, "ranks") for rank in ranks]
+    numbers = [number_of(rank, "ranks") for rank in ranks]
     if any(number != int(number) or number < 1 for number in numbers):
         raise Unusable("ranks", f"{ranks!r:.60} are not whole numbers from 1 on")
     prompt, answers = _prompt_and_answers(row, *("completions" for _ in completions), items=completions)
@@ -67,7 +67,7 @@ def _ranking(row: Row) -> Record:
 
 def _pair(row: Row) -> Record:
     column = "margin" if row.get("margin") not in (None, "") else "strength"
-    strength = None if row.get(column) in (None, "") else _number(row[column], column)
+    strength = None if row.get(column) in (None, "") else number_of(row[column], column)
     if column == "strength" and strength is not None and strength <= 0:
         raise Unusable("strength", f"{row['strength']!r} is not above 0: turn the pair round, or drop it as a tie")
     prompt, (chosen, rejected) = _prompt_and_answers(row, "chosen", "rejected")
@@ -97,7 +97,7 @@ def _prompt_and_answers(row: Row, *columns: str, items: Sequence[Any] | None = N
         return [{"role": "user", "content": prompt}], answers
     if not prompt.strip() and len(answers) == 1:  # nothing says where the prompt ends
         return prompt, answers
-    shared = _shared(answers)
+    shared = shared_messages(answers)
     if prompt.strip() and prompt.strip() not in (str(message.get("content")).strip() for message in shared):
         raise Unusable("prompt", "a text that the conversations do not begin with: give the prompt as messages")
     if not shared and columns == ("chosen", "rejected"):
@@ -107,14 +107,14 @@ def _prompt_and_answers(row: Row, *columns: str, items: Sequence[Any] | None = N
 
 def _after_prompt(prompt: list[Any], answers: list[list[Any]], columns: Sequence[str]) -> list[list[Any]]:
     """The answers without the prompt, where they begin with it: all of them, or none."""
-    begin = [_shared([[*prompt, {}], [*answer, {}]]) == prompt for answer in answers]
+    begin = [shared_messages([[*prompt, {}], [*answer, {}]]) == prompt for answer in answers]
     for column, answer, begins in zip(columns, answers, begin, strict=True):
         if any(begin) and not (begins and len(answer) > len(prompt)):
             raise Unusable(column, "does not go on from the prompt, as others of the row do: give all of them alike")
     return [answer[len(prompt) :] for answer in answers] if any(begin) else answers
 
 
-def _shared(conversations: Sequence[list[Any]]) -> list[Any]:
+def shared_messages(conversations: Sequence[list[Any]]) -> list[Any]:
     """The messages that all of them begin with; each keeps its last. A key without a value, as tables add them, is no
     difference."""
     plain = [[{key: v for key, v in m.items() if v is not None} for m in messages] for messages in conversations]
@@ -172,7 +172,7 @@ def _list(row: Row, column: str) -> list[Any]:
     return list(value)
 
 
-def _number(value: Any, column: str) -> float:
+def number_of(value: Any, column: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):

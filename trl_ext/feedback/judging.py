@@ -7,7 +7,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -39,7 +39,7 @@ class ScoredAnswer:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The figures. A figure that cannot be computed is NaN (null in JSON).
+    """The figures. A figure that cannot be computed is NaN (null in JSON), and `missing` says why.
 
     Attributes:
         answers, pairs: how many were compared.
@@ -57,6 +57,7 @@ class Judgement:
             there: `score_normalization="reference"` subtracts the one and divides by the other.
         centred_mean: `mean` minus `reference_mean`; above 0, people's answers score higher than those that PPO starts
             from.
+        missing: of each figure that is NaN, why.
     """
 
     answers: int
@@ -73,6 +74,11 @@ class Judgement:
     reference_mean: float
     reference_std: float
     centred_mean: float
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def shown(self, figure: str, form: str) -> str:
+        """A figure as people read it: `form` is a format, as in ".1%"; where it is missing, why."""
+        return f"none ({self.missing[figure]})" if figure in self.missing else format(getattr(self, figure), form)
 
 
 def judge(answers: Sequence[ScoredAnswer], seed: int = 0, reference_scores: Sequence[float] = ()) -> Judgement:
@@ -93,7 +99,7 @@ def judge(answers: Sequence[ScoredAnswer], seed: int = 0, reference_scores: Sequ
     reliability = _reliability([difference for _, difference in pairs])
     scores = [answer.score for answer in answers]
     reference_mean = fmean(reference_scores) if reference_scores else math.nan
-    return Judgement(
+    judgement = Judgement(
         answers=len(answers),
         pairs=len(pairs),
         pair_accuracy=fmean(right) if pairs else math.nan,
@@ -115,6 +121,29 @@ def judge(answers: Sequence[ScoredAnswer], seed: int = 0, reference_scores: Sequ
         reference_std=pstdev(reference_scores) if reference_scores else math.nan,
         centred_mean=fmean(scores) - reference_mean,
     )
+    return replace(judgement, missing=_missing(judgement, answers))
+
+
+def _missing(judgement: Judgement, answers: Sequence[ScoredAnswer]) -> dict[str, str]:
+    """Why figures are NaN."""
+    columns = {"score": "every score is the same", "worth": "people judged every answer alike"}
+    columns["length"] = "every answer has the same length"
+    constant = {name: why for name, why in columns.items() if len({getattr(a, name) for a in answers}) == 1}
+
+    def why(*names: str) -> str:
+        return next((constant[name] for name in names if name in constant), "the scores are not all numbers")
+
+    no_pair = "no two of the answers belong to one prompt and were judged unlike"
+    no_reference = "no answer of the reference was scored; without prompts it has nothing to answer"
+    reasons = {
+        "pair_accuracy": no_pair,
+        "expected_calibration_error": no_pair,
+        "spearman": why("score", "worth"),
+        "length_correlation": why("score", "length"),
+        "length_correlation_of_people": why("worth", "length"),
+        **dict.fromkeys(("reference_mean", "reference_std", "centred_mean"), no_reference),
+    }
+    return {name: reason for name, reason in reasons.items() if math.isnan(getattr(judgement, name))}
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
@@ -180,18 +209,23 @@ def save_judgement(
     reliable.plot(*zip(*[(p, t) for p, t, _ in judgement.reliability], strict=True), color="#0072b2", marker="o", ms=4)
     reliable.set_xlabel("predicted chance")
     reliable.set_ylabel("share that came true")
-    reliable.set_title(f"ECE {judgement.expected_calibration_error:.3f}", fontsize=10)
+    named = {"expected_calibration_error": ".3f", "pair_accuracy": ".1%", "spearman": ".2f"}
+    figures = {
+        name: "none" if name in judgement.missing else format(getattr(judgement, name), form)
+        for name, form in named.items()
+    }
+    reliable.set_title(f"ECE {figures['expected_calibration_error']}", fontsize=10)
     names = [f"{least:.1f} and up" for least, _ in judgement.accuracy_by_strength]
     strong.bar(range(len(names)), [share for _, share in judgement.accuracy_by_strength], color="#0072b2")
     strong.set_xticks(range(len(names)), names, fontsize=8)
     strong.set_ylim(0, 1)
     strong.set_xlabel("difference in worth, by quarters")
     strong.set_ylabel("pair accuracy")
-    strong.set_title(f"{judgement.pair_accuracy:.1%} of {judgement.pairs:,} pairs", fontsize=10)
+    strong.set_title(f"{figures['pair_accuracy']} of {judgement.pairs:,} pairs", fontsize=10)
     scattered.scatter([a.worth for a in answers], [a.score for a in answers], s=4, alpha=0.4, color="#0072b2")
     scattered.set_xlabel("worth")
     scattered.set_ylabel("score")
-    scattered.set_title(f"Spearman {judgement.spearman:.2f}", fontsize=10)
+    scattered.set_title(f"Spearman {figures['spearman']}", fontsize=10)
     middle = judgement.reference_mean if reference_scores else 0.0
     centred.hist([a.score - middle for a in answers], bins=30, density=True, color="#0072b2", alpha=0.6, label="judged")
     if reference_scores:

@@ -5,24 +5,25 @@ Feedback is read by `trl_ext.feedback.read` alone. Other rows (prompts, texts) s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 from pyarrow import ArrowException
 from transformers import PreTrainedTokenizerBase
 
 from trl_ext import demo, feedback
 from trl_ext.feedback.converting import middle_of_scale
-from trl_ext.feedback.files import READERS, Unusable, numbered_rows
+from trl_ext.feedback.files import READERS, Unusable, numbered_rows, opened
 from trl_ext.feedback.forms import decoded, has_half_a_character
-from trl_ext.feedback.reading import renaming
+from trl_ext.feedback.reading import converting_lines, renaming, says_how_to_prompt
 from trl_ext.feedback.records import Problem
-from trl_ext.ppo.checks import check_column
+from trl_ext.ppo.checks import check_prompts
 from trl_ext.reward_models import rows as rows_of_reward
 from trl_ext.tokens import config_of
 
@@ -33,7 +34,10 @@ class DataArguments:
 
     dataset: str = field(
         default="demo",
-        metadata={"help": "'demo', a file (.jsonl, .json, .csv, .tsv, .parquet), or a dataset on the Hub."},
+        metadata={
+            "help": "'demo', a file (.jsonl, .json, .csv, .tsv, .parquet), a folder of save_to_disk, or a dataset on "
+            "the Hub; several with commas between them."
+        },
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on; a file is one split."})
     eval_split: str | None = field(
@@ -41,8 +45,18 @@ class DataArguments:
     )
     eval_rows: int = field(default=32, metadata={"help": "Rows held out for evaluation where there is no eval_split."})
     columns: list[str] = field(
-        default_factory=list, metadata={"help": "Columns to rename, each THEIRS=OURS, as in text=completion."}
+        default_factory=list,
+        metadata={
+            "help": "Columns to rename, each THEIRS=OURS, as in text=completion.",
+            "aliases": ["--column"],
+            "action": "extend",
+        },
     )
+    on_error: str = field(
+        default="raise",
+        metadata={"help": "Of feedback that cannot be used: 'raise' at the first record, or 'drop' them."},
+    )
+    read_as: str = field(default="", init=False)  # what the rows were read as, once they are loaded: for the header
 
 
 # Rows as they are ----------------------------------------------------------------------------------------------------
@@ -60,14 +74,78 @@ def load_rows(data: DataArguments, name: str) -> tuple[Dataset, Dataset]:
     """
     if data.dataset == "demo":
         return demo.load(name, "train"), demo.load(name, "test")
-    rows = _read(data.dataset, data.train_split, data.columns)
-    check_column(rows, data.dataset)  # more rows would not help
+    rows = _prompts(data, data.dataset, data.train_split)
     held_out = _held_out_source(data)
     if held_out is not None:
-        return rows, _read(*held_out, data.columns)
+        return rows, _prompts(data, *held_out)
     _check_size(data, len(rows), "rows")
     split = rows.train_test_split(test_size=data.eval_rows, seed=0)
     return split["train"], split["test"]
+
+
+def _prompts(data: DataArguments, dataset: str, split: str) -> Dataset:
+    """Rows with prompts: as they are, or the prompts of feedback and of conversations, each once."""
+    parts, columns = [], renaming(data.columns)
+    for name in _sources(dataset):
+        source = name if _is_file(name) else opened(name, split, name)
+        if (_is_file(name) and not Path(name).is_file()) or not says_how_to_prompt(source, columns):
+            rows = _read(source, name, data.columns)
+            capital = [column for column in rows.column_names if column.strip().lower() == "prompt"]
+            rows = rows.rename_column(capital[0], "prompt") if capital and "prompt" not in capital else rows
+            if "prompt" not in rows.column_names:
+                _refuse(rows, name, "train_dataset" if dataset == data.dataset else "eval_dataset")
+            parts.append(rows)
+            continue
+        with _how_to_go_on():
+            prompts = feedback.read_prompts(source, columns, data.on_error, name)
+        if (described := _described(prompts)) not in data.read_as:
+            data.read_as += described
+        parts.append(prompts.dataset)
+    if len(parts) == 1:
+        return parts[0]
+    parts = [part.select_columns(["prompt"]) if "prompt" in part.column_names else part for part in parts]
+    if len({str(part.features.get("prompt")) for part in parts}) > 1:
+        raise feedback.FeedbackError(
+            f"{dataset} has prompts of several kinds: give texts, or messages, in all of them."
+        )
+    return concatenate_datasets(parts)
+
+
+def _refuse(rows: Dataset, name: str, part: str) -> None:
+    """Say that there are no prompts, as the trainer does, with lines that would make some."""
+    try:
+        check_prompts(rows, part)
+    except ValueError as error:
+        error.add_note(converting_lines(name, rows.column_names, ("prompt",)))
+        raise
+
+
+@contextmanager
+def _how_to_go_on() -> Iterator[None]:
+    """Where one row is at fault, say how to do without it."""
+    try:
+        yield
+    except feedback.FeedbackError as error:
+        if isinstance(error.__cause__, Unusable):
+            error.add_note("--on_error drop leaves such rows out, and says how many.")
+        raise
+
+
+def _sources(dataset: str) -> list[str]:
+    """Names with commas between them; a comma may be part of a file's own name."""
+    return [dataset] if Path(dataset).exists() else [part.strip() for part in dataset.split(",")]
+
+
+def _described(read: feedback.Feedback | feedback.Prompts) -> str:
+    """What was read, to stand behind the number of rows."""
+    shown = ["", f"read as: {read.read_as}"]
+    if read.unused:
+        shown.append(f"columns not used: {', '.join(read.unused)}")
+    if undecided := getattr(read, "undecided", 0):
+        shown.append(f"{undecided} rows prefer nothing")
+    if read.dropped:
+        shown.append(f"{len(read.dropped)} rows dropped, the first for {read.dropped[0]}")
+    return "; ".join(shown)
 
 
 def load_texts(dataset: str) -> Dataset:
@@ -76,21 +154,19 @@ def load_texts(dataset: str) -> Dataset:
     Raises:
         FileNotFoundError, ValueError: there is no such file, or it cannot be read.
     """
-    return _read(dataset, "train")
+    return _read(dataset if _is_file(dataset) else opened(dataset, "train", dataset), dataset)
 
 
-def _read(source: str, split: str, columns: list[str] | None = None) -> Dataset:
-    if not _is_file(source):
-        rows = load_dataset(source, split=split)
-    elif not Path(source).is_file():
+def _read(source: Any, name: str, columns: list[str] | None = None) -> Dataset:
+    if isinstance(source, str) and not Path(source).is_file():
         raise FileNotFoundError(f"The dataset file {source!r} does not exist.")
-    else:
+    if isinstance(source, str):
         try:
-            rows = _rows_of_file(source)
+            source = _rows_of_file(source)
         except (ArrowException, OverflowError, StopIteration, DatasetsError, ValueError) as error:
             reason = " ".join(str(error.__cause__ or error).split()) or "it holds no rows"
-            raise ValueError(f"The dataset file {source!r} cannot be read: {reason:.200}") from error
-    return rows.rename_columns(renaming(columns or []))
+            raise ValueError(f"The dataset file {name!r} cannot be read: {reason:.200}") from error
+    return source.rename_columns(renaming(columns or []))
 
 
 def _rows_of_file(source: str) -> Dataset:
@@ -237,11 +313,14 @@ def _read_feedback(data: DataArguments, name: str) -> tuple[feedback.Feedback, f
         train, held_out = (feedback.read(demo.load(name, split), name=f"demo {name}") for split in ("train", "test"))
         return train, held_out
 
-    def read(source: str, split: str) -> feedback.Feedback:
-        rows = source if _is_file(source) else load_dataset(source, split=split)
-        return feedback.read(rows, columns=renaming(data.columns), name=source)
+    def read(dataset: str, split: str) -> feedback.Feedback:
+        sources: Any = _sources(dataset)
+        with _how_to_go_on():
+            several = sources if len(sources) > 1 else sources[0]
+            return feedback.read(several, None, renaming(data.columns), data.on_error, split=split)
 
     records, source = read(data.dataset, data.train_split), _held_out_source(data)
+    data.read_as = _described(records)
     if source is not None:
         return records, read(*source)
     _check_size(data, len(records.records), "records")

@@ -152,7 +152,10 @@ def user_errors() -> Iterator[None]:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        notes = getattr(error, "__notes__", [])  # where a run that failed is saved
+        notes = getattr(error, "__notes__", [])  # where a run that failed is saved; lines of code
+        if code := [note for note in notes if "\n" in note]:
+            print(*code, sep="\n", file=sys.stderr)
+            notes = [note for note in notes if note not in code]
         if os.environ.get("TRL_EXT_TRACEBACK") or not (notes or isinstance(error, USER_ERRORS)):
             raise
         name = "" if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: "

@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from trl_ext._trl import BaseTrainer
 from trl_ext.callbacks import PPOControl, RolloutCallback, RolloutEvents, check_events
+from trl_ext.feedback.files import as_dataset
 from trl_ext.generation import Generator
 from trl_ext.ppo import checks
 from trl_ext.ppo.batches import RolloutSampler
@@ -138,6 +139,8 @@ class PPOTrainer(BaseTrainer):
         checks.check_devices(args)
         functions = checks.as_list(reward_funcs)
         checks.check_scores(functions, reward_processing_classes, model, args)
+        train_dataset = as_dataset(train_dataset, "train_dataset")
+        eval_dataset = as_dataset(eval_dataset, "eval_dataset", several=True)
         tokenizer = checks.check_run(args, train_dataset, eval_dataset, processing_class, functions, model, ptx_dataset)
         mix = PretrainMix(ptx_dataset, tokenizer, args.ptx_max_length, args.seed) if ptx_dataset is not None else None
 

@@ -22,6 +22,7 @@ from trl import RewardConfig, RewardTrainer
 
 from trl_ext.core.probe import choose_penalty, fit_probe
 from trl_ext.core.reward_losses import all_pairs_loss, binary_loss, plackett_luce_loss, regression_loss
+from trl_ext.feedback.files import as_dataset
 from trl_ext.reward_models.probing import probe_data, score_head
 from trl_ext.reward_models.rows import check_written, checked_rows, template_of
 from trl_ext.roles import adapters as files
@@ -138,11 +139,11 @@ class FeedbackRewardTrainer(RewardTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
-        train_dataset = checked(train_dataset, "train_dataset", args.objective)
+        train_dataset = checked(as_dataset(train_dataset, "train_dataset"), "train_dataset", args.objective)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: checked(rows, name, args.objective) for name, rows in eval_dataset.items()}
         elif eval_dataset is not None:
-            eval_dataset = checked(eval_dataset, "eval_dataset", args.objective)
+            eval_dataset = checked(as_dataset(eval_dataset, "eval_dataset"), "eval_dataset", args.objective)
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         self._laid_out = [train_dataset, *evaluated]
         if isinstance(model, str):
