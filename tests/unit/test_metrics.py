@@ -9,7 +9,7 @@ import torch
 
 from tests.helpers import rollout
 from trl_ext.ppo import metrics as module
-from trl_ext.ppo.completions import completions_frame, print_completions, save_completions
+from trl_ext.ppo.completions import completions_table, print_completions, save_completions
 from trl_ext.ppo.metrics import Metrics
 from trl_ext.types import Experience, ScorePass, Scores, as_text
 
@@ -84,8 +84,7 @@ def experience() -> Experience:
 
 
 def test_one_row_a_completion(experience: Experience) -> None:
-    frame = completions_frame(experience, ["a", "b"], step=3)
-    assert frame.to_dict("list") == {
+    assert completions_table(experience, ["a", "b"], step=3).to_pydict() == {
         "step": [3, 3],
         "prompt": ["prompt 0", "prompt 1"],
         "completion": ["completion 0", "completion 1"],
@@ -109,23 +108,24 @@ def test_one_row_a_completion(experience: Experience) -> None:
 def test_columns_from_reward_functions(
     experience: Experience, extra: list[dict[str, list[Any]]], kept: dict[str, list[Any]]
 ) -> None:
-    frame = completions_frame(experience, ["a", "b"], 0, extra)
-    assert frame.drop(columns=completions_frame(experience, ["a", "b"], 0).columns).to_dict("list") == kept
+    table = completions_table(experience, ["a", "b"], 0, extra)
+    assert table.drop(completions_table(experience, ["a", "b"], 0).column_names).to_pydict() == kept
 
 
 def test_saved_where_trl_saves_them(experience: Experience, tmp_path: Path) -> None:
-    frame = completions_frame(experience, ["a", "b"], 7)
-    path = save_completions(frame, str(tmp_path / "run"), 7)
+    table = completions_table(experience, ["a", "b"], 7)
+    path = save_completions(table, str(tmp_path / "run"), 7)
     assert path == tmp_path / "run" / "completions" / "completions_00007.parquet"
-    pd.testing.assert_frame_equal(pd.read_parquet(path), frame)
+    assert pd.read_parquet(path).to_dict("list") == table.to_pydict()
 
 
 def test_print_shows_so_many_rows_and_takes_text_literally(
     experience: Experience, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    frame = completions_frame(experience, ["a", "b"], 0)
-    frame["completion"] = ["[/b] [bold]x", "unseen"]
-    print_completions(frame, rows=1, title="Step 0")
+    table = completions_table(experience, ["a", "b"], 0)
+    place = table.column_names.index("completion")
+    table = table.set_column(place, "completion", [["[/b] [bold]x", "unseen"]])
+    print_completions(table, rows=1, title="Step 0")
     printed = capsys.readouterr().out
     assert "[/b] [bold]x" in printed
     assert "1.00" in printed
