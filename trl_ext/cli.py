@@ -1,31 +1,36 @@
-"""The `trl-ext` command."""
+"""The `trl-ext` command. What a subcommand needs it imports itself, so that the others and `--help` start at once."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import runpy
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from trl_ext.diagnostics import Finding, RunLog
 
-from trl_ext import diagnostics, feedback
-from trl_ext.feedback.reading import renaming
+RECIPES = {"ppo": "PPO with LoRA", "reward": "train a reward model", "dpo": "DPO with LoRA"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (None: this process's) and give back the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in RECIPES:
+        return _recipe(arguments[0], arguments[1:])
     parser = argparse.ArgumentParser(prog="trl-ext", description="RLHF with PPO on one GPU.")
     rooms = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, about_it in RECIPES.items():
+        rooms.add_parser(name, help=f"{about_it}: the recipe {name}_lora.py, with its options")
     about = rooms.add_parser("feedback", help="human feedback").add_subparsers(required=True, metavar="COMMAND")
     check = about.add_parser("check", help="look at a file of feedback before training on it")
     check.add_argument("file", help="ratings, rankings, pairs or labels: .jsonl, .json, .csv, .tsv or .parquet")
-    check.add_argument("--form", choices=feedback.FORMS, help="the form; without it the columns decide")
+    check.add_argument("--form", help="ratings, rankings, pairs or labels; without it the columns decide")
     check.add_argument("--column", action="append", default=[], metavar="THEIRS=OURS", help="rename a column")
     check.add_argument("--held-out", metavar="FILE", help="feedback for evaluation; shared prompts are counted")
     check.add_argument("--picture", type=Path, metavar="FILE", help="draw the histogram of ratings (.png, .svg, .pdf)")
@@ -50,7 +55,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _recipe(name: str, arguments: Sequence[str]) -> int:
+    """As `python recipes/NAME_lora.py`. A wheel has the recipes inside the package, a clone beside it."""
+    package = Path(__file__).parent
+    folder = next(path for path in (package / "recipes", package.parent / "recipes") if path.is_dir())
+    sys.argv = [str(folder / f"{name}_lora.py"), *arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    return 0
+
+
 def _doctor(chosen: argparse.Namespace) -> int:
+    from trl_ext import diagnostics
+
     log = diagnostics.read_run(chosen.run_dir)
     findings = diagnostics.diagnose(log)
     if chosen.json:
@@ -62,11 +78,17 @@ def _doctor(chosen: argparse.Namespace) -> int:
 
 
 def _report(chosen: argparse.Namespace) -> int:
+    from trl_ext import diagnostics
+
     print(diagnostics.write_report(chosen.run_dirs, chosen.output))
     return 0
 
 
-def _print_findings(log: diagnostics.RunLog, findings: Sequence[diagnostics.Finding]) -> None:
+def _print_findings(log: RunLog, findings: Sequence[Finding]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     console = Console()
     console.print(Text(f"{log.kind} run, {len(log.rows)} logs, steps {log.steps[0]} to {log.steps[1]}"))
     if not findings:
@@ -82,6 +104,13 @@ def _print_findings(log: diagnostics.RunLog, findings: Sequence[diagnostics.Find
 
 
 def _check(chosen: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from trl_ext import feedback
+    from trl_ext.feedback.reading import renaming
+
     columns = renaming(chosen.column)
     on_error = "raise" if chosen.strict else "drop"
     data = feedback.read(chosen.file, chosen.form, columns, on_error)
