@@ -15,9 +15,11 @@ try:
     from trl.trainer.base_config import _BaseConfig as BaseConfig
     from trl.trainer.base_trainer import _BaseTrainer as BaseTrainer
 except ImportError as error:
+    if not (error.name or "").startswith("trl"):
+        raise  # it is not TRL that lacks something
     raise ImportError(
-        f"TRL {version('trl')} lacks a name that trl_ext needs ({error}): trl_ext is tested with TRL up to {NEWEST}, so "
-        f"pip install 'trl=={NEWEST}.*', or a newer trl_ext."
+        f"TRL {version('trl')} lacks a name that trl_ext needs ({error}): pip install 'trl=={NEWEST}.*', or a newer "
+        "trl_ext."
     ) from error
 
 __all__ = ["BaseConfig", "BaseTrainer", "train_in_float32"]

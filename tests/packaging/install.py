@@ -1,6 +1,6 @@
 """Does it install? `python tests/packaging/install.py`, from a clone. It needs a package index and some minutes.
 
-Builds the sdist, and from it the wheel; asks pip whether the wheel goes beside the newest vLLM, Unsloth and TRL's extras;
+Builds the sdist, and from it the wheel; asks pip whether it goes beside the newest vLLM, Unsloth and TRL's extras;
 installs the wheel into a fresh environment and runs the PPO recipe there, in a folder that is no clone. Status 1 where
 something fails, or where the index has none of those packages.
 """
@@ -50,9 +50,7 @@ def main() -> int:
                 continue
             tried = run(tools / "pip", "install", "-q", "--dry-run", wheel, other, cwd=outside)
             checked, failed = checked + 1, failed + bool(tried.returncode)
-            print(
-                f"beside {other}: {f'FAILED{chr(10)}{tried.stderr[-1500:]}' if tried.returncode else 'ok'}", flush=True
-            )
+            print(f"beside {other}: {'FAILED' if tried.returncode else 'ok'}", tried.stderr[-1500:], flush=True)
         fresh = environment(temp / "fresh")
         pins = ROOT / "constraints.txt"
         must("install the wheel", fresh / "pip", "install", "-q", "-c", pins, wheel, cwd=outside)

@@ -1,4 +1,4 @@
-"""The versions that pyproject.toml claims: CI runs each floor, and a TRL beyond the tested ones is met with a sentence."""
+"""The versions that pyproject.toml claims: CI runs each floor; a TRL beyond the tested ones gets a sentence."""
 
 import re
 import runpy
