@@ -55,7 +55,6 @@ USED: dict[tuple[str, str], str] = {
     (TUNER_LAYER, "_disable_adapters"): VALUE,
     ("torch.Tensor", "_is_view"): VALUE,
     ("torch.cpu", "_is_avx512_bf16_supported"): "",
-    ("transformers.configuration_utils.PreTrainedConfig", "_attn_implementation"): VALUE,
     ("transformers.modeling_utils.PreTrainedModel", "_is_stateful"): VALUE,
     ("torch.nn.modules.dropout", "_DropoutNd"): CLASS,
 }

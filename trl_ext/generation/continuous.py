@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 from typing import Any
 
 from transformers import GenerationConfig
@@ -11,9 +10,8 @@ from transformers.generation import ContinuousBatchingConfig
 
 from trl_ext.generation.rollouts import Answers, GenerationError, check_whole
 
-# Older Transformers call a page a block, and bound the requests by their pages alone (see `_config`).
-FIELDS = {field.name for field in fields(ContinuousBatchingConfig)}
-PAGE = "page_size" if "page_size" in FIELDS else "block_size"
+# Older Transformers call a page a block.
+PAGE = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"
 
 
 class ContinuousGenerator:
@@ -30,10 +28,7 @@ class ContinuousGenerator:
     """
 
     def __init__(self, base: Any, rows: int, settings: dict[str, Any] | None = None) -> None:
-        self.base, self._rows, self._settings = base, rows, settings or {}
-        if "max_requests_per_batch" in FIELDS:
-            self._settings = {"max_requests_per_batch": rows} | self._settings
-            self._rows = self._settings["max_requests_per_batch"]
+        self.base, self._settings = base, {"max_requests_per_batch": rows, **(settings or {})}
         try:
             config = ContinuousBatchingConfig(**self._settings)
         except TypeError as error:
@@ -49,7 +44,6 @@ class ContinuousGenerator:
         """
         with self.base.use(role), self.base.path.constant():
             self.base.model.eval()
-            attention = self.base.config._attn_implementation
             try:
                 outputs = self.base.causal_lm.generate_batch(
                     prompt_ids,
@@ -61,8 +55,6 @@ class ContinuousGenerator:
                     f"Continuous batching has no room for its cache ({error}): lower local_rollout_forward_batch_size "
                     "or max_completion_length."
                 ) from error
-            finally:  # older Transformers leave their paged attention behind
-                self.base.causal_lm.set_attn_implementation(attention)
         # Transformers logs what goes wrong, and goes on.
         ended = [output for output in outputs.values() if output.error is None]
         if len(ended) < len(prompt_ids):
@@ -79,5 +71,7 @@ class ContinuousGenerator:
         config = ContinuousBatchingConfig(**self._settings)
         if config.num_blocks is None:  # or it would take nearly all memory there is
             longest = max(map(len, prompt_ids)) + new_tokens
-            config.num_blocks = min(len(prompt_ids), self._rows) * math.ceil(longest / getattr(config, PAGE))
+            config.num_blocks = min(len(prompt_ids), config.max_requests_per_batch) * math.ceil(
+                longest / getattr(config, PAGE)
+            )
         return config
