@@ -50,7 +50,8 @@ def main() -> int:
                 continue
             tried = run(tools / "pip", "install", "-q", "--dry-run", wheel, other, cwd=outside)
             checked, failed = checked + 1, failed + bool(tried.returncode)
-            print(f"beside {other}: {'FAILED' if tried.returncode else 'ok'}", tried.stderr[-1500:], flush=True)
+            why = f"FAILED\n{tried.stderr[-1500:]}" if tried.returncode else "ok"
+            print(f"beside {other}: {why}", flush=True)
         fresh = environment(temp / "fresh")
         pins = ROOT / "constraints.txt"
         must("install the wheel", fresh / "pip", "install", "-q", "-c", pins, wheel, cwd=outside)
