@@ -4,11 +4,23 @@ It is not the door to methods: a subclass overrides those of Transformers' and T
 `roles/` switches PEFT's layers by their own attributes. `tests/unit/test_borrowed.py` lists all of these by name.
 """
 
+from importlib.metadata import version
 from typing import Any
 
 import torch
-from trl.trainer.base_config import _BaseConfig as BaseConfig
-from trl.trainer.base_trainer import _BaseTrainer as BaseTrainer
+
+NEWEST = "1.16"  # the newest minor version of TRL that is tested
+
+try:
+    from trl.trainer.base_config import _BaseConfig as BaseConfig
+    from trl.trainer.base_trainer import _BaseTrainer as BaseTrainer
+except ImportError as error:
+    if not (error.name or "").startswith("trl"):
+        raise  # it is not TRL that lacks something
+    raise ImportError(
+        f"TRL {version('trl')} lacks a name that trl_ext needs ({error}): pip install 'trl=={NEWEST}.*', or a newer "
+        "trl_ext."
+    ) from error
 
 __all__ = ["BaseConfig", "BaseTrainer", "train_in_float32"]
 

@@ -59,7 +59,10 @@ def test_score_a_file(home: tiny.Home, tmp_path: Path) -> None:
     rows = [{"prompt": "w5 w6", "text": " w7", "by": "a"}, {"prompt": "w8", "text": " w9 w10 w11", "by": "b"}]
     (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     out = tmp_path / "scores.jsonl"
-    assert main(["score", str(reward), str(tmp_path / "answers.jsonl"), str(out), "--column", "text=completion"]) == 0
+    assert (
+        main(["score", str(reward), str(tmp_path / "answers.jsonl"), "--out", str(out), "--column", "text=completion"])
+        == 0
+    )
     scored = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [row["by"] for row in scored] == ["a", "b"]
     classifier, tokenizer = tiny.load_classifier(reward, Path(home.base_folder)), tiny.make_tokenizer()
@@ -95,7 +98,7 @@ def test_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     [
         (["merge", "{model}", "{new}"], "holds no adapter_config.json"),
         (["merge", "{adapter}", "{model}"], "is not empty"),
-        (["score", "{adapter}", "{rows}", "{new}"], "no column 'completion'"),
+        (["score", "{adapter}", "{rows}", "--out", "{new}"], "no column 'completion'"),
         (["chat", "nowhere"], "holds no adapter_config.json"),
     ],
 )

@@ -495,11 +495,15 @@ def test_trl_s_completions_have_a_column_a_function(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     (folder / "completions").mkdir()
     table = pd.DataFrame(
-        {"step": [3], "prompt": ["a"], "completion": ["x"], "short": [0.5], "clean": [0.25], "advantage": [9.0]}
+        {
+            **{"step": [3, 3], "prompt": ["a", "b"], "completion": ["x", "y"], "advantage": [9.0, 9.0]},
+            **{"short": [0.5, 0.5], "clean": [0.25, math.nan]},  # NaN: the function did not score this one
+        }
     )
     table.to_parquet(folder / "completions" / "completions_00003.parquet")
-    (sample,) = read_run(folder).samples
-    assert sample.score == 0.75 and math.isnan(sample.kl)
+    first, second = read_run(folder).samples
+    assert first.score == 0.75 and math.isnan(first.kl)
+    assert math.isnan(second.score)
 
 
 def test_of_several_checkpoints_the_last_one_counts(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from tests.helpers import rollout
 from trl_ext.ppo import metrics as module
-from trl_ext.ppo.completions import completions_frame, print_completions, save_completions, track_completions
+from trl_ext.ppo.completions import completions_table, print_completions, save_completions, track_completions
 from trl_ext.ppo.metrics import Metrics
 from trl_ext.types import Experience, ScorePass, Scores, as_text
 
@@ -86,8 +86,7 @@ def experience() -> Experience:
 
 
 def test_one_row_a_completion(experience: Experience) -> None:
-    frame = completions_frame(experience, ["a", "b"], step=3)
-    assert frame.to_dict("list") == {
+    assert completions_table(experience, ["a", "b"], step=3).to_pydict() == {
         "step": [3, 3],
         "prompt": ["prompt 0", "prompt 1"],
         "completion": ["completion 0", "completion 1"],
@@ -111,23 +110,24 @@ def test_one_row_a_completion(experience: Experience) -> None:
 def test_columns_from_reward_functions(
     experience: Experience, extra: list[dict[str, list[Any]]], kept: dict[str, list[Any]]
 ) -> None:
-    frame = completions_frame(experience, ["a", "b"], 0, extra)
-    assert frame.drop(columns=completions_frame(experience, ["a", "b"], 0).columns).to_dict("list") == kept
+    table = completions_table(experience, ["a", "b"], 0, extra)
+    assert table.drop(completions_table(experience, ["a", "b"], 0).column_names).to_pydict() == kept
 
 
 def test_saved_where_trl_saves_them(experience: Experience, tmp_path: Path) -> None:
-    frame = completions_frame(experience, ["a", "b"], 7)
-    path = save_completions(frame, str(tmp_path / "run"), 7)
+    table = completions_table(experience, ["a", "b"], 7)
+    path = save_completions(table, str(tmp_path / "run"), 7)
     assert path == tmp_path / "run" / "completions" / "completions_00007.parquet"
-    pd.testing.assert_frame_equal(pd.read_parquet(path), frame)
+    assert pd.read_parquet(path).to_dict("list") == table.to_pydict()
 
 
 def test_print_shows_so_many_rows_and_takes_text_literally(
     experience: Experience, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    frame = completions_frame(experience, ["a", "b"], 0)
-    frame["completion"] = ["[/b] [bold]x", "unseen"]
-    print_completions(frame, rows=1, title="Step 0")
+    table = completions_table(experience, ["a", "b"], 0)
+    place = table.column_names.index("completion")
+    table = table.set_column(place, "completion", [["[/b] [bold]x", "unseen"]])
+    print_completions(table, rows=1, title="Step 0")
     printed = capsys.readouterr().out
     assert "[/b] [bold]x" in printed
     assert "1.00" in printed
@@ -138,12 +138,12 @@ def test_print_shows_so_many_rows_and_takes_text_literally(
 def test_print_has_a_column_a_function_where_there_are_several(
     experience: Experience, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    frame = completions_frame(experience, ["likes", "hates"], 0)
-    print_completions(frame, rows=2, title="Step 0")
+    table = completions_table(experience, ["likes", "hates"], 0)
+    print_completions(table, rows=2, title="Step 0")
     printed = capsys.readouterr().out
     assert "likes" in printed and "hates" in printed
-    assert all(f"{value:.2f}" in printed for value in frame["reward/hates"])
-    print_completions(frame.drop(columns="reward/hates"), rows=2, title="Step 0")
+    assert all(f"{value:.2f}" in printed for value in table["reward/hates"].to_pylist())
+    print_completions(table.drop_columns("reward/hates"), rows=2, title="Step 0")
     assert "likes" not in capsys.readouterr().out
 
 
@@ -155,15 +155,15 @@ def test_trackers_that_are_reported_to_get_the_table(experience: Experience, mon
             run=run, Table=lambda dataframe: dataframe, log=lambda row: told.append((name, row))
         )
 
-    frame = completions_frame(experience, ["a", "b"], 0)
+    table = completions_table(experience, ["a", "b"], 0)
     monkeypatch.setitem(sys.modules, "trackio", tracker("trackio", None))
     monkeypatch.setitem(sys.modules, "wandb", tracker("wandb", object()))
-    track_completions(frame, [])
-    track_completions(frame, ["tensorboard", "wandb", "trackio"])
+    track_completions(table, [])
+    track_completions(table, ["tensorboard", "wandb", "trackio"])
     assert [(name, list(row)) for name, row in told] == [("wandb", ["completions"]), ("trackio", ["completions"])]
-    assert all(row["completions"] is frame for _, row in told)
+    assert all(row["completions"].to_dict("list") == table.to_pydict() for _, row in told)
     monkeypatch.setitem(sys.modules, "wandb", tracker("wandb", None))  # was never started: WANDB_MODE=disabled
-    track_completions(frame, ["wandb"])
+    track_completions(table, ["wandb"])
     assert len(told) == 2
 
 

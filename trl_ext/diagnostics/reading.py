@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from trl_ext.diagnostics.log import RunLog, Sample
 from trl_ext.types import as_text
@@ -71,25 +72,33 @@ def _samples(folder: Path) -> list[Sample]:
     samples = []
     for path in sorted(folder.glob("completions_*.parquet"), key=_step_of):
         try:
-            frame = pd.read_parquet(path)
+            table = pq.read_table(path)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} is no Parquet file ({error!s:.80}).") from error
         ours = {"step", "prompt", "completion", "advantage", "score", "kl", "tokens", "ended"}
-        functions = [name for name in frame.select_dtypes("number").columns if name not in ours]
-        for row in frame.to_dict("records"):
+        functions = [field.name for field in table.schema if _is_number(field.type) and field.name not in ours]
+        for row in table.to_pylist():
             # TRL's own tables have a column a reward function, and no sum.
-            score = row.get("score", sum(float(row[name]) for name in functions) if functions else math.nan)
+            score = row.get("score", sum(_number(row[name]) for name in functions) if functions else math.nan)
             samples.append(
                 Sample(
                     step=int(row.get("step", _step_of(path))),
                     prompt=_text(row["prompt"]),
                     completion=_text(row["completion"]),
-                    score=math.nan if score is None else float(score),
-                    kl=float(row.get("kl", math.nan)),
+                    score=_number(score),
+                    kl=_number(row.get("kl")),
                     tokens=int(row.get("tokens", -1)),
                 )
             )
     return samples
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 def _text(value: Any) -> str:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import random
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
-from statistics import fmean, pstdev
-
-import pandas as pd
+from statistics import StatisticsError, correlation, fmean, pstdev
 
 from trl_ext.feedback.files import FeedbackError
 
@@ -148,8 +147,15 @@ def _missing(judgement: Judgement, answers: Sequence[ScoredAnswer]) -> dict[str,
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     """Spearman's rank correlation, ties sharing their mean rank; NaN where one side is constant."""
-    ranks = pd.DataFrame({"x": x, "y": y}).rank()
-    return float(ranks["x"].corr(ranks["y"])) if ranks["x"].std() > 0 and ranks["y"].std() > 0 else math.nan
+    try:
+        return correlation(_ranks(x), _ranks(y))
+    except StatisticsError:
+        return math.nan
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    ordered = sorted(values)
+    return [(bisect_left(ordered, value) + 1 + bisect_right(ordered, value)) / 2 for value in values]
 
 
 def _pairs(answers: Sequence[ScoredAnswer], rng: random.Random) -> list[tuple[float, float]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -114,4 +114,8 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes so far: allocated on the accelerator, or resident on the CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return int(psutil.Process().memory_info().peak_wset)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

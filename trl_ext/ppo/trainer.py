@@ -36,7 +36,7 @@ from trl_ext.ppo.building import (
 )
 from trl_ext.ppo.checkpoints import Checkpoints
 from trl_ext.ppo.collector import Collector
-from trl_ext.ppo.completions import completions_frame, print_completions, save_completions, track_completions
+from trl_ext.ppo.completions import completions_table, print_completions, save_completions, track_completions
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.experience import make_experience
 from trl_ext.ppo.failures import on_all, together
@@ -235,7 +235,9 @@ class PPOTrainer(BaseTrainer):
                 control = self._tell(event, *args, **kwargs)
             except Exception as error:
                 self._postponed, control = error, self.control
-        if event == "on_pre_optimizer_step":
+        if event == "on_train_begin":
+            self._first_step = self.state.global_step  # above 0 where a run goes on
+        elif event == "on_pre_optimizer_step":
             self.checkpoints.note_stepping()
         return control
 
@@ -392,7 +394,7 @@ class PPOTrainer(BaseTrainer):
             episodes = self.state.global_step / self.args.steps_per_rollout * self.args.rollout_batch_size
             logs["episode"] = episodes
             if start_time is not None:
-                done = episodes * (1 - self._initial_global_step / max(self.state.global_step, 1))
+                done = episodes * (1 - self._first_step / max(self.state.global_step, 1))
                 logs["eps"] = done / (time.time() - start_time)
             logs |= {f"time/{phase}": seconds for phase, seconds in self.collector.seconds.items()}
             logs["memory/peak_gib"] = peak_memory(self.accelerator.device) / 2**30
@@ -409,10 +411,10 @@ class PPOTrainer(BaseTrainer):
         self._raise_postponed()
         if extra is not None and self.experience is not None and self.is_world_process_zero():
             step = self.state.global_step
-            frame = completions_frame(self.experience, self.collector.score_names, step, extra)
-            save_completions(frame, str(self.args.output_dir), step)
-            track_completions(frame, self.args.report_to or ())
-            print_completions(frame, self.args.num_completions_to_print, f"Step {step}")
+            table = completions_table(self.experience, self.collector.score_names, step, extra)
+            save_completions(table, str(self.args.output_dir), step)
+            track_completions(table, self.args.report_to or ())
+            print_completions(table, self.args.num_completions_to_print, f"Step {step}")
 
     def evaluation_loop(
         self,

@@ -1,0 +1,140 @@
+"""What the subcommands of `trl-ext` do. `trl_ext.cli` names them and their options."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
+from rich.text import Text
+
+from trl_ext import diagnostics, feedback
+from trl_ext.diagnostics.catalogue import all_clear
+from trl_ext.diagnostics.pages import page
+from trl_ext.feedback.reading import renaming
+from trl_ext.launch import load_texts, trained
+
+
+def doctor(chosen: Namespace) -> int:
+    log = diagnostics.read_run(chosen.run_dir)
+    findings = diagnostics.diagnose(log)
+    if chosen.json:
+        print(json.dumps([{**asdict(f), "page": f.page} for f in findings], indent=2))
+    else:
+        _print_findings(log, findings)
+    problems = any(finding.severity == "problem" for finding in findings)
+    return 2 if chosen.strict and problems else 0
+
+
+def explain(chosen: Namespace) -> int:
+    Console().print(Markdown(page(chosen.name)))
+    return 0
+
+
+def report(chosen: Namespace) -> int:
+    print(diagnostics.write_report(chosen.run_dirs, chosen.output))
+    return 0
+
+
+def _print_findings(log: diagnostics.RunLog, findings: Sequence[diagnostics.Finding]) -> None:
+    console = Console()
+    console.print(Text(f"{log.kind} run, {len(log.rows)} logs, steps {log.steps[0]} to {log.steps[1]}"))
+    if not findings:
+        console.print(all_clear(log))
+    for finding in findings:
+        table = Table(title=f"{finding.severity}: {finding.title}", show_header=False, title_justify="left")
+        for name in ("evidence", "cause", "remedy"):
+            table.add_row(name, Text(str(getattr(finding, name))))
+        table.add_row("more", f"trl-ext explain {finding.name}")
+        table.add_row("steps", f"{finding.steps[0]} to {finding.steps[1]}")
+        for sample in finding.samples:
+            table.add_row(f"score {sample.score:.2f}", Text(f"{sample.prompt} -> {sample.completion}"))
+        console.print(table)
+
+
+def check(chosen: Namespace) -> int:
+    columns = renaming(chosen.columns)
+    on_error = "raise" if chosen.strict else "drop"
+    data = feedback.read(chosen.file, chosen.form, columns, on_error, split=chosen.split)
+    held_out = feedback.read(chosen.held_out, chosen.form, columns, on_error) if chosen.held_out else None
+    report = feedback.check(data, held_out)
+    console, table = Console(), Table(title=chosen.file, show_header=False, title_justify="left")
+    for name, value in report.facts.items():
+        table.add_row(name, Text(f"{value:,}" if isinstance(value, int) else str(value)))
+    console.print(table)
+    _print_dropped(data.dropped, console)
+    for sentence in report.advice or ["Nothing stands out."]:
+        console.print(Text(f"- {sentence}"))
+    if chosen.picture:
+        feedback.draw_ratings(report, chosen.picture)
+        console.print(Text(f"drawn into {chosen.picture}"))
+    return 0
+
+
+def merge(chosen: Namespace) -> int:
+    difference = trained.merge(chosen.adapter, chosen.output_dir, chosen.base, chosen.dtype)
+    print(f"{chosen.output_dir} (at most {difference:.1g} from the adapter on its base)")
+    return 0
+
+
+def score(chosen: Namespace) -> int:
+    if chosen.out.exists():
+        raise FileExistsError(f"{chosen.out} exists already: name another file, or remove it.")
+    rows = load_texts(chosen.file).rename_columns(renaming(chosen.columns))
+    scores = trained.score(chosen.adapter, rows, chosen.base, chosen.load_in_4bit)
+    scored = (json.dumps({**row, "score": score}, ensure_ascii=False) for row, score in zip(rows, scores, strict=True))
+    chosen.out.write_text("".join(f"{line}\n" for line in scored), encoding="utf-8")
+    print(f"{len(scores)} scores, mean {sum(scores) / len(scores):.3g}, in {chosen.out}")
+    return 0
+
+
+def chat(chosen: Namespace) -> int:
+    def ask() -> str | None:
+        try:
+            return input("> ")
+        except (EOFError, KeyboardInterrupt):
+            return None
+
+    print("Say something; /new begins anew, an empty line ends.")
+    sampling = {"max_new_tokens": chosen.max_new_tokens, "temperature": chosen.temperature}
+    trained.chat(chosen.adapter, ask, chosen.base, chosen.load_in_4bit, **sampling)
+    return 0
+
+
+def convert(chosen: Namespace) -> int:
+    columns, on_error = renaming(chosen.columns), "drop" if chosen.drop else "raise"
+    if chosen.out.exists():
+        raise FileExistsError(f"{chosen.out} exists already: name another file, or remove it.")
+    if chosen.prompts:
+        data: feedback.Prompts | feedback.Feedback
+        data = feedback.read_prompts(chosen.file, columns, on_error, split=chosen.split)
+        rows = list(data.dataset)
+    else:
+        data = feedback.read(chosen.file, chosen.form, columns, on_error, split=chosen.split)
+        rows = feedback.to_rows(data)
+    _print_dropped(data.dropped, Console())
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    chosen.out.write_text(text, encoding="utf-8")
+    print(f"read as: {data.read_as}")
+    if data.unused:
+        print(f"columns not used: {', '.join(data.unused)}")
+    print(f"{len(rows):,} records written to {chosen.out}")
+    return 0
+
+
+def layouts(_: Namespace) -> int:
+    for layout in feedback.LAYOUTS:
+        columns = " or ".join(", ".join(sorted(names)) for names in layout.columns)
+        print(f"{layout.name} ({layout.form}): {columns}\n    {layout.becomes}; as in {layout.found_in}")
+    return 0
+
+
+def _print_dropped(dropped: Sequence[feedback.Problem], console: Console) -> None:
+    for problem in dropped[:20]:
+        console.print(Text(f"dropped: {problem}"))
+    if len(dropped) > 20:
+        console.print(Text(f"... and {len(dropped) - 20} more"))
