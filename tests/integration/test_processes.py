@@ -124,7 +124,7 @@ def test_a_judge_that_fails_on_one_process_ends_both_after_a_checkpoint(folder: 
     assert (folder / "out" / "checkpoint-8" / "trainer_state.json").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_fails_on_one_process_alone_ends_both_after_a_checkpoint(folder: Path) -> None:
     """One seam after the other, on the main process or on the other one; every third run goes on from there."""
     done = launch(2, Path(__file__).with_name("seams_worker.py"), str(folder / "seams"))
