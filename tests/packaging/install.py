@@ -57,6 +57,7 @@ def main() -> int:
         must("install the wheel", fresh / "pip", "install", "-q", "-c", pins, wheel, cwd=outside)
         must("trl-ext ppo", fresh / "trl-ext", "ppo", *JOB.split(), "--output_dir", "out", cwd=outside)
         must("trl-ext doctor", fresh / "trl-ext", "doctor", "out", cwd=outside)
+        must("trl-ext explain", fresh / "trl-ext", "explain", "kl_runs_away", cwd=outside)
     print(f"beside others: {checked - failed} ok, {failed} failed, {skipped} skipped")
     return 1 if failed or not checked else 0
 
