@@ -28,11 +28,7 @@ class PPOArguments(launch.DataArguments):
         default="adapter", metadata={"help": "'adapter', 'head', or a folder to start the value role from."}
     )
     reference_adapter: str | None = field(
-        default=None,
-        metadata={
-            "help": "A frozen adapter as reference, or 'copy': one of the adapter that training starts from. None: the "
-            "base, or 'copy' where the model named is an adapter."
-        },
+        default=None, metadata={"help": "A frozen adapter as reference; 'copy': the policy's; None: the model named."}
     )
     policy_adapter: str | None = field(
         default=None, metadata={"help": "A saved adapter to start from; None: a new one."}
