@@ -16,12 +16,13 @@ def main() -> None:
     model = launch.named_model(model_args)
     tokenizer = AutoTokenizer.from_pretrained(model.tokenizer)
     launch.check_written(model.base, tokenizer, args, train, test, cut=True)
+    reference = "the bare base" if model.adapter is None else "a frozen copy of that adapter"
     launch.show(
         "DPO with LoRA",
         {
             "model": launch.described(model_args),
             "data": f"{len(train)} pairs of {script.dataset!r}, {len(test)} held out{script.read_as}",
-            "reference": f"{model}, frozen; beta {args.beta}",
+            "reference": f"{reference}; beta {args.beta}",
         },
     )
     prompts, outcome = launch.distinct_prompts(test)[:64], {}
@@ -49,7 +50,7 @@ def main() -> None:
     del trainer
     launch.free_memory()
 
-    roles = {"policy": args.output_dir, "reference": model.adapter or "base"}
+    roles = {"policy": args.output_dir, "reference": model.adapter}
     trained = launch.load_shared_base(model_args, value="head", **roles)
     launch.show_before_after(prompts[:6], before, launch.answers(trained, tokenizer, prompts[:6], **how))
     if script.dataset == "demo":

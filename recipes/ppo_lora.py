@@ -28,7 +28,7 @@ class PPOArguments(launch.DataArguments):
         default="adapter", metadata={"help": "'adapter', 'head', or a folder to start the value role from."}
     )
     reference_adapter: str | None = field(
-        default=None, metadata={"help": "A frozen adapter as reference; None: the base."}
+        default=None, metadata={"help": "A frozen adapter as reference; 'copy': the policy's; None: the model named."}
     )
     policy_adapter: str | None = field(
         default=None, metadata={"help": "A saved adapter to start from; None: a new one."}

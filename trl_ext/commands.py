@@ -6,6 +6,7 @@ import json
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console
 from rich.markdown import Markdown
@@ -82,8 +83,7 @@ def merge(chosen: Namespace) -> int:
 
 
 def score(chosen: Namespace) -> int:
-    if chosen.out.exists():
-        raise FileExistsError(f"{chosen.out} exists already: name another file, or remove it.")
+    _check_new(chosen.out)
     rows = load_texts(chosen.file).rename_columns(renaming(chosen.columns))
     scores = trained.score(chosen.adapter, rows, chosen.base, chosen.load_in_4bit)
     scored = (json.dumps({**row, "score": score}, ensure_ascii=False) for row, score in zip(rows, scores, strict=True))
@@ -107,8 +107,7 @@ def chat(chosen: Namespace) -> int:
 
 def convert(chosen: Namespace) -> int:
     columns, on_error = renaming(chosen.columns), "drop" if chosen.drop else "raise"
-    if chosen.out.exists():
-        raise FileExistsError(f"{chosen.out} exists already: name another file, or remove it.")
+    _check_new(chosen.out)
     if chosen.prompts:
         data: feedback.Prompts | feedback.Feedback
         data = feedback.read_prompts(chosen.file, columns, on_error, split=chosen.split)
@@ -131,6 +130,14 @@ def layouts(_: Namespace) -> int:
         columns = " or ".join(", ".join(sorted(names)) for names in layout.columns)
         print(f"{layout.name} ({layout.form}): {columns}\n    {layout.becomes}; as in {layout.found_in}")
     return 0
+
+
+def _check_new(file: Path) -> None:
+    """Say before any work that the file cannot be written."""
+    if file.exists():
+        raise FileExistsError(f"{file} exists already: name another file, or remove it.")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"The folder {str(file.parent)!r} does not exist: make it, or name another file.")
 
 
 def _print_dropped(dropped: Sequence[feedback.Problem], console: Console) -> None:

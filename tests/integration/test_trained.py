@@ -99,14 +99,16 @@ def test_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         (["merge", "{model}", "{new}"], "holds no adapter_config.json"),
         (["merge", "{adapter}", "{model}"], "is not empty"),
         (["score", "{adapter}", "{rows}", "--out", "{new}"], "no column 'completion'"),
+        (["score", "{adapter}", "{rows}", "--out", "nowhere/new"], "does not exist: make it"),
         (["chat", "nowhere"], "holds no adapter_config.json"),
+        (["chat", "{judge}"], "gives scores and writes no text"),
     ],
 )
 def test_bad_calls(
     arguments: list[str], sentence: str, home: tiny.Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "rows.jsonl").write_text('{"answer": "w5"}\n', encoding="utf-8")
-    places = {"model": home.base_folder, "adapter": home.saved / "policy"}
+    places = {"model": home.base_folder, "adapter": home.saved / "policy", "judge": home.saved / "value"}
     places |= {"new": tmp_path / "new", "rows": tmp_path / "rows.jsonl"}
     assert main([argument.format(**places) for argument in arguments]) == 1
     assert sentence in capsys.readouterr().err

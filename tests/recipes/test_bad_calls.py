@@ -198,7 +198,7 @@ def names() -> dict[str, Any]:
         return [1.0]
 
     return {
-        **vars(trl_ext),
+        **{name: getattr(trl_ext, name) for name in trl_ext.__all__},
         **{module.__name__.rpartition(".")[2]: module for module in (feedback, texts, remote)},
         "Dataset": Dataset,
         "LoraConfig": LoraConfig,

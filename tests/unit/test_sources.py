@@ -228,7 +228,7 @@ def test_the_layouts_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_rows_without_prompts_get_lines_that_make_some(tmp_path: Path) -> None:
     file = tmp_path / "odd.jsonl"
     file.write_text('{"query": "q"}\n' * 3, encoding="utf-8")
-    with pytest.raises(ValueError, match="train_dataset has no 'prompt' column") as raised:
+    with pytest.raises(ValueError, match=r"odd\.jsonl has no 'prompt' column") as raised:
         load_rows(DataArguments(str(file), eval_rows=1), "prompts")
     (code,) = raised.value.__notes__
     assert 'json.dumps({"prompt": row["query"]})' in code

@@ -7,15 +7,4 @@ from trl_ext.diagnostics.log import RunLog, Sample
 from trl_ext.diagnostics.reading import read_run
 from trl_ext.diagnostics.report import write_report
 
-__all__ = [
-    "RULES",
-    "Finding",
-    "Limits",
-    "Remedy",
-    "Rule",
-    "RunLog",
-    "Sample",
-    "diagnose",
-    "read_run",
-    "write_report",
-]
+__all__ = ["RULES", "Finding", "Limits", "Remedy", "Rule", "RunLog", "Sample", "diagnose", "read_run", "write_report"]

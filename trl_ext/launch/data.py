@@ -23,7 +23,7 @@ from trl_ext.feedback.files import READERS, Unusable, numbered_rows, opened
 from trl_ext.feedback.forms import decoded, has_half_a_character
 from trl_ext.feedback.reading import converting_lines, renaming, says_how_to_prompt
 from trl_ext.feedback.records import Problem
-from trl_ext.ppo.checks import check_prompts
+from trl_ext.ppo.checks import check_column
 from trl_ext.reward_models import rows as rows_of_reward
 from trl_ext.tokens import config_of
 
@@ -93,7 +93,7 @@ def _prompts(data: DataArguments, dataset: str, split: str) -> Dataset:
             capital = [column for column in rows.column_names if column.strip().lower() == "prompt"]
             rows = rows.rename_column(capital[0], "prompt") if capital and "prompt" not in capital else rows
             if "prompt" not in rows.column_names:
-                _refuse(rows, name, "train_dataset" if dataset == data.dataset else "eval_dataset")
+                _refuse(rows, name)
             parts.append(rows)
             continue
         with _how_to_go_on():
@@ -111,10 +111,10 @@ def _prompts(data: DataArguments, dataset: str, split: str) -> Dataset:
     return concatenate_datasets(parts)
 
 
-def _refuse(rows: Dataset, name: str, part: str) -> None:
+def _refuse(rows: Dataset, name: str) -> None:
     """Say that there are no prompts, as the trainer does, with lines that would make some."""
     try:
-        check_prompts(rows, part)
+        check_column(rows, name)
     except ValueError as error:
         error.add_note(converting_lines(name, rows.column_names, ("prompt",)))
         raise

@@ -55,8 +55,8 @@ def reference_scores(
     max_new_tokens: int = 256,
     batch_size: int = 8,
 ) -> list[float]:
-    """The reward role's scores of one sample of the bare base for each prompt, at temperature 1, read as PPO reads
-    them. Empty prompts are left out: the base has nothing to continue."""
+    """The reward role's scores of one sample of the untrained policy for each prompt, at temperature 1, read as PPO
+    reads them. Empty prompts are left out: there is nothing to continue."""
     prompts = [prompt for prompt in prompts if as_text(prompt)]
     if not prompts:
         return []

@@ -236,11 +236,14 @@ def load_shared_base(model_args: ModelConfig, **roles: Any) -> SharedBase:
 
     Args:
         **roles: further arguments of `SharedBase.from_pretrained`; `policy` defaults to the adapter that is named as
-            the model, or the LoraConfig of `model_args`.
+            the model, with a frozen copy of it as reference, or else to the LoraConfig of `model_args`.
     """
     quantization = get_quantization_config(model_args)
     model = named_model(model_args)
-    roles.setdefault("policy", model.adapter or get_peft_config(model_args))
+    if "policy" not in roles:
+        roles["policy"] = model.adapter or get_peft_config(model_args)
+        if model.adapter is not None and roles.get("reference") is None:
+            roles["reference"] = "copy"  # as `SharedBase.from_pretrained` has it, which is given the base's name here
     # No trainer moves what is loaded to be looked at.
     roles = args_of_gpu(PartialState().device) | roles
     return SharedBase.from_pretrained(

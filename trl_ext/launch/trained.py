@@ -49,21 +49,21 @@ def merge(folder: str | Path, output_dir: str | Path, base: str | None = None, d
         FileNotFoundError, ValueError: there is no adapter in `folder`, `output_dir` is in use, or the merged model is
             another function.
     """
-    folder, output = _adapter_folder(folder), Path(output_dir)
+    adapter, output = _on_its_base(folder, base), Path(output_dir)
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"The folder {str(output)!r} is not empty: name another one for the merged model.")
-    config = adapters.read_lora_config(folder)
-    name = base or base_of(folder)
-    scored = config.task_type == "SEQ_CLS"
+    scored = adapter.start is None
     kind = AutoModelForSequenceClassification if scored else AutoModelForCausalLM
-    if adapters.trained_over_quantized(folder):
+    if adapters.trained_over_quantized(Path(folder)):
         warnings.warn(
             f"The adapter in {str(folder)!r} was trained over a quantised base, and it is merged into one that is not: "
             "the merged model's answers shift a little.",
             UserWarning,
             stacklevel=2,
         )
-    plain = kind.from_pretrained(name, dtype=dtype, **({"num_labels": 1} if scored else {}))
+    plain = kind.from_pretrained(
+        adapter.base, dtype=dtype, revision=adapter.revision or "main", **({"num_labels": 1} if scored else {})
+    )
     model = PeftModel.from_pretrained(plain, str(folder)).eval()
     before = _outputs(model, scored)
     merged = model.merge_and_unload(safe_merge=True)
@@ -74,7 +74,7 @@ def merge(folder: str | Path, output_dir: str | Path, base: str | None = None, d
             f"({difference:.2g} nats apart): PEFT does not merge it right there. Use base and adapter side by side."
         )
     merged.save_pretrained(output)
-    tokenizer_of(folder, name).save_pretrained(output)
+    _tokenizer(adapter).save_pretrained(output)
     return difference
 
 
@@ -93,7 +93,7 @@ def score(
     Raises:
         FileNotFoundError, ValueError: there is no adapter in `folder`, or a row has no completion.
     """
-    folder = _adapter_folder(folder)
+    adapter = _on_its_base(folder, base)
     if "completion" not in rows.column_names:
         raise ValueError(
             f"The rows have no column 'completion', but {', '.join(rows.column_names)}: rename one, as in "
@@ -102,10 +102,10 @@ def score(
     for number, row in enumerate(rows):
         if not (row["completion"] and isinstance(row["completion"], (str, list))):
             raise ValueError(f"Row {number}, column 'completion': {row['completion']!r} is no text or conversation.")
-    name = base or base_of(folder)
-    shared = SharedBase.from_pretrained(name, reward=folder, **_how(load_in_4bit)).eval()
+    how = _how(load_in_4bit) | {"revision": adapter.revision or "main"}
+    shared = SharedBase.from_pretrained(adapter.base, reward=folder, **how).eval()
     answers = [(row.get("prompt"), row["completion"]) for row in rows]
-    return scores_of(shared, tokenizer_of(folder, name), answers, batch_size)
+    return scores_of(shared, _tokenizer(adapter), answers, batch_size)
 
 
 def chat(
@@ -127,10 +127,12 @@ def chat(
     Returns:
         The last conversation's messages. A tokenizer without a chat template continues texts instead.
     """
-    folder = _adapter_folder(folder)
-    name = base or base_of(folder)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **_how(load_in_4bit))
-    model, tokenizer = PeftModel.from_pretrained(model, str(folder)).eval(), tokenizer_of(folder, name)
+    adapter = _on_its_base(folder, base)
+    if adapter.start is None:
+        raise ValueError(f"The adapter in {str(folder)!r} gives scores and writes no text: give a policy's.")
+    how = _how(load_in_4bit) | {"revision": adapter.revision or "main"}
+    model = AutoModelForCausalLM.from_pretrained(adapter.base, dtype="auto", **how)
+    model, tokenizer = PeftModel.from_pretrained(model, str(folder)).eval(), _tokenizer(adapter)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     messages: list[dict[str, str]] = []
     while said := ask():
@@ -153,22 +155,8 @@ def chat(
     return messages
 
 
-def base_of(folder: Path) -> str:
-    """The base that a saved adapter names.
-
-    Raises:
-        ValueError: it names none.
-    """
-    name = adapters.read_config(folder).get("base_model_name_or_path")
-    if not name:
-        raise ValueError(f"The adapter in {str(folder)!r} does not name its base: give it with --base.")
-    return str(name)
-
-
-def tokenizer_of(folder: Path, base: str) -> PreTrainedTokenizerBase:
-    """The adapter's own tokenizer where one is saved beside it, or else its base's."""
-    own = (folder / "tokenizer_config.json").is_file()
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder) if own else base)
+def _tokenizer(adapter: adapters.Named) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(adapter.tokenizer)
     return tokenizer
 
 
@@ -180,10 +168,21 @@ def _how(load_in_4bit: bool) -> dict[str, Any]:
     return args_of_gpu(device) | ({"quantization_config": nf4} if load_in_4bit else {})
 
 
-def _adapter_folder(folder: str | Path) -> Path:
-    if not (Path(folder) / adapters.CONFIG).is_file():
+def _on_its_base(folder: str | Path, base: str | None) -> adapters.Named:
+    """The adapter in `folder` on `base`, or on the base that it names, of the revision that it names.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: nobody names its base.
+    """
+    folder = Path(folder)
+    if not (folder / adapters.CONFIG).is_file():
         raise FileNotFoundError(f"{str(folder)!r} holds no {adapters.CONFIG}: give the folder that save_model() wrote.")
-    return Path(folder)
+    config = adapters.read_config(folder)
+    name = base or config.get("base_model_name_or_path")
+    if not name:
+        raise ValueError(f"The adapter in {str(folder)!r} does not name its base: give it with --base.")
+    return adapters.Named(name, folder, None if base else config.get("revision"))
 
 
 @torch.no_grad()

@@ -127,23 +127,26 @@ class Checkpoints:
         finally:
             unfinished, self.unfinished, self.args.save_total_limit = self.unfinished, None, limit
         self.met(lambda: self._check_written(failure, final, unfinished))
-        checkpoint = unfinished / final.name
-        if state.best_model_checkpoint == str(checkpoint):
-            state.best_model_checkpoint = str(final)
-            if self.args.should_save:
-                state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
+        is_best = state.best_model_checkpoint == str(unfinished / final.name)
+        if is_best:
+            state.best_model_checkpoint = str(final)
+
+        def move() -> None:
+            checkpoint = unfinished / final.name
+            if is_best:
+                state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
             if final.exists():  # written by an earlier run: out of the way first, gone once the new one is there
-                final.replace(checkpoint.parent / "old")
+                final.replace(unfinished / "old")
             checkpoint.replace(final)
-            shutil.rmtree(checkpoint.parent)
+            shutil.rmtree(unfinished)
             rotate_checkpoints(
                 output_dir=str(final.parent),
                 save_total_limit=limit,
                 best_model_checkpoint=state.best_model_checkpoint,
             )
-        self.accelerator.wait_for_everyone()
+
+        on_all(lambda: move() if self.args.should_save else None)
 
     def met(self, write: Callable[[], None]) -> None:
         """Call `write`. Where it fails on one process it raises on all, unless they wait for each other within, as

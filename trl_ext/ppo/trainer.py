@@ -47,6 +47,7 @@ from trl_ext.ppo.summary import summarize
 from trl_ext.ppo.update import Updater
 from trl_ext.ppo.yesterday import ARGUMENTS, explained
 from trl_ext.rewards import RewardFunction
+from trl_ext.tokens import vocabulary_size
 from trl_ext.types import Experience
 
 
@@ -72,19 +73,20 @@ class PPOTrainer(BaseTrainer):
     Transformers' Trainer keeps the loop; `trl_ext.ppo.update` is what happens in it, and says who calls whom.
 
     Args:
-        model: a model's name or folder, a PreTrainedModel, a PeftModel (its adapter is trained, a frozen copy of it is
-            the reference), or a `SharedBase`.
+        model: a model's name or folder, a PreTrainedModel, an adapter's name or folder or a PeftModel (the adapter is
+            trained, a frozen copy of it is the reference), or a `SharedBase`.
         reward_funcs: one or several reward functions as TRL calls them (see `trl_ext.rewards`), sequence-classification
             models, or names of such; None: the base's reward role.
         args: the settings; None: `PPOConfig` with an output folder named after the model.
-        train_dataset: prompts in a `prompt` column, texts or conversations; the reward functions get further columns.
+        train_dataset: prompts in a `prompt` column, texts or conversations, of a Dataset, a DataFrame or a list of
+            rows; the reward functions get further columns.
         eval_dataset: the same, or a dict of such.
         processing_class: the tokenizer; None: the model's.
         reward_processing_classes: tokenizers of the models among `reward_funcs`; None: the models' own.
         callbacks: TrainerCallbacks; `RolloutCallback`s hear PPO's own events.
         optimizers: optimizer and learning rate schedule; None: AdamW and what `args` says.
         quantization_config: `transformers.BitsAndBytesConfig`, where `model` is a name.
-        peft_config: LoraConfig of the policy; None: LoRA of rank 16 on every linear layer.
+        peft_config: LoraConfig of a new policy; None: LoRA of rank 16 on every linear layer.
         ptx_dataset: texts (column `text`) for the pretraining term of the loss, where `ptx_coef` is set.
         generator: who answers: anything with `answers(prompt_ids, config, role)`, see `trl_ext.generation`; None: the
             base itself, or what `args` says.
@@ -165,8 +167,7 @@ class PPOTrainer(BaseTrainer):
         )
         self.control = PPOControl()
         self.interrupts = Interrupts()
-        vocabulary = self.base.config.get_text_config().vocab_size
-        events = self.events = RolloutEvents(self, together, vocabulary)
+        events = self.events = RolloutEvents(self, together, vocabulary_size(self.base.config))
         generator = generator if generator is not None else build_generator(self.base, args, self.accelerator)
         scorer = build_scorer(functions, reward_processing_classes, args, self.accelerator.device)
         self._shown: Experience | None = None  # the rollout whose completions were printed and saved
@@ -331,9 +332,10 @@ class PPOTrainer(BaseTrainer):
             super()._save_checkpoint(self.model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Transformers'. A script may call it on one process alone; the Trainer calls it on all."""
+        """As Transformers'. A script may call it on one process alone, or `push_to_hub`, which calls it; for a
+        checkpoint it is called on all."""
         save = partial(super().save_model, output_dir, _internal_call)
-        self.checkpoints.met(save) if _internal_call else save()
+        self.checkpoints.met(save) if self.checkpoints.unfinished is not None else save()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

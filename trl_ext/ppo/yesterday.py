@@ -13,7 +13,7 @@ _LENGTH = "use total_episodes (completions), or max_steps (optimizer steps)"
 _SIZES = "use per_device_train_batch_size, gradient_accumulation_steps and num_mini_batches, which it comes from"
 _KL = "give AdaptiveKLCallback(AdaptiveKLController(init, target, horizon)) as a callback"
 _REWARD = "use the trainer's reward_funcs, or SharedBase.from_pretrained(reward=...)"
-_REFERENCE = "use SharedBase.from_pretrained(reference=...), or leave it out: where training starts is the reference"
+_REFERENCE = "use SharedBase.from_pretrained(reference=...), or leave it out: the model as you give it is the reference"
 _OUT = "leave it out"
 
 # What each setting is here: a field, or what to do instead.

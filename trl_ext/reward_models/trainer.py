@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor
@@ -104,7 +104,9 @@ def trained_further(start: files.Named, args: RewardConfig, quantization_config:
         state.setdefault(files.SCORE + name, tensor)
     with files.fits(f"The adapter in {str(folder)!r}", start.base):
         peft_model = get_peft_model(model, files.as_sequence_classifier(files.read_lora_config(folder)))
-        unexpected = set_peft_model_state_dict(peft_model, state).unexpected_keys
+        missing, unexpected = files.put_lora(peft_model, state, peft_model.active_adapter)
+        if missing:
+            raise ValueError(f"it lacks {missing[0]!r}")
         if unexpected:
             raise ValueError(f"it has no layer for {unexpected[0]!r}")
     return peft_model

@@ -58,9 +58,6 @@ class Named(NamedTuple):
         """The adapter, where it is one that writes text: a policy's."""
         return None if self.adapter is None or read_config(self.adapter).get("task_type") == "SEQ_CLS" else self.adapter
 
-    def __str__(self) -> str:
-        return self.base if self.adapter is None else f"{self.base} with the adapter {self.adapter}"
-
 
 def named(name: str, revision: str | None = None, subfolder: str = "", **where: Any) -> Named:
     """The model that `name` stands for, a folder or a name on the Hub: a model, or an adapter over one.
