@@ -47,6 +47,13 @@ OURS = {"RewardError": RewardError, "FeedbackError": feedback.FeedbackError}
 CALLS = [
     # SharedBase
     Call("a policy that is no LoRA", "SharedBase.from_pretrained(model, policy=PromptTuningConfig(num_virtual_tokens=4))", "TypeError", "policy must be a peft.LoraConfig or the folder of a saved adapter, not PromptTuningConfig."),
+    Call("LoRA of rank 0", "SharedBase.from_pretrained(model, policy=LoraConfig(r=0))", "ValueError", "The policy's LoraConfig has r=0: a rank is a whole number, at least 1."),
+    Call("LoRA that is scaled to nothing", "SharedBase.from_pretrained(model, policy=LoraConfig(lora_alpha=0))", "ValueError", "The policy's LoraConfig has lora_alpha=0, which scales what is learnt: give a positive number."),
+    Call("LoRA that is scaled to nothing in a layer", "SharedBase.from_pretrained(model, policy=LoraConfig(alpha_pattern={'q_proj': 0}))", "ValueError", "The policy's LoraConfig has alpha_pattern['q_proj']=0, which scales what is learnt: give a positive number."),
+    Call("LoRA that drops all", "SharedBase.from_pretrained(model, policy=LoraConfig(lora_dropout=1.0))", "ValueError", "The policy's LoraConfig has lora_dropout=1.0: give a number from 0 to below 1."),
+    Call("nothing for a model", "SharedBase.from_pretrained(None)", "TypeError", "model_name_or_path must be a model's name or folder, not NoneType: give a model in memory to SharedBase.from_model."),
+    Call("a model's folder that is not there", "SharedBase.from_pretrained('./missing')", "FileNotFoundError", "The model './missing' does not exist: give a folder, or a name on the Hub."),
+    Call("a name for a model in memory", "SharedBase.from_model(model)", "TypeError", "The model is of type str: give a model of AutoModelForCausalLM, or one PeftModel of it."),
     Call("a full copy of the head in the policy", "SharedBase.from_pretrained(model, policy=LoraConfig(modules_to_save=['lm_head']))", "ValueError", "The policy's LoraConfig has modules_to_save=['lm_head']: roles share every full weight, so only LoRA matrices can be trained; remove modules_to_save."),
     Call("LoRA on the LM head", "SharedBase.from_pretrained(model, policy=LoraConfig(target_modules=['lm_head']))", "ValueError", "The policy's LoraConfig targets the LM head, whose weight log-probabilities are computed from directly: the adapter would never train; remove it from target_modules."),
     Call("LoRA that rewrites the base", "SharedBase.from_pretrained(model, policy=LoraConfig(init_lora_weights='pissa'))", "ValueError", "The policy's LoraConfig has init_lora_weights='pissa', which rewrites the weights that all roles share, or needs data"),
@@ -76,6 +83,7 @@ CALLS = [
     Call("a role that was not built", "base.scores(ids, mask)", "ValueError", "This base has no reward role: build it with SharedBase.from_pretrained(..., reward=...)."),
     Call("more completion than text", "base.values(ids, mask, 9)", "ValueError", "num_completion_tokens is 9, but the rows have 4 columns."),
     Call("a mask of another shape", "base.values(ids, mask[:, :2], 2)", "ValueError", "input_ids (1, 4) and attention_mask (1, 2) differ in shape."),
+    Call("no row", "base.logprobs(ids[:0], mask[:0], 2)", "ValueError", "input_ids is of shape (0, 4): give at least one row, (batch, columns)."),
     Call("a row of padding alone", "base.values(ids, 0 * mask, 2)", "ValueError", "Row 0 of attention_mask has no real token"),
     Call("an adapter for a model that has one", "SharedBase.from_model(peft_model, policy=LoraConfig())", "ValueError", "The model is a PeftModel already, and a policy adapter was given too: pass the model without its adapter, or leave the policy out to train the adapter it has."),
     Call("a model whose adapters are disabled", "peft_model.base_model.disable_adapter_layers() or SharedBase.from_model(peft_model)", "ValueError", "The PeftModel's adapters are disabled: enable the one to train before building the roles."),
@@ -105,6 +113,8 @@ CALLS = [
     Call("a number for a reward function", "PPOTrainer(base, 3, args, prompts)", "TypeError", "A reward function must be a callable, a model or a model's name, not int."),
     Call("a reward function that asks for what is not there", "PPOTrainer(base, lambda completions, city: [], args, prompts)", "ValueError", "asks for 'city', and is called by name with"),
     Call("a prompt that leaves no room for its answer", "PPOTrainer(base, judge, args, Dataset.from_dict({'prompt': ['a'] * 4 + ['a' * 999]}))", "ValueError", "The prompt in row 4 of train_dataset has 999 tokens and 4 may follow, but the model reads 128"),
+    Call("words that are not to be said, as a text", "PPOTrainer(model, judge, PPOConfig(**quiet, generation_kwargs={'bad_words_ids': 'abc'}), prompts)", "ValueError", "generation_kwargs: `bad_words_ids` has to be a non-empty list, but is abc."),
+    Call("a search that is not in Transformers", "PPOTrainer(model, judge, PPOConfig(**quiet, generation_kwargs={'num_beams': 4, 'num_beam_groups': 2}), prompts)", "ValueError", "generation_kwargs: Group Beam Search requires"),
     Call("more tokenizers than reward functions", "PPOTrainer(base, judge, args, prompts, reward_processing_classes=[None, None])", "ValueError", "reward_processing_classes has 2 entries for 1 reward functions: give one each."),
     Call("weights for reward functions that are not there", "PPOTrainer(base, judge, PPOConfig(**quiet, reward_weights=[1.0, 2.0]), prompts)", "ValueError", "reward_weights has 2 entries for 1 reward functions: give one each."),
     Call("a pretraining term without texts", "PPOTrainer(base, judge, PPOConfig(**quiet, ptx_coef=0.1), prompts)", "ValueError", "the pretraining term needs both."),
@@ -124,6 +134,9 @@ CALLS = [
     Call("an unknown objective for a reward model", "FeedbackRewardConfig(objective='elo')", "ValueError", "objective is 'elo': choose one of"),
     Call("pairs for a regression", "FeedbackRewardTrainer(model, FeedbackRewardConfig(use_cpu=True, bf16=False, objective='regression'), train_dataset=pairs)", "ValueError", "the objective 'regression' needs"),
     Call("a rating that is no number", "FeedbackRewardTrainer(model, FeedbackRewardConfig(use_cpu=True, bf16=False, objective='regression'), train_dataset=Dataset.from_dict({'completion': ['a', 'b'], 'rating': [1.0, float('nan')]}))", "ValueError", "Row 1 of train_dataset, column 'rating': nan is not a number."),
+    Call("a nucleus above 1 in generation_kwargs", "PPOConfig(generation_kwargs={'top_p': 2.0})", "ValueError", "generation_kwargs['top_p'] is 2.0: it must be positive and at most 1."),
+    Call("a dict that is cut short", "PPOConfig(generation_kwargs='{bad')", "ValueError", "generation_kwargs is '{bad', which is no JSON:"),
+    Call("a list for a dict", "PPOConfig(chat_template_kwargs=[1])", "ValueError", "chat_template_kwargs is [1]: give a dict."),
     Call("another temperature to sample at", "PPOConfig(generation_kwargs={'temperature': 0.5})", "ValueError", "generation_kwargs has temperature 0.5, but log-probabilities are taken at temperature 1: set PPOConfig's temperature instead."),
     # Callbacks and controllers
     Call("a KL target of 0", "AdaptiveKLController(0.1, 0)", "ValueError", "target is 0: it must be a positive number."),
@@ -198,7 +211,7 @@ def names() -> dict[str, Any]:
         return [1.0]
 
     return {
-        **vars(trl_ext),
+        **{name: getattr(trl_ext, name) for name in trl_ext.__all__},
         **{module.__name__.rpartition(".")[2]: module for module in (feedback, texts, remote)},
         "Dataset": Dataset,
         "LoraConfig": LoraConfig,

@@ -93,6 +93,7 @@ def plan(base_name: str, policy: Any, value: Any, reward: Any, reference: Any) -
     """
     if isinstance(policy, LoraConfig):
         sharing.check_config(policy, NEW)
+        sharing.check_trainable(policy, NEW)
     elif policy is not None and not isinstance(policy, (str, Path)):
         raise TypeError(
             f"policy must be a peft.LoraConfig or the folder of a saved adapter, not {type(policy).__name__}."
