@@ -47,7 +47,7 @@ OURS = {"RewardError": RewardError, "FeedbackError": feedback.FeedbackError}
 CALLS = [
     # SharedBase
     Call("a policy that is no LoRA", "SharedBase.from_pretrained(model, policy=PromptTuningConfig(num_virtual_tokens=4))", "TypeError", "policy must be a peft.LoraConfig or the folder of a saved adapter, not PromptTuningConfig."),
-    Call("LoRA of rank 0", "SharedBase.from_pretrained(model, policy=LoraConfig(r=0))", "ValueError", "The policy's LoraConfig has r=0: a rank is a whole number, at least 1."),
+    Call("LoRA of rank 0", "SharedBase.from_pretrained(model, policy=LoraConfig(r=0))", "ValueError", "The policy's LoraConfig has r=0: a rank is a positive whole number."),
     Call("LoRA that is scaled to nothing", "SharedBase.from_pretrained(model, policy=LoraConfig(lora_alpha=0))", "ValueError", "The policy's LoraConfig has lora_alpha=0, which scales what is learnt: give a positive number."),
     Call("LoRA that is scaled to nothing in a layer", "SharedBase.from_pretrained(model, policy=LoraConfig(alpha_pattern={'q_proj': 0}))", "ValueError", "The policy's LoraConfig has alpha_pattern['q_proj']=0, which scales what is learnt: give a positive number."),
     Call("LoRA that drops all", "SharedBase.from_pretrained(model, policy=LoraConfig(lora_dropout=1.0))", "ValueError", "The policy's LoraConfig has lora_dropout=1.0: give a number from 0 to below 1."),

@@ -111,7 +111,7 @@ def check_trainable(config: LoraConfig, whose: str) -> None:
     alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in (config.alpha_pattern or {}).items()}
     for name, r in ranks.items():
         if not isinstance(r, Integral) or r < 1:
-            raise ValueError(f"{whose} has {name}={r!r}: a rank is a whole number, at least 1.")
+            raise ValueError(f"{whose} has {name}={r!r}: a rank is a positive whole number.")
     for name, alpha in alphas.items():
         if not isinstance(alpha, Real) or not 0 < float(alpha) < math.inf:
             raise ValueError(f"{whose} has {name}={alpha!r}, which scales what is learnt: give a positive number.")
