@@ -16,6 +16,8 @@ import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
     BitsAndBytesConfig,
     MixtralConfig,
     MixtralForCausalLM,
@@ -36,6 +38,7 @@ from tests.helpers import (
     word_tokenizer,
 )
 from tests.parity.tiny import save_reward_adapter
+from tests.zoo import configs as zoo
 from trl_ext import PPOConfig, PPOTrainer, RolloutCallback, SharedBase
 from trl_ext.ppo import checkpoints
 from trl_ext.ppo.batches import mini_batch
@@ -547,6 +550,28 @@ def test_the_training_forward_is_the_scoring_forward(disabled: bool, recomputed:
     assert bool(checkpointing) is recomputed and all(module.training for module in checkpointing)
     first = rows_with(trainer, "policy/first_approxkl")[-1]["policy/first_approxkl"]
     assert first < 1e-9 * ROUNDING if disabled else first > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("family", "dropout"),
+    [
+        ("falcon", {"hidden_dropout": 0.3, "attention_dropout": 0.3}),  # its layers look it up in the config
+        ("dbrx", {"resid_pdrop": 0.3, "emb_pdrop": 0.3}),  # a plain number, by another name
+        ("codegen", {"resid_pdrop": 0.3}),  # its config has no pad_token_id
+    ],
+)
+def test_dropout_is_off_wherever_a_layer_reads_it(family: str, dropout: dict[str, float], tmp_path: Path) -> None:
+    shape = zoo.shrunken(CONFIG_MAPPING[family](), family, dropout)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shape)
+    ids = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        assert not torch.equal(model.train()(ids).logits, model.eval()(ids).logits)  # there is some
+    trainer = PPOTrainer(
+        model, cats, config(tmp_path / "out"), prompt_dataset(32), processing_class=word_tokenizer(), peft_config=LORA
+    )
+    trainer.train()
+    assert rows_with(trainer, "policy/first_approxkl")[-1]["policy/first_approxkl"] < 1e-9 * ROUNDING
 
 
 def test_the_cut_into_micro_batches_changes_nothing_in_the_pretraining_term(tmp_path: Path) -> None:

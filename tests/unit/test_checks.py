@@ -13,7 +13,15 @@ from transformers import PreTrainedModel
 from tests.helpers import CHAT_TEMPLATE, QUIET, prompt_dataset, saved_model, word_tokenizer
 from trl_ext import PPOTrainer
 from trl_ext.ppo.building import args_of_gpu
-from trl_ext.ppo.checks import as_list, check_datasets, check_output_dir, check_prompts, check_tokenizer
+from trl_ext.ppo.checks import (
+    as_list,
+    check_arguments,
+    check_datasets,
+    check_output_dir,
+    check_prompts,
+    check_sampling,
+    check_tokenizer,
+)
 from trl_ext.ppo.config import PPOConfig
 
 
@@ -274,3 +282,51 @@ def test_what_settings_tell_is_said_before_a_model_is_loaded(
     args = config(output_dir=str(tmp_path / "run"), max_completion_length=4, **settings)
     given = {"reward_funcs": lambda completions: [1.0] * len(completions), **given}
     assert says in refused(lambda: PPOTrainer(model, args=args, train_dataset=prompt_dataset(), **given), error)
+
+
+# Columns -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_column_that_no_reward_function_sees_is_told() -> None:
+    """The argument `completions` is what the policy wrote, whatever the dataset calls so."""
+
+    def judge(completions: list[Any], **_: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    args = config()
+    with pytest.warns(UserWarning, match=r"^D has a column 'completions', which no reward function sees") as told:
+        check_arguments([judge, judge], [("D", rows(prompt=["a"], completions=["b"], city=["c"]))], args)
+    assert len(told) == 1
+
+
+def test_columns_of_other_names_are_not_told_of(recwarn: pytest.WarningsRecorder) -> None:
+    args = config()
+    recwarn.clear()
+    check_arguments([lambda completions, city: []], [("D", rows(prompt=["a"], completion=["b"], city=["c"]))], args)
+    assert not recwarn.list
+
+
+# Sampling ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"bad_words_ids": "abc"}, {"bad_words_ids": [3]}, {"bad_words_ids": [[40]]}, {"suppress_tokens": ["a"]}),
+        *({"sequence_bias": {"a": 1}}, {"no_repeat_ngram_size": 1.5}, {"top_h": 3.0}, {"max_time": "x"}),
+        {"num_beams": 4, "num_beam_groups": 2},
+    ],
+    ids=str,
+)
+def test_what_generate_refuses_is_refused_at_once(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^generation_kwargs: .+"):
+        check_sampling(config(generation_kwargs=given), 30)
+
+
+@pytest.mark.parametrize(
+    "given", [{"bad_words_ids": [[3]]}, {"num_beams": 2}, {"do_sample": False}, {"min_new_tokens": 3}], ids=str
+)
+def test_what_generate_takes_is_taken_and_no_random_number_is_used(given: dict[str, Any]) -> None:
+    before = torch.get_rng_state()
+    check_sampling(config(generation_kwargs=given), 30)
+    assert torch.equal(torch.get_rng_state(), before)

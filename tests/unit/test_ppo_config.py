@@ -365,6 +365,7 @@ def test_ids_of_any_kind_end_a_completion(eos: Any) -> None:
         ({"pad_token_id": "<pad>"}, "has pad_token_id='<pad>'"),
         ({"max_new_tokens": None}, "has max_new_tokens=None, .* set max_completion_length"),
         ({"max_new_tokens": None, "max_length": 12}, "has max_new_tokens=None"),
+        ({"max_new_tokens": 3.5}, "has max_new_tokens=3.5: give a whole number"),
         ({"max_length": 12}, "has max_length=12, and the length .* set max_completion_length"),
         ({"min_new_tokens": 300}, "has min_new_tokens=300, but a completion has at most 256 tokens"),
     ],

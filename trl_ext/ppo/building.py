@@ -175,13 +175,15 @@ def build_scorer(functions: list[Any], tokenizers: Any, args: PPOConfig, device:
 
 
 def without_dropout(base: SharedBase) -> None:
-    """Make the training forward the same function as the scoring forward: every dropout 0, also those that layers keep
-    as a plain number (`attention_dropout`, `layerdrop`), and everything else as in eval mode."""
+    """Make the training forward the same function as the scoring forward: every dropout 0, also those that layers, or
+    the configs they look into, keep as a plain number (`attention_dropout`, `resid_pdrop`, `layerdrop`), and everything
+    else as in eval mode."""
     base.deterministic = True
     base.train(base.training)
     for module in base.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
-                setattr(module, name, 0.0)
+        for holder in (module, getattr(module, "config", module)):
+            for name, value in list(vars(holder).items()):
+                if isinstance(value, float) and "drop" in name:
+                    setattr(holder, name, 0.0)

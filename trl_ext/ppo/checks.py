@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, DatasetDict, IterableDataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 
 from trl_ext.ppo.config import PPOConfig
@@ -178,6 +180,7 @@ def check_run(
     vocabulary = None if config is None else vocabulary_size(config)
     tokenizer = check_tokenizer(tokenizer, train_dataset, eval_dataset, vocabulary)
     check_ids(args, vocabulary)
+    check_sampling(args, vocabulary or len(tokenizer))
     context = None if config is None else context_limit(config)
     limits = Limits.of_prompts(vocabulary, context, tokenizer, train_dataset[0]["prompt"], args, bool(functions))
     for name, dataset in datasets:
@@ -203,14 +206,46 @@ def check_ids(args: PPOConfig, vocabulary: int | None) -> None:
                 raise ValueError(f"generation_kwargs has {name}={i}, but the model has {vocabulary} ids only.")
 
 
+def check_sampling(args: PPOConfig, vocabulary: int) -> None:
+    """Refuse `generation_kwargs` that Transformers' `generate` refuses: it tells by sampling only, so a tiny model of
+    as many ids is sampled from.
+
+    Raises:
+        ValueError: what `generate` says against them.
+    """
+    given: Any = args.generation_kwargs
+    if not given:
+        return
+    own = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+    own |= {"do_sample": True, "pad_token_id": 0, "eos_token_id": [1]}
+    short = {"max_new_tokens": 2, "min_new_tokens": None, "min_length": None}
+    tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **tiny)).eval()
+        try:
+            config = GenerationConfig(**{**own, **given, **short})
+            model.generate(torch.tensor([[2 % vocabulary]]), generation_config=config)
+        except Exception as error:  # whatever `generate` raises, it would raise in the first rollout
+            raise ValueError(f"generation_kwargs: {' '.join(str(error).split())}") from error
+
+
 def check_arguments(functions: Sequence[Any], datasets: Iterable[tuple[str, Dataset]], args: PPOConfig) -> None:
-    """Refuse a reward function that asks for what no dataset has.
+    """Refuse a reward function that asks for what no dataset has, and warn of columns that none is given.
 
     Raises:
         ValueError: names it, and what it asks for.
     """
     for name, dataset in datasets:
         columns = [] if args.remove_unused_columns else dataset.column_names
+        hidden = [column for column in columns if column in ARGUMENTS]
+        if hidden and any(callable(function) for function in functions):
+            warnings.warn(
+                f"{name} has a column {hidden[0]!r}, which no reward function sees: the argument of that name is the "
+                "trainer's own; rename the column.",
+                UserWarning,
+                stacklevel=2,
+            )
         offered = [*(column for column in columns if column != "prompt"), *ARGUMENTS, "prompt_ids"]
         for function in functions:
             if callable(function) and not hasattr(function, "forward"):

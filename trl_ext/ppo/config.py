@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import sys
 from dataclasses import dataclass, field
@@ -203,9 +204,13 @@ class PPOConfig(BaseConfig):
             self.bf16 = (
                 not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
             )
+        self._check_json()
         super().__post_init__()
         self._check_length()
         self._check_generation_kwargs()
+        for name in ("chat_template_kwargs", "transformers_continuous_batching_config"):
+            if not isinstance(getattr(self, name), dict | None):
+                raise ValueError(f"{name} is {getattr(self, name)!r:.80}: give a dict.")
         if not isinstance(self.model_init_kwargs, dict | None) or "policy" in (self.model_init_kwargs or {}):
             raise ValueError(
                 f"model_init_kwargs is {self.model_init_kwargs!r:.80}: give a dict of arguments of from_pretrained, "
@@ -259,7 +264,7 @@ class PPOConfig(BaseConfig):
 
     def _check(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
-            self._check_field(name, hint)
+            self._check_field(name, hint, getattr(self, name, None))
         if type(self.policy_objective).terms is Objective.terms:
             raise ValueError(f"objective {self.objective_name!r} has no `terms`: write the method, which is its loss.")
         if self.policy_objective.single_epoch and self.num_ppo_epochs > 1:
@@ -307,6 +312,16 @@ class PPOConfig(BaseConfig):
     def _usual(self, name: str) -> Any:
         return type(self).__dataclass_fields__[name].default
 
+    def _check_json(self) -> None:
+        """Refuse dicts of a command line that are cut short or misspelt, by name."""
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name, None)
+            if isinstance(value, str) and value.startswith("{"):
+                try:
+                    json.loads(value)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{name} is {value!r:.80}, which is no JSON: {error}.") from error
+
     def _check_length(self) -> None:
         """Refuse two lengths of a run. (A trainer writes the steps of `total_episodes` into `max_steps`.)"""
         if self.total_episodes is None:
@@ -338,7 +353,9 @@ class PPOConfig(BaseConfig):
                 f"temperature {self.temperature:g}: set PPOConfig's temperature instead."
             )
         for name in ("top_p", "top_k", "min_p", "repetition_penalty"):
-            own = getattr(self, name)
+            own, bounds = getattr(self, name), get_type_hints(type(self), include_extras=True)[name]
+            if given.get(name) is not None:
+                self._check_field(f"generation_kwargs[{name!r}]", bounds, given[name])
             if own not in (self._usual(name), given.get(name, own)):
                 raise ValueError(
                     f"{name} is {own!r}, and generation_kwargs has {name} {given[name]!r}: leave one of them out."
@@ -363,6 +380,8 @@ class PPOConfig(BaseConfig):
                 f"generation_kwargs has {name}={given[name]!r}, and the length of a completion must be known: leave it "
                 "out, and set max_completion_length."
             )
+        if Bounds(1, whole=True).refusal(longest):
+            raise ValueError(f"generation_kwargs has max_new_tokens={longest!r}: give a whole number, at least 1.")
         least = given.get("min_new_tokens") or 0
         if Bounds(0, longest, whole=True).refusal(least):
             raise ValueError(
@@ -374,9 +393,9 @@ class PPOConfig(BaseConfig):
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"generation_kwargs: {' '.join(str(error).split())}") from error
 
-    def _check_field(self, name: str, hint: Any) -> None:
+    def _check_field(self, name: str, hint: Any, value: Any) -> None:
         """Hold a field against its type: `Bounds`, or the choices of a Literal; both may be optional."""
-        value, kinds = getattr(self, name, None), [hint]
+        kinds = [hint]
         if type(None) in get_args(hint):
             if value is None:
                 return

@@ -66,10 +66,12 @@ def named(name: str, revision: str | None = None, subfolder: str = "", **where: 
         revision, subfolder, **where: as in `AutoModelForCausalLM.from_pretrained`; of an adapter, where `name` is one.
 
     Raises:
-        FileNotFoundError: the Hub's adapter cannot be had.
+        FileNotFoundError: there is no such folder, or the Hub's adapter cannot be had.
         ValueError: the adapter does not say what its base is, or a whole model lies beside it, or its base is an
             adapter too.
     """
+    if (name.startswith((".", "~", "/")) or name.count("/") > 1) and not Path(name).exists():  # no name for the Hub
+        raise FileNotFoundError(f"The model {name!r} does not exist: give a folder, or a name on the Hub.")
     try:
         found = find_adapter_config_file(name, revision=revision, subfolder=subfolder, **where)
     except OSError:  # no name for the Hub: loading says so

@@ -37,9 +37,13 @@ class AlignedBatch:
         """Align left- or right-padded `input_ids` (batch, columns), the last `num_completion_tokens` being completion.
 
         Raises:
-            ValueError: a row without a real token, or shapes that do not fit.
+            ValueError: no row, a row without a real token, or shapes that do not fit.
         """
         mask = attention_mask.bool()
+        if input_ids.dim() != 2 or not len(input_ids):
+            raise ValueError(
+                f"input_ids is of shape {tuple(input_ids.shape)}: give at least one row, (batch, columns)."
+            )
         if input_ids.shape != mask.shape:
             raise ValueError(
                 f"input_ids {tuple(input_ids.shape)} and attention_mask {tuple(mask.shape)} differ in shape."

@@ -93,6 +93,7 @@ def plan(base_name: str, policy: Any, value: Any, reward: Any, reference: Any) -
     """
     if isinstance(policy, LoraConfig):
         sharing.check_config(policy, NEW)
+        sharing.check_trainable(policy, NEW)
     elif policy is not None and not isinstance(policy, (str, Path)):
         raise TypeError(
             f"policy must be a peft.LoraConfig or the folder of a saved adapter, not {type(policy).__name__}."
@@ -227,7 +228,7 @@ def assemble(model: Any, plan: Plan) -> AssembledRoles:
     peft_model.base_model.set_adapter(policy)
     for name, parameter in peft_model.named_parameters():
         parameter.requires_grad_(belongs_to(name, policy) or belongs_to(name, adapters["value"]))
-    own_pad = causal_lm.config.get_text_config().pad_token_id
+    own_pad = getattr(causal_lm.config.get_text_config(), "pad_token_id", None)  # some configs have none
     pad_token_id = None if plan.reward is None else files.read_pad_token_id(plan.reward, own_pad)
     return AssembledRoles(peft_model, adapters, heads, pad_token_id)
 

@@ -103,9 +103,15 @@ class SharedBase(AdaptedModel):
 
         Raises:
             FileNotFoundError: a folder is missing or holds no adapter.
+            TypeError: an argument is of the wrong kind.
             ValueError: an adapter belongs to another base or is not one that roles can share it with, or arguments
                 contradict each other or the checkpoint.
         """
+        if not isinstance(model_name_or_path, (str, Path)):
+            raise TypeError(
+                f"model_name_or_path must be a model's name or folder, not {type(model_name_or_path).__name__}: give a "
+                "model in memory to SharedBase.from_model."
+            )
         hub = {key: model_kwargs[key] for key in files.HUB if key in model_kwargs}
         name = files.named(str(model_name_or_path), **hub)
         if name.adapter is not None:
@@ -137,7 +143,8 @@ class SharedBase(AdaptedModel):
         `from_pretrained`.
         """
         causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-        plan = assembly.plan(causal_lm.config.name_or_path, policy, value, reward, reference)
+        name = getattr(getattr(causal_lm, "config", None), "name_or_path", "")
+        plan = assembly.plan(name, policy, value, reward, reference)
         return cls(*assembly.assemble(model, plan))
 
     # Roles ------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ known to be so; whatever else a configuration or a file of weights holds is refu
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import peft
@@ -96,6 +98,25 @@ def check_config(
         raise ValueError(f"{whose} has layers of its own for LoRA: roles share a base through PEFT's layers only.")
     if isinstance(config, LoraConfig) and _targets_lm_head(config, whose):
         raise ValueError(on_the_lm_head(whose))
+
+
+def check_trainable(config: LoraConfig, whose: str) -> None:
+    """Refuse the configuration of a new adapter that could not learn.
+
+    Raises:
+        ValueError: names the field.
+    """
+    ranks = {"r": config.r, **{f"rank_pattern[{key!r}]": r for key, r in (config.rank_pattern or {}).items()}}
+    alphas = {"lora_alpha": config.lora_alpha}
+    alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in (config.alpha_pattern or {}).items()}
+    for name, r in ranks.items():
+        if not isinstance(r, Integral) or r < 1:
+            raise ValueError(f"{whose} has {name}={r!r}: a rank is a positive whole number.")
+    for name, alpha in alphas.items():
+        if not isinstance(alpha, Real) or not 0 < float(alpha) < math.inf:
+            raise ValueError(f"{whose} has {name}={alpha!r}, which scales what is learnt: give a positive number.")
+    if not isinstance(config.lora_dropout, Real) or not 0 <= float(config.lora_dropout) < 1:
+        raise ValueError(f"{whose} has lora_dropout={config.lora_dropout!r}: give a number from 0 to below 1.")
 
 
 def check_keys(keys: Iterable[str], whose: str, scored: bool) -> None:
