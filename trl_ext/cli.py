@@ -30,8 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         return int(getattr(import_module("trl_ext.commands"), chosen.run)(chosen))
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("TRL_EXT_TRACEBACK"):
+    except Exception as error:
+        from trl_ext.launch.settings import USER_ERRORS
+
+        if os.environ.get("TRL_EXT_TRACEBACK") or not isinstance(error, USER_ERRORS):
             raise
         print(f"trl-ext: error: {' '.join(str(error).split())}", file=sys.stderr)
         print(*getattr(error, "__notes__", []), sep="\n", end="", file=sys.stderr)

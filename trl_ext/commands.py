@@ -86,8 +86,9 @@ def score(chosen: Namespace) -> int:
     _check_new(chosen.out)
     rows = load_texts(chosen.file).rename_columns(renaming(chosen.columns))
     scores = trained.score(chosen.adapter, rows, chosen.base, chosen.load_in_4bit)
-    scored = (json.dumps({**row, "score": score}, ensure_ascii=False) for row, score in zip(rows, scores, strict=True))
-    chosen.out.write_text("".join(f"{line}\n" for line in scored), encoding="utf-8")
+    scored = ({**row, "score": score} for row, score in zip(rows, scores, strict=True))
+    lines = (json.dumps(row, ensure_ascii=False, default=str) for row in scored)
+    chosen.out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     print(f"{len(scores)} scores, mean {sum(scores) / len(scores):.3g}, in {chosen.out}")
     return 0
 

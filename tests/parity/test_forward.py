@@ -150,7 +150,8 @@ def test_roles_inside_the_bare_base(llama: tiny.Home) -> None:
     different(policy, bare)
     with base.use("reference"):
         assert active_adapter(base.model) is None
-        close(base.logprobs(*batch.args), policy)
+        close(base.logprobs(*batch.args), bare)
+        close(base.logprobs(*batch.args, role="policy"), policy)
         with base.use("policy"):
             assert active_adapter(base.model) == "policy"
             close(

@@ -49,7 +49,7 @@ ARROWS: dict[str, set[str]] = {
     "ppo": LOGIC | {"_trl"},
     "demo": {"types", "_trl"},
     "launch": LOGIC | {"ppo", "reward_models", "demo", "_trl"},
-    "cli": {"commands"},
+    "cli": {"commands", "launch"},
     "commands": LOGIC | {"ppo", "reward_models", "demo", "launch", "_trl"},
     "_trl": set(),
     "trainers": {"_moved"},

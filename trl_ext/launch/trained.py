@@ -24,6 +24,7 @@ from transformers import (
 from trl_ext.launch.judging import scores_of
 from trl_ext.ppo.building import args_of_gpu
 from trl_ext.roles import SharedBase, adapters
+from trl_ext.types import fault_of_messages
 
 # Nats between a model with its adapter and the merged one: what rounding explains.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
@@ -99,9 +100,13 @@ def score(
             f"The rows have no column 'completion', but {', '.join(rows.column_names)}: rename one, as in "
             "--column text=completion."
         )
+    if not len(rows):
+        raise ValueError("There are no rows to score.")
     for number, row in enumerate(rows):
-        if not (row["completion"] and isinstance(row["completion"], (str, list))):
-            raise ValueError(f"Row {number}, column 'completion': {row['completion']!r} is no text or conversation.")
+        completion = row["completion"]
+        fault = fault_of_messages(completion) if isinstance(completion, list) else "no text or conversation"
+        if fault and not (isinstance(completion, str) and completion):
+            raise ValueError(f"Row {number}, column 'completion': {completion!r:.60} is {fault}.")
     how = _how(load_in_4bit) | {"revision": adapter.revision or "main"}
     shared = SharedBase.from_pretrained(adapter.base, reward=folder, **how).eval()
     answers = [(row.get("prompt"), row["completion"]) for row in rows]

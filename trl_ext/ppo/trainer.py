@@ -402,7 +402,7 @@ class PPOTrainer(BaseTrainer):
             logs["memory/peak_gib"] = peak_memory(self.accelerator.device) / 2**30
             self.collector.seconds.clear()
         super().log(logs, start_time)
-        if "loss" in logs:
+        if "loss" in logs and self.is_in_train:  # a script may log on one process alone
             # The completions once a rollout, though its steps may be logged one by one.
             shown = self.args.log_completions and self.experience is not self._shown
             self._shown = self.experience

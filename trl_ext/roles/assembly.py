@@ -240,7 +240,8 @@ def _check_kind(model: Any) -> None:
         TypeError, ValueError: says what it is.
     """
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    wrapped = isinstance(causal_lm, (PeftModel, torch._dynamo.OptimizedModule))
+    compiled = type(causal_lm).__module__.startswith("torch.")
+    wrapped = compiled or isinstance(causal_lm, PeftModel)
     if wrapped or not isinstance(causal_lm, (PreTrainedModel, PeftMixedModel)):
         raise TypeError(
             f"The model is of type {type(causal_lm).__name__}{', around another one' if wrapped else ''}: give a model "
@@ -294,11 +295,13 @@ def _with_its_adapter(model: Any) -> tuple[PeftModel, str]:
     a model that it loaded by the adapter's name, it is taken out and put back by PEFT."""
     if isinstance(model, PeftModel):
         return model, sharing.check_peft_model(model)
-    if not hasattr(model, "peft_config"):
+    try:
+        model.active_adapters()  # those that Transformers knows of
+    except ValueError as error:
         raise ValueError(
             f"The {type(model).__name__} has adapters of its own: give the model without them, and a saved adapter "
             "as policy."
-        )
+        ) from error
     name = sharing.check_peft_model(model)
     config = copy.deepcopy(model.peft_config[name])
     state = {f"base_model.model.{key}": tensor for key, tensor in model.get_adapter_state_dict(name).items()}
