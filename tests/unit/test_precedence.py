@@ -12,7 +12,7 @@ from trl import DPOConfig, ModelConfig
 from tests.helpers import FLAGS
 from tests.parity import tiny
 from trl_ext import PPOConfig, launch
-from trl_ext.launch.precedence import settled, split_config
+from trl_ext.launch.precedence import given_on, settled, split_config
 
 ROOT = Path(__file__).parents[2]
 TYPES: dict[str, tuple[Any, ...]] = {
@@ -174,3 +174,8 @@ def test_the_precision_of_accelerate_launch_is_not_contradicted(
     parsed(monkeypatch, tmp_path, "")
     with pytest.raises(ValueError, match=r"accelerate launch says mixed_precision bf16, and the settings say 'no'"):
         parsed(monkeypatch, tmp_path, "--bf16 false")
+
+
+def test_a_setting_that_extends_is_only_there_where_it_is_said() -> None:
+    assert given_on(["--columns", "a=b", "--column", "c=d"], (launch.DataArguments,)) == {"columns": ["a=b", "c=d"]}
+    assert given_on(["--eval_rows", "3"], (launch.DataArguments,)) == {"eval_rows": 3}

@@ -424,7 +424,7 @@ def test_a_function_that_asks_for_what_nobody_has() -> None:
         ({"stop_strings": ["."]}, "generation_kwargs has stop_strings="),
         ({"eos_token_id": "5"}, "generation_kwargs has eos_token_id='5': give an id, or a list of ids."),
         ({"eos_token_id": []}, "generation_kwargs has eos_token_id="),
-        ({"max_new_tokens": -1}, "generation_kwargs: "),
+        ({"max_new_tokens": -1}, "generation_kwargs has max_new_tokens=-1: give a whole number, at least 1."),
     ],
 )
 def test_generation_kwargs_that_are_refused(given: dict[str, Any], sentence: str) -> None:

@@ -70,10 +70,17 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def given_on(arguments: Sequence[str], types: Sequence[Any]) -> dict[str, Any]:
     """What a command line says, in whatever spelling, without any default."""
     parser = TrlParser(types, allow_abbrev=False)
-    unsaid = object()
-    parser.set_defaults(**{field.name: unsaid for kind in types for field in fields(kind)})
+    unsaid, settings = object(), [field for kind in types for field in fields(kind)]
+    extended = {
+        field.name for field in settings if field.metadata.get("action") == "extend"
+    }  # argparse begins with None
+    parser.set_defaults(**{field.name: None if field.name in extended else unsaid for field in settings})
     said, _ = parser.parse_known_args([word for word in arguments if word not in ("-h", "--help")])
-    return {name: value for name, value in vars(said).items() if value is not unsaid}
+    return {
+        name: value
+        for name, value in vars(said).items()
+        if value is not unsaid and not (name in extended and value is None)
+    }
 
 
 def settled(levels: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:

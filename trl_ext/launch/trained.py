@@ -62,6 +62,12 @@ def merge(folder: str | Path, output_dir: str | Path, base: str | None = None, d
             UserWarning,
             stacklevel=2,
         )
+    if not scored and (Path(folder) / adapters.HEAD).is_file():
+        warnings.warn(
+            f"The head {str(Path(folder) / adapters.HEAD)!r} is left out: a language model has no place for it.",
+            UserWarning,
+            stacklevel=2,
+        )
     plain = kind.from_pretrained(
         adapter.base, dtype=dtype, revision=adapter.revision or "main", **({"num_labels": 1} if scored else {})
     )

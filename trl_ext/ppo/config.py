@@ -368,7 +368,9 @@ class PPOConfig(BaseConfig):
                 )
         eos, pad = as_ids(given.get("eos_token_id", 0)), given.get("pad_token_id", 0)
         if not eos or any(Bounds(0, whole=True).refusal(i) for i in eos):
-            raise ValueError(f"generation_kwargs has eos_token_id={given['eos_token_id']!r}: give an id, or some ids.")
+            raise ValueError(
+                f"generation_kwargs has eos_token_id={given['eos_token_id']!r}: give an id, or a list of ids."
+            )
         if "eos_token_id" in given:
             given = self.generation_kwargs = {**given, "eos_token_id": eos}
         if Bounds(0, whole=True).refusal(pad):
