@@ -227,7 +227,10 @@ def assemble(model: Any, plan: Plan) -> AssembledRoles:
         raise ValueError(sharing.on_the_lm_head("An adapter"))
     peft_model.base_model.set_adapter(policy)
     for name, parameter in peft_model.named_parameters():
-        parameter.requires_grad_(belongs_to(name, policy) or belongs_to(name, adapters["value"]))
+        trained = belongs_to(name, policy) or belongs_to(name, adapters["value"])
+        parameter.requires_grad_(trained)
+        if trained:  # PEFT 0.18 adds a second adapter in the base's precision
+            parameter.data = parameter.data.to(torch.float32)
     own_pad = getattr(causal_lm.config.get_text_config(), "pad_token_id", None)  # some configs have none
     pad_token_id = None if plan.reward is None else files.read_pad_token_id(plan.reward, own_pad)
     return AssembledRoles(peft_model, adapters, heads, pad_token_id)
