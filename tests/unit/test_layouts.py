@@ -405,7 +405,7 @@ def test_the_check_names_layout_and_unused_columns(
 
 
 def prompts_of(records: list[Any]) -> list[str]:
-    return sorted({json.dumps(record.prompt) for record in records})
+    return sorted({json.dumps(record.prompt, sort_keys=True) for record in records})
 
 
 @pytest.mark.parametrize("name", SHOWN)
@@ -441,7 +441,7 @@ def test_its_prompts_serve_ppo(name: str, tmp_path: Path) -> None:
     rows, records, _, undecided = SHOWN[name]
     file = str(jsonl(tmp_path, rows))
     train, _ = load_rows(DataArguments(file, eval_split=file), "prompts")
-    got = sorted({json.dumps(prompt) for prompt in train["prompt"]})
+    got = sorted({json.dumps(prompt, sort_keys=True) for prompt in train["prompt"]})
     assert set(prompts_of(records)) <= set(got)
     assert undecided or got == prompts_of(records)
 
