@@ -455,7 +455,8 @@ def _record_of(made: Made, form: str) -> Record:
     except Exception as error:
         raise Unusable("", f"the form {form!r} raised {type(error).__name__}: {error}") from error
     if type(record) not in KINDS:
-        raise Unusable("", f"the form {form!r} returned {type(record).__name__}, not a Rating, Ranking, Pair or Label")
+        kind = "dict" if isinstance(record, dict) else type(record).__name__
+        raise Unusable("", f"the form {form!r} returned {kind}, not a Rating, Ranking, Pair or Label")
     return record
 
 
