@@ -128,9 +128,7 @@ def test_the_frozen_copy_is_of_the_adapter_in_use(llama: tiny.Home) -> None:
 
 def test_recomputation_takes_transformers_arguments(llama: tiny.Home, monkeypatch: pytest.MonkeyPatch) -> None:
     base, calls = llama.again(), []
-    monkeypatch.setattr(
-        base.causal_lm, "activation_checkpointing_enable", lambda *a, **k: calls.append((a, k)), raising=False
-    )
+    monkeypatch.setattr(base.causal_lm, "activation_checkpointing_enable", lambda *a, **k: calls.append((a, k)))
     base.activation_checkpointing_enable({"preserve_rng_state": False}, every_n_layers=3, offload=True)
     base.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=2)
     base.gradient_checkpointing_enable()
@@ -139,7 +137,7 @@ def test_recomputation_takes_transformers_arguments(llama: tiny.Home, monkeypatc
     ):
         assert kwargs.pop("context_fn") is not None
         assert kwargs == {**arguments, "use_reentrant": False}
-        assert {"every_n_layers": 1, "offload": False} | how == {"every_n_layers": layers, "offload": offload}
+        assert how == {"every_n_layers": layers, "offload": offload}
     message = (
         "gradient_checkpointing_kwargs={'use_reentrant': True} recomputes under the wrong adapter when roles share a "
         "base: leave use_reentrant out or set it to False."

@@ -14,7 +14,6 @@ from transformers import GenerationConfig
 from tests.helpers import tiny_llama, word_tokenizer
 from trl_ext import SharedBase
 from trl_ext.generation import ContinuousGenerator, GenerationError, TransformersGenerator, VLLMGenerator, generate
-from trl_ext.generation.continuous import PAGE
 
 CONFIG = GenerationConfig(
     max_new_tokens=5, do_sample=True, temperature=0.7, top_p=1.0, top_k=0, pad_token_id=0, eos_token_id=[1]
@@ -166,5 +165,5 @@ def test_missing_answers_are_an_error(base: SharedBase, monkeypatch: pytest.Monk
 def test_an_unknown_setting_is_named(base: SharedBase) -> None:
     with pytest.raises(ValueError, match=r"^transformers_continuous_batching_config: .*page_sizes"):
         ContinuousGenerator(base, 2, {"page_sizes": 16})
-    with pytest.raises(ValueError, match=rf"^transformers_continuous_batching_config: {PAGE} is 0"):
-        ContinuousGenerator(base, 2, {PAGE: 0})
+    with pytest.raises(ValueError, match=r"^transformers_continuous_batching_config: page_size is 0"):
+        ContinuousGenerator(base, 2, {"page_size": 0})

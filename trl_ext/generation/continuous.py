@@ -10,9 +10,6 @@ from transformers.generation import ContinuousBatchingConfig
 
 from trl_ext.generation.rollouts import Answers, GenerationError, check_whole
 
-# Older Transformers call a page a block.
-PAGE = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"
-
 
 class ContinuousGenerator:
     """The roles' own base answers: unlike vLLM this needs no second copy of its weights, and no adapter is written.
@@ -33,8 +30,8 @@ class ContinuousGenerator:
             config = ContinuousBatchingConfig(**self._settings)
         except TypeError as error:
             raise ValueError(f"transformers_continuous_batching_config: {error}") from error
-        if getattr(config, PAGE) < 1:
-            raise ValueError(f"transformers_continuous_batching_config: {PAGE} is {getattr(config, PAGE)}: raise it.")
+        if config.page_size < 1:
+            raise ValueError(f"transformers_continuous_batching_config: page_size is {config.page_size}: raise it.")
 
     def answers(self, prompt_ids: list[list[int]], config: GenerationConfig, role: str) -> Answers:
         """See `Generator.answers`.
@@ -72,6 +69,6 @@ class ContinuousGenerator:
         if config.num_blocks is None:  # or it would take nearly all memory there is
             longest = max(map(len, prompt_ids)) + new_tokens
             config.num_blocks = min(len(prompt_ids), config.max_requests_per_batch) * math.ceil(
-                longest / getattr(config, PAGE)
+                longest / config.page_size
             )
         return config

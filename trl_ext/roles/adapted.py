@@ -100,16 +100,12 @@ class AdaptedModel(nn.Module):
                 "share a base: leave use_reentrant out or set it to False."
             )
         kwargs.update(use_reentrant=False, context_fn=self._checkpoint_contexts)
-        asked = {"every_n_layers": every_n_layers} if every_n_layers != 1 else {}
-        asked |= {"offload": offload} if offload else {}
-        model: Any = self.causal_lm  # older Transformers have one name, and not every argument
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(kwargs, **asked)
+        self.causal_lm.activation_checkpointing_enable(kwargs, every_n_layers=every_n_layers, offload=offload)
         self.causal_lm.disable_input_require_grads()  # which only reentrant checkpointing needs
 
     def activation_checkpointing_disable(self) -> None:
         """Keep activations again."""
-        model: Any = self.causal_lm
-        getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+        self.causal_lm.activation_checkpointing_disable()
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **how: Any

@@ -155,19 +155,9 @@ def can_pad_left(causal_lm: Any) -> bool:
         return False
     device = causal_lm.get_input_embeddings().weight.device
     ids = torch.arange(1, 6, device=device).unsqueeze(0) % causal_lm.config.get_text_config().vocab_size
-    # The least is the most: what the model's own settings call an EOS ends nothing here.
-    config = GenerationConfig(
-        max_new_tokens=3,
-        min_new_tokens=3,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-        pad_token_id=0,
-    )
 
     def logits(ids: Tensor, mask: Tensor) -> Tensor:
-        said = causal_lm.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        return torch.stack(said.logits).float()
+        return _three_more(causal_lm, ids, mask, pad_token_id=0)[1]
 
     mask = torch.tensor([[0, 0, 1, 1, 1]], device=device)
     try:
@@ -194,25 +184,26 @@ def can_generate(causal_lm: Any) -> bool:
     # Padding is left out: it may embed to zeros, among which a sparse attention cannot choose.
     pad = getattr(text, "pad_token_id", None) or 0
     ids = torch.tensor([i for i in range(1, 8) if i != pad][:6], device=device).view(2, 3) % text.vocab_size
-    config = GenerationConfig(
-        max_new_tokens=3,
-        min_new_tokens=3,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-        pad_token_id=pad,
-        suppress_tokens=[pad],
-    )
     try:
         with evaluating(causal_lm):
-            said = causal_lm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-            read = causal_lm(input_ids=said.sequences, use_cache=False).logits[:, 2:-1]
+            whole, said = _three_more(causal_lm, ids, torch.ones_like(ids), pad_token_id=pad, suppress_tokens=[pad])
+            read = causal_lm(input_ids=whole, use_cache=False).logits[:, 2:-1]
     except Exception as error:  # whatever it is, the call that this trial precedes says it
         logger.warning("%s could not be tried: %s", type(causal_lm).__name__, error)
         return True
-    sampled, own = (x.float().log_softmax(-1) for x in (torch.stack(said.logits, dim=1), read))
+    sampled, own = (x.float().log_softmax(-1) for x in (said, read))
     tolerance = 1e-2 if causal_lm.dtype == torch.float32 else 0.5
     return bool((sampled - own).norm() <= tolerance * (own[0] - own[1]).norm())
+
+
+def _three_more(causal_lm: Any, ids: Tensor, mask: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+    """`ids` (batch, columns) with the three tokens that `generate` goes on with, and the logits of these, (batch, 3,
+    vocabulary), float32."""
+    # The least is the most: what the model's own settings call an EOS ends nothing here.
+    length = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    config = GenerationConfig(**length, output_logits=True, return_dict_in_generate=True, **settings)
+    said = causal_lm.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    return said.sequences, torch.stack(said.logits, dim=1).float()
 
 
 def _reads_tokens(causal_lm: Any) -> bool:
