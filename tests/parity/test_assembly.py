@@ -520,3 +520,10 @@ def test_heads_are_as_wide_as_the_trunks_states() -> None:
     hidden = base.causal_lm.model(ids).last_hidden_state
     expected = (hidden @ base.heads["value"].weight.T).squeeze(-1)[:, 2:-1]  # type: ignore[operator]
     torch.testing.assert_close(base.values(ids, torch.ones_like(ids), 3), expected)
+
+
+def test_what_is_trained_is_float32_though_a_peft_model_is_not(llama: tiny.Home) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama.base_folder), tiny.new_lora()).to(torch.bfloat16)
+    base = SharedBase.from_model(model)
+    assert {p.dtype for p in base.parameters() if p.requires_grad} == {torch.float32}
+    assert base.causal_lm.dtype == torch.bfloat16

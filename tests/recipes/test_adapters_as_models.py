@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.helpers import FLAGS, QUIET
@@ -141,6 +142,8 @@ def test_what_cannot_be_meant_is_refused(home: Path, tmp_path: Path) -> None:
     prompts, pairs = (Dataset.from_json(str(home / f"{name}.jsonl")) for name in ("prompts", "pairs"))
     ppo, reward = PPOConfig(str(tmp_path / "out"), **QUIET), FeedbackRewardConfig(str(tmp_path / "out"), **QUIET)
     sft, lora = str(home / "sft"), LoraConfig(task_type="CAUSAL_LM")
+    apart = shutil.copytree(home / "sft", tmp_path / "apart")  # as LLaMA-Factory keeps a head
+    save_file({"v_head.summary.weight": torch.ones(1, 32)}, apart / "value_head.safetensors")
     loaded = AutoModelForSequenceClassification.from_pretrained(home / "judge", num_labels=1)
     for call, sentence in (
         (lambda: PPOTrainer(sft, length, ppo, prompts, peft_config=lora), "leave peft_config out"),
@@ -148,6 +151,8 @@ def test_what_cannot_be_meant_is_refused(home: Path, tmp_path: Path) -> None:
             lambda: PPOTrainer(str(home / "base"), sft, ppo, prompts),
             "holds no score head: a reward or value role",
         ),
+        (lambda: PPOTrainer(str(home / "base"), str(apart), ppo, prompts), "keeps its head in value_head.safetensors"),
+        (lambda: FeedbackRewardTrainer(str(apart), reward, pairs), "keeps its head in value_head.safetensors"),
         (lambda: FeedbackRewardTrainer(sft, reward, pairs, peft_config=lora), "leave peft_config out"),
         (lambda: FeedbackRewardTrainer(loaded, reward, pairs), "was loaded with an adapter, over which TRL would lay"),
     ):

@@ -51,11 +51,8 @@ def check_model(model: Any, peft_config: Any | None, quantization_config: Any | 
         )
     if peft_config is not None and isinstance(model, (PeftModel, SharedBase)):
         raise ValueError(f"The {type(model).__name__} has its adapters already: leave peft_config out.")
-    if peft_config is not None and isinstance(model, str) and (start := named(model)).adapter is not None:
-        raise ValueError(
-            f"{model!r} is an adapter over {start.base!r}, which is trained further: leave peft_config out, or give "
-            f"{start.base!r} as the model."
-        )
+    if peft_config is not None and isinstance(model, str):
+        named(model).check_no_other(model, peft_config)
     if quantization_config is not None and not isinstance(model, str):
         raise ValueError(
             "The model is loaded already: give its quantization_config where you load it, not to the trainer."

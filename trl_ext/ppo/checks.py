@@ -17,7 +17,7 @@ from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.measuring import Limits, measured_prompts, measured_texts
 from trl_ext.rewards.protocol import ARGUMENTS, arguments_of, check_functions
 from trl_ext.roles import SharedBase
-from trl_ext.roles.adapters import Named, named, read_score_head
+from trl_ext.roles.adapters import Named, check_head_inside, named, read_score_head
 from trl_ext.tokens import as_ids, check_chat_template, config_of, context_limit, vocabulary_size
 from trl_ext.types import fault_of_messages
 
@@ -273,6 +273,7 @@ def check_scores(functions: list[Any], tokenizers: Any, model: Any, args: PPOCon
     for function in functions:
         if isinstance(function, str) and (adapter := named(function).adapter) is not None:
             read_score_head(adapter)  # Transformers would score by a random one
+            check_head_inside(adapter)
     expected = max(1, len(functions))
     if args.reward_weights is not None and len(args.reward_weights) != expected:
         raise ValueError(

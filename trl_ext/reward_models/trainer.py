@@ -90,6 +90,7 @@ def trained_further(start: files.Named, args: RewardConfig, quantization_config:
         ValueError: the adapter does not fit the base, or is not one that roles can share it with.
     """
     folder = files.check_folder(str(start.adapter), "reward")
+    files.check_head_inside(folder)
     given: dict[str, Any] = {"dtype": "float32", **(args.model_init_kwargs or {}), "revision": start.revision or "main"}
     args.model_init_kwargs = None  # used here
     if quantization_config is not None:
@@ -150,12 +151,8 @@ class FeedbackRewardTrainer(RewardTrainer):
         self._laid_out = [train_dataset, *evaluated]
         if isinstance(model, str):
             start = files.named(model, revision=(args.model_init_kwargs or {}).get("revision"))
+            start.check_no_other(model, kwargs.get("peft_config"))
             if start.adapter is not None:
-                if kwargs.get("peft_config") is not None:
-                    raise ValueError(
-                        f"{model!r} is an adapter over {start.base!r}, which is trained further: leave peft_config "
-                        f"out, or give {start.base!r} as the model."
-                    )
                 model = trained_further(start, args, kwargs.pop("quantization_config", None))
                 if processing_class is None:
                     processing_class = AutoTokenizer.from_pretrained(start.tokenizer)

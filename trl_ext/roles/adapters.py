@@ -53,6 +53,18 @@ class Named(NamedTuple):
         own = self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
         return str(self.adapter) if own else self.base
 
+    def check_no_other(self, name: str, peft_config: Any | None) -> None:
+        """Refuse a new LoRA over the adapter that `name` stands for.
+
+        Raises:
+            ValueError: there are both.
+        """
+        if self.adapter is not None and peft_config is not None:
+            raise ValueError(
+                f"{name!r} is an adapter over {self.base!r}, which is trained further: leave peft_config out, or give "
+                f"{self.base!r} as the model."
+            )
+
     @property
     def start(self) -> Path | None:
         """The adapter, where it is one that writes text: a policy's."""
@@ -327,6 +339,20 @@ def read_score_head(folder: Path) -> dict[str, Tensor]:
             "RewardTrainer with a LoraConfig(task_type='SEQ_CLS') saves it."
         )
     return head
+
+
+def check_head_inside(folder: Path) -> None:
+    """Refuse an adapter whose head lies in a file of its own, where Transformers and TRL do not look: they would go on
+    with a random one.
+
+    Raises:
+        ValueError: it does.
+    """
+    if (folder / HEAD).is_file():
+        raise ValueError(
+            f"The adapter in {str(folder)!r} keeps its head in {HEAD}, which Transformers does not read: give it as "
+            "the reward role, SharedBase.from_pretrained(..., reward=...) or --reward_adapter."
+        )
 
 
 def load_scalar_head(folder: Path, size: int, device: torch.device) -> nn.Linear:

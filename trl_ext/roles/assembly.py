@@ -229,7 +229,7 @@ def assemble(model: Any, plan: Plan) -> AssembledRoles:
     for name, parameter in peft_model.named_parameters():
         trained = belongs_to(name, policy) or belongs_to(name, adapters["value"])
         parameter.requires_grad_(trained)
-        if trained:  # PEFT 0.18 adds a second adapter in the base's precision
+        if trained:  # a PeftModel may hold its adapter in half precision, where small steps are rounded away
             parameter.data = parameter.data.to(torch.float32)
     own_pad = getattr(causal_lm.config.get_text_config(), "pad_token_id", None)  # some configs have none
     pad_token_id = None if plan.reward is None else files.read_pad_token_id(plan.reward, own_pad)
