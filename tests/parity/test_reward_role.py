@@ -168,9 +168,10 @@ def test_a_reward_model_with_its_head_in_a_file_of_its_own(tmp_path: Path) -> No
 
     base = SharedBase.from_pretrained(base_folder, policy=tiny.new_lora(), reward=folder).eval()
     close(base.scores(ids, mask), expected)
-    # LLaMA-Factory's PPO policy has its value head in the same file.
-    trunk = SharedBase.from_pretrained(base_folder, policy=folder, value=folder).eval()
-    close(trunk.values(ids, mask, 3)[0], head(hidden[0, :3]).squeeze(-1))
+    # LLaMA-Factory's PPO policy has its value head in the same file; the value role is both, whatever the policy is.
+    for policy in (folder, tiny.new_lora()):
+        value = SharedBase.from_pretrained(base_folder, policy=policy, value=folder).eval()
+        close(value.values(ids, mask, 3)[0], head(hidden[0, :3]).squeeze(-1))
     (folder / "value_head.safetensors").unlink()
     with pytest.raises(ValueError, match="holds no score head"):
         SharedBase.from_pretrained(base_folder, policy=tiny.new_lora(), reward=folder)

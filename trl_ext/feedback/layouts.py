@@ -284,8 +284,7 @@ def _summary_axes(row: Row) -> list[Made]:
 
 
 def _ultrafeedback(row: Row) -> list[Made]:
-    """The rating is the mean over the aspects, which the data set calls fine-grained_score; its overall_score
-    contradicts the critique of some answers."""
+    """The rating is the mean over the aspects that were rated; where none was, what the row says of the whole."""
     prompt, made = _text(row, "instruction"), []
     columns = {"prompt": "instruction", "completion": "completions", "rating": "completions"}
     for answer in map(_parsed, _structure(row, "completions", list)):

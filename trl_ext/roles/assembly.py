@@ -364,4 +364,4 @@ def _free_name(model: Any, role: str) -> str:
 
 
 def _is_head(value: str | Path) -> bool:
-    return isinstance(value, Path) and (value / files.HEAD).is_file()
+    return isinstance(value, Path) and (value / files.HEAD).is_file() and not (value / files.CONFIG).is_file()
