@@ -284,3 +284,8 @@ def test_a_wrong_column_is_told_before_too_few_rows(tmp_path: Path) -> None:
         load_rows(data, "prompts")
     with pytest.raises(FeedbackError, match=r"has the columns \['query'\], which are no form of feedback"):
         load_pairs(data)
+
+
+def test_an_unknown_answer_to_bad_rows_is_refused_though_no_row_is_bad() -> None:
+    with pytest.raises(ValueError, match=r"^on_error is 'dorp': choose raise or drop\.$"):
+        DataArguments("prompts.jsonl", on_error="dorp")

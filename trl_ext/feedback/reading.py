@@ -108,8 +108,7 @@ def read(
         ValueError: `form` or `on_error` is unknown.
         FeedbackError: no records, unknown columns, or a bad record.
     """
-    if on_error not in ("raise", "drop"):
-        raise ValueError(f"on_error is {on_error!r}: choose raise or drop.")
+    check_on_error(on_error)
     if form is not None and form not in {*FORMS, *(layout.name for layout in LAYOUTS)}:
         raise ValueError(f"form is {form!r}: choose one of {', '.join(FORMS)}, or the name of a layout.")
     if _is_several(source):
@@ -483,6 +482,16 @@ def renaming(pairs: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"The column {pair!r} is not of the kind THEIRS=OURS, as in text=completion.")
         columns[theirs] = ours
     return columns
+
+
+def check_on_error(on_error: str) -> None:
+    """Refuse what is no answer to a bad record.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if on_error not in ("raise", "drop"):
+        raise ValueError(f"on_error is {on_error!r}: choose raise or drop.")
 
 
 def check_same(record: Record, first: Record) -> None:

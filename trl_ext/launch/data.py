@@ -21,7 +21,7 @@ from trl_ext import demo, feedback
 from trl_ext.feedback.converting import middle_of_scale
 from trl_ext.feedback.files import READERS, Unusable, numbered_rows, opened
 from trl_ext.feedback.forms import decoded, has_half_a_character
-from trl_ext.feedback.reading import converting_lines, renaming, says_how_to_prompt
+from trl_ext.feedback.reading import check_on_error, converting_lines, renaming, says_how_to_prompt
 from trl_ext.feedback.records import Problem
 from trl_ext.ppo.checks import check_column
 from trl_ext.reward_models import rows as rows_of_reward
@@ -57,6 +57,9 @@ class DataArguments:
         metadata={"help": "Of feedback that cannot be used: 'raise' at the first record, or 'drop' them."},
     )
     read_as: str = field(default="", init=False)  # what the rows were read as, once they are loaded: for the header
+
+    def __post_init__(self) -> None:
+        check_on_error(self.on_error)
 
 
 # Rows as they are ----------------------------------------------------------------------------------------------------
