@@ -13,6 +13,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trl_ext import feedback
 from trl_ext.feedback import FeedbackError
 from trl_ext.launch import DataArguments, load_feedback, load_pairs, load_rows
 from trl_ext.launch.data import RewardData
@@ -289,3 +290,21 @@ def test_a_wrong_column_is_told_before_too_few_rows(tmp_path: Path) -> None:
 def test_an_unknown_answer_to_bad_rows_is_refused_though_no_row_is_bad() -> None:
     with pytest.raises(ValueError, match=r"^on_error is 'dorp': choose raise or drop\.$"):
         DataArguments("prompts.jsonl", on_error="dorp")
+
+
+def test_several_files_of_prompts_keep_what_they_share_and_name_what_they_do_not(tmp_path: Path) -> None:
+    one = jsonl(tmp_path / "one.jsonl", [{"prompt": "a", "answer": "x", "by": 1}])
+    two = jsonl(tmp_path / "two.jsonl", [{"prompt": "b", "answer": "y", "place": "z"}])
+    data = DataArguments(f"{one},{two}", eval_split=two)
+    train, _ = load_rows(data, "prompts")
+    assert train[:] == {"prompt": ["a", "b"], "answer": ["x", "y"]}
+    assert data.read_as.endswith("not used: by, place")
+
+
+def test_feedback_without_a_prompt_is_counted_where_ppo_wants_prompts(tmp_path: Path) -> None:
+    rows = [{"prompt": prompt, "chosen": "x", "rejected": "y"} for prompt in ("a", " ", "b")]
+    read = feedback.read_prompts(jsonl(tmp_path / "pairs.jsonl", rows))
+    assert read.dataset["prompt"][:] == ["a", "b"]
+    assert [str(problem) for problem in read.dropped] == ["line 2, column 'prompt': there is no prompt to answer"]
+    with pytest.raises(ValueError, match="on_error is 'dorp'"):
+        feedback.read_prompts(jsonl(tmp_path / "more.jsonl", rows), on_error="dorp")

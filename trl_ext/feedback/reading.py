@@ -159,6 +159,7 @@ def read_prompts(
     Raises:
         FileNotFoundError, FeedbackError: as `read` does; or there are no prompts.
     """
+    check_on_error(on_error)
     rows = Rows.of(source, columns, name, split)
     prompts: dict[str, Any] = {}
     dropped: list[Problem] = []
@@ -174,6 +175,8 @@ def read_prompts(
                 prompt, form = record.prompt, KINDS[type(record)]
             if as_text(prompt).strip():
                 prompts[key_of(prompt)] = prompt
+            else:
+                dropped.append(Problem(line, made.columns.get("prompt", "prompt"), "there is no prompt to answer"))
         except Unusable as bad:
             if on_error == "raise":
                 raise FeedbackError(f"{rows.name}: {Problem(line, bad.column, bad.reason)}.") from bad

@@ -106,12 +106,15 @@ def _prompts(data: DataArguments, dataset: str, split: str) -> Dataset:
         parts.append(prompts.dataset)
     if len(parts) == 1:
         return parts[0]
-    parts = [part.select_columns(["prompt"]) if "prompt" in part.column_names else part for part in parts]
-    if len({str(part.features.get("prompt")) for part in parts}) > 1:
+    if len({str(part.features["prompt"]) for part in parts}) > 1:
         raise feedback.FeedbackError(
             f"{dataset} has prompts of several kinds: give texts, or messages, in all of them."
         )
-    return concatenate_datasets(parts)
+    columns_of = [{(name, str(kind)) for name, kind in part.features.items()} for part in parts]
+    shared = {name for name, _ in set.intersection(*columns_of)}
+    if others := sorted({name for part in parts for name in part.column_names} - shared):
+        data.read_as += f"; columns that are not alike in all of them, and not used: {', '.join(others)}"
+    return concatenate_datasets([part.select_columns(sorted(shared)) for part in parts])
 
 
 def _refuse(rows: Dataset, name: str) -> None:
