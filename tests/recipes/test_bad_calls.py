@@ -84,6 +84,8 @@ CALLS = [
     Call("more completion than text", "base.values(ids, mask, 9)", "ValueError", "num_completion_tokens is 9, but the rows have 4 columns."),
     Call("a mask of another shape", "base.values(ids, mask[:, :2], 2)", "ValueError", "input_ids (1, 4) and attention_mask (1, 2) differ in shape."),
     Call("no row", "base.logprobs(ids[:0], mask[:0], 2)", "ValueError", "input_ids is of shape (0, 4): give at least one row, (batch, columns)."),
+    Call("ids of another tokenizer", "base.logprobs(ids + 10**6, mask, 2)", "ValueError", "ids: was it tokenized for another model?"),
+    Call("log-probs at temperature 0", "base.logprobs(ids, mask, 2, temperature=0)", "ValueError", "temperature is 0: log-probabilities are taken at one above 0."),
     Call("a row of padding alone", "base.values(ids, 0 * mask, 2)", "ValueError", "Row 0 of attention_mask has no real token"),
     Call("an adapter for a model that has one", "SharedBase.from_model(peft_model, policy=LoraConfig())", "ValueError", "The model is a PeftModel already, and a policy adapter was given too: pass the model without its adapter, or leave the policy out to train the adapter it has."),
     Call("a model whose adapters are disabled", "peft_model.base_model.disable_adapter_layers() or SharedBase.from_model(peft_model)", "ValueError", "The PeftModel's adapters are disabled: enable the one to train before building the roles."),

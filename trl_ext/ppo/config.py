@@ -104,7 +104,7 @@ class PPOConfig(BaseConfig):
         "GPU its dtype is bfloat16 where bf16 is on.",
     )
     trust_remote_code: bool = _f(False, "Run code that ships with a model on loading it.")
-    disable_dropout: bool = _f(True, "Set every dropout of the model to 0: with dropout the first ratio is not 1.")
+    disable_dropout: bool = _f(True, "Set dropout to 0, and routers' noise: with either the first ratio is not 1.")
 
     # Rollout
     total_episodes: Count | None = _f(None, "Completions of the whole run, in place of num_train_epochs and max_steps.")

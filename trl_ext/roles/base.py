@@ -200,7 +200,7 @@ class SharedBase(AdaptedModel):
     ) -> Tensor:
         """Log-probability of each completion token under `role` (None: the policy, or the role of `use`), (batch,
         num_completion_tokens), nats."""
-        batch = AlignedBatch.of(input_ids, attention_mask, num_completion_tokens)
+        batch = self._aligned(input_ids, attention_mask, num_completion_tokens, temperature)
         adapter = self._adapter(role or self.role)
         hidden = batch.predicting(self.hidden_states({adapter: batch})[adapter])
         with under(self.model, adapter):
@@ -257,8 +257,12 @@ class SharedBase(AdaptedModel):
         Returns:
             policy: "logprobs" and "entropy"; reference: "ref_logprobs"; value: "values", each (batch,
             num_completion_tokens); reward: "scores" (batch,).
+
+        Raises:
+            ValueError: shapes that do not fit, a row without a real token, an id that the model does not have, a
+                temperature that is not above 0, or a role that the base was built without.
         """
-        batch = AlignedBatch.of(input_ids, attention_mask, num_completion_tokens)
+        batch = self._aligned(input_ids, attention_mask, num_completion_tokens, temperature)
         views: dict[str | None, AlignedBatch] = {}
         roles = (self.role,) if roles is None else roles
         for role in roles:
@@ -283,6 +287,20 @@ class SharedBase(AdaptedModel):
             else:
                 outputs["scores"] = self._read_head("reward", view.final(states, self.reward_pad_token_id))
         return outputs
+
+    def _aligned(self, ids: Tensor, mask: Tensor, num_completion_tokens: int, temperature: float) -> AlignedBatch:
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature is {temperature}: log-probabilities are taken at one above 0.")
+        batch = AlignedBatch.of(ids, mask, num_completion_tokens)
+        vocabulary = self.causal_lm.get_input_embeddings().weight.shape[0]
+        lowest, highest = torch.stack(batch.ids.aminmax()).tolist()
+        if lowest < 0 or highest >= vocabulary:
+            row, column = ((batch.ids < 0) | (batch.ids >= vocabulary)).nonzero()[0].tolist()
+            raise ValueError(
+                f"Row {row} of input_ids has the id {int(batch.ids[row, column])}, but the model has {vocabulary} ids: "
+                "was it tokenized for another model?"
+            )
+        return batch
 
     def _read_head(self, name: str, hidden: Tensor) -> Tensor:
         head: Any = self.heads[name]
