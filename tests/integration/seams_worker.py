@@ -39,6 +39,7 @@ OF_EACH = [seam for seam in SEAMS if seam.split("'")[0] in ("generator", "object
 WITHIN = {
     "rows": ("", "_get_num_items_in_batch"),  # what Transformers calls on the rows that it has just read
     "model": ("base", "forward"),
+    "loss": ("updater", "_loss"),  # before DistributedDataParallel's forward
 }
 
 

@@ -152,6 +152,9 @@ class PPOTrainer(BaseTrainer):
             without_dropout(self.base)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # each role's backward touches its own adapter alone
+        if args.ddp_broadcast_buffers is None:
+            # A frozen base changes no buffers, and a forward that waits would wait for ever for a process that failed.
+            args.ddp_broadcast_buffers = False
         if args.steps_of_run is not None:
             args.max_steps = args.steps_of_run
 
