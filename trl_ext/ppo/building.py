@@ -19,7 +19,7 @@ from trl_ext.ppo.checks import as_list
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.rewards import Scorer
 from trl_ext.roles import SharedBase
-from trl_ext.roles.adapters import named
+from trl_ext.roles.adapters import Named, named
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,6 @@ def check_model(model: Any, peft_config: Any | None, quantization_config: Any | 
         )
     if peft_config is not None and isinstance(model, (PeftModel, SharedBase)):
         raise ValueError(f"The {type(model).__name__} has its adapters already: leave peft_config out.")
-    if peft_config is not None and isinstance(model, str):
-        named(model).check_no_other(model, peft_config)
     if quantization_config is not None and not isinstance(model, str):
         raise ValueError(
             "The model is loaded already: give its quantization_config where you load it, not to the trainer."
@@ -97,13 +95,27 @@ def build_base(model: Any, args: PPOConfig, quantization_config: Any | None, pef
     return SharedBase.from_pretrained(model, policy=peft_config, **{**defaults, **given})
 
 
+def check_peft_config(model: Any, peft_config: Any | None, args: PPOConfig) -> None:
+    """Refuse new LoRA over an adapter's name.
+
+    Raises:
+        ValueError: says what to leave out.
+    """
+    if peft_config is not None and isinstance(model, str):
+        _named(model, args).check_no_other(model, peft_config)
+
+
 def has_adapter(model: Any, args: PPOConfig) -> bool:
     """Whether a model comes with an adapter, the policy then: a PeftModel, an adapter's name or folder, or what
     Transformers loaded from one."""
     if isinstance(model, str):
-        given: Any = args.model_init_kwargs or {}
-        return named(model, given.get("revision")).adapter is not None
+        return _named(model, args).adapter is not None
     return isinstance(model, PeftModel) or hasattr(model, "peft_config")
+
+
+def _named(model: str, args: PPOConfig) -> Named:
+    given: Any = args.model_init_kwargs or {}
+    return named(model, given.get("revision"))
 
 
 def args_of_gpu(device: torch.device, bf16: bool | None = None) -> dict[str, Any]:

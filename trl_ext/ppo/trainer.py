@@ -31,6 +31,7 @@ from trl_ext.ppo.building import (
     check_args,
     check_generator,
     check_model,
+    check_peft_config,
     default_config,
     without_dropout,
 )
@@ -134,6 +135,7 @@ class PPOTrainer(BaseTrainer):
         check_model(model, peft_config, quantization_config)
         check_args(args)
         args = args if args is not None else default_config(model)
+        check_peft_config(model, peft_config, args)
         check_generator(generator, args)
         for callback in callbacks or []:
             check_events(callback)
