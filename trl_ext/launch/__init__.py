@@ -3,8 +3,10 @@
 from huggingface_hub import constants
 
 from trl_ext.launch.data import DataArguments, check_written, load_feedback, load_pairs, load_rows, load_texts
+from trl_ext.launch.ensembles import RewardArguments, held_out_loss, members, show_members
 from trl_ext.launch.judging import reference_scores, scored_answers
 from trl_ext.launch.progress import show_progress
+from trl_ext.launch.resuming import member_folders
 from trl_ext.launch.screen import (
     answers,
     distinct_prompts,
@@ -34,12 +36,14 @@ constants.HF_HUB_DISABLE_TELEMETRY = True  # the environment variable is read ea
 
 __all__ = [
     "DataArguments",
+    "RewardArguments",
     "answers",
     "check_run",
     "check_written",
     "described",
     "distinct_prompts",
     "free_memory",
+    "held_out_loss",
     "import_functions",
     "kl_to_reference",
     "load_feedback",
@@ -49,6 +53,8 @@ __all__ = [
     "load_texts",
     "match_precision",
     "megabytes",
+    "member_folders",
+    "members",
     "model_for_trl",
     "named_model",
     "parse",
@@ -58,6 +64,7 @@ __all__ = [
     "scored_answers",
     "show",
     "show_before_after",
+    "show_members",
     "show_progress",
     "show_scored_pairs",
     "tell_left_out",

@@ -31,10 +31,22 @@ def show(title: str, rows: dict[str, Any]) -> None:
     _print(table)
 
 
-def report(title: str, rows: dict[str, Any], output_dir: str) -> None:
-    """Write report.html and result.json into a run's folder, and print its outcome."""
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows below the names of their columns, on the main process; numbers to the right."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    _print(table)
+
+
+def report(title: str, rows: dict[str, Any], output_dir: str, runs: Sequence[str] = ()) -> None:
+    """Write a run's report.html and result.json into its folder, and print its outcome. `runs`: the folders of several
+    runs, each of which gets a report of its own."""
     if PartialState().is_main_process:
-        rows = rows | {"report": f"{write_report([output_dir])} (open it in a browser)"}
+        paths = ", ".join(str(write_report([run])) for run in runs or [output_dir])
+        rows = rows | {"report": f"{paths} (open it in a browser)"}
         text = json.dumps({name: str(value) for name, value in rows.items()}, indent=2, ensure_ascii=False)
         Path(output_dir, "result.json").write_text(text + "\n", encoding="utf-8")
     show(title, rows)
