@@ -45,9 +45,9 @@ def members(args: _Args, count: int) -> Iterator[_Args]:
     """The settings of each reward model that is to be trained: `args` themselves of one; of several a copy each, with a
     seed and a folder of its own. Members that an interrupted run had finished are left out.
 
-    All read the same feedback, each in an order of its own, from a LoRA and a head of its own. No member reads a
-    bootstrap sample: that would leave out a third of the feedback, and Lakshminarayanan et al. 2017 (arXiv:1612.01474)
-    found seeds alone to make the better ensemble. Coste et al. 2023 (arXiv:2310.02743) do the same.
+    All read the same feedback, each in an order of its own, from a LoRA and a head of its own, as in Coste et al. 2023
+    (arXiv:2310.02743) and Lakshminarayanan et al. 2017 (arXiv:1612.01474). No member reads a bootstrap sample, which
+    would leave out a third of the feedback.
     """
     if count == 1:
         yield args
