@@ -196,13 +196,13 @@ class Collector:
             reward_suffix_rows=part.has_eos,
         )
         missing = torch.zeros(part.completion_ids.shape, device=self.base.device)
-        unscored = torch.full((len(missing), 1), float("nan"), device=self.base.device)
+        scores = outputs.get("scores", torch.full((len(missing),), float("nan"), device=self.base.device))
         return ScorePass(
             logprobs=outputs.get("logprobs", missing),
             entropy=outputs.get("entropy", missing),
             ref_logprobs=outputs.get("ref_logprobs", missing),
             values=outputs.get("values", missing),
-            reward_scores=outputs.get("scores_by_role", unscored),
+            reward_scores=outputs.get("scores_by_role", scores.unsqueeze(1)),
         ).to("cpu")
 
     def score(

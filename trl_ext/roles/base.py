@@ -277,8 +277,8 @@ class SharedBase(AdaptedModel):
 
         Returns:
             policy: "logprobs" and "entropy"; reference: "ref_logprobs"; value: "values", each (batch,
-            num_completion_tokens); reward: "scores" (batch,), and "scores_by_role" (batch, reward roles), of which
-            `combine_scores` made them where there are several.
+            num_completion_tokens); reward: "scores" (batch,), which `combine_scores` makes of "scores_by_role" (batch,
+            reward roles) where there are several.
 
         Raises:
             ValueError: shapes that do not fit, a row without a real token, an id that the model does not have, a
@@ -311,9 +311,11 @@ class SharedBase(AdaptedModel):
                 outputs["values"] = view.padded(self._read_head("value", view.predicting(states)))
             else:
                 scores.append(self._read_head(role, view.final(states, self.reward_pad_token_ids.get(role))))
-        if scores:
-            outputs["scores_by_role"] = by_role = torch.stack(scores, dim=1)
-            outputs["scores"] = by_role[:, 0] if len(scores) == 1 else self.combine_scores(by_role)
+        if len(scores) > 1:
+            outputs["scores_by_role"] = torch.stack(scores, dim=1)
+            outputs["scores"] = self.combine_scores(outputs["scores_by_role"])
+        elif scores:
+            outputs["scores"] = scores[0]
         return outputs
 
     def _aligned(self, ids: Tensor, mask: Tensor, num_completion_tokens: int, temperature: float) -> AlignedBatch:
