@@ -15,7 +15,7 @@ from trl_ext.roles.adapters import is_quantized
 from trl_ext.roles.aligned import AlignedBatch
 from trl_ext.roles.lm_head import trunk_of
 from trl_ext.roles.lora import AdapterPath, Block, CannotMixError
-from trl_ext.roles.packing import Packing, can_generate, can_pack, can_pad_left, stacked
+from trl_ext.roles.packing import Packing, can_pack, can_pad_left, fault_of_generate, stacked
 from trl_ext.roles.switching import active_adapter, evaluating, keep_differentiable, under
 from trl_ext.tokens import longest_row
 
@@ -56,9 +56,9 @@ class AdaptedModel(nn.Module):
         return can_pad_left(self.causal_lm)
 
     @cached_property
-    def generates(self) -> bool:
-        """Whether `generate` samples from what forwards say (see `can_generate`)."""
-        return can_generate(self.causal_lm)
+    def generate_fault(self) -> str | None:
+        """Why nothing is sampled from this model; None where it can be (see `fault_of_generate`)."""
+        return fault_of_generate(self.causal_lm)
 
     @property
     def config(self) -> Any:
