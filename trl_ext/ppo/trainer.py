@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import gather_object, set_seed
 from accelerate.utils.memory import clear_device_cache
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -44,6 +44,7 @@ from trl_ext.ppo.failures import on_all, together
 from trl_ext.ppo.interrupts import Interrupts
 from trl_ext.ppo.metrics import Metrics, peak_memory
 from trl_ext.ppo.pretraining import PretrainMix
+from trl_ext.ppo.stream import PromptStream, rows_to_evaluate
 from trl_ext.ppo.summary import summarize
 from trl_ext.ppo.update import Updater
 from trl_ext.ppo.yesterday import ARGUMENTS, explained
@@ -80,8 +81,9 @@ class PPOTrainer(BaseTrainer):
             models, or names of such; None: the base's reward role.
         args: the settings; None: `PPOConfig` with an output folder named after the model.
         train_dataset: prompts in a `prompt` column, texts or conversations, of a Dataset, a DataFrame or a list of
-            rows; the reward functions get further columns.
-        eval_dataset: the same, or a dict of such.
+            rows; the reward functions get further columns. Of an IterableDataset rows are read as they are needed, in
+            its own order.
+        eval_dataset: the same, or a dict of such; an IterableDataset is read to its end first.
         processing_class: the tokenizer; None: the model's.
         reward_processing_classes: tokenizers of the models among `reward_funcs`; None: the models' own.
         callbacks: TrainerCallbacks; `RolloutCallback`s hear PPO's own events.
@@ -121,8 +123,8 @@ class PPOTrainer(BaseTrainer):
         model: Any,
         reward_funcs: RewardFunction | list[RewardFunction] | None = None,
         args: PPOConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_processing_classes: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -145,6 +147,9 @@ class PPOTrainer(BaseTrainer):
         checks.check_scores(functions, reward_processing_classes, model, args)
         train_dataset = as_dataset(train_dataset, "train_dataset")
         eval_dataset = as_dataset(eval_dataset, "eval_dataset", several=True)
+        if isinstance(train_dataset, IterableDataset):
+            train_dataset = PromptStream(train_dataset, args)
+        eval_dataset = rows_to_evaluate(eval_dataset)
         tokenizer = checks.check_run(args, train_dataset, eval_dataset, processing_class, functions, model, ptx_dataset)
         mix = PretrainMix(ptx_dataset, tokenizer, args.ptx_max_length, args.seed) if ptx_dataset is not None else None
 
@@ -302,7 +307,10 @@ class PPOTrainer(BaseTrainer):
 
     def _normalize_scores(self) -> None:
         if self.collector.combination.needs_reference and self.train_dataset is not None:
-            self.collector.normalize_by_reference(self.train_dataset, self.state)
+            rows = self.train_dataset
+            if isinstance(rows, PromptStream):
+                rows = on_all(lambda: rows.first(self.args.normalization_samples))
+            self.collector.normalize_by_reference(rows, self.state)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         stepping = self.accelerator.gradient_state.sync_gradients
@@ -377,9 +385,10 @@ class PPOTrainer(BaseTrainer):
     def _get_train_sampler(self, dataset: Dataset | None = None) -> RolloutSampler:
         args = self.args
         repeats = args.steps_per_rollout * args.gradient_accumulation_steps
-        rows = len(dataset if dataset is not None else self.train_dataset)
+        rows = dataset if dataset is not None else self.train_dataset
+        shuffle = args.shuffle_dataset and not isinstance(rows, PromptStream)
         self._sampler = RolloutSampler(
-            rows, args.rollout_batch_size, repeats, args.shuffle_dataset, args.seed, args.num_generations
+            len(rows), args.rollout_batch_size, repeats, shuffle, args.seed, args.num_generations
         )
         return self._sampler
 
