@@ -21,7 +21,8 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 from trl_ext import hub
 from trl_ext._trl import BaseTrainer
 from trl_ext.callbacks import PPOControl, RolloutCallback, RolloutEvents, check_events
-from trl_ext.diagnostics import RunLog
+from trl_ext.callbacks.progress import show_in_notebook
+from trl_ext.diagnostics import Report, RunLog
 from trl_ext.feedback.files import as_dataset
 from trl_ext.generation import Generator
 from trl_ext.ppo import checks
@@ -161,6 +162,7 @@ class PPOTrainer(BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        show_in_notebook(self)
         self.control = PPOControl()
         self.interrupts = Interrupts()
         events = self.events = RolloutEvents(self, together, vocabulary_size(self.base.config))
@@ -431,6 +433,11 @@ class PPOTrainer(BaseTrainer):
             save_completions(table, str(self.args.output_dir), step)
             track_completions(table, self.args.report_to or ())
             print_completions(table, self.args.num_completions_to_print, f"Step {step}")
+
+    def report(self) -> Report:
+        """The report of the run so far, which a notebook shows where this is a cell's last line."""
+        self.save_state()
+        return Report(str(self.args.output_dir))
 
     def evaluation_loop(
         self,

@@ -21,6 +21,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import RewardConfig, RewardTrainer
 
 from trl_ext import hub
+from trl_ext.callbacks.progress import show_in_notebook
 from trl_ext.core.probe import choose_penalty, fit_probe
 from trl_ext.core.reward_losses import all_pairs_loss, binary_loss, plackett_luce_loss, regression_loss
 from trl_ext.diagnostics import RunLog
@@ -177,6 +178,7 @@ class FeedbackRewardTrainer(RewardTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        show_in_notebook(self)
         if REWARD_OBJECTIVES[args.objective].loss is not None:
             self.data_collator: Any = _Collator(self.processing_class, args.pad_to_multiple_of)
 
