@@ -66,10 +66,12 @@ def main() -> None:
             "mean score": f"{judgement.mean:.2f}; the reference's {judgement.shown('reference_mean', '.2f')}",
             "rank correlation with length": judgement.shown("length_correlation", ".2f"),
             "memory": launch.megabytes(base),
-            "saved in": f"{args.output_dir} (use it with recipes/ppo_lora.py --reward_adapter {args.output_dir})",
         },
-        args.output_dir,
+        args,
+        script,
     )
+    if args.should_save:
+        print(f"Use it with recipes/ppo_lora.py --reward_adapter {args.output_dir}")
 
 
 if __name__ == "__main__":

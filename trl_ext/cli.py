@@ -90,11 +90,14 @@ def _add_adapters(rooms: Any) -> None:
     merge = rooms.add_parser("merge", help="write the base with a saved adapter merged into it")
     score = rooms.add_parser("score", help="score a file of answers by a saved reward adapter")
     chat = rooms.add_parser("chat", help="talk to a saved policy")
-    for name, command in (("merge", merge), ("score", score), ("chat", chat)):
+    for name, command in (("score", score), ("chat", chat)):
         command.add_argument("adapter", help="folder of the adapter")
         command.add_argument("--base", metavar="MODEL", help="name or folder of the base; without it, the adapter's")
         command.set_defaults(run=name)
-    merge.add_argument("output_dir", type=Path, help="where the merged model goes")
+    merge.add_argument("base", nargs="?", help="name or folder of the base; without it, the adapter's")
+    merge.add_argument("--policy", required=True, metavar="FOLDER", help="of the adapter; a reward model's too")
+    merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the merged model goes")
+    merge.set_defaults(run="merge")
     merge.add_argument("--dtype", default="auto", help="of its weights: auto, float32, bfloat16, float16")
     for command in (score, chat):
         command.add_argument("--load_in_4bit", action="store_true", help="hold the base in 4 bits (NF4)")

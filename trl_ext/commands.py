@@ -77,8 +77,8 @@ def check(chosen: Namespace) -> int:
 
 
 def merge(chosen: Namespace) -> int:
-    difference = trained.merge(chosen.adapter, chosen.output_dir, chosen.base, chosen.dtype)
-    print(f"{chosen.output_dir} (at most {difference:.1g} from the adapter on its base)")
+    difference = trained.merge(chosen.policy, chosen.out, chosen.base, chosen.dtype)
+    print(f"{chosen.out} (at most {difference:.1g} from the adapter on its base)")
     return 0
 
 

@@ -79,6 +79,10 @@ def test_a_recipe_runs_end_to_end(
     assert "Result" in said
     assert "saved in" in said
     assert (out / "adapter_model.safetensors").is_file()
+    card, result = (out / "README.md").read_text(encoding="utf-8"), json.loads((out / "result.json").read_text("utf-8"))
+    measured = {"reward": ["held-out pair accuracy"], "ppo": ["exam before", "exam after"], "dpo": ["exam after"]}
+    assert all(f"| {name} | {result[name]} |" in card for name in measured[recipe])
+    assert "library_name: peft" in card and "## The run" in card and str(tmp_path) not in card
     if recipe == "reward":
         base = SharedBase.from_pretrained(demo.model_path(), value="head", reward=out)
         assert base.has_role("reward")
@@ -110,6 +114,8 @@ def test_ratings_of_one_answer_a_prompt_make_a_reward_model(tmp_path: Path, monk
         "no",
     ]
     run(monkeypatch, "reward", *given, "--output_dir", str(out))
+    shown = json.loads((out / "result.json").read_text(encoding="utf-8"))["held-out pair accuracy"]
+    assert shown == "none (no two of the answers belong to one prompt and were judged unlike)"
     judged = json.loads((out / "judgement.json").read_text(encoding="utf-8"))
     assert judged["answers"] == 20 and judged["pairs"] == 0 and -1 <= judged["spearman"] <= 1
     with pytest.raises(SystemExit, match="holds a run already"):

@@ -29,6 +29,7 @@ LOGIC = {
     "controllers",
     "callbacks",
     "diagnostics",
+    "hub",
 }
 
 # room -> rooms that it may import. A room is a folder or a file directly under trl_ext/.
@@ -44,6 +45,7 @@ ARROWS: dict[str, set[str]] = {
     "feedback": {"types", "_moved"},
     "roles": {"core", "tokens"},
     "diagnostics": {"core", "types"},
+    "hub": {"diagnostics"},
     "callbacks": {"controllers", "core", "diagnostics", "types"},
     "reward_models": LOGIC | {"_trl"},
     "ppo": LOGIC | {"_trl"},

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from trl_ext.diagnostics.catalogue import all_clear, diagnose
 from trl_ext.diagnostics.charts import Line, line_chart, number, scatter
@@ -90,12 +90,31 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     Raises:
         FileNotFoundError, ValueError: what `read_run` raises; or not one or two folders.
     """
-    if not 1 <= len(folders) <= 2:
-        raise ValueError(f"A report is about one run or two, not {len(folders)}.")
-    runs = [Run(Path(folder).resolve().name, read_run(folder), read_versions(folder)) for folder in folders]
+    html = Report(*folders).html
     path = Path(output) if output is not None else Path(folders[0]) / "report.html"
-    path.write_text(render(runs), encoding="utf-8")
+    path.write_text(html, encoding="utf-8")
     return path
+
+
+class Report:
+    """The report of one run or two, which a notebook shows where this is a cell's last line.
+
+    Args:
+        *folders: output folders of one run or two.
+
+    Raises:
+        FileNotFoundError, ValueError: as `write_report`.
+    """
+
+    def __init__(self, *folders: str | Path) -> None:
+        if not 1 <= len(folders) <= 2:
+            raise ValueError(f"A report is about one run or two, not {len(folders)}.")
+        self.html = render([Run(Path(f).resolve().name, read_run(f), read_versions(f)) for f in folders])
+
+    def _repr_html_(self) -> str:
+        # A page of its own: neither its styles nor what a model said reach the notebook.
+        style = "width: 100%; height: 50rem; border: 1px solid #8884"
+        return f'<iframe sandbox="allow-scripts" style="{style}" srcdoc="{escape(self.html)}"></iframe>'
 
 
 def render(runs: Sequence[Run]) -> str:

@@ -61,6 +61,12 @@ class DataArguments:
     def __post_init__(self) -> None:
         check_on_error(self.on_error)
 
+    @property
+    def on_hub(self) -> list[str]:
+        """Names of data sets on the Hub; none of the demo and of files."""
+        names = [] if self.dataset == "demo" else _sources(self.dataset)
+        return [name for name in names if not _is_file(name) and not Path(name).exists()]
+
 
 # Rows as they are ----------------------------------------------------------------------------------------------------
 

@@ -14,11 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from trl import RewardConfig
 
+from trl_ext import hub
 from trl_ext.core import masked_sum
-from trl_ext.diagnostics import write_report
+from trl_ext.diagnostics import read_run, write_report
 from trl_ext.generation import TransformersGenerator, generate
-from trl_ext.roles import SharedBase
+from trl_ext.launch.data import DataArguments
+from trl_ext.ppo import PPOConfig
+from trl_ext.roles import SharedBase, adapters
 from trl_ext.tokens import eos_ids, sequence_ids
 from trl_ext.types import Rollout, as_text
 
@@ -31,12 +35,18 @@ def show(title: str, rows: dict[str, Any]) -> None:
     _print(table)
 
 
-def report(title: str, rows: dict[str, Any], output_dir: str) -> None:
-    """Write report.html and result.json into a run's folder, and print its outcome."""
+def report(title: str, rows: dict[str, Any], args: Any, data: DataArguments) -> None:
+    """Write report.html, result.json and the model card with its outcome into a run's folder; print the outcome."""
+    folder = Path(args.output_dir)
     if PartialState().is_main_process:
-        rows = rows | {"report": f"{write_report([output_dir])} (open it in a browser)"}
+        kind = "ppo" if isinstance(args, PPOConfig) else "reward" if isinstance(args, RewardConfig) else "dpo"
+        base = adapters.read_config(folder)["base_model_name_or_path"]
+        hub.write_card(folder, kind, read_run(folder), base, args, datasets=data.on_hub, results=rows)
+        if args.push_to_hub:
+            hub.push_card(folder, args)
+        rows = rows | {"saved in": folder, "report": f"{write_report([folder])} (open it in a browser)"}
         text = json.dumps({name: str(value) for name, value in rows.items()}, indent=2, ensure_ascii=False)
-        Path(output_dir, "result.json").write_text(text + "\n", encoding="utf-8")
+        Path(folder, "result.json").write_text(text + "\n", encoding="utf-8")
     show(title, rows)
 
 

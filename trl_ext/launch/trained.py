@@ -81,7 +81,7 @@ def merge(folder: str | Path, output_dir: str | Path, base: str | None = None, d
             f"({difference:.2g} nats apart): PEFT does not merge it right there. Use base and adapter side by side."
         )
     merged.save_pretrained(output)
-    _tokenizer(adapter).save_pretrained(output)
+    _tokenizer_of(adapter, merged).save_pretrained(output)
     return difference
 
 
@@ -169,6 +169,23 @@ def chat(
 def _tokenizer(adapter: adapters.Named) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(adapter.tokenizer)
     return tokenizer
+
+
+def _tokenizer_of(adapter: adapters.Named, model: Any) -> PreTrainedTokenizerBase:
+    """The adapter's tokenizer; the base's where that has tokens, added for padding, say, that the model lacks:
+    llama.cpp's converter refuses those."""
+    tokenizer, ids = _tokenizer(adapter), model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= ids:
+        return tokenizer
+    added = [token for token, i in tokenizer.get_vocab().items() if i >= ids]
+    warnings.warn(
+        f"The adapter's tokenizer has {added[0]!r} and the model has {ids} ids only: the base's tokenizer is written.",
+        UserWarning,
+        stacklevel=3,
+    )
+    plain: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(adapter.base, revision=adapter.revision or "main")
+    plain.chat_template = tokenizer.chat_template
+    return plain
 
 
 def _how(load_in_4bit: bool) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object, set_seed
@@ -16,10 +16,13 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
+from trl_ext import hub
 from trl_ext._trl import BaseTrainer
 from trl_ext.callbacks import PPOControl, RolloutCallback, RolloutEvents, check_events
+from trl_ext.callbacks.progress import show_in_notebook
+from trl_ext.diagnostics import Report, RunLog
 from trl_ext.feedback.files import as_dataset
 from trl_ext.generation import Generator
 from trl_ext.ppo import checks
@@ -98,13 +101,6 @@ class PPOTrainer(BaseTrainer):
         ValueError, TypeError: bad input, found before a model is loaded where that is possible.
     """
 
-    _tag_names: ClassVar[list[str]] = ["trl", "ppo", "trl_ext"]
-    _name = "PPO"
-    _paper: ClassVar[dict[str, str]] = {
-        "title": "Fine-Tuning Language Models from Human Preferences",
-        "id": "1909.08593",
-    }
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a loss that nothing would call.
 
@@ -143,6 +139,7 @@ class PPOTrainer(BaseTrainer):
             check_events(callback)
         checks.check_output_dir(str(args.output_dir))
         checks.check_devices(args)
+        hub.check_push(args)
         functions = checks.as_list(reward_funcs)
         checks.check_scores(functions, reward_processing_classes, model, args)
         train_dataset = as_dataset(train_dataset, "train_dataset")
@@ -175,6 +172,7 @@ class PPOTrainer(BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        show_in_notebook(self)
         self.control = PPOControl()
         self.interrupts = Interrupts()
         events = self.events = RolloutEvents(self, together, vocabulary_size(self.base.config))
@@ -330,6 +328,23 @@ class PPOTrainer(BaseTrainer):
         if self.args.should_save:
             folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
             self.checkpoints.save_model(folder, self.processing_class)
+            self._write_card(folder)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """As TRL's, with the figures of the run; `save_model` writes one too."""
+        if self.is_world_process_zero():
+            self._write_card(Path(str(self.args.output_dir)), model_name, dataset_name, tags)
+
+    def _write_card(
+        self, folder: Path, name: str | None = None, dataset: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        settings = {**self.args.to_dict(), "rollout_batch_size": self.args.rollout_batch_size}
+        log = RunLog.of(self.state.log_history, settings)
+        datasets = hub.loaded_from(self.train_dataset) if dataset is None else [dataset]
+        base = self.base.config.name_or_path
+        hub.write_card(folder, "ppo", log, base, self.args, name, datasets, checks.as_list(tags))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Transformers', whole or not at all."""
@@ -356,8 +371,11 @@ class PPOTrainer(BaseTrainer):
         return str(self.checkpoints.unfinished or super()._get_output_dir(trial))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Not while a checkpoint is written: it would be uploaded from a place that it leaves."""
+        """Not while a checkpoint is written: it would be uploaded from a place that it leaves. Transformers takes the
+        policy from the checkpoint; the roles beside it are saved first."""
         if self.checkpoints.unfinished is None:
+            if self.args.hub_strategy != HubStrategy.END:
+                self._save()
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any | None = None) -> None:
@@ -429,6 +447,11 @@ class PPOTrainer(BaseTrainer):
             save_completions(table, str(self.args.output_dir), step)
             track_completions(table, self.args.report_to or ())
             print_completions(table, self.args.num_completions_to_print, f"Step {step}")
+
+    def report(self) -> Report:
+        """The report of the run so far, which a notebook shows where this is a cell's last line."""
+        self.save_state()
+        return Report(str(self.args.output_dir))
 
     def evaluation_loop(
         self,
