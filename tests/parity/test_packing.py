@@ -304,7 +304,7 @@ def test_a_model_that_samples_otherwise_than_it_reads_is_refused(config: Any, dt
 def test_a_model_whose_generate_fails_is_refused_with_what_it_says() -> None:
     """Plain XLNet cannot even answer two prompts in one batch."""
     torch.manual_seed(0)
-    config = XLNetConfig(vocab_size=32, d_model=16, n_layer=2, n_head=2, d_inner=32)
+    config = XLNetConfig(vocab_size=32, d_model=16, n_layer=2, n_head=2, d_inner=32, attn_type="uni")
     model = AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
     ids = torch.tensor([[3, 4, 6], [9, 8, 7]], device=DEVICE)
     with pytest.raises(RuntimeError, match="output with shape"):
