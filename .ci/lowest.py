@@ -16,7 +16,7 @@ def normalised(name: str) -> str:
 
 
 project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-claimed = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
+claimed = [*project["dependencies"], *(line for lines in project["optional-dependencies"].values() for line in lines)]
 floors = {normalised(m[1]): m[2] for line in claimed if (m := re.match(r"([\w.-]+)(?:\[\w+\])?>=([\d.]+)", line))}
 for line in (ROOT / "constraints.txt").read_text().splitlines():
     if pin := re.fullmatch(r"([\w.-]+)==(\S+)", line):

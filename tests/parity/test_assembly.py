@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace

@@ -13,8 +13,8 @@ from trl_ext._trl import NEWEST
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-EVERYTHING = [*PROJECT["dependencies"], *(line for lines in PROJECT["optional-dependencies"].values() for line in lines)]
-CLAIMED = [line.lower() for line in EVERYTHING if ">=" in line]
+LISTS = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+CLAIMED = [line.lower() for lines in LISTS for line in lines if ">=" in line]
 
 
 def pins(text: str) -> dict[str, str]:

@@ -25,7 +25,8 @@ CONTINUABLE = {
     *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "sequence_bias"),
     *("remove_invalid_values", "renormalize_logits"),
 }
-# The cache's layers that hold keys and values of each row, or nothing. By name: Transformers before 5.23 lacks the last.
+# The cache's layers that hold keys and values of each row, or nothing. By name: the last is not in Transformers before
+# 5.23.
 PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 
 
