@@ -44,7 +44,6 @@ OVERRIDDEN: dict[tuple[str, str], str] = {
 # What the package calls, reads or writes to.
 USED: dict[tuple[str, str], str] = {
     (TRAINER, "_get_dataloader"): "self, dataset, description, batch_size, sampler_fn=, is_training=, dataloader_key=",
-    (TRAINER, "_initial_global_step"): VALUE,
     (REWARD_TRAINER, "_metrics"): VALUE,
     ("trl.trainer.base_config", "_BaseConfig"): CLASS,
     ("trl.trainer.base_trainer", "_BaseTrainer"): CLASS,

@@ -244,7 +244,9 @@ class PPOTrainer(BaseTrainer):
                 control = self._tell(event, *args, **kwargs)
             except Exception as error:
                 self._postponed, control = error, self.control
-        if event == "on_pre_optimizer_step":
+        if event == "on_train_begin":
+            self._first_step = self.state.global_step  # above 0 where a run goes on
+        elif event == "on_pre_optimizer_step":
             self.checkpoints.note_stepping()
         return control
 
@@ -426,7 +428,7 @@ class PPOTrainer(BaseTrainer):
             episodes = self.state.global_step / self.args.steps_per_rollout * self.args.rollout_batch_size
             logs["episode"] = episodes
             if start_time is not None:
-                done = episodes * (1 - self._initial_global_step / max(self.state.global_step, 1))
+                done = episodes * (1 - self._first_step / max(self.state.global_step, 1))
                 logs["eps"] = done / (time.time() - start_time)
             logs |= {f"time/{phase}": seconds for phase, seconds in self.collector.seconds.items()}
             logs["memory/peak_gib"] = peak_memory(self.accelerator.device) / 2**30
