@@ -112,7 +112,7 @@ def test_two_processes_go_on_in_a_later_epoch_as_if_never_interrupted(folder: Pa
     assert last["objective/scores"] == its_last["objective/scores"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_demo_s_reward_adapter_is_trained_by_one_process_for_all(folder: Path) -> None:
     """RewardTrainer would wait for the other process, which waits for its lock."""
     whole = demo.build()

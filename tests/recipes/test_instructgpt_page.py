@@ -54,7 +54,7 @@ def test_the_code_is_short() -> None:
     assert len(STEPS) == 3 and all(len(code.splitlines()) <= 10 for code in blocks("python"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     texts = (json.dumps({"text": f"The river {i} runs to the sea."}) + "\n" for i in range(9))
