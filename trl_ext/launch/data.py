@@ -5,7 +5,7 @@ Feedback is read by `trl_ext.feedback.read` alone. Other rows (prompts, texts) s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +22,7 @@ from trl_ext.feedback.converting import middle_of_scale
 from trl_ext.feedback.files import READERS, Unusable, numbered_rows, opened
 from trl_ext.feedback.forms import decoded, has_half_a_character
 from trl_ext.feedback.reading import check_on_error, converting_lines, renaming, says_how_to_prompt
-from trl_ext.feedback.records import Problem
+from trl_ext.feedback.records import Problem, key_of
 from trl_ext.ppo.checks import check_column
 from trl_ext.reward_models import rows as rows_of_reward
 from trl_ext.tokens import config_of
@@ -161,6 +161,28 @@ def load_texts(dataset: str) -> Dataset:
         FileNotFoundError, ValueError: there is no such file, or it cannot be read.
     """
     return _read(dataset if _is_file(dataset) else opened(dataset, "train", dataset), dataset)
+
+
+def load_prompts(dataset: str, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Rows with "prompt", each prompt once, of a file, a folder or a data set on the Hub, as `feedback.read_prompts`
+    reads them; further columns stay where the source has prompts as they are. "demo": the demo's held-out prompts.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or no prompts are in it.
+    """
+    renamed = renaming(columns)
+    if dataset == "demo":
+        found: dict[str, Any] = {}
+        for row in demo.load("prompts", "test"):
+            found.setdefault(key_of(row["prompt"]), row)
+        return list(found.values())
+    rows = [dict(row) for row in feedback.read_prompts(dataset, renamed).dataset]
+    if _is_file(dataset) and not says_how_to_prompt(dataset, renamed):
+        beside: dict[str, Any] = {}
+        for row in _read(dataset, dataset, list(columns)):
+            beside.setdefault(key_of(row["prompt"]), row)
+        rows = [{**beside.get(key_of(row["prompt"]), {}), **row} for row in rows]
+    return rows
 
 
 def _read(source: Any, name: str, columns: list[str] | None = None) -> Dataset:
