@@ -168,8 +168,14 @@ def _sampling(chosen: Namespace) -> evaluation.Sampling:
 
 
 def _said_by_people(store: Path, rows: Sequence[evaluation.Row]) -> list[evaluation.Comparison]:
-    """What people said about pairs of these answers, of the file that `trl-ext rate --export` writes."""
-    return evaluation.by_people(list(load_texts(str(store))), rows) if store.exists() else []
+    """What people said about pairs of these answers, of a JSON lines file: {"id_a": ..., "id_b": ..., "outcome": 1.0,
+    "rater": ...}; none where there is no such file yet."""
+    if not store.exists():
+        return []
+    said = load_texts(str(store))
+    if missing := {"id_a", "id_b", "outcome"} - set(said.column_names):
+        raise ValueError(f"The file {str(store)!r} holds no comparisons by people: it has no {sorted(missing)[0]!r}.")
+    return evaluation.by_people(((r["id_a"], r["id_b"], r["outcome"], r.get("rater")) for r in said), rows)
 
 
 def convert(chosen: Namespace) -> int:

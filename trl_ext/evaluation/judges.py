@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -271,24 +271,17 @@ def _shown(item: Any) -> str:
 # People --------------------------------------------------------------------------------------------------------------
 
 
-def by_people(feedback: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> list[Comparison]:
+Said = tuple[str, str, float, str | None]
+
+
+def by_people(said: Iterable[Said], rows: Sequence[Row]) -> list[Comparison]:
     """What people said about pairs of these rows' completions.
 
     Args:
-        feedback: rows with prompt, chosen, rejected, chosen_policy, rejected_policy, and rater where it is known; `tie`
-            true where neither was better. Pairs of one policy, and those about other completions, say nothing here.
+        said: ids of two rows; 1.0 where the first is better, 0.5 for a tie, 0.0 where the second is; and who said so.
+            Pairs of one policy, and of other rows, say nothing here.
         rows: as `sample` makes them.
     """
-    found = {(key_of(r["prompt"]), r["policy"], key_of(r["completion"])): r for r in rows}
-    comparisons = []
-    for said in feedback:
-        if not {"prompt", "chosen", "rejected", "chosen_policy", "rejected_policy"} <= said.keys():
-            continue
-        a, b = (
-            found.get((key_of(said["prompt"]), said[f"{side}_policy"], key_of(said[side])))
-            for side in ("chosen", "rejected")
-        )
-        if a is not None and b is not None and a["policy"] != b["policy"]:
-            outcome = 0.5 if said.get("tie") else 1.0
-            comparisons.append(_comparison(a, b, outcome, "people", said.get("rater")))
-    return comparisons
+    found = {row["id"]: row for row in rows}
+    known = ((found[a], found[b], outcome, rater) for a, b, outcome, rater in said if a in found and b in found)
+    return [_comparison(a, b, x, "people", rater) for a, b, x, rater in known if a["policy"] != b["policy"]]

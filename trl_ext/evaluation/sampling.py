@@ -136,6 +136,7 @@ def _batch(
                 "logprob": own[i],
                 "kl": own[i] - base[i],
                 "score": None,
+                **({"scores": {}} if scorer.names else {}),
                 **{name: value for name, value in prompts[number].items() if name not in FIELDS},
                 "completion_ids": rollout.completion_tokens[i],
             }
