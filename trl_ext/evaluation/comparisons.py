@@ -283,8 +283,8 @@ def bradley_terry(wins: Array, steps: int = 10_000, tolerance: float = 1e-10) ->
 
         g_i <- W_i / sum_{j != i} n_ij / (g_i + g_j)
 
-    W_i are i's wins, n_ij comparisons of i and j; a tie is half a win of each. Each pair that was compared gets one tie
-    more, so that a policy that won everything has a finite strength.
+    W_i are i's wins, n_ij comparisons of i and j; a tie is half a win of each. Every pair gets one tie more, so that a
+    policy that won everything has a finite strength.
 
     Args:
         wins: (..., policies, policies), how often the row's policy won against the column's.
@@ -292,7 +292,7 @@ def bradley_terry(wins: Array, steps: int = 10_000, tolerance: float = 1e-10) ->
     Returns:
         (..., policies).
     """
-    wins = wins + 0.5 * ((wins + np.swapaxes(wins, -1, -2)) > 0)
+    wins = wins + 0.5 * (1 - np.eye(wins.shape[-1]))
     met, won = wins + np.swapaxes(wins, -1, -2), wins.sum(axis=-1)
     g = np.ones(won.shape)
     for _ in range(steps):

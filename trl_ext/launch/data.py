@@ -23,9 +23,10 @@ from trl_ext.feedback.files import READERS, Unusable, numbered_rows, opened
 from trl_ext.feedback.forms import decoded, has_half_a_character
 from trl_ext.feedback.reading import check_on_error, converting_lines, renaming, says_how_to_prompt
 from trl_ext.feedback.records import Problem, key_of
-from trl_ext.ppo.checks import check_column
+from trl_ext.ppo.checks import check_column, check_prompts
 from trl_ext.reward_models import rows as rows_of_reward
 from trl_ext.tokens import config_of
+from trl_ext.types import as_text
 
 
 @dataclass
@@ -164,25 +165,24 @@ def load_texts(dataset: str) -> Dataset:
 
 
 def load_prompts(dataset: str, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Rows with "prompt", each prompt once, of a file, a folder or a data set on the Hub, as `feedback.read_prompts`
-    reads them; further columns stay where the source has prompts as they are. "demo": the demo's held-out prompts.
+    """Rows with "prompt", each prompt once: those of a file, a folder or a data set on the Hub, whose further columns
+    ride along; or the prompts of feedback and conversations, as `feedback.read_prompts` reads them. "demo": the demo's
+    held-out ones.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or no prompts are in it.
+        FileNotFoundError, ValueError: there is no such file, or what is in it are no prompts.
     """
-    renamed = renaming(columns)
     if dataset == "demo":
-        found: dict[str, Any] = {}
-        for row in demo.load("prompts", "test"):
-            found.setdefault(key_of(row["prompt"]), row)
-        return list(found.values())
-    rows = [dict(row) for row in feedback.read_prompts(dataset, renamed).dataset]
-    if _is_file(dataset) and not says_how_to_prompt(dataset, renamed):
-        beside: dict[str, Any] = {}
-        for row in _read(dataset, dataset, list(columns)):
-            beside.setdefault(key_of(row["prompt"]), row)
-        rows = [{**beside.get(key_of(row["prompt"]), {}), **row} for row in rows]
-    return rows
+        rows = demo.load("prompts", "test")
+    else:
+        rows = _prompts(DataArguments(dataset, columns=list(columns)), dataset, "train")
+    check_prompts(rows, dataset)
+    first: dict[str, dict[str, Any]] = {}
+    for number, row in enumerate(rows, start=1):
+        if not as_text(row["prompt"]).strip():
+            raise ValueError(f"{dataset}, row {number}: there is no prompt to answer.")
+        first.setdefault(key_of(row["prompt"]), row)
+    return list(first.values())
 
 
 def _read(source: Any, name: str, columns: list[str] | None = None) -> Dataset:
