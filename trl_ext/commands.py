@@ -40,7 +40,10 @@ def explain(chosen: Namespace) -> int:
 
 
 def report(chosen: Namespace) -> int:
-    print(diagnostics.write_report(chosen.run_dirs, chosen.output))
+    names = ("evaluation.json", "*/evaluation.json")
+    evaluations = [file for run in chosen.run_dirs for name in names for file in sorted(Path(run).glob(name))]
+    sections = [evaluation.section(json.loads(file.read_text(encoding="utf-8"))) for file in evaluations]
+    print(diagnostics.write_report(chosen.run_dirs, chosen.output, sections))
     return 0
 
 

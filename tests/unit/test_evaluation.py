@@ -173,21 +173,25 @@ def test_a_finished_file_needs_no_model(cast: Cast, policies: Policies, tmp_path
 @pytest.mark.slow
 def test_a_killed_process_is_gone_on_with(files: Path, tmp_path: Path) -> None:
     many = tmp_path / "prompts.jsonl"
-    many.write_text("".join(json.dumps({"prompt": f"w{i % 60 + 3} w{i // 60 + 3}"}) + "\n" for i in range(150)))
+    many.write_text("".join(json.dumps({"prompt": f"w{i + 3} w7"}) + "\n" for i in range(60)))
     line = [str(files / "model"), "--policy", "base=base", f"one={files / 'one'}", "--prompts", str(many)]
-    line += ["--max-new-tokens", "8", "--batch-size", "2", "--out"]
+    line += ["--max-new-tokens", "8", "--batch-size", "3", "--out"]
     assert main(["sample", *line, str(tmp_path / "whole.jsonl")]) == 0
     out = tmp_path / "killed.jsonl"
-    for rows in (1, 120):
-        process = subprocess.Popen([sys.executable, "-m", "trl_ext.cli", "sample", *line, str(out)])
-        while not out.exists() or out.read_bytes().count(b"\n") <= rows:
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert out.read_bytes().count(b"\n") < 300
+    process = subprocess.Popen([sys.executable, "-m", "trl_ext.cli", "sample", *line, str(out)], cwd=Path.cwd())
+    while not out.exists() or out.read_bytes().count(b"\n") < 10:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert out.read_bytes().count(b"\n") < 120
     assert main(["sample", *line, str(out)]) == 0
-    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    rows, whole = ([json.loads(line) for line in file.open()] for file in (out, tmp_path / "whole.jsonl"))
+    for row, expected in zip(rows, whole, strict=True):
+        # Another process may use another number of threads, and so another order of sums.
+        for name in ("logprob", "kl"):
+            assert row.pop(name) == pytest.approx(expected.pop(name), abs=1e-4)
+        assert row == expected
 
 
 def test_other_settings_are_refused(cast: Cast, policies: Policies, tmp_path: Path) -> None:

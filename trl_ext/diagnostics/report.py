@@ -77,12 +77,15 @@ class Run:
     versions: dict[str, str]
 
 
-def write_report(folders: Sequence[str | Path], output: str | Path | None = None) -> Path:
+def write_report(
+    folders: Sequence[str | Path], output: str | Path | None = None, sections: Sequence[Markup] = ()
+) -> Path:
     """Write the report of one or two runs.
 
     Args:
         folders: output folders of one run or two.
         output: the file; None: report.html in the first folder.
+        sections: HTML to stand after the curves, such as that of an evaluation.
 
     Returns:
         The file's path.
@@ -94,12 +97,12 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
         raise ValueError(f"A report is about one run or two, not {len(folders)}.")
     runs = [Run(Path(folder).resolve().name, read_run(folder), read_versions(folder)) for folder in folders]
     path = Path(output) if output is not None else Path(folders[0]) / "report.html"
-    path.write_text(render(runs), encoding="utf-8")
+    path.write_text(render(runs, sections), encoding="utf-8")
     return path
 
 
-def render(runs: Sequence[Run]) -> str:
-    """The report as HTML. Everything that a model or a user wrote is escaped."""
+def render(runs: Sequence[Run], sections: Sequence[Markup] = ()) -> str:
+    """The report as HTML. Everything that a model or a user wrote is escaped; `sections` are taken as they are."""
     environment = Environment(loader=PackageLoader("trl_ext.diagnostics"), autoescape=True)
     environment.filters["number"] = number
     return environment.get_template("report.html").render(
@@ -109,6 +112,7 @@ def render(runs: Sequence[Run]) -> str:
         charts=[chart for chart in _charts(runs) if chart["svg"]],
         samples_by_run=[(run, _shown(run.log.samples)) for run in runs],
         settings=_settings(runs),
+        sections=sections,
     )
 
 
