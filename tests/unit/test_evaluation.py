@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.parity.tiny import EOS, config_of, save_base, save_policy_adapter, save_reward_adapter
 from trl_ext import evaluation
 from trl_ext.cli import main
-from trl_ext.evaluation import Cast, Sampling, Spec
+from trl_ext.evaluation import Cast, Comparison, Interval, Sampling, Spec, win_rates
 from trl_ext.evaluation.judges import ModelJudge, compared, verdict_of
 from trl_ext.evaluation.policies import Drawn, Policies, uniforms
+from trl_ext.evaluation.result import as_json
 from trl_ext.roles import adapters
 
 PROMPTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12", "w13 w14"]
@@ -485,6 +486,17 @@ def test_people_judge(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     rates = json.loads((tmp_path / "e" / "evaluation.json").read_text())["win_rates"]
     assert rates["one"]["base"]["rate"] == (0.5 + 1) / 2
     assert rates["two"]["one"]["rate"] == 0.5 and "base" not in rates["two"]
+
+
+def test_what_users_named_is_no_markup() -> None:
+    figures = {name: {"kl": Interval(0.1, 0.0, 0.2, 4)} for name in ("<i>x", "y")}
+    said = [Comparison(i, "<i>x", "y", 1.0, 3, 3, "j") for i in range(4)]
+    rates = win_rates(said, list(figures))
+    settings = {"base": "<b>", "prompts": 4, "per_prompt": 1, "temperature": 1.0}
+    result = as_json(settings, dict.fromkeys(figures), figures, "<u>", rates, 0, {}, None)
+    page = str(evaluation.section(result))
+    assert "&lt;i&gt;x against y" in page and "100.0%" in page
+    assert not any(tag in page for tag in ("<i>", "<b>", "<u>"))
 
 
 def test_sample_picks(files: Path, tmp_path: Path) -> None:
