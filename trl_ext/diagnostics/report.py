@@ -77,12 +77,15 @@ class Run:
     versions: dict[str, str]
 
 
-def write_report(folders: Sequence[str | Path], output: str | Path | None = None) -> Path:
+def write_report(
+    folders: Sequence[str | Path], output: str | Path | None = None, sections: Sequence[Markup] = ()
+) -> Path:
     """Write the report of one or two runs.
 
     Args:
         folders: output folders of one run or two.
         output: the file; None: report.html in the first folder.
+        sections: HTML to stand after the curves, such as that of an evaluation.
 
     Returns:
         The file's path.
@@ -90,7 +93,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     Raises:
         FileNotFoundError, ValueError: what `read_run` raises; or not one or two folders.
     """
-    html = Report(*folders).html
+    html = Report(*folders, sections=sections).html
     path = Path(output) if output is not None else Path(folders[0]) / "report.html"
     path.write_text(html, encoding="utf-8")
     return path
@@ -101,15 +104,17 @@ class Report:
 
     Args:
         *folders: output folders of one run or two.
+        sections: as `write_report`.
 
     Raises:
         FileNotFoundError, ValueError: as `write_report`.
     """
 
-    def __init__(self, *folders: str | Path) -> None:
+    def __init__(self, *folders: str | Path, sections: Sequence[Markup] = ()) -> None:
         if not 1 <= len(folders) <= 2:
             raise ValueError(f"A report is about one run or two, not {len(folders)}.")
-        self.html = render([Run(Path(f).resolve().name, read_run(f), read_versions(f)) for f in folders])
+        runs = [Run(Path(f).resolve().name, read_run(f), read_versions(f)) for f in folders]
+        self.html = render(runs, sections)
 
     def _repr_html_(self) -> str:
         # A page of its own: neither its styles nor what a model said reach the notebook.
@@ -117,8 +122,8 @@ class Report:
         return f'<iframe sandbox="allow-scripts" style="{style}" srcdoc="{escape(self.html)}"></iframe>'
 
 
-def render(runs: Sequence[Run]) -> str:
-    """The report as HTML. Everything that a model or a user wrote is escaped."""
+def render(runs: Sequence[Run], sections: Sequence[Markup] = ()) -> str:
+    """The report as HTML. Everything that a model or a user wrote is escaped; `sections` are taken as they are."""
     environment = Environment(loader=PackageLoader("trl_ext.diagnostics"), autoescape=True)
     environment.filters["number"] = number
     return environment.get_template("report.html").render(
@@ -128,6 +133,7 @@ def render(runs: Sequence[Run]) -> str:
         charts=[chart for chart in _charts(runs) if chart["svg"]],
         samples_by_run=[(run, _shown(run.log.samples)) for run in runs],
         settings=_settings(runs),
+        sections=sections,
     )
 
 

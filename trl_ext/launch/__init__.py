@@ -2,7 +2,15 @@
 
 from huggingface_hub import constants
 
-from trl_ext.launch.data import DataArguments, check_written, load_feedback, load_pairs, load_rows, load_texts
+from trl_ext.launch.data import (
+    DataArguments,
+    check_written,
+    load_feedback,
+    load_pairs,
+    load_prompts,
+    load_rows,
+    load_texts,
+)
 from trl_ext.launch.judging import reference_scores, scored_answers
 from trl_ext.launch.progress import show_progress
 from trl_ext.launch.screen import (
@@ -44,6 +52,7 @@ __all__ = [
     "kl_to_reference",
     "load_feedback",
     "load_pairs",
+    "load_prompts",
     "load_rows",
     "load_shared_base",
     "load_texts",

@@ -113,7 +113,7 @@ def score(
         fault = fault_of_messages(completion) if isinstance(completion, list) else "no text or conversation"
         if fault and not (isinstance(completion, str) and completion):
             raise ValueError(f"Row {number}, column 'completion': {completion!r:.60} is {fault}.")
-    how = _how(load_in_4bit) | {"revision": adapter.revision or "main"}
+    how = loading(load_in_4bit) | {"revision": adapter.revision or "main"}
     shared = SharedBase.from_pretrained(adapter.base, reward=folder, **how).eval()
     answers = [(row.get("prompt"), row["completion"]) for row in rows]
     return scores_of(shared, _tokenizer(adapter), answers, batch_size)
@@ -141,7 +141,7 @@ def chat(
     adapter = _on_its_base(folder, base)
     if adapter.start is None:
         raise ValueError(f"The adapter in {str(folder)!r} gives scores and writes no text: give a policy's.")
-    how = _how(load_in_4bit) | {"revision": adapter.revision or "main"}
+    how = loading(load_in_4bit) | {"revision": adapter.revision or "main"}
     model = AutoModelForCausalLM.from_pretrained(adapter.base, dtype="auto", **how)
     model, tokenizer = PeftModel.from_pretrained(model, str(folder)).eval(), _tokenizer(adapter)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -188,8 +188,8 @@ def _tokenizer_of(adapter: adapters.Named, model: Any) -> PreTrainedTokenizerBas
     return plain
 
 
-def _how(load_in_4bit: bool) -> dict[str, Any]:
-    """Arguments of `from_pretrained`."""
+def loading(load_in_4bit: bool) -> dict[str, Any]:
+    """Arguments of `from_pretrained`: where a base is held, and in how many bits."""
     device = PartialState().device
     computed_in = torch.bfloat16 if device.type == "cuda" else torch.float32
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed_in)
