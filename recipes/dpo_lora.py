@@ -59,9 +59,8 @@ def main() -> None:
     outcome |= {
         "KL to the reference": f"{kl:.2f} nats per completion",
         "memory": launch.megabytes(trained),
-        "saved in": args.output_dir,
     }
-    launch.report("Result", outcome, args.output_dir)
+    launch.report("Result", outcome, args, script)
 
 
 if __name__ == "__main__":

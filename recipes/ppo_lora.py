@@ -88,8 +88,8 @@ def main() -> None:
     if script.dataset == "demo":
         outcome["exam after"] = demo.run_exam(base, tokenizer)
     kl = launch.kl_to_reference(base, tokenizer, prompts, **how)
-    outcome |= {"KL to the reference": f"{kl:.2f} nats per completion", "saved in": args.output_dir}
-    launch.report("Result", outcome, args.output_dir)
+    outcome |= {"KL to the reference": f"{kl:.2f} nats per completion"}
+    launch.report("Result", outcome, args, script)
 
 
 if __name__ == "__main__":

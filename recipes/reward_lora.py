@@ -30,7 +30,8 @@ def main() -> None:
             "data": f"{len(data.train)} rows of {script.dataset!r}, {len(data.test)} held out{script.read_as}",
         },
     )
-    for member in launch.members(args, script.ensemble):
+    members = launch.members(args, script.ensemble)
+    for member in launch.unfinished(members):
         trainer = FeedbackRewardTrainer(
             args=member,
             train_dataset=data.train,
@@ -47,7 +48,7 @@ def main() -> None:
         del trainer  # its base makes room for the next one
         launch.free_memory()
 
-    folders = launch.member_folders(args, script.ensemble)
+    folders = [member.output_dir for member in members]
     tokenizer, rows = AutoTokenizer.from_pretrained(folders[0]), args.per_device_eval_batch_size
     base: SharedBase = launch.load_shared_base(model_args, policy=model.start, value="head", reward=folders)
     answers = launch.scored_answers(base, tokenizer, data.held_out, rows)
@@ -71,11 +72,13 @@ def main() -> None:
             "mean score": f"{judgement.mean:.2f}; the reference's {judgement.shown('reference_mean', '.2f')}",
             "rank correlation with length": judgement.shown("length_correlation", ".2f"),
             "memory": launch.megabytes(base),
-            "saved in": f"{args.output_dir} (use it with recipes/ppo_lora.py --reward_adapter {' '.join(folders)})",
         },
-        args.output_dir,
-        folders,
+        args,
+        script,
+        members,
     )
+    if args.should_save:
+        print(f"Use it with recipes/ppo_lora.py --reward_adapter {' '.join(folders)}")
 
 
 if __name__ == "__main__":

@@ -135,6 +135,11 @@ def rollout(lengths: list[int], ended: list[bool], prompt_lengths: list[int] | N
     )
 
 
+def recomputes(model: torch.nn.Module) -> bool:
+    """Whether any layer recomputes its activations in backward. The model's own word for it has changed name."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def _config(**changes: Any) -> LlamaConfig:
     settings: dict[str, Any] = {
         "vocab_size": 5 + len(WORDS),

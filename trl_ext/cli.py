@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_feedback(rooms)
     _add_doctor(rooms)
     _add_adapters(rooms)
+    _add_evaluation(rooms)
     chosen = parser.parse_args(arguments)
     try:
         return int(getattr(import_module("trl_ext.commands"), chosen.run)(chosen))
@@ -90,11 +91,14 @@ def _add_adapters(rooms: Any) -> None:
     merge = rooms.add_parser("merge", help="write the base with a saved adapter merged into it")
     score = rooms.add_parser("score", help="score a file of answers by a saved reward adapter")
     chat = rooms.add_parser("chat", help="talk to a saved policy")
-    for name, command in (("merge", merge), ("score", score), ("chat", chat)):
+    for name, command in (("score", score), ("chat", chat)):
         command.add_argument("adapter", help="folder of the adapter")
         command.add_argument("--base", metavar="MODEL", help="name or folder of the base; without it, the adapter's")
         command.set_defaults(run=name)
-    merge.add_argument("output_dir", type=Path, help="where the merged model goes")
+    merge.add_argument("base", nargs="?", help="name or folder of the base; without it, the adapter's")
+    merge.add_argument("--policy", required=True, metavar="FOLDER", help="of the adapter; a reward model's too")
+    merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the merged model goes")
+    merge.set_defaults(run="merge")
     merge.add_argument("--dtype", default="auto", help="of its weights: auto, float32, bfloat16, float16")
     for command in (score, chat):
         command.add_argument("--load_in_4bit", action="store_true", help="hold the base in 4 bits (NF4)")
@@ -103,6 +107,47 @@ def _add_adapters(rooms: Any) -> None:
     _add_columns(score)
     chat.add_argument("--max_new_tokens", type=int, default=256, help="most tokens of an answer")
     chat.add_argument("--temperature", type=float, default=1.0, help="of the sampling")
+
+
+def _add_evaluation(rooms: Any) -> None:
+    sample = rooms.add_parser("sample", help="write the answers of one or more policies to a file of prompts")
+    evaluate = rooms.add_parser("evaluate", help="lay policies side by side: figures and win rates")
+    for name, command in (("sample", sample), ("evaluate", evaluate)):
+        command.add_argument("base", help="name or folder of the base, or 'demo'")
+        command.add_argument(
+            "--policy",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="NAME=FOLDER",
+            help="a saved adapter and what to call it; NAME=base is the bare base",
+        )
+        command.add_argument(
+            "--prompts", required=True, metavar="FILE", help="in any form that feedback has; or 'demo'"
+        )
+        command.add_argument("--per-prompt", type=int, default=1, metavar="N", help="answers of each policy to each")
+        command.add_argument(
+            "--reward", nargs="+", action="extend", default=[], metavar="FOLDER", help="reward adapters that score"
+        )
+        command.add_argument(
+            "--function", nargs="+", action="extend", default=[], metavar="PATH", help="reward functions, dotted path"
+        )
+        command.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="most tokens of an answer")
+        command.add_argument("--temperature", type=float, default=1.0, help="of the sampling; 0: the likeliest token")
+        command.add_argument("--seed", type=int, default=0, help="of the random numbers")
+        command.add_argument("--batch-size", type=int, default=32, metavar="N", help="answers at a time")
+        command.add_argument("--load_in_4bit", action="store_true", help="hold the base in 4 bits (NF4)")
+        _add_columns(command)
+        command.set_defaults(run=name)
+    sample.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, .jsonl")
+    sample.add_argument("--pick", choices=("disagreement", "closeness", "random"), help="keep what is worth rating")
+    sample.add_argument("--of", choices=("pairs", "answers"), default="pairs", help="what is picked")
+    sample.add_argument("--items", type=int, metavar="N", help="how many are picked")
+    evaluate.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    evaluate.add_argument("--judge", metavar="JUDGE", help="reward:FOLDER, function:PATH, url:MODEL@URL or people")
+    evaluate.add_argument("--rubric", type=Path, metavar="FILE", help="what a language model judges by")
+    evaluate.add_argument("--judge-key", metavar="VARIABLE", help="environment variable with the key for the URL")
+    evaluate.add_argument("--store", type=Path, metavar="FILE", help="what people said: they judge, or are compared")
 
 
 def _add_columns(command: argparse.ArgumentParser) -> None:

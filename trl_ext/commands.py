@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 from rich.text import Text
 
-from trl_ext import diagnostics, feedback
+from trl_ext import demo, diagnostics, evaluation, feedback
 from trl_ext.diagnostics.catalogue import all_clear
 from trl_ext.diagnostics.pages import page
 from trl_ext.feedback.reading import renaming
-from trl_ext.launch import load_texts, trained
+from trl_ext.launch import import_functions, load_prompts, load_texts, trained
 
 
 def doctor(chosen: Namespace) -> int:
@@ -37,7 +40,10 @@ def explain(chosen: Namespace) -> int:
 
 
 def report(chosen: Namespace) -> int:
-    print(diagnostics.write_report(chosen.run_dirs, chosen.output))
+    names = ("evaluation.json", "*/evaluation.json")
+    evaluations = [file for run in chosen.run_dirs for name in names for file in sorted(Path(run).glob(name))]
+    sections = [evaluation.section(json.loads(file.read_text(encoding="utf-8"))) for file in evaluations]
+    print(diagnostics.write_report(chosen.run_dirs, chosen.output, sections))
     return 0
 
 
@@ -77,8 +83,8 @@ def check(chosen: Namespace) -> int:
 
 
 def merge(chosen: Namespace) -> int:
-    difference = trained.merge(chosen.adapter, chosen.output_dir, chosen.base, chosen.dtype)
-    print(f"{chosen.output_dir} (at most {difference:.1g} from the adapter on its base)")
+    difference = trained.merge(chosen.policy, chosen.out, chosen.base, chosen.dtype)
+    print(f"{chosen.out} (at most {difference:.1g} from the adapter on its base)")
     return 0
 
 
@@ -104,6 +110,75 @@ def chat(chosen: Namespace) -> int:
     sampling = {"max_new_tokens": chosen.max_new_tokens, "temperature": chosen.temperature}
     trained.chat(chosen.adapter, ask, chosen.base, chosen.load_in_4bit, **sampling)
     return 0
+
+
+def sample(chosen: Namespace) -> int:
+    cast, functions = _cast(chosen)
+    everything = chosen.out
+    if chosen.pick:
+        evaluation.check_pick(chosen.pick, chosen.of, len(chosen.reward), len(functions), chosen.items)
+        everything = chosen.out.with_name(f"{chosen.out.stem}.all{chosen.out.suffix}")
+    prompts = load_prompts(chosen.prompts, chosen.columns)
+    how, loading = _sampling(chosen), trained.loading(chosen.load_in_4bit)
+    rows = evaluation.sample(cast, prompts, everything, how, functions, loading)
+    if chosen.pick:
+        rows = evaluation.pick(rows, chosen.pick, chosen.items, chosen.of, chosen.seed)
+        evaluation.write_rows(chosen.out, rows)
+    print(f"{len(rows):,} answers to {len(prompts):,} prompts in {chosen.out}")
+    return 0
+
+
+def evaluate(chosen: Namespace) -> int:
+    cast, functions = _cast(chosen)
+    judge = evaluation.Spec.of(chosen.judge) if chosen.judge else None
+    if judge is not None and judge.kind == "reward":
+        judge = replace(judge, value=_adapter(judge.value, chosen))
+    if judge is not None and judge.kind == "function":
+        judge = replace(judge, function=import_functions([judge.value])[0])
+    if chosen.judge_key and chosen.judge_key not in os.environ:
+        raise ValueError(f"The environment variable {chosen.judge_key!r} is not set: put the judge's key there.")
+    result = evaluation.evaluate(
+        cast,
+        load_prompts(chosen.prompts, chosen.columns),
+        chosen.out,
+        judge,
+        _sampling(chosen),
+        functions,
+        trained.loading(chosen.load_in_4bit),
+        people=None if chosen.store is None else partial(_said_by_people, chosen.store),
+        rubric=chosen.rubric.read_text(encoding="utf-8") if chosen.rubric else evaluation.RUBRIC,
+        key=os.environ[chosen.judge_key] if chosen.judge_key else None,
+    )
+    evaluation.print_result(result)
+    print(f"{chosen.out / 'evaluation.json'}, {chosen.out / 'evaluation.html'}")
+    return 0
+
+
+def _cast(chosen: Namespace) -> tuple[evaluation.Cast, list[Any]]:
+    base = demo.model_path() if chosen.base == "demo" else chosen.base
+    rewards = [_adapter(folder, chosen) for folder in chosen.reward]
+    return evaluation.Cast.checked(base, chosen.policy, rewards), import_functions(chosen.function)
+
+
+def _adapter(reward: str, chosen: Namespace) -> str:
+    return str(demo.reward_adapter(load_in_4bit=chosen.load_in_4bit)) if reward == "demo" else reward
+
+
+def _sampling(chosen: Namespace) -> evaluation.Sampling:
+    return evaluation.Sampling(
+        *(chosen.per_prompt, chosen.max_new_tokens, chosen.temperature, chosen.seed), batch_size=chosen.batch_size
+    )
+
+
+def _said_by_people(store: Path, rows: Sequence[evaluation.Row]) -> list[evaluation.Comparison]:
+    """What people said about pairs of these answers, of a JSON lines file: {"id_a": ..., "id_b": ..., "outcome": 1.0,
+    "rater": ...}; none where there is no such file yet."""
+    if not store.exists():
+        return []
+    said = load_texts(str(store))
+    if missing := {"id_a", "id_b", "outcome"} - set(said.column_names):
+        raise ValueError(f"The file {str(store)!r} holds no comparisons by people: it has no {sorted(missing)[0]!r}.")
+    return evaluation.by_people(((r["id_a"], r["id_b"], r["outcome"], r.get("rater")) for r in said), rows)
 
 
 def convert(chosen: Namespace) -> int:

@@ -166,14 +166,16 @@ def exact(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[flo
 
 
 def cut_prompts(rows: Dataset) -> Dataset:
-    """Only the first four tokens of each question."""
+    """Some facts before each question, none to eleven of them, and of all that the first 16 tokens."""
     tokenizer = AutoTokenizer.from_pretrained(demo.model_path())
+    facts = [f"The capital of {name} is {capital}." for name, capital in capitals().items()]
 
-    def cut(row: dict[str, Any]) -> dict[str, Any]:
-        ids = tokenizer(as_text(row["prompt"]), truncation=True, max_length=4)["input_ids"]
+    def cut(row: dict[str, Any], i: int) -> dict[str, Any]:
+        text = " ".join([*facts[: i % 12], as_text(row["prompt"])])
+        ids = tokenizer(text, truncation=True, max_length=16)["input_ids"]
         return {"prompt": [{"role": "user", "content": tokenizer.decode(ids)}]}
 
-    return rows.map(cut)
+    return rows.map(cut, with_indices=True)
 
 
 def longer_wins(pairs: Dataset, seed: int) -> Dataset:
@@ -341,7 +343,7 @@ CASES: tuple[Case, ...] = (
         functions=(share_right, detail),
     ),
     Case(
-        "prompts_truncated", "ppo", "prompts cut to four tokens", prompts=cut_prompts, cure={}, cured_by="whole prompts"
+        "prompts_truncated", "ppo", "prompts cut to 16 tokens", prompts=cut_prompts, cure={}, cured_by="whole prompts"
     ),
     Case("overfit", "reward", "80 pairs, 40 epochs", {"num_train_epochs": 40, "eval_steps": 20}, pairs=few),
     Case(

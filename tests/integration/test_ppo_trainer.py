@@ -498,10 +498,11 @@ def test_a_checkpoint_is_pushed_from_where_it_stays(tmp_path: Path, monkeypatch:
         assert not (tmp_path / "out" / "unfinished").exists() and (Path(folder) / "trainer_state.json").is_file()
         pushed.append(Path(folder))
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("transformers.Trainer._push_from_checkpoint", push)
     monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda *_, **__: None)
     monkeypatch.setattr("transformers.Trainer.push_to_hub", lambda *_, **__: None)
-    trainer = trainer_for(tmp_path, save_strategy="steps", save_steps=2, push_to_hub=True)
+    trainer = trainer_for(tmp_path, save_strategy="steps", save_steps=2, push_to_hub=True, hub_token="hf_mine")
     trainer.train()
     assert pushed == [tmp_path / "out" / f"checkpoint-{step}" for step in (2, 4)]
 

@@ -71,8 +71,25 @@ def two(folder: Path, model: str) -> Run:
 
 @pytest.mark.slow
 def test_two_processes_equal_one(folder: Path, model: str, two: Run) -> None:
-    one, its_logs = run(model, folder / "one", 1)
-    both, their_logs = two
+    assert_equal(run(model, folder / "one", 1), two)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_stream(folder: Path, model: str) -> None:
+    assert_equal(run(model, folder / "one_stream", 1, "stream"), run(model, folder / "two_stream", 2, "stream"))
+
+
+@pytest.mark.slow
+def test_a_bad_row_of_a_stream_ends_both_processes_after_a_checkpoint(folder: Path, model: str) -> None:
+    done = start(model, folder / "bad", 2, "bad")
+    assert done.returncode != 0
+    assert done.stderr.count("The prompt in row 60 of train_dataset is 7") >= 2, "each process says why"
+    assert (folder / "bad" / "checkpoint-3" / "trainer_state.json").is_file()
+
+
+def assert_equal(one_process: Run, two_processes: Run) -> None:
+    one, its_logs = one_process
+    both, their_logs = two_processes
     assert len(its_logs) == len(their_logs)
     for ours, theirs in zip(its_logs, their_logs, strict=True):
         assert set(ours) == set(theirs)
@@ -95,7 +112,7 @@ def test_two_processes_go_on_in_a_later_epoch_as_if_never_interrupted(folder: Pa
     assert last["objective/scores"] == its_last["objective/scores"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_demo_s_reward_adapter_is_trained_by_one_process_for_all(folder: Path) -> None:
     """RewardTrainer would wait for the other process, which waits for its lock."""
     whole = demo.build()

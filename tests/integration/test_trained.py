@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.helpers import CHAT_TEMPLATE, saved_model, word_tokenizer
 from tests.parity import tiny
@@ -25,7 +25,8 @@ def home(tmp_path: Path) -> tiny.Home:
 
 @torch.no_grad()
 def test_merged_policy_and_reward_model(home: tiny.Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["merge", str(home.saved / "policy"), str(tmp_path / "merged")]) == 0
+    policy, out = str(home.saved / "policy"), str(tmp_path / "merged")
+    assert main(["merge", str(home.base_folder), "--policy", policy, "--out", out]) == 0
     assert "from the adapter on its base" in capsys.readouterr().out
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     alone = AutoPeftModelForCausalLM.from_pretrained(home.saved / "policy")
@@ -35,10 +36,23 @@ def test_merged_policy_and_reward_model(home: tiny.Home, tmp_path: Path, capsys:
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
 
     reward = tiny.save_reward_adapter(tmp_path / "reward", Path(home.base_folder), seed=3)
-    assert main(["merge", str(reward), str(tmp_path / "judge")]) == 0
+    assert main(["merge", "--policy", str(reward), "--out", str(tmp_path / "judge")]) == 0
     judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge")
     expected = tiny.load_classifier(reward, Path(home.base_folder))(IDS).logits
     torch.testing.assert_close(judge(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_token_that_the_model_lacks_stays_behind(home: tiny.Home, tmp_path: Path) -> None:
+    """A pad token that somebody added, say: llama.cpp's converter refuses ids beyond the embeddings."""
+    tokenizer = tiny.make_tokenizer()
+    vocabulary, tokenizer.chat_template = len(tokenizer), CHAT_TEMPLATE
+    tokenizer.add_special_tokens({"pad_token": "[ADDED]"})
+    assert len(tokenizer) > AutoModelForCausalLM.from_pretrained(home.base_folder).config.vocab_size
+    tokenizer.save_pretrained(home.saved / "policy")
+    with pytest.warns(UserWarning, match=r"has '\[ADDED\]' and the model has \d+ ids only"):
+        trained.merge(home.saved / "policy", tmp_path / "merged")
+    written = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert len(written) == vocabulary and written.chat_template == CHAT_TEMPLATE
 
 
 def test_a_merge_that_gives_another_function_is_refused(tmp_path: Path) -> None:
@@ -96,8 +110,8 @@ def test_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["merge", "{model}", "{new}"], "holds no adapter_config.json"),
-        (["merge", "{adapter}", "{model}"], "is not empty"),
+        (["merge", "{model}", "--policy", "{model}", "--out", "{new}"], "holds no adapter_config.json"),
+        (["merge", "--policy", "{adapter}", "--out", "{model}"], "is not empty"),
         (["score", "{adapter}", "{rows}", "--out", "{new}"], "no column 'completion'"),
         (["score", "{adapter}", "{rows}", "--out", "nowhere/new"], "does not exist: make it"),
         (["chat", "nowhere"], "holds no adapter_config.json"),

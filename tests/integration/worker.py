@@ -1,8 +1,9 @@
 """One process of a PPO run on a tiny model; tests/integration/test_processes.py starts one of it, or two.
 
-python worker.py MODEL OUT [CHECKPOINT | fail]      # beside what torchrun sets
+python worker.py MODEL OUT [CHECKPOINT | fail | stream | bad]      # beside what torchrun sets
 
-CHECKPOINT: go on from there. "fail": in the first evaluation, on the last process alone.
+CHECKPOINT: go on from there. "fail": in the first evaluation, on the last process alone. "stream": the prompts come one
+by one. "bad": so they do, and one of the second rollout, which the last process answers, is none.
 """
 
 import json
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 from accelerate import PartialState
+from datasets import IterableDataset
 from peft import LoraConfig
 from safetensors.torch import save_file
 
@@ -58,17 +60,21 @@ def main() -> None:
         disable_tqdm=True,
     )
     prompts = prompt_dataset(70)
+    stream = prompts.to_iterable_dataset().shuffle(seed=1, buffer_size=20)
+    rows = [*stream.take(60), {"prompt": 7, "animal": "cat"}]
+    bad = IterableDataset.from_generator(lambda: iter(rows))
+    given = {"stream": stream, "bad": bad}.get(sys.argv[-1], prompts)
     trainer = PPOTrainer(
         model,
         [cats, short],
         args,
-        prompts,
+        given,
         prompts.select(range(5)),  # uneven, for two processes and for batches of four
         word_tokenizer(),
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[AdaptiveKLCallback(PIKLController(init=0.1, target=0.5, horizon=64)), DiagnosticsCallback()],
     )
-    trainer.train(resume_from_checkpoint=next((word for word in sys.argv[3:] if word != "fail"), None))
+    trainer.train(resume_from_checkpoint=next((word for word in sys.argv[3:] if "checkpoint" in word), None))
     if trainer.is_world_process_zero():
         trained = {name: p.detach().clone() for name, p in trainer.base.named_parameters() if p.requires_grad}
         save_file(trained, out / "trained.safetensors")

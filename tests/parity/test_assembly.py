@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -347,8 +349,13 @@ def test_a_checkpoint_that_was_saved_quantised_is_loaded_as_it_was_saved(
         assert base.causal_lm.dtype == torch.float32 and files.is_quantized(base.causal_lm)
         got = base.eval().logprobs(*batch.args, role="reference")
         assert (got - expected).abs().max() < 1e-3 < (got - unquantised).abs().max()
-    with pytest.warns(UserWarning, match=r"dtype is torch\.bfloat16, but .* was saved quantised.* in torch\.float32"):
-        SharedBase.from_pretrained(name, dtype=torch.bfloat16)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        base = SharedBase.from_pretrained(name, dtype=torch.bfloat16)
+    message = r"dtype is torch\.bfloat16, but .* was saved quantised.* in torch\.float32"
+    told = any(warned.category is UserWarning and re.search(message, str(warned.message)) for warned in said)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).dtype  # older Transformers obey
+    assert base.causal_lm.dtype == plain and told == (plain == torch.float32)
     with pytest.raises(ValueError, match="was saved with a quantization_config of its own, and another one was given"):
         other = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
         SharedBase.from_pretrained(name, quantization_config=other)

@@ -83,7 +83,7 @@ def by_one_generate(model: Any, prompts: list[list[int]], config: GenerationConf
 
 def forwards(base: SharedBase, prompts: list[list[int]], config: GenerationConfig) -> list[tuple[int, int]]:
     """Rows and columns of every forward, in one batch."""
-    assert base.pads_left and base.generates  # tried now, or they would be counted
+    assert base.pads_left and base.generate_fault is None  # tried now, or they would be counted
     shapes: list[tuple[int, int]] = []
 
     def note(module: Any, args: Any, kwargs: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from tests.helpers import TOLERANCE
+from tests.helpers import TOLERANCE, recomputes
 from tests.parity import ppo, tiny
 from trl_ext import SharedBase
 
@@ -35,7 +35,7 @@ def test_minibatch_gradients(
     assert trainer.base is base
     if checkpointing:
         base.gradient_checkpointing_enable()
-    assert base.causal_lm.is_activation_checkpointing == checkpointing
+    assert recomputes(base.causal_lm) == checkpointing
     experience = ppo.make_experience(trainer)
     reference = (ppo.separately_dequantised if quantised else ppo.separately)(base_folder, tmp_path / "saved")
     expected = reference(base, experience, trainer.args)
@@ -94,7 +94,7 @@ def test_gradients_of_a_real_run(base_folder: Path, tmp_path: Path, value: str) 
     recorder.trainer = trainer
     trainer.add_callback(recorder)
     trainer.train()
-    assert len(recorder.steps) == 4 and base.causal_lm.is_activation_checkpointing
+    assert len(recorder.steps) == 4 and recomputes(base.causal_lm)
     for got, expected in recorder.steps:
         ppo.check(got, expected)
     logged = [row for row in trainer.state.log_history if "policy/approxkl_avg" in row]
@@ -271,7 +271,7 @@ def test_trls_view_of_the_policy_recomputes_under_the_right_role(tmp_path: Path)
         hidden = value_model.trunk(input_ids=batch.ids, attention_mask=batch.mask, output_hidden_states=True)
         value_model.score(hidden.hidden_states[-1]).sum().backward()
         gradients.append({name: p.grad.clone() for name, p in base.named_parameters() if p.grad is not None})
-    assert base.causal_lm.is_activation_checkpointing
+    assert recomputes(base.causal_lm)
     assert any(".value." in name for name in gradients[0]) and gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(

@@ -17,6 +17,7 @@ from transformers import (
     RobertaConfig,
     RwkvConfig,
     XLMConfig,
+    XLNetConfig,
 )
 
 from tests.helpers import DEVICE, TOLERANCE
@@ -26,7 +27,7 @@ from tests.zoo import configs as zoo
 from trl_ext import SharedBase
 from trl_ext.generation import TransformersGenerator
 from trl_ext.ppo.building import without_dropout
-from trl_ext.roles.packing import Packing, can_generate, can_pack, can_pad_left, stacked
+from trl_ext.roles.packing import Packing, can_pack, can_pad_left, fault_of_generate, stacked
 from trl_ext.tokens import longest_row
 
 PROMPTS, ANSWERS = (4, 1, 2, 3, 2, 4), (8, 1, 2, 1, 6, 5)
@@ -266,7 +267,7 @@ def test_models_that_padding_shifts_answer_prompts_of_one_length_together() -> N
 def test_other_models_may_be_padded_on_the_left_and_sample_what_they_read(family: str) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny.config_of(family)).to(DEVICE)
-    assert can_pad_left(model) and can_generate(model)
+    assert can_pad_left(model) and fault_of_generate(model) is None
 
 
 SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2}
@@ -297,6 +298,20 @@ def test_a_model_that_samples_otherwise_than_it_reads_is_refused(config: Any, dt
     base = SharedBase.from_model(model.to(dtype), policy=tiny.new_lora())
     with pytest.raises(ValueError, match="cannot be trained on its own samples"):
         base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_a_model_whose_generate_fails_is_refused_with_what_it_says() -> None:
+    """Plain XLNet cannot even answer two prompts in one batch."""
+    torch.manual_seed(0)
+    config = XLNetConfig(vocab_size=32, d_model=16, n_layer=2, n_head=2, d_inner=32, attn_type="uni")
+    model = AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
+    ids = torch.tensor([[3, 4, 6], [9, 8, 7]], device=DEVICE)
+    with pytest.raises(RuntimeError, match="output with shape"):
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    base = SharedBase.from_model(model, policy=tiny.new_lora())
+    with pytest.raises(ValueError, match=r"on its own samples: .*fails on two prompts of it \(output with shape"):
+        base.check_generates()
 
 
 def test_short_rows_do_not_tell_whether_an_attention_to_blocks_of_tokens_can_be_packed_or_padded() -> None:

@@ -48,6 +48,8 @@ ENVIRONMENTS = [
     Environment("no VADER", "ppo", "--reward_funcs trl_ext.rewards.sentiment.vader_sentiment", "The sentiment reward needs vaderSentiment: pip install 'trl-ext[sentiment]'.", without="vaderSentiment"),
     Environment("no matplotlib", "trl-ext", "feedback check rated_twice.jsonl --picture ratings.png", "Pictures need matplotlib: pip install 'trl-ext[feedback]'.", without="matplotlib"),
     Environment("no Hub", "ppo", "--model_name_or_path nobody/nothing", "nobody/nothing", variables={"HF_HUB_OFFLINE": "1"}),
+    Environment("a push without the Hub", "reward", "--push_to_hub true", "push_to_hub is set, but HF_HUB_OFFLINE switches the Hub off: unset that, or leave it out, and upload", variables={"HF_HUB_OFFLINE": "1"}),
+    Environment("a push without a token", "dpo", "--push_to_hub true", "push_to_hub is set, but there is no token for the Hub: log in with `hf auth login`, or give hub_token, or leave it out, and upload", variables={"HF_HUB_OFFLINE": "0", "HF_TOKEN": "", "HF_TOKEN_PATH": "nowhere"}),
     Environment("one of two processes alone", "ppo", "", "MASTER_ADDR", variables={"WORLD_SIZE": "2", "RANK": "1"}),
     Environment("a precision that accelerate does not know", "ppo", "", "Unknown mixed_precision mode: fp17.", variables={"ACCELERATE_MIXED_PRECISION": "fp17"}),
 ]

@@ -81,6 +81,10 @@ def test_a_recipe_runs_end_to_end(
     assert "Result" in said
     assert "saved in" in said
     assert (out / "adapter_model.safetensors").is_file()
+    card, result = (out / "README.md").read_text(encoding="utf-8"), json.loads((out / "result.json").read_text("utf-8"))
+    measured = {"reward": ["held-out pair accuracy"], "ppo": ["exam before", "exam after"], "dpo": ["exam after"]}
+    assert all(f"| {name} | {result[name]} |" in card for name in measured[recipe])
+    assert "library_name: peft" in card and "## The run" in card and str(tmp_path) not in card
     if recipe == "reward":
         base = SharedBase.from_pretrained(demo.model_path(), value="head", reward=out)
         assert base.has_role("reward")
@@ -101,7 +105,7 @@ def test_an_ensemble_is_trained_and_scores_in_ppo(
     out = tmp_path / "out"
     ensemble = ["--ensemble", "2", *QUICK["reward"], "--output_dir", str(out)]
     run(monkeypatch, "reward", *ensemble)
-    assert "share on which two agree" in capsys.readouterr().out
+    said = capsys.readouterr().out
     folders = [out / "0", out / "1"]
     weights = [load_file(folder / "adapter_model.safetensors") for folder in folders]
     assert weights[0].keys() == weights[1].keys()
@@ -111,7 +115,8 @@ def test_an_ensemble_is_trained_and_scores_in_ppo(
     assert seeds == [42, 43]
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     assert result["accuracy of each"].count("%") == 2
-    assert result["saved in"].endswith(f"--reward_adapter {folders[0]} {folders[1]})")
+    assert "share on which two agree" in said and f"--reward_adapter {folders[0]} {folders[1]}\n" in said
+    assert all((folder / "README.md").is_file() and (folder / "report.html").is_file() for folder in folders)
 
     with pytest.raises(SystemExit, match="holds a run already"):
         run(monkeypatch, "reward", *ensemble)
@@ -148,6 +153,8 @@ def test_ratings_of_one_answer_a_prompt_make_a_reward_model(tmp_path: Path, monk
         "no",
     ]
     run(monkeypatch, "reward", *given, "--output_dir", str(out))
+    shown = json.loads((out / "result.json").read_text(encoding="utf-8"))["held-out pair accuracy"]
+    assert shown == "none (no two of the answers belong to one prompt and were judged unlike)"
     judged = json.loads((out / "judgement.json").read_text(encoding="utf-8"))
     assert judged["answers"] == 20 and judged["pairs"] == 0 and -1 <= judged["spearman"] <= 1
     with pytest.raises(SystemExit, match="holds a run already"):

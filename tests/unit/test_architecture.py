@@ -29,6 +29,7 @@ LOGIC = {
     "controllers",
     "callbacks",
     "diagnostics",
+    "hub",
 }
 
 # room -> rooms that it may import. A room is a folder or a file directly under trl_ext/.
@@ -44,13 +45,15 @@ ARROWS: dict[str, set[str]] = {
     "feedback": {"types", "_moved"},
     "roles": {"core", "tokens"},
     "diagnostics": {"core", "types"},
+    "hub": {"diagnostics"},
+    "evaluation": {"core", "diagnostics", "feedback", "generation", "rewards", "roles", "tokens", "types"},
     "callbacks": {"controllers", "core", "diagnostics", "types"},
     "reward_models": LOGIC | {"_trl"},
     "ppo": LOGIC | {"_trl"},
     "demo": {"types", "_trl"},
     "launch": LOGIC | {"ppo", "reward_models", "demo", "_trl"},
     "cli": {"commands", "launch"},
-    "commands": LOGIC | {"ppo", "reward_models", "demo", "launch", "_trl"},
+    "commands": LOGIC | {"evaluation", "ppo", "reward_models", "demo", "launch", "_trl"},
     "_trl": set(),
     "trainers": {"_moved"},
     "__init__": LOGIC | {"ppo", "reward_models"},

@@ -38,16 +38,12 @@ OVERRIDDEN: dict[tuple[str, str], str] = {
     (TRAINER, "_save_optimizer_and_scheduler"): "self, output_dir",
     (TRAINER, "_set_signature_columns_if_needed"): "self",
     ("transformers.training_args.TrainingArguments", "_VALID_DICT_FIELDS"): VALUE,
-    (TRL_BASE, "_name"): VALUE,
-    (TRL_BASE, "_paper"): VALUE,
     (TRL_BASE, "_send_telemetry"): "self",
-    (TRL_BASE, "_tag_names"): VALUE,
     (REWARD_TRAINER, "_prepare_dataset"): "self, dataset, processing_class, args, dataset_name",
 }
 # What the package calls, reads or writes to.
 USED: dict[tuple[str, str], str] = {
     (TRAINER, "_get_dataloader"): "self, dataset, description, batch_size, sampler_fn=, is_training=, dataloader_key=",
-    (TRAINER, "_initial_global_step"): VALUE,
     (REWARD_TRAINER, "_metrics"): VALUE,
     ("trl.trainer.base_config", "_BaseConfig"): CLASS,
     ("trl.trainer.base_trainer", "_BaseTrainer"): CLASS,

@@ -101,7 +101,11 @@ SICK: dict[str, dict[str, Any]] = {
         "rewards/other/std": 1.0,
         "rewards/correlation/judge~other": -0.8,
     },
-    "prompts_truncated": {"prompts/at_max_length": 0.97},
+    "prompts_truncated": {
+        "prompts/at_max_length": 0.9,
+        "prompts/min_length": [9.0, 14.0] * 8,
+        "prompts/max_length": [24.0] * 16,
+    },
 }
 
 
@@ -171,6 +175,28 @@ def test_settings_that_the_trainer_lacks_are_no_remedy() -> None:
     (one,), (other,) = diagnose(known_in_part), diagnose(all_known)
     assert one.remedy.changes == {"score_normalization": "running"}
     assert other.remedy.changes == {} and other.remedy.text == one.remedy.text
+
+
+@pytest.mark.parametrize(
+    ("share", "shortest", "longest", "named"),
+    [
+        ([1.0] * 16, 24.0, 24.0, False),  # "Name the colour of a lemon.": one form, one length
+        ([0.81, 0.87] * 8, 11.0, 12.0, False),  # "What is 17 + 25?" and "What is 7 + 25?"
+        ([0.81, 0.87] * 8, 11.0, 64.0, True),
+        ([1.0, 0.98] * 8, 11.0, 64.0, True),  # here and there a rollout without a short one
+        ([0.7, 0.75] * 8, 11.0, 64.0, False),  # most of a form, the others shorter
+    ],
+)
+def test_prompts_of_one_form_are_not_cut(share: list[float], shortest: float, longest: float, named: bool) -> None:
+    lengths = {"prompts/min_length": [shortest] * 16, "prompts/max_length": [longest] * 16}
+    found = diagnose(log_of(**{"prompts/at_max_length": share, **lengths}))
+    assert [finding.name for finding in found] == ["prompts_truncated"] * named
+    assert all("64 tokens. The shortest has 11." in finding.evidence for finding in found)
+
+
+def test_prompts_that_are_all_equally_long_are_not_cut() -> None:
+    """Whether or not the log has their lengths."""
+    assert diagnose(log_of(**{"prompts/at_max_length": [1.0] * 16})) == []
 
 
 def test_one_function_may_drown_the_others() -> None:

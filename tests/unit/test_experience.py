@@ -240,6 +240,8 @@ def test_summary_by_hand(tmp_path: Path) -> None:
         "completions/distinct": 1,
         "completions/score_length_correlation": 0,  # of two rows
         "prompts/mean_length": 2,
+        "prompts/min_length": 2,
+        "prompts/max_length": 2,
         "prompts/at_max_length": 1,
         "prompts/distinct": 1,
         "val/sampling_gap": sum(GAPS) / 4,

@@ -33,18 +33,21 @@ def settings(folder: Path, **changes: Any) -> FeedbackRewardConfig:
 def test_each_member_has_a_seed_and_a_folder_of_its_own(tmp_path: Path) -> None:
     args = settings(tmp_path, seed=5, data_seed=7)
     drawn = []
-    for i, own in enumerate(launch.members(args, 3)):
+    for i, own in enumerate(launch.unfinished(launch.members(args, 3))):
         assert (own.seed, own.data_seed, own.output_dir) == (5 + i, 7 + i, str(tmp_path / str(i)))
         drawn.append(torch.rand(3))
     assert [not torch.equal(drawn[i], drawn[j]) for i, j in ((0, 1), (0, 2), (1, 2))] == [True] * 3
     assert (args.seed, args.data_seed, args.output_dir) == (5, 7, str(tmp_path))
-    assert [own.data_seed for own in launch.members(settings(tmp_path), 2)] == [None, None]
+    two = launch.members(settings(tmp_path / "judges", hub_model_id="me/judge"), 2)
+    assert [(own.data_seed, own.hub_model_id) for own in two] == [(None, "me/judge-0"), (None, "me/judge-1")]
+    two = launch.members(settings(tmp_path / "judges"), 2)
+    assert [own.hub_model_id for own in two] == ["judges-0", "judges-1"]
 
 
 def test_one_is_the_run_itself(tmp_path: Path) -> None:
     args = settings(tmp_path)
     assert [own is args for own in launch.members(args, 1)] == [True]
-    assert launch.member_folders(args, 1) == [str(tmp_path)]
+    assert [own is args for own in launch.unfinished([args])] == [True]
 
 
 def test_going_on_leaves_out_what_was_finished(tmp_path: Path) -> None:
@@ -52,7 +55,7 @@ def test_going_on_leaves_out_what_was_finished(tmp_path: Path) -> None:
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "trainer_state.json").write_text("{}", encoding="utf-8")
     (tmp_path / "1" / "checkpoint-4").mkdir(parents=True)
-    rest = list(launch.members(args, 3))
+    rest = list(launch.unfinished(launch.members(args, 3)))
     assert [(own.output_dir, own.resume_from_checkpoint) for own in rest] == [
         (str(tmp_path / "1"), str(tmp_path / "1" / "checkpoint-4")),
         (str(tmp_path / "2"), None),

@@ -593,6 +593,7 @@ def two_updates(zoo: Zoo, base: SharedBase) -> dict[str, float]:
         gradient_accumulation_steps=2, num_mini_batches=1, num_ppo_epochs=1, gradient_checkpointing=False,
         max_completion_length=6, logging_steps=1, disable_tqdm=True, report_to="none", save_strategy="no",
         use_cpu=True, bf16=False,
+        generation_kwargs={"suppress_tokens": [configs.PAD]},  # as in `generated`
     )  # fmt: skip
     trainer = PPOTrainer(
         model=base, args=args, train_dataset=ppo.prompts(16),

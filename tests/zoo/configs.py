@@ -66,6 +66,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {"sliding_attention": ROPE, "full_attention": ROPE},
     },
+    # Beyond it its generate forgets the prompt, unless positions are LongRoPE's, as all real checkpoints' are.
+    "phi4_multimodal": {"original_max_position_embeddings": CONTEXT},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}},
     "deepseek_v2": {"n_routed_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v4": {
@@ -205,6 +207,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama+longrope": ("llama", _rope("longrope")),
     "llama+yarn": ("llama", _rope("yarn")),
     "phi3+longrope": ("phi3", {**_rope("longrope"), "original_max_position_embeddings": 8}),
+    "phi4_multimodal+longrope": ("phi4_multimodal", {**_rope("longrope"), "original_max_position_embeddings": 8}),
     "falcon+alibi": ("falcon", {"alibi": True}),
     "falcon+new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "gpt_bigcode+heads": ("gpt_bigcode", {"multi_query": False}),

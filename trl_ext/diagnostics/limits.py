@@ -48,6 +48,7 @@ class Limits:
         dominates: times that one function's weighted spread exceeds every other's.
         gradient_growth: times the median of the first `least_rows` gradient norms.
         prompts_at_max_length: share of prompts exactly as long as the longest.
+        prompts_spread: tokens by which the shortest prompt is shorter than the longest.
         overfit_accuracy: training accuracy less held-out accuracy.
         overfit_loss: times its lowest that the held-out loss rises to.
         chance: distance of an accuracy from one half.
@@ -99,6 +100,7 @@ class Limits:
     dominates: float = 10.0
     gradient_growth: float = 100.0
     prompts_at_max_length: float = 0.8
+    prompts_spread: float = 8
     overfit_accuracy: float = 0.15
     overfit_loss: float = 1.2
     chance: float = 0.06

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from trl_ext.diagnostics.catalogue import all_clear, diagnose
 from trl_ext.diagnostics.charts import Line, line_chart, number, scatter
@@ -77,12 +77,15 @@ class Run:
     versions: dict[str, str]
 
 
-def write_report(folders: Sequence[str | Path], output: str | Path | None = None) -> Path:
+def write_report(
+    folders: Sequence[str | Path], output: str | Path | None = None, sections: Sequence[Markup] = ()
+) -> Path:
     """Write the report of one or two runs.
 
     Args:
         folders: output folders of one run or two.
         output: the file; None: report.html in the first folder.
+        sections: HTML to stand after the curves, such as that of an evaluation.
 
     Returns:
         The file's path.
@@ -90,16 +93,37 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     Raises:
         FileNotFoundError, ValueError: what `read_run` raises; or not one or two folders.
     """
-    if not 1 <= len(folders) <= 2:
-        raise ValueError(f"A report is about one run or two, not {len(folders)}.")
-    runs = [Run(Path(folder).resolve().name, read_run(folder), read_versions(folder)) for folder in folders]
+    html = Report(*folders, sections=sections).html
     path = Path(output) if output is not None else Path(folders[0]) / "report.html"
-    path.write_text(render(runs), encoding="utf-8")
+    path.write_text(html, encoding="utf-8")
     return path
 
 
-def render(runs: Sequence[Run]) -> str:
-    """The report as HTML. Everything that a model or a user wrote is escaped."""
+class Report:
+    """The report of one run or two, which a notebook shows where this is a cell's last line.
+
+    Args:
+        *folders: output folders of one run or two.
+        sections: as `write_report`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `write_report`.
+    """
+
+    def __init__(self, *folders: str | Path, sections: Sequence[Markup] = ()) -> None:
+        if not 1 <= len(folders) <= 2:
+            raise ValueError(f"A report is about one run or two, not {len(folders)}.")
+        runs = [Run(Path(f).resolve().name, read_run(f), read_versions(f)) for f in folders]
+        self.html = render(runs, sections)
+
+    def _repr_html_(self) -> str:
+        # A page of its own: neither its styles nor what a model said reach the notebook.
+        style = "width: 100%; height: 50rem; border: 1px solid #8884"
+        return f'<iframe sandbox="allow-scripts" style="{style}" srcdoc="{escape(self.html)}"></iframe>'
+
+
+def render(runs: Sequence[Run], sections: Sequence[Markup] = ()) -> str:
+    """The report as HTML. Everything that a model or a user wrote is escaped; `sections` are taken as they are."""
     environment = Environment(loader=PackageLoader("trl_ext.diagnostics"), autoescape=True)
     environment.filters["number"] = number
     return environment.get_template("report.html").render(
@@ -109,6 +133,7 @@ def render(runs: Sequence[Run]) -> str:
         charts=[chart for chart in _charts(runs) if chart["svg"]],
         samples_by_run=[(run, _shown(run.log.samples)) for run in runs],
         settings=_settings(runs),
+        sections=sections,
     )
 
 

@@ -109,18 +109,24 @@ def mode_collapse(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def prompts_truncated(log: RunLog, limits: Limits) -> Finding | None:
-    """Something cut the prompts to one length."""
-    share = log.series("prompts/at_max_length")
-    if not share or share.recent() < limits.prompts_at_max_length:
+    """Something cut the prompts to one length: most have it exactly, and the others are shorter by far.
+
+    Prompts of one form are alike in length too, but all of them: they are all equally long, or nearly.
+    """
+    share, shortest, longest = (log.series(f"prompts/{name}") for name in ("at_max_length", "min_length", "max_length"))
+    mean = share.recent(len(share))
+    if not share or not limits.prompts_at_max_length <= mean < 1:
         return None
-    length = log.series("prompts/mean_length").recent()
+    if shortest and max(longest.values) - min(shortest.values) < limits.prompts_spread:
+        return None
+    lengths = f": {max(longest.values):.0f} tokens. The shortest has {min(shortest.values):.0f}." if shortest else "."
     return Finding(
         name="prompts_truncated",
         severity="warning",
         title="Prompts look cut to one length",
         steps=(share.steps[0], share.steps[-1]),
-        evidence=f"{share.recent():.0%} of the prompts are exactly as long as the longest (mean {length:.0f} tokens).",
-        figures={"at_max_length": share.recent()},
+        evidence=f"{mean:.0%} of the prompts are exactly as long as the longest{lengths}",
+        figures={"at_max_length": mean},
         cause=(
             "the prompts were truncated before they reached the trainer, so the model answers questions that it "
             "cannot see."

@@ -10,6 +10,9 @@ from transformers.generation import ContinuousBatchingConfig
 
 from trl_ext.generation.rollouts import Answers, GenerationError, check_whole
 
+# Transformers before 5.18 calls a page a block.
+PAGE = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"
+
 
 class ContinuousGenerator:
     """The roles' own base answers: unlike vLLM this needs no second copy of its weights, and no adapter is written.
@@ -25,13 +28,16 @@ class ContinuousGenerator:
     """
 
     def __init__(self, base: Any, rows: int, settings: dict[str, Any] | None = None) -> None:
-        self.base, self._settings = base, {"max_requests_per_batch": rows, **(settings or {})}
+        settings = {PAGE if name == "page_size" else name: value for name, value in (settings or {}).items()}
+        self.base, self._settings = base, {"max_requests_per_batch": rows, **settings}
         try:
             config = ContinuousBatchingConfig(**self._settings)
         except TypeError as error:
             raise ValueError(f"transformers_continuous_batching_config: {error}") from error
-        if config.page_size < 1:
-            raise ValueError(f"transformers_continuous_batching_config: page_size is {config.page_size}: raise it.")
+        if getattr(config, PAGE) < 1:
+            raise ValueError(
+                f"transformers_continuous_batching_config: page_size is {getattr(config, PAGE)}: raise it."
+            )
 
     def answers(self, prompt_ids: list[list[int]], config: GenerationConfig, role: str) -> Answers:
         """See `Generator.answers`.
@@ -69,6 +75,6 @@ class ContinuousGenerator:
         if config.num_blocks is None:  # or it would take nearly all memory there is
             longest = max(map(len, prompt_ids)) + new_tokens
             config.num_blocks = min(len(prompt_ids), config.max_requests_per_batch) * math.ceil(
-                longest / config.page_size
+                longest / getattr(config, PAGE)
             )
         return config

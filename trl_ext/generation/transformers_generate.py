@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, StoppingCriteriaList
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
@@ -26,6 +25,9 @@ CONTINUABLE = {
     *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "sequence_bias"),
     *("remove_invalid_values", "renormalize_logits"),
 }
+# The cache's layers that hold keys and values of each row, or nothing. By name: the last is not in Transformers before
+# 5.23.
+PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 
 
 class TransformersGenerator:
@@ -142,7 +144,7 @@ def can_continue(model: Any, config: GenerationConfig) -> bool:
     if model.config.is_encoder_decoder or model._is_stateful or _own_methods(type(model)):
         return False
     layers = DynamicCache(config=model.config).layers
-    return {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
+    return {type(layer).__name__ for layer in layers} <= PLAIN_LAYERS
 
 
 def _own_methods(model: type) -> set[str]:

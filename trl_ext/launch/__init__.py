@@ -2,11 +2,18 @@
 
 from huggingface_hub import constants
 
-from trl_ext.launch.data import DataArguments, check_written, load_feedback, load_pairs, load_rows, load_texts
-from trl_ext.launch.ensembles import RewardArguments, held_out_loss, members, show_members
+from trl_ext.launch.data import (
+    DataArguments,
+    check_written,
+    load_feedback,
+    load_pairs,
+    load_prompts,
+    load_rows,
+    load_texts,
+)
+from trl_ext.launch.ensembles import RewardArguments, held_out_loss, members, show_members, unfinished
 from trl_ext.launch.judging import reference_scores, scored_answers
 from trl_ext.launch.progress import show_progress
-from trl_ext.launch.resuming import member_folders
 from trl_ext.launch.screen import (
     answers,
     distinct_prompts,
@@ -48,12 +55,12 @@ __all__ = [
     "kl_to_reference",
     "load_feedback",
     "load_pairs",
+    "load_prompts",
     "load_rows",
     "load_shared_base",
     "load_texts",
     "match_precision",
     "megabytes",
-    "member_folders",
     "members",
     "model_for_trl",
     "named_model",
@@ -68,5 +75,6 @@ __all__ = [
     "show_progress",
     "show_scored_pairs",
     "tell_left_out",
+    "unfinished",
     "user_errors",
 ]

@@ -5,7 +5,7 @@ Feedback is read by `trl_ext.feedback.read` alone. Other rows (prompts, texts) s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,10 +22,11 @@ from trl_ext.feedback.converting import middle_of_scale
 from trl_ext.feedback.files import READERS, Unusable, numbered_rows, opened
 from trl_ext.feedback.forms import decoded, has_half_a_character
 from trl_ext.feedback.reading import check_on_error, converting_lines, renaming, says_how_to_prompt
-from trl_ext.feedback.records import Problem
-from trl_ext.ppo.checks import check_column
+from trl_ext.feedback.records import Problem, key_of
+from trl_ext.ppo.checks import check_column, check_prompts
 from trl_ext.reward_models import rows as rows_of_reward
 from trl_ext.tokens import config_of
+from trl_ext.types import as_text
 
 
 @dataclass
@@ -60,6 +61,12 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         check_on_error(self.on_error)
+
+    @property
+    def on_hub(self) -> list[str]:
+        """Names of data sets on the Hub; none of the demo and of files."""
+        names = [] if self.dataset == "demo" else _sources(self.dataset)
+        return [name for name in names if not _is_file(name) and not Path(name).exists()]
 
 
 # Rows as they are ----------------------------------------------------------------------------------------------------
@@ -161,6 +168,27 @@ def load_texts(dataset: str) -> Dataset:
         FileNotFoundError, ValueError: there is no such file, or it cannot be read.
     """
     return _read(dataset if _is_file(dataset) else opened(dataset, "train", dataset), dataset)
+
+
+def load_prompts(dataset: str, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Rows with "prompt", each prompt once: those of a file, a folder or a data set on the Hub, whose further columns
+    ride along; or the prompts of feedback and conversations, as `feedback.read_prompts` reads them. "demo": the demo's
+    held-out ones.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or what is in it are no prompts.
+    """
+    if dataset == "demo":
+        rows = demo.load("prompts", "test")
+    else:
+        rows = _prompts(DataArguments(dataset, columns=list(columns)), dataset, "train")
+    check_prompts(rows, dataset)
+    first: dict[str, dict[str, Any]] = {}
+    for number, row in enumerate(rows, start=1):
+        if not as_text(row["prompt"]).strip():
+            raise ValueError(f"{dataset}, row {number}: there is no prompt to answer.")
+        first.setdefault(key_of(row["prompt"]), row)
+    return list(first.values())
 
 
 def _read(source: Any, name: str, columns: list[str] | None = None) -> Dataset:

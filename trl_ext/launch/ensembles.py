@@ -41,28 +41,39 @@ class RewardArguments(DataArguments):
             raise ValueError(f"ensemble is {self.ensemble}: it must be at least 1.")
 
 
-def members(args: _Args, count: int) -> Iterator[_Args]:
-    """The settings of each reward model that is to be trained: `args` themselves of one; of several a copy each, with a
-    seed and a folder of its own. Members that an interrupted run had finished are left out.
+def members(args: _Args, count: int) -> list[_Args]:
+    """The settings of each reward model of an ensemble: `args` themselves of one; of several a copy each, with a seed,
+    a folder and a name on the Hub of its own.
 
     All read the same feedback, each in an order of its own, from a LoRA and a head of its own, as in Coste et al. 2023
     (arXiv:2310.02743) and Lakshminarayanan et al. 2017 (arXiv:1612.01474). No member reads a bootstrap sample, which
     would leave out a third of the feedback.
     """
     if count == 1:
-        yield args
-        return
+        return [args]
+    made = []
     for i, folder in enumerate(member_folders(args, count)):
         own = copy.copy(args)
         own.output_dir, own.seed = folder, args.seed + i
         own.data_seed = None if args.data_seed is None else args.data_seed + i
-        if args.resume_from_checkpoint is not None:
-            if (Path(folder) / TRAINER_STATE_NAME).is_file():
-                continue
-            own.resume_from_checkpoint = last_checkpoint(Path(folder))
-        if args.process_index == 0:
-            print(f"Reward model {i + 1} of {count}, seed {own.seed}, into {folder}", flush=True)
-        set_seed(own.seed)
+        own.hub_model_id = f"{args.hub_model_id or Path(str(args.output_dir)).name}-{i}"
+        made.append(own)
+    return made
+
+
+def unfinished(members: Sequence[_Args]) -> Iterator[_Args]:
+    """Those of several that an interrupted run had not finished, one after the other as they are trained, each to go on
+    from its last checkpoint; one alone as it is."""
+    for i, own in enumerate(members):
+        if len(members) > 1:
+            folder = Path(str(own.output_dir))
+            if own.resume_from_checkpoint is not None:
+                if (folder / TRAINER_STATE_NAME).is_file():
+                    continue
+                own.resume_from_checkpoint = last_checkpoint(folder)
+            if own.process_index == 0:
+                print(f"Reward model {i + 1} of {len(members)}, seed {own.seed}, into {folder}", flush=True)
+            set_seed(own.seed)
         yield own
 
 

@@ -14,11 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from trl import RewardConfig
 
+from trl_ext import hub
 from trl_ext.core import masked_sum
-from trl_ext.diagnostics import write_report
+from trl_ext.diagnostics import read_run, write_report
 from trl_ext.generation import TransformersGenerator, generate
-from trl_ext.roles import SharedBase
+from trl_ext.launch.data import DataArguments
+from trl_ext.ppo import PPOConfig
+from trl_ext.roles import SharedBase, adapters
 from trl_ext.tokens import eos_ids, sequence_ids
 from trl_ext.types import Rollout, as_text
 
@@ -41,15 +45,31 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     _print(table)
 
 
-def report(title: str, rows: dict[str, Any], output_dir: str, runs: Sequence[str] = ()) -> None:
-    """Write a run's report.html and result.json into its folder, and print its outcome. `runs`: the folders of several
-    runs, each of which gets a report of its own."""
+def report(title: str, rows: dict[str, Any], args: Any, data: DataArguments, members: Sequence[Any] = ()) -> None:
+    """Write report.html and the model card with its outcome into a run's folder, and result.json; print the outcome.
+
+    Args:
+        args: of the trainer.
+        data: of the recipe.
+        members: the trainers' settings where there were several, each of which gets a report and a card of its own.
+    """
     if PartialState().is_main_process:
-        paths = ", ".join(str(write_report([run])) for run in runs or [output_dir])
-        rows = rows | {"report": f"{paths} (open it in a browser)"}
+        reports = ", ".join(_written(run, data, rows) for run in members or [args])
+        rows = rows | {"saved in": args.output_dir, "report": f"{reports} (open it in a browser)"}
         text = json.dumps({name: str(value) for name, value in rows.items()}, indent=2, ensure_ascii=False)
-        Path(output_dir, "result.json").write_text(text + "\n", encoding="utf-8")
+        Path(args.output_dir, "result.json").write_text(text + "\n", encoding="utf-8")
     show(title, rows)
+
+
+def _written(args: Any, data: DataArguments, rows: dict[str, Any]) -> str:
+    """The report of one run, written beside its card."""
+    folder = Path(args.output_dir)
+    kind = "ppo" if isinstance(args, PPOConfig) else "reward" if isinstance(args, RewardConfig) else "dpo"
+    base = adapters.read_config(folder)["base_model_name_or_path"]
+    hub.write_card(folder, kind, read_run(folder), base, args, datasets=data.on_hub, results=rows)
+    if args.push_to_hub:
+        hub.push_card(folder, args)
+    return str(write_report([folder]))
 
 
 def megabytes(base: SharedBase) -> str:

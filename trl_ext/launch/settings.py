@@ -24,6 +24,7 @@ from trl import ModelConfig, RewardConfig, TrlParser, get_peft_config, get_quant
 from trl_ext import demo
 from trl_ext._trl import train_in_float32
 from trl_ext.generation import GenerationError
+from trl_ext.hub import check_push
 from trl_ext.launch.precedence import LORA, given_on, read_config, settled, split_config
 from trl_ext.launch.resuming import checkpoint_of
 from trl_ext.ppo.building import args_of_gpu
@@ -53,7 +54,8 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
     Raises:
         FileExistsError: output_dir holds a run already, which is not gone on with.
         FileNotFoundError: there is no checkpoint to go on from.
-        ValueError: settings contradict each other, or report_to names a tracker that is not installed.
+        ValueError: settings contradict each other, report_to names a tracker that is not installed, or push_to_hub is
+            set and nothing could be pushed.
     """
     path, arguments = split_config(sys.argv[1:])
     given = given_on(arguments, types)
@@ -90,6 +92,7 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
                 check_output_dir(str(part.output_dir))
             part.resume_from_checkpoint = checkpoint_of(part, ensemble)
             check_trackers(part.report_to)
+            check_push(part)
     return parsed
 
 

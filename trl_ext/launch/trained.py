@@ -81,7 +81,7 @@ def merge(folder: str | Path, output_dir: str | Path, base: str | None = None, d
             f"({difference:.2g} nats apart): PEFT does not merge it right there. Use base and adapter side by side."
         )
     merged.save_pretrained(output)
-    _tokenizer(adapter).save_pretrained(output)
+    _tokenizer_of(adapter, merged).save_pretrained(output)
     return difference
 
 
@@ -113,7 +113,7 @@ def score(
         fault = fault_of_messages(completion) if isinstance(completion, list) else "no text or conversation"
         if fault and not (isinstance(completion, str) and completion):
             raise ValueError(f"Row {number}, column 'completion': {completion!r:.60} is {fault}.")
-    how = _how(load_in_4bit) | {"revision": adapter.revision or "main"}
+    how = loading(load_in_4bit) | {"revision": adapter.revision or "main"}
     shared = SharedBase.from_pretrained(adapter.base, reward=folder, **how).eval()
     answers = [(row.get("prompt"), row["completion"]) for row in rows]
     return scores_of(shared, _tokenizer(adapter), answers, batch_size)
@@ -141,7 +141,7 @@ def chat(
     adapter = _on_its_base(folder, base)
     if adapter.start is None:
         raise ValueError(f"The adapter in {str(folder)!r} gives scores and writes no text: give a policy's.")
-    how = _how(load_in_4bit) | {"revision": adapter.revision or "main"}
+    how = loading(load_in_4bit) | {"revision": adapter.revision or "main"}
     model = AutoModelForCausalLM.from_pretrained(adapter.base, dtype="auto", **how)
     model, tokenizer = PeftModel.from_pretrained(model, str(folder)).eval(), _tokenizer(adapter)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -171,8 +171,25 @@ def _tokenizer(adapter: adapters.Named) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _how(load_in_4bit: bool) -> dict[str, Any]:
-    """Arguments of `from_pretrained`."""
+def _tokenizer_of(adapter: adapters.Named, model: Any) -> PreTrainedTokenizerBase:
+    """The adapter's tokenizer; the base's where that has tokens, added for padding, say, that the model lacks:
+    llama.cpp's converter refuses those."""
+    tokenizer, ids = _tokenizer(adapter), model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= ids:
+        return tokenizer
+    added = [token for token, i in tokenizer.get_vocab().items() if i >= ids]
+    warnings.warn(
+        f"The adapter's tokenizer has {added[0]!r} and the model has {ids} ids only: the base's tokenizer is written.",
+        UserWarning,
+        stacklevel=3,
+    )
+    plain: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(adapter.base, revision=adapter.revision or "main")
+    plain.chat_template = tokenizer.chat_template
+    return plain
+
+
+def loading(load_in_4bit: bool) -> dict[str, Any]:
+    """Arguments of `from_pretrained`: where a base is held, and in how many bits."""
     device = PartialState().device
     computed_in = torch.bfloat16 if device.type == "cuda" else torch.float32
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed_in)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 from transformers.integrations import get_available_reporting_integrations
 
 from trl_ext.ppo.config import PPOConfig
-from trl_ext.ppo.measuring import Limits, measured_prompts, measured_texts
+from trl_ext.ppo.measuring import Limits, measured_prompt, measured_prompts, measured_texts
+from trl_ext.ppo.stream import PromptStream
 from trl_ext.rewards.protocol import ARGUMENTS, arguments_of, check_functions
 from trl_ext.roles import SharedBase
 from trl_ext.roles.adapters import Named, check_head_inside, named, read_score_head
@@ -39,12 +41,8 @@ def check_prompts(dataset: Any, name: str) -> None:
         raise ValueError(f"{name} gives its rows in the format {kind!r}: call its reset_format().")
     first: Any = None
     for row, prompt in enumerate(dataset["prompt"]):
-        reason = _reason_against(prompt)
-        if reason is None and first is not None and isinstance(prompt, str) != isinstance(first, str):
-            reason = "of another kind than that in row 0: give all prompts as texts, or all as messages."
-        if reason is not None:
-            raise ValueError(f"The prompt in row {row} of {name} is {prompt!r:.80}: {reason}")
         first = prompt if first is None else first
+        _check_prompt(prompt, row, name, first)
 
 
 def check_column(dataset: Dataset, name: str) -> None:
@@ -71,12 +69,14 @@ def _check_dataset(dataset: Any, name: str, column: str) -> None:
         )
 
 
-def _reason_against(prompt: Any) -> str | None:
-    """Why this is no prompt; None where it is one."""
-    fault = None if isinstance(prompt, str) else fault_of_messages(prompt)
-    if fault is None:
-        return None
-    return f'{fault}; a prompt is a text, or a list of messages like {{"role": "user", "content": "..."}}.'
+def _check_prompt(prompt: Any, row: int, name: str, first: Any) -> None:
+    reason = None if isinstance(prompt, str) else fault_of_messages(prompt)
+    if reason is not None:
+        reason += '; a prompt is a text, or a list of messages like {"role": "user", "content": "..."}.'
+    elif isinstance(prompt, str) != isinstance(first, str):
+        reason = "of another kind than that in row 0: give all prompts as texts, or all as messages."
+    if reason is not None:
+        raise ValueError(f"The prompt in row {row} of {name} is {prompt!r:.80}: {reason}")
 
 
 def check_datasets(train_dataset: Any, eval_dataset: Any, args: PPOConfig) -> None:
@@ -155,7 +155,8 @@ def check_run(
     model: Any,
     ptx_dataset: Any = None,
 ) -> PreTrainedTokenizerBase:
-    """All that settings and rows say against a run, before a model is loaded.
+    """All that settings and rows say against a run, before a model is loaded. Of a stream that is its first rollout;
+    the rest is checked as it comes.
 
     Args:
         tokenizer: of the model; None: the model's own.
@@ -167,6 +168,9 @@ def check_run(
     Raises:
         TypeError, ValueError: one sentence, with the row where one is at fault.
     """
+    stream = train_dataset if isinstance(train_dataset, PromptStream) else None
+    if stream is not None:
+        train_dataset = stream.first()
     check_datasets(train_dataset, eval_dataset, args)
     check_texts(ptx_dataset, args)
     datasets = [("train_dataset", train_dataset), *_eval_datasets(eval_dataset)]
@@ -186,11 +190,37 @@ def check_run(
     for name, dataset in datasets:
         measured = measured_prompts(dataset, name, tokenizer, args.chat_template_kwargs)
         limits.check(measured, f"The prompt in row {{}} of {name}", tokenizer)
+    if stream is not None:
+        first = train_dataset[0]
+        stream.check = partial(
+            _check_row, first=first, limits=limits, tokenizer=tokenizer, template=args.chat_template_kwargs
+        )
     if ptx_dataset is not None:
         of_texts = Limits(vocabulary, context, 0, "ptx_max_length")
         measured = measured_texts(ptx_dataset, tokenizer, args.ptx_max_length)
         of_texts.check(measured, "The text in row {} of ptx_dataset", tokenizer)
     return tokenizer
+
+
+def _check_row(
+    row: Mapping[str, Any],
+    number: int,
+    first: Mapping[str, Any],
+    limits: Limits,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Any,
+) -> None:
+    """Refuse a row of a stream that a data set of such rows would be refused for.
+
+    Raises:
+        ValueError: names the row.
+    """
+    for column in first:
+        if column not in row:
+            raise ValueError(f"Row {number} of train_dataset has no {column!r}, which row 0 has.")
+    _check_prompt(row["prompt"], number, "train_dataset", first["prompt"])
+    name = "The prompt in row {} of train_dataset"
+    limits.check(measured_prompt(row["prompt"], number, name, tokenizer, template), name, tokenizer)
 
 
 def check_ids(args: PPOConfig, vocabulary: int | None) -> None:

@@ -111,16 +111,30 @@ def measured_prompts(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizer
     """
 
     def ids(prompts: list[Any]) -> list[list[int]]:
-        rows = tokenize_prompts(prompts, tokenizer, template)
-        for row, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                fault = fault_of_template(prompt, tokenizer, **(template or {}))
-                if fault is not None:
-                    raise PromptError(prompt, row, f"has {fault}.")
-        return rows
+        return _prompt_ids(prompts, tokenizer, template)
 
     kind = (tokenizer.chat_template, json.dumps(template, default=str))
     return _measured(dataset, f"The prompt in row {{}} of {name}", "prompt", tokenizer, kind, ids)
+
+
+def measured_prompt(
+    prompt: Any, number: int, row_name: str, tokenizer: PreTrainedTokenizerBase, template: Any
+) -> Measured:
+    """Of a single prompt, the row `number` of its data set; the rest as `measured_prompts`."""
+    try:
+        return Measured().with_rows(_prompt_ids([prompt], tokenizer, template), number)
+    except PromptError as error:
+        raise ValueError(f"{row_name.format(number)} {error.reason}") from error
+
+
+def _prompt_ids(prompts: list[Any], tokenizer: PreTrainedTokenizerBase, template: Any) -> list[list[int]]:
+    rows = tokenize_prompts(prompts, tokenizer, template)
+    for row, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            fault = fault_of_template(prompt, tokenizer, **(template or {}))
+            if fault is not None:
+                raise PromptError(prompt, row, f"has {fault}.")
+    return rows
 
 
 def measured_texts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Measured:

@@ -26,6 +26,7 @@ def summarize(experience: Experience, args: PPOConfig, names: list[str]) -> dict
     """
     rollout, pass_, total = experience.rollout, experience.score_pass, experience.scores.total
     mask, scored, lengths = rollout.completion_mask, ~total.isnan(), rollout.lengths.float()
+    prompt_lengths = rollout.prompt_mask.sum(dim=1).float()
     final = penalize_missing_eos(total.nan_to_num(0.0), rollout.has_eos, args.missing_eos_penalty)
     score = masked_mean(final, scored)
     kl = masked_sum(pass_.logprobs - pass_.ref_logprobs, mask, dim=1)
@@ -49,8 +50,10 @@ def summarize(experience: Experience, args: PPOConfig, names: list[str]) -> dict
         "completions/repetition": repetition(rollout),
         "completions/distinct": distinct(rollout.completions),
         "completions/score_length_correlation": correlation(final[scored], lengths[scored]),
-        "prompts/mean_length": rollout.prompt_mask.sum(dim=1).float().mean(),
-        "prompts/at_max_length": share_at_longest(rollout),
+        "prompts/mean_length": prompt_lengths.mean(),
+        "prompts/min_length": prompt_lengths.min(),
+        "prompts/max_length": prompt_lengths.max(),
+        "prompts/at_max_length": (prompt_lengths == prompt_lengths.max()).float().mean(),
         "prompts/distinct": distinct(rollout.prompts),
     }
     for i, name in enumerate(names):
@@ -114,12 +117,6 @@ def repetition(rollout: Rollout) -> float:
 def distinct(items: list[object]) -> float:
     """Different prompts, or completions, over all of them; 1 where none occurs twice."""
     return len({as_text(item) for item in items}) / max(len(items), 1)
-
-
-def share_at_longest(rollout: Rollout) -> float:
-    """Share of the prompts that are exactly as long as the longest one: near 1 where something cut them."""
-    lengths = rollout.prompt_mask.sum(dim=1)
-    return float((lengths == lengths.max()).float().mean())
 
 
 def correlation(x: Tensor, y: Tensor) -> float:

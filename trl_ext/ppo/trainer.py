@@ -7,19 +7,22 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object, set_seed
 from accelerate.utils.memory import clear_device_cache
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
+from trl_ext import hub
 from trl_ext._trl import BaseTrainer
 from trl_ext.callbacks import PPOControl, RolloutCallback, RolloutEvents, check_events
+from trl_ext.callbacks.progress import show_in_notebook
+from trl_ext.diagnostics import Report, RunLog
 from trl_ext.feedback.files import as_dataset
 from trl_ext.generation import Generator
 from trl_ext.ppo import checks
@@ -44,6 +47,7 @@ from trl_ext.ppo.failures import on_all, together
 from trl_ext.ppo.interrupts import Interrupts
 from trl_ext.ppo.metrics import Metrics, peak_memory
 from trl_ext.ppo.pretraining import PretrainMix
+from trl_ext.ppo.stream import PromptStream, rows_to_evaluate
 from trl_ext.ppo.summary import summarize
 from trl_ext.ppo.update import Updater
 from trl_ext.ppo.yesterday import ARGUMENTS, explained
@@ -80,8 +84,9 @@ class PPOTrainer(BaseTrainer):
             models, or names of such; None: the base's reward role.
         args: the settings; None: `PPOConfig` with an output folder named after the model.
         train_dataset: prompts in a `prompt` column, texts or conversations, of a Dataset, a DataFrame or a list of
-            rows; the reward functions get further columns.
-        eval_dataset: the same, or a dict of such.
+            rows; the reward functions get further columns. Of an IterableDataset rows are read as they are needed, in
+            its own order.
+        eval_dataset: the same, or a dict of such; an IterableDataset is read to its end first.
         processing_class: the tokenizer; None: the model's.
         reward_processing_classes: tokenizers of the models among `reward_funcs`; None: the models' own.
         callbacks: TrainerCallbacks; `RolloutCallback`s hear PPO's own events.
@@ -95,13 +100,6 @@ class PPOTrainer(BaseTrainer):
     Raises:
         ValueError, TypeError: bad input, found before a model is loaded where that is possible.
     """
-
-    _tag_names: ClassVar[list[str]] = ["trl", "ppo", "trl_ext"]
-    _name = "PPO"
-    _paper: ClassVar[dict[str, str]] = {
-        "title": "Fine-Tuning Language Models from Human Preferences",
-        "id": "1909.08593",
-    }
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a loss that nothing would call.
@@ -121,8 +119,8 @@ class PPOTrainer(BaseTrainer):
         model: Any,
         reward_funcs: RewardFunction | list[RewardFunction] | None = None,
         args: PPOConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_processing_classes: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -141,10 +139,14 @@ class PPOTrainer(BaseTrainer):
             check_events(callback)
         checks.check_output_dir(str(args.output_dir))
         checks.check_devices(args)
+        hub.check_push(args)
         functions = checks.as_list(reward_funcs)
         checks.check_scores(functions, reward_processing_classes, model, args)
         train_dataset = as_dataset(train_dataset, "train_dataset")
         eval_dataset = as_dataset(eval_dataset, "eval_dataset", several=True)
+        if isinstance(train_dataset, IterableDataset):
+            train_dataset = PromptStream(train_dataset, args)
+        eval_dataset = rows_to_evaluate(eval_dataset)
         tokenizer = checks.check_run(args, train_dataset, eval_dataset, processing_class, functions, model, ptx_dataset)
         mix = PretrainMix(ptx_dataset, tokenizer, args.ptx_max_length, args.seed) if ptx_dataset is not None else None
 
@@ -170,6 +172,7 @@ class PPOTrainer(BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        show_in_notebook(self)
         self.control = PPOControl()
         self.interrupts = Interrupts()
         events = self.events = RolloutEvents(self, together, vocabulary_size(self.base.config))
@@ -241,7 +244,9 @@ class PPOTrainer(BaseTrainer):
                 control = self._tell(event, *args, **kwargs)
             except Exception as error:
                 self._postponed, control = error, self.control
-        if event == "on_pre_optimizer_step":
+        if event == "on_train_begin":
+            self._first_step = self.state.global_step  # above 0 where a run goes on
+        elif event == "on_pre_optimizer_step":
             self.checkpoints.note_stepping()
         return control
 
@@ -302,7 +307,10 @@ class PPOTrainer(BaseTrainer):
 
     def _normalize_scores(self) -> None:
         if self.collector.combination.needs_reference and self.train_dataset is not None:
-            self.collector.normalize_by_reference(self.train_dataset, self.state)
+            rows = self.train_dataset
+            if isinstance(rows, PromptStream):
+                rows = on_all(lambda: rows.first(self.args.normalization_samples))
+            self.collector.normalize_by_reference(rows, self.state)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         stepping = self.accelerator.gradient_state.sync_gradients
@@ -322,6 +330,23 @@ class PPOTrainer(BaseTrainer):
         if self.args.should_save:
             folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
             self.checkpoints.save_model(folder, self.processing_class)
+            self._write_card(folder)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """As TRL's, with the figures of the run; `save_model` writes one too."""
+        if self.is_world_process_zero():
+            self._write_card(Path(str(self.args.output_dir)), model_name, dataset_name, tags)
+
+    def _write_card(
+        self, folder: Path, name: str | None = None, dataset: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        settings = {**self.args.to_dict(), "rollout_batch_size": self.args.rollout_batch_size}
+        log = RunLog.of(self.state.log_history, settings)
+        datasets = hub.loaded_from(self.train_dataset) if dataset is None else [dataset]
+        base = self.base.config.name_or_path
+        hub.write_card(folder, "ppo", log, base, self.args, name, datasets, checks.as_list(tags))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Transformers', whole or not at all."""
@@ -348,8 +373,11 @@ class PPOTrainer(BaseTrainer):
         return str(self.checkpoints.unfinished or super()._get_output_dir(trial))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Not while a checkpoint is written: it would be uploaded from a place that it leaves."""
+        """Not while a checkpoint is written: it would be uploaded from a place that it leaves. Transformers takes the
+        policy from the checkpoint; the roles beside it are saved first."""
         if self.checkpoints.unfinished is None:
+            if self.args.hub_strategy != HubStrategy.END:
+                self._save()
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any | None = None) -> None:
@@ -377,9 +405,10 @@ class PPOTrainer(BaseTrainer):
     def _get_train_sampler(self, dataset: Dataset | None = None) -> RolloutSampler:
         args = self.args
         repeats = args.steps_per_rollout * args.gradient_accumulation_steps
-        rows = len(dataset if dataset is not None else self.train_dataset)
+        rows = dataset if dataset is not None else self.train_dataset
+        shuffle = args.shuffle_dataset and not isinstance(rows, PromptStream)
         self._sampler = RolloutSampler(
-            rows, args.rollout_batch_size, repeats, args.shuffle_dataset, args.seed, args.num_generations
+            len(rows), args.rollout_batch_size, repeats, shuffle, args.seed, args.num_generations
         )
         return self._sampler
 
@@ -399,7 +428,7 @@ class PPOTrainer(BaseTrainer):
             episodes = self.state.global_step / self.args.steps_per_rollout * self.args.rollout_batch_size
             logs["episode"] = episodes
             if start_time is not None:
-                done = episodes * (1 - self._initial_global_step / max(self.state.global_step, 1))
+                done = episodes * (1 - self._first_step / max(self.state.global_step, 1))
                 logs["eps"] = done / (time.time() - start_time)
             logs |= {f"time/{phase}": seconds for phase, seconds in self.collector.seconds.items()}
             logs["memory/peak_gib"] = peak_memory(self.accelerator.device) / 2**30
@@ -420,6 +449,11 @@ class PPOTrainer(BaseTrainer):
             save_completions(table, str(self.args.output_dir), step)
             track_completions(table, self.args.report_to or ())
             print_completions(table, self.args.num_completions_to_print, f"Step {step}")
+
+    def report(self) -> Report:
+        """The report of the run so far, which a notebook shows where this is a cell's last line."""
+        self.save_state()
+        return Report(str(self.args.output_dir))
 
     def evaluation_loop(
         self,

@@ -20,8 +20,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers.trainer_utils import TrainOutput
 from trl import RewardConfig, RewardTrainer
 
+from trl_ext import hub
+from trl_ext.callbacks.progress import show_in_notebook
 from trl_ext.core.probe import choose_penalty, fit_probe
 from trl_ext.core.reward_losses import all_pairs_loss, binary_loss, plackett_luce_loss, regression_loss
+from trl_ext.diagnostics import RunLog
 from trl_ext.feedback.files import as_dataset
 from trl_ext.reward_models.probing import probe_data, score_head
 from trl_ext.reward_models.rows import check_written, checked_rows, template_of
@@ -142,7 +145,10 @@ class FeedbackRewardTrainer(RewardTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
-        train_dataset = checked(as_dataset(train_dataset, "train_dataset"), "train_dataset", args.objective)
+        hub.check_push(args)
+        train_dataset = as_dataset(train_dataset, "train_dataset")
+        self._datasets = hub.loaded_from(train_dataset)
+        train_dataset = checked(train_dataset, "train_dataset", args.objective)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: checked(rows, name, args.objective) for name, rows in eval_dataset.items()}
         elif eval_dataset is not None:
@@ -172,6 +178,7 @@ class FeedbackRewardTrainer(RewardTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        show_in_notebook(self)
         if REWARD_OBJECTIVES[args.objective].loss is not None:
             self.data_collator: Any = _Collator(self.processing_class, args.pad_to_multiple_of)
 
@@ -196,7 +203,28 @@ class FeedbackRewardTrainer(RewardTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As TRL saves, with a note for the base that the role is put on."""
         super()._save(output_dir, state_dict)
-        files.write_note(Path(output_dir or str(self.args.output_dir)), self.accelerator.unwrap_model(self.model))
+        folder = Path(output_dir or str(self.args.output_dir))
+        files.write_note(folder, self.accelerator.unwrap_model(self.model))
+        self._write_card(folder)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """As TRL's, with the figures of the run; `save_model` writes one too."""
+        if self.is_world_process_zero():
+            self._write_card(Path(str(self.args.output_dir)), model_name, dataset_name, tags)
+
+    def _write_card(
+        self, folder: Path, name: str | None = None, dataset: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PeftModel):
+            return
+        log = RunLog.of(self.state.log_history, self.args.to_dict())
+        datasets = self._datasets if dataset is None else [dataset]
+        base = model.get_base_model().config.name_or_path
+        tags = [tags] if isinstance(tags, str) else tags or []
+        hub.write_card(folder, "reward", log, base, self.args, name, datasets, tags)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL trains; the probe reads the training set once and solves for its head."""

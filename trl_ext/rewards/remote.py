@@ -63,29 +63,48 @@ def remote(
         return [score for part in scored for score in part]
 
     async def ask(client: Any, gate: asyncio.Semaphore, part: dict[str, list[Any]]) -> list[float | None]:
-        failure = ""
-        for attempt in range(retries + 1):
-            if attempt:
-                await asyncio.sleep(backoff * 2 ** (attempt - 1) * (1 + random.random() / 2))
-            try:
-                async with gate:
-                    response = await client.post(url, json=part)
-            except httpx2.TransportError as error:
-                failure = f"{type(error).__name__}: {error}"
-                continue
-            if response.status_code in RETRIED:
-                failure = f"status {response.status_code}"
-                continue
-            if response.status_code != 200:
-                raise ConnectionError(f"{url} answered status {response.status_code}: {response.text[:200]!r}")
-            return _scores(response, len(part["completions"]), url)
-        raise ConnectionError(f"{url} gave no answer in {retries + 1} attempts (last: {failure})")
+        response = await post(client, gate, url, part, retries, backoff)
+        return _scores(response, len(part["completions"]), url)
 
     return remote
 
 
 # `from trl_ext.rewards import remote` gave this module before it gave the function: `remote.remote` works as it did.
 remote.remote = remote  # type: ignore[attr-defined]
+
+
+async def post(
+    client: Any, gate: asyncio.Semaphore, url: str, payload: Any, retries: int = 4, backoff: float = 0.5
+) -> Any:
+    """The response of status 200 to a POST of JSON, after retries where they may help.
+
+    Args:
+        client: an httpx2.AsyncClient.
+        gate: how many may be under way at a time.
+        retries, backoff: as in `remote`.
+
+    Raises:
+        ConnectionError: the server could not be reached, or failed, after all retries, or refused.
+    """
+    import httpx2
+
+    failure = ""
+    for attempt in range(retries + 1):
+        if attempt:
+            await asyncio.sleep(backoff * 2 ** (attempt - 1) * (1 + random.random() / 2))
+        try:
+            async with gate:
+                response = await client.post(url, json=payload)
+        except httpx2.TransportError as error:
+            failure = f"{type(error).__name__}: {error}"
+            continue
+        if response.status_code in RETRIED:
+            failure = f"status {response.status_code}"
+            continue
+        if response.status_code != 200:
+            raise ConnectionError(f"{url} answered status {response.status_code}: {response.text[:200]!r}")
+        return response
+    raise ConnectionError(f"{url} gave no answer in {retries + 1} attempts (last: {failure})")
 
 
 def _scores(response: Any, expected: int, url: str) -> list[float | None]:

@@ -15,7 +15,7 @@ from trl_ext.roles.adapters import is_quantized
 from trl_ext.roles.aligned import AlignedBatch
 from trl_ext.roles.lm_head import trunk_of
 from trl_ext.roles.lora import AdapterPath, Block, CannotMixError
-from trl_ext.roles.packing import Packing, can_generate, can_pack, can_pad_left, stacked
+from trl_ext.roles.packing import Packing, can_pack, can_pad_left, fault_of_generate, stacked
 from trl_ext.roles.switching import active_adapter, evaluating, keep_differentiable, under
 from trl_ext.tokens import longest_row
 
@@ -56,9 +56,9 @@ class AdaptedModel(nn.Module):
         return can_pad_left(self.causal_lm)
 
     @cached_property
-    def generates(self) -> bool:
-        """Whether `generate` samples from what forwards say (see `can_generate`)."""
-        return can_generate(self.causal_lm)
+    def generate_fault(self) -> str | None:
+        """Why nothing is sampled from this model; None where it can be (see `fault_of_generate`)."""
+        return fault_of_generate(self.causal_lm)
 
     @property
     def config(self) -> Any:
@@ -100,12 +100,12 @@ class AdaptedModel(nn.Module):
                 "share a base: leave use_reentrant out or set it to False."
             )
         kwargs.update(use_reentrant=False, context_fn=self._checkpoint_contexts)
-        self.causal_lm.activation_checkpointing_enable(kwargs, every_n_layers=every_n_layers, offload=offload)
+        self._recomputation("enable")(kwargs, every_n_layers=every_n_layers, offload=offload)
         self.causal_lm.disable_input_require_grads()  # which only reentrant checkpointing needs
 
     def activation_checkpointing_disable(self) -> None:
         """Keep activations again."""
-        self.causal_lm.activation_checkpointing_disable()
+        self._recomputation("disable")()
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **how: Any
@@ -116,6 +116,11 @@ class AdaptedModel(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         """`activation_checkpointing_disable` by its older name."""
         self.activation_checkpointing_disable()
+
+    def _recomputation(self, what: str) -> Any:
+        # Transformers before 5.23 has the older name alone, later ones warn of it.
+        older = getattr(self.causal_lm, f"gradient_checkpointing_{what}")
+        return getattr(self.causal_lm, f"activation_checkpointing_{what}", older)
 
     def _checkpoint_contexts(self) -> tuple[Any, Any]:
         return nullcontext(), under(self.model, active_adapter(self.model))

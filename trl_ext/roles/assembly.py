@@ -220,14 +220,14 @@ def assemble(model: Any, plan: Plan) -> AssembledRoles:
     own_pad = getattr(causal_lm.config.get_text_config(), "pad_token_id", None)  # some configs have none
     pads: dict[str, int | None] = {}
     for role, folder in plan.rewards.items():
-        adapters[role] = _add_saved(peft_model, folder, role)
+        adapters[role] = add_saved(peft_model, folder, role)
         heads[role] = files.load_scalar_head(folder, size, device).requires_grad_(False)
         pads[role] = files.read_pad_token_id(folder, own_pad)
 
     adapters["value"] = policy
     if isinstance(plan.value, Path):
         if not _is_head(plan.value):
-            adapters["value"] = _add_saved(peft_model, plan.value, "value")
+            adapters["value"] = add_saved(peft_model, plan.value, "value")
         heads["value"] = files.load_scalar_head(plan.value, size, device)
     else:
         if plan.value == "adapter":
@@ -297,7 +297,7 @@ def _policy_and_reference(model: Any, plan: Plan) -> tuple[PeftModel, str, str |
         policy = _free_name(model, "policy")
         peft_model = _with_policy(model, plan.policy, policy)
     if isinstance(plan.reference, Path):
-        reference = _add_saved(peft_model, plan.reference, "reference")
+        reference = add_saved(peft_model, plan.reference, "reference")
     elif copied:
         reference = _frozen_copy(peft_model, policy)
     return peft_model, policy, reference
@@ -355,12 +355,15 @@ def _frozen_copy(model: PeftModel, policy: str) -> str:
     return name
 
 
-def _add_saved(model: PeftModel, folder: Path, role: str) -> str:
+def add_saved(model: PeftModel, folder: Path, role: str) -> str:
+    """Put a saved adapter beside those that `model` has, frozen or not as PEFT has it; returns its name, which is that
+    of the role where it is free."""
     causal_lm = model.get_base_model()
     files.warn_if_quantized_otherwise(folder, causal_lm, role)
     config, name = files.read_lora_config(folder), _free_name(model, role)
     with files.fits(f"The adapter in {str(folder)!r}", causal_lm.config.name_or_path):
-        model.add_adapter(name, _for_text(config) if role == "reference" else files.as_sequence_classifier(config))
+        writes = role in ("policy", "reference")
+        model.add_adapter(name, _for_text(config) if writes else files.as_sequence_classifier(config))
     files.load_weights(model, folder, name)
     return name
 

@@ -341,12 +341,12 @@ class SharedBase(AdaptedModel):
         """Refuse a model whose completions would be another policy's.
 
         Raises:
-            ValueError: its `generate` samples otherwise than its own forward reads.
+            ValueError: its `generate` fails, or samples otherwise than its own forward reads.
         """
-        if not self.generates:
+        if self.generate_fault is not None:
             raise ValueError(
-                f"{type(self.causal_lm).__name__} cannot be trained on its own samples: Transformers' generate samples "
-                "with other probabilities than the model's own forward gives; take another model."
+                f"{type(self.causal_lm).__name__} cannot be trained on its own samples: {self.generate_fault}; take "
+                "another model."
             )
 
     @torch.no_grad()

@@ -173,10 +173,10 @@ def can_pad_left(causal_lm: Any) -> bool:
 
 
 @torch.no_grad()
-def can_generate(causal_lm: Any) -> bool:
-    """Whether `generate` samples two prompts as the model's own forward reads them, for three tokens. Transformers
-    numbers the positions of some otherwise there (RoBERTa), adds a token to the prompt (XLM, XLNet), or mixes the rows
-    of a batch (RWKV).
+def fault_of_generate(causal_lm: Any) -> str | None:
+    """What is wrong with `generate`, tried for three tokens after each of two prompts; None where it samples as the
+    model's own forward reads. Transformers numbers the positions of some otherwise there (RoBERTa), adds a token to the
+    prompt (XLM, XLNet), or mixes the rows of a batch (RWKV).
 
     The change is compared with the difference between the two rows.
     """
@@ -188,12 +188,13 @@ def can_generate(causal_lm: Any) -> bool:
         with evaluating(causal_lm):
             whole, said = _three_more(causal_lm, ids, torch.ones_like(ids), pad_token_id=pad, suppress_tokens=[pad])
             read = causal_lm(input_ids=whole, use_cache=False).logits[:, 2:-1]
-    except Exception as error:  # whatever it is, the call that this trial precedes says it
-        logger.warning("%s could not be tried: %s", type(causal_lm).__name__, error)
-        return True
+    except Exception as error:  # whatever a model raises that cannot generate so
+        return f"Transformers' generate fails on two prompts of it ({' '.join(str(error).split()):.200})"
     sampled, own = (x.float().log_softmax(-1) for x in (said, read))
     tolerance = 1e-2 if causal_lm.dtype == torch.float32 else 0.5
-    return bool((sampled - own).norm() <= tolerance * (own[0] - own[1]).norm())
+    if (sampled - own).norm() <= tolerance * (own[0] - own[1]).norm():
+        return None
+    return "Transformers' generate samples with other probabilities than the model's own forward gives"
 
 
 def _three_more(causal_lm: Any, ids: Tensor, mask: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:

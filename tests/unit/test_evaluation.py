@@ -1,0 +1,575 @@
+"""Several policies over one base: their answers in a file, figures, judges, and the two commands."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from tests.parity.tiny import EOS, config_of, save_base, save_policy_adapter, save_reward_adapter
+from trl_ext import evaluation
+from trl_ext.cli import main
+from trl_ext.evaluation import Cast, Comparison, Interval, Sampling, Spec, win_rates
+from trl_ext.evaluation.judges import ModelJudge, compared, verdict_of
+from trl_ext.evaluation.policies import Drawn, Policies, uniforms
+from trl_ext.evaluation.result import as_json
+from trl_ext.roles import adapters
+
+PROMPTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12", "w13 w14"]
+ROWS = [{"prompt": prompt, "wanted": f"w{20 + i}"} for i, prompt in enumerate(PROMPTS)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    base = save_base(folder / "model", config_of("llama"))
+    save_policy_adapter(folder / "one", base, seed=1)
+    save_policy_adapter(folder / "two", base, seed=2)
+    save_reward_adapter(folder / "judge", base, seed=3)
+    save_reward_adapter(folder / "other", base, seed=4)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cast(files: Path) -> Cast:
+    policies = ["base=base", f"one={files / 'one'}", f"two={files / 'two'}"]
+    return Cast.checked(str(files / "model"), policies, [files / "judge", files / "other"])
+
+
+@pytest.fixture(scope="module")
+def policies(cast: Cast) -> Policies:
+    return cast.loaded(cast.tokenizer())
+
+
+def wanted(completions: list[str], wanted: list[str], **_: Any) -> list[float]:
+    """A reward function that needs a further column of the prompts."""
+    return [float(word in text.split()) for text, word in zip(completions, wanted, strict=True)]
+
+
+@torch.no_grad()
+def plain_logprob(base: str, adapter: Path | None, row: dict[str, Any], temperature: float = 1.0) -> float:
+    """Of a completion, by plain Transformers and PEFT: all logits, a softmax, a gather."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = model if adapter is None else PeftModel.from_pretrained(model, adapter)
+    asked = [int(word[1:]) for word in row["prompt"].split()]
+    ids = torch.tensor([asked + row["completion_ids"]])
+    logprobs = (model.eval()(ids).logits[0, len(asked) - 1 : -1].double() / temperature).log_softmax(-1)
+    return float(logprobs.gather(1, ids[0, len(asked) :, None]).sum())
+
+
+# Answers -------------------------------------------------------------------------------------------------------------
+
+
+def test_random_numbers_follow_from_the_rows_key_alone() -> None:
+    one, two = [0, 3, "base", 1], [0, 4, "base", 1]
+    together = uniforms([one, two], 5)
+    assert torch.equal(together[1], uniforms([two], 5)[0])
+    assert not torch.equal(together[0], together[1])
+    assert together.min() >= 0 and together.max() < 1
+
+
+def test_tokens_are_drawn_by_their_probability() -> None:
+    logits = torch.tensor([0.3, -1.0, -torch.inf, 1.5, 0.0])
+    rows, temperature = 20_000, 0.7
+    numbers = torch.rand(rows, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = Drawn(numbers, temperature, width=3)(torch.zeros(rows, 3, dtype=torch.long), logits.repeat(rows, 1))
+    assert (drawn.isfinite().sum(dim=1) == 1).all()
+    shares = drawn.argmax(dim=1).bincount(minlength=5) / rows
+    assert shares == pytest.approx(torch.softmax(logits / temperature, 0), abs=4 * 0.5 / math.sqrt(rows))
+    assert shares[2] == 0
+
+
+def test_rows_say_what_plain_models_say(files: Path, cast: Cast, tmp_path: Path) -> None:
+    rows = evaluation.sample(cast, ROWS, tmp_path / "a.jsonl", Sampling(2, 6, temperature=0.8, batch_size=3), [wanted])
+    assert [row["id"] for row in rows[:4]] == ["0-base-0", "0-one-0", "0-two-0", "0-base-1"]
+    assert len(rows) == len({row["id"] for row in rows}) == 4 * 2 * 3
+    folders = {"base": None, "one": files / "one", "two": files / "two"}
+    model = str(files / "model")
+    for row in rows[::5] + rows[1::7]:
+        own = plain_logprob(model, folders[row["policy"]], row, 0.8)
+        base = plain_logprob(model, None, row, 0.8)
+        assert row["logprob"] == pytest.approx(own, abs=1e-4)
+        assert row["kl"] == pytest.approx(own - base, abs=1e-4)
+        assert row["tokens"] == len(row["completion_ids"]) <= 6
+        assert row["ended"] == (row["completion_ids"][-1] == EOS)
+        assert row["scores"]["wanted"] == float(row["wanted"] in row["completion"].split())
+        assert row["score"] == pytest.approx(sum(row["scores"].values()) / 3)
+    assert any(abs(row["kl"]) > 0.01 for row in rows if row["policy"] != "base")
+    assert all(row["kl"] == 0 for row in rows if row["policy"] == "base")
+
+
+@torch.no_grad()
+def test_each_reward_role_scores_as_a_plain_classifier(files: Path, cast: Cast, tmp_path: Path) -> None:
+    rows = evaluation.sample(cast, ROWS, tmp_path / "a.jsonl", Sampling(1, 5))
+    for name in ("judge", "other"):
+        plain = AutoModelForSequenceClassification.from_pretrained(files / "model", num_labels=1)
+        plain = PeftModel.from_pretrained(plain, files / name).eval()
+        for row in rows[::4]:
+            ids = torch.tensor([[int(word[1:]) for word in row["prompt"].split()] + row["completion_ids"]])
+            assert row["scores"][name] == pytest.approx(float(plain(ids).logits), abs=1e-5)
+
+
+def test_there_is_one_base(files: Path, policies: Policies) -> None:
+    own = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(files / "model").parameters())
+    found = sum(p.numel() for name, p in policies.model.named_parameters() if "lora_" not in name)
+    assert found == own
+    assert len({name for name in policies.policies.values() if name}) == 2 and len(policies.rewards) == 2
+    assert not any(parameter.requires_grad for parameter in policies.parameters())
+
+
+def test_the_same_random_numbers_make_equal_policies_say_the_same(files: Path, tmp_path: Path) -> None:
+    twice = Cast.checked(str(files / "model"), [f"x={files / 'one'}", f"y={files / 'one'}"])
+    shared = evaluation.sample(twice, ROWS, tmp_path / "s.jsonl", Sampling(2, 6, shared_seeds=True))
+    own = evaluation.sample(twice, ROWS, tmp_path / "o.jsonl", Sampling(2, 6))
+    texts = [[[row["completion"] for row in rows if row["policy"] == name] for name in "xy"] for rows in (shared, own)]
+    assert texts[0][0] == texts[0][1]
+    assert texts[1][0] != texts[1][1]
+
+
+def test_temperature_0_takes_the_likeliest(files: Path, policies: Policies) -> None:
+    rollout = policies.sample("one", PROMPTS, uniforms([(i,) for i in range(4)], 5), temperature=0.0)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(files / "model"), files / "one")
+    for prompt, ids in zip(PROMPTS, rollout.completion_tokens, strict=True):
+        asked = torch.tensor([[int(word[1:]) for word in prompt.split()]])
+        greedy = plain.generate(input_ids=asked, max_new_tokens=5, do_sample=False)[0, asked.shape[1] :].tolist()
+        assert ids == greedy
+
+
+# Going on ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [0, 1, 700, 2500, 2501])
+def test_a_file_cut_anywhere_is_gone_on_with(cast: Cast, policies: Policies, tmp_path: Path, cut: int) -> None:
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    how = Sampling(2, 6, batch_size=3)
+    rows = evaluation.sample(cast, ROWS, whole, how, load=lambda: policies)
+    shutil.copy(f"{whole}.settings.json", f"{part}.settings.json")
+    part.write_bytes(whole.read_bytes()[:cut])
+    assert evaluation.sample(cast, ROWS, part, how, load=lambda: policies) == rows
+    assert part.read_bytes() == whole.read_bytes()
+
+
+def test_a_finished_file_needs_no_model(cast: Cast, policies: Policies, tmp_path: Path) -> None:
+    rows = evaluation.sample(cast, ROWS, tmp_path / "a.jsonl", Sampling(1, 4), load=lambda: policies)
+
+    def never() -> Policies:
+        raise AssertionError("loaded")
+
+    assert evaluation.sample(cast, ROWS, tmp_path / "a.jsonl", Sampling(1, 4), load=never) == rows
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_gone_on_with(files: Path, tmp_path: Path) -> None:
+    many = tmp_path / "prompts.jsonl"
+    many.write_text("".join(json.dumps({"prompt": f"w{i + 3} w7"}) + "\n" for i in range(60)))
+    line = [str(files / "model"), "--policy", "base=base", f"one={files / 'one'}", "--prompts", str(many)]
+    line += ["--max-new-tokens", "8", "--batch-size", "3", "--out"]
+    assert main(["sample", *line, str(tmp_path / "whole.jsonl")]) == 0
+    out = tmp_path / "killed.jsonl"
+    process = subprocess.Popen([sys.executable, "-m", "trl_ext.cli", "sample", *line, str(out)], cwd=Path.cwd())
+    while not out.exists() or out.read_bytes().count(b"\n") < 10:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert out.read_bytes().count(b"\n") < 120
+    assert main(["sample", *line, str(out)]) == 0
+    rows, whole = ([json.loads(line) for line in file.open()] for file in (out, tmp_path / "whole.jsonl"))
+    for row, expected in zip(rows, whole, strict=True):
+        # Another process may use another number of threads, and so another order of sums.
+        for name in ("logprob", "kl"):
+            assert row.pop(name) == pytest.approx(expected.pop(name), abs=1e-4)
+        assert row == expected
+
+
+def test_other_settings_are_refused(cast: Cast, policies: Policies, tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    evaluation.sample(cast, ROWS, out, Sampling(1, 4), load=lambda: policies)
+    with pytest.raises(ValueError, match=r"was made with temperature 1\.0, and not with 0\.5"):
+        evaluation.sample(cast, ROWS, out, Sampling(1, 4, temperature=0.5))
+    with pytest.raises(ValueError, match="was made with prompts 4 with digest"):
+        evaluation.sample(cast, ROWS[:3], out, Sampling(1, 4))
+    Path(f"{out}.settings.json").unlink()
+    with pytest.raises(FileExistsError, match="exists already"):
+        evaluation.sample(cast, ROWS, out, Sampling(1, 4))
+
+
+# What is worth a person's time ---------------------------------------------------------------------------------------
+
+
+def scored(prompt: str, number: int, **scores: float) -> dict[str, Any]:
+    return {"id": f"{prompt}-{number}", "prompt": prompt, "completion": f"c{number}", "scores": scores}
+
+
+def test_disagreement_takes_what_reward_models_see_differently() -> None:
+    # y is x times 10 and plus 5, but for the fourth answer: scale and offset are no disagreement.
+    rows = [scored("p", i, x=float(i), y=10.0 * i + 5) for i in range(6)]
+    rows[3]["scores"]["y"] = -20.0
+    assert [row["id"] for row in evaluation.pick(rows, "disagreement", 1, of="answers")] == ["p-3"]
+    pair = evaluation.pick(rows, "disagreement", 1)
+    assert "p-3" in {row["id"] for row in pair} and [row["item"] for row in pair] == [0, 0]
+
+
+def test_closeness_takes_the_pairs_of_one_prompt_that_score_alike() -> None:
+    rows = [scored("p", 0, x=1.0), scored("p", 1, x=1.5), scored("p", 2, x=3.0), scored("q", 3, x=1.01)]
+    rows += [scored("q", 4, x=9.0), scored("p", 5, x=2.9)]
+    picked = evaluation.pick(rows, "closeness", 2)
+    assert [row["id"] for row in picked] == ["p-2", "p-5", "p-0", "p-1"]
+
+
+def test_random_items_are_pairs_of_unlike_answers_each_once() -> None:
+    rows = [{**scored(f"p{i // 4}", i % 2 if i < 4 else i), "id": str(i)} for i in range(16)]
+    picked = evaluation.pick(rows, "random", 100, seed=1)
+    assert len({row["id"] for row in picked}) == len(picked)
+    for first, second in zip(picked[::2], picked[1::2], strict=True):
+        assert first["prompt"] == second["prompt"] and first["completion"] != second["completion"]
+
+
+# Figures -------------------------------------------------------------------------------------------------------------
+
+
+def answer(prompt: str, completion: str, **more: Any) -> dict[str, Any]:
+    tokens = len(completion.split())
+    return {"prompt": prompt, "completion": completion, "tokens": tokens, "ended": True, "kl": 0.0, **more}
+
+
+def test_figures_by_hand() -> None:
+    rows = [
+        answer("p", "a b c a b c", logprob=-6.0, kl=1.0, scores={"r": 1.0}),
+        answer("p", "x y", logprob=-2.0, kl=0.0, scores={"r": None}),
+        answer("q", "x y", logprob=-4.0, kl=2.0, scores={"r": 4.0}, ended=False),
+    ]
+    found = {name: figure.mean for name, figure in evaluation.figures(rows).items()}
+    assert found["score/r"] == pytest.approx((1 + 4) / 2)
+    assert found["kl"] == pytest.approx((0.5 + 2) / 2)
+    assert found["length"] == pytest.approx((4 + 2) / 2)
+    assert found["ended"] == pytest.approx((1 + 0) / 2)
+    assert found["repetition"] == pytest.approx(((1 - 3 / 4) / 2 + 0) / 2)  # abc bca cab abc
+    assert found["distinct"] == pytest.approx(((1 + 0.5) / 2 + 0.5) / 2)
+    # Base's nats a token: -7/6 and -2/2 for p, -6/2 for q.
+    assert found["perplexity"] == pytest.approx(math.exp(((7 / 6 + 1) / 2 + 3) / 2))
+
+
+# A language model as judge -------------------------------------------------------------------------------------------
+
+
+class JudgeServer(ThreadingHTTPServer):
+    """Answers chat completions as `say(first, second)` says, after first doing what `troubles` says."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), JudgeHandler)
+        self.requests: list[dict[str, Any]] = []
+        self.troubles: list[int] = []
+        self.say = longer
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class JudgeHandler(BaseHTTPRequestHandler):
+    server: JudgeServer
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
+        self.send_response(self.server.troubles.pop(0) if self.server.troubles else 200)
+        self.end_headers()
+        asked = body["messages"][-1]["content"]
+        first, second = asked.split("[Answer A]\n")[1].split("\n\n[Answer B]\n")
+        choice = {"message": {"role": "assistant", "content": self.server.say(first, second)}}
+        self.wfile.write(json.dumps({"choices": [choice]}).encode())
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def longer(first: str, second: str) -> str:
+    return f"I looked at [[C]] and the like.\n[[{'A' if len(first) > len(second) else 'B'}]]"
+
+
+@pytest.fixture
+def server() -> Iterator[JudgeServer]:
+    server = JudgeServer()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def pair(first: str, second: str, prompt: str = "p") -> tuple[dict[str, Any], dict[str, Any]]:
+    a, b = (
+        {**answer(prompt, text), "id": f"{prompt}-{name}", "policy": name}
+        for name, text in zip("ab", (first, second), strict=True)
+    )
+    return a, b
+
+
+def test_a_judge_is_asked_in_both_orders_and_once(server: JudgeServer, tmp_path: Path) -> None:
+    judge = ModelJudge("m", server.url, tmp_path / "judge.jsonl", rubric="Be fair.", key="secret")
+    pairs = [pair("long answer", "short"), pair("s", "longest answer", "q"), pair("same", "same", "r")]
+    assert [x.outcome for x in compared(judge, pairs)] == [0.5, 1.0, 0.0] or [
+        (x.prompt, x.outcome) for x in sorted(compared(judge, pairs), key=lambda x: x.prompt)
+    ] == [("p", 1.0), ("q", 0.0), ("r", 0.5)]
+    assert len(server.requests) == 4  # equal answers cost nothing
+    assert {request["path"] for request in server.requests} == {"/v1/chat/completions"}
+    assert {request["key"] for request in server.requests} == {"Bearer secret"}
+    assert server.requests[0]["messages"][0] == {"role": "system", "content": "Be fair."}
+    assert {r["messages"][1]["content"].count("long answer") for r in server.requests} == {0, 1}
+    again = ModelJudge("m", server.url, tmp_path / "judge.jsonl", rubric="Be fair.")
+    compared(again, pairs)
+    assert len(server.requests) == 4
+    compared(ModelJudge("m", server.url, tmp_path / "judge.jsonl", rubric="Be strict."), pairs)
+    assert len(server.requests) == 8  # another rubric is another question
+
+
+def test_a_judge_that_prefers_a_side_says_tie(server: JudgeServer, tmp_path: Path) -> None:
+    server.say = lambda first, second: "[[A]]"
+    judge = ModelJudge("m", server.url, tmp_path / "judge.jsonl")
+    assert judge([pair("x", "y")]) == [0.5]
+
+
+def test_a_judge_that_is_busy_is_asked_again(server: JudgeServer, tmp_path: Path) -> None:
+    server.troubles = [503, 429]
+    judge = ModelJudge("m", server.url, tmp_path / "judge.jsonl", backoff=0.01)
+    assert judge([pair("longer", "s")]) == [1.0]
+
+
+def test_what_a_judge_said_before_it_went_is_kept(server: JudgeServer, tmp_path: Path) -> None:
+    file = tmp_path / "judge.jsonl"
+    server.troubles = [200, 200, 401]
+    pairs = [pair("longer", "s", f"p{i}") for i in range(6)]
+    with pytest.raises(evaluation.JudgeError, match=r"judge 'm' is gone: .*status 401.*the same command goes on"):
+        ModelJudge("m", server.url, file, concurrency=1)(pairs)
+    assert len(file.read_text().splitlines()) == 2
+    assert len(server.requests) == 3  # after the first refusal nothing more is asked
+    assert ModelJudge("m", server.url, file)(pairs) == [1.0] * 6
+    assert len(server.requests) == 3 + 10
+
+
+def test_a_judge_that_names_no_winner(server: JudgeServer, tmp_path: Path) -> None:
+    server.say = lambda first, second: "Both are lovely."
+    with pytest.raises(evaluation.JudgeError, match=r"names no winner: it said 'Both are lovely\.'.*\[\[A\]\]"):
+        ModelJudge("m", server.url, tmp_path / "j.jsonl")([pair("x", "y", str(i)) for i in range(40)])
+    assert len(server.requests) < 40
+    server.say = lambda first, second: "Hm." if "odd" in first + second else longer(first, second)
+    pairs = [pair("longer", "s"), pair("odd", "y", "q"), pair("longer", "z", "t")]
+    assert ModelJudge("m", server.url, tmp_path / "j.jsonl", concurrency=1)(pairs) == [1.0, None, 1.0]
+
+
+def test_a_judge_that_nobody_hears(tmp_path: Path) -> None:
+    judge = ModelJudge("m", "http://127.0.0.1:9/v1", tmp_path / "j.jsonl", retries=1, backoff=0.01)
+    with pytest.raises(evaluation.JudgeError, match="is gone"):
+        judge([pair("x", "y")])
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"), [("[[A]]", "A"), ("not [[A]] but [[B]]", "B"), ("A", None), ("[[D]]", None), ("", None)]
+)
+def test_verdicts(reply: str, verdict: str | None) -> None:
+    assert verdict_of(reply) == verdict
+
+
+def test_specs() -> None:
+    assert Spec.of("url:org/m@x@http://h:1/v1") == Spec("url", "http://h:1/v1", "org/m@x")
+    assert (Spec.of("reward:a/b"), Spec.of("people")) == (Spec("reward", "a/b"), Spec("people"))
+
+
+# The commands --------------------------------------------------------------------------------------------------------
+
+
+def line(files: Path, *more: str, policies: tuple[str, ...] = ("base=base", "one=one", "two=two")) -> list[str]:
+    named = [
+        f"{name}={folder if folder == 'base' else files / folder}"
+        for name, _, folder in (p.partition("=") for p in policies)
+    ]
+    return [
+        *(str(files / "model"), "--policy", *named, "--prompts", str(files / "prompts.jsonl")),
+        *("--per-prompt", "2", "--max-new-tokens", "5", *more),
+    ]
+
+
+def test_evaluate_by_a_reward_role(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["evaluate", *line(files, "--judge", f"reward:{files / 'judge'}", "--out", str(tmp_path / "e"))]
+    arguments += ["--reward", str(files / "other")]
+    assert main(arguments) == 0
+    result = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    assert list(result["policies"]) == ["base", "one", "two"]
+    metrics = result["policies"]["one"]["metrics"]
+    assert set(metrics) == {
+        *("score/judge", "score/other", "kl", "length", "ended", "repetition", "distinct", "perplexity")
+    }
+    assert all(m["low"] <= m["mean"] <= m["high"] for m in metrics.values())
+    assert result["policies"]["base"]["metrics"]["kl"]["mean"] == 0
+    # The win rate by hand, from the scores that `sample` writes.
+    rows = evaluation.sample(
+        Cast.checked(str(files / "model"), ["base=base", f"one={files / 'one'}"], [files / "judge"]),
+        *(ROWS, tmp_path / "by_hand.jsonl", Sampling(2, 5, shared_seeds=True)),
+    )
+    score = {row["id"]: row["score"] for row in rows}
+    wins = []
+    for i in range(4):
+        a, b = ([score[f"{i}-{name}-{k}"] for k in range(2)] for name in ("base", "one"))
+        wins.append(sum((x > y) + (x == y) / 2 for x, y in zip(a, b, strict=True)) / 2)
+    there, back = result["win_rates"]["base"]["one"], result["win_rates"]["one"]["base"]
+    assert there["rate"] == pytest.approx(sum(wins) / 4)
+    assert there["n"] == back["n"] == 4
+    assert there["low"] <= there["rate"] <= there["high"]
+    assert back["rate"] == pytest.approx(1 - there["rate"])
+    assert set(result["win_rates"]["two"]) == {"base", "one"}
+    assert sum(policy["strength"]["mean"] for policy in result["policies"].values()) == pytest.approx(0, abs=1e-6)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ("Win rates, judge reward:" in shown and there["sentence"] in shown) or back["sentence"] in shown
+    assert "Bradley-Terry" in (tmp_path / "e" / "evaluation.html").read_text()
+
+
+def test_evaluate_again_samples_nothing(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = ["--out", str(tmp_path / "e")]
+    assert main(["evaluate", *line(files, *out)]) == 0
+    assert json.loads((tmp_path / "e" / "evaluation.json").read_text())["win_rates"] == {}
+    before = (tmp_path / "e" / "answers.jsonl").read_bytes()
+    monkeypatch.setattr(Cast, "loaded", lambda *_, **__: pytest.fail("loaded"))
+    assert main(["evaluate", *line(files, *out, "--judge", "function:tests.unit.test_evaluation.wanted")]) == 0
+    assert (tmp_path / "e" / "answers.jsonl").read_bytes() == before
+    result = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    assert "score/wanted" in result["policies"]["one"]["metrics"]
+    assert result["win_rates"]["one"]["two"]["n"] == 4
+
+
+def test_one_policy_is_compared_with_the_base(files: Path, tmp_path: Path) -> None:
+    arguments = line(files, "--judge", f"reward:{files / 'judge'}", "--out", str(tmp_path / "e"), policies=("one=one",))
+    assert main(["evaluate", *arguments]) == 0
+    assert set(json.loads((tmp_path / "e" / "evaluation.json").read_text())["win_rates"]["one"]) == {"base"}
+
+
+def test_evaluate_by_a_language_model_beside_people(files: Path, server: JudgeServer, tmp_path: Path) -> None:
+    said = [{"id_a": f"{i}-one-0", "id_b": f"{i}-base-0", "outcome": 1.0, "rater": "ann"} for i in range(4)]
+    (tmp_path / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
+    rubric = tmp_path / "rubric.txt"
+    rubric.write_text("The longer one is better.")
+    more = ["--judge", f"url:m@{server.url}", "--rubric", str(rubric), "--store", str(tmp_path / "people.jsonl")]
+    out = ["--out", str(tmp_path / "e")]
+    assert main(["evaluate", *line(files, *more, *out, policies=("base=base", "one=one"))]) == 0
+    result = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    assert result["judge"] == f"url:m@{server.url}"
+    assert result["agreement"]["pairs"] == 4
+    rows = evaluation.read_rows(tmp_path / "e" / "answers.jsonl")
+    lengths = [(len(rows[f"{i}-one-0"]["completion"]), len(rows[f"{i}-base-0"]["completion"])) for i in range(4)]
+    assert result["agreement"]["mean"] == sum(one > base for one, base in lengths) / 4
+    assert server.requests[0]["messages"][0]["content"] == "The longer one is better."
+
+
+def test_people_judge(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = tmp_path / "people.jsonl"
+    arguments = ["evaluate", *line(files, "--judge", "people", "--store", str(store), "--out", str(tmp_path / "e"))]
+    assert main(arguments) == 1
+    assert "No person has compared" in capsys.readouterr().err
+    verdicts = [(0, "one", "base", 1.0), (0, "base", "one", 1.0), (1, "base", "one", 0.0), (2, "two", "one", 0.5)]
+    said = [{"id_a": f"{i}-{a}-0", "id_b": f"{i}-{b}-1", "outcome": x, "rater": "ann"} for i, a, b, x in verdicts]
+    store.write_text("".join(json.dumps(row) + "\n" for row in said))
+    assert main(arguments) == 0
+    rates = json.loads((tmp_path / "e" / "evaluation.json").read_text())["win_rates"]
+    assert rates["one"]["base"]["rate"] == (0.5 + 1) / 2
+    assert rates["two"]["one"]["rate"] == 0.5 and "base" not in rates["two"]
+
+
+def test_what_users_named_is_no_markup() -> None:
+    figures = {name: {"kl": Interval(0.1, 0.0, 0.2, 4)} for name in ("<i>x", "y")}
+    said = [Comparison(i, "<i>x", "y", 1.0, 3, 3, "j") for i in range(4)]
+    rates = win_rates(said, list(figures))
+    settings = {"base": "<b>", "prompts": 4, "per_prompt": 1, "temperature": 1.0}
+    result = as_json(settings, dict.fromkeys(figures), figures, "<u>", rates, 0, {}, None)
+    page = str(evaluation.section(result))
+    assert "&lt;i&gt;x against y" in page and "100.0%" in page
+    assert not any(tag in page for tag in ("<i>", "<b>", "<u>"))
+
+
+def test_sample_picks(files: Path, tmp_path: Path) -> None:
+    rewards = ["--reward", str(files / "judge"), str(files / "other")]
+    picking = ["--pick", "disagreement", "--items", "3", "--out", str(tmp_path / "a.jsonl")]
+    assert main(["sample", *line(files, *rewards, *picking)]) == 0
+    rows = list(evaluation.read_rows(tmp_path / "a.jsonl").values())
+    assert [row["item"] for row in rows] == [0, 0, 1, 1, 2, 2]
+    assert len(evaluation.read_rows(tmp_path / "a.all.jsonl")) == 4 * 2 * 3
+
+
+BAD: list[tuple[list[str], str]] = [
+    (["--policy", "x=missing"], "The policy role's folder 'missing' does not exist"),
+    (["--policy", "x=one", "x=two"], "Two policies are called 'x'"),
+    (["--policy", "one"], "must be NAME=FOLDER"),
+    (["--policy", "x=foreign"], "was trained over"),
+    (["--policy", "x=judge"], "The adapter in"),
+    (["--reward", "one"], "no score head"),
+    (["--judge", "oracle"], "must be reward:FOLDER"),
+    (["--judge", "url:model"], "must be url:MODEL@URL"),
+    (["--judge", "url:model@ftp://x"], "must be url:MODEL@URL"),
+    (["--judge", "reward:missing", "--policy", "x=one"], "The reward role's folder 'missing' does not exist"),
+    (["--judge", "function:no.such"], "cannot be imported"),
+    (["--judge", "people", "--policy", "x=one"], "Give --store FILE"),
+    (["--judge", "reward:judge"], "the bare base is alone"),
+    (["--judge", "url:m@http://127.0.0.1:9", "--policy", "x=one", "--judge-key", "NO_SUCH_VARIABLE"], "is not set"),
+    (["--rubric", "missing.txt"], "missing.txt"),
+    (["--prompts", "missing.jsonl"], "does not exist"),
+    (["--prompts", "empty.jsonl"], "empty.jsonl"),
+    (["--per-prompt", "0"], "per_prompt is 0"),
+    (["--temperature", "-1"], "temperature is -1"),
+]
+
+
+@pytest.mark.parametrize(("more", "sentence"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_input_is_said_before_a_model_is_loaded(
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two", "judge"):
+        (tmp_path / name).symlink_to(files / name)
+    shutil.copytree(files / "one", tmp_path / "foreign")
+    config = tmp_path / "foreign" / adapters.CONFIG
+    config.write_text(config.read_text().replace(str(files / "model"), "other/model"))
+    (tmp_path / "empty.jsonl").write_text("")
+    monkeypatch.setattr("trl_ext.roles.assembly.load_base", lambda *_, **__: pytest.fail("loaded"))
+    arguments = [str(files / "model"), "--prompts", str(files / "prompts.jsonl"), "--out", str(tmp_path / "e"), *more]
+    assert main(["evaluate", *arguments]) == 1
+    said = capsys.readouterr().err
+    assert sentence in said and said.count("\n") == 1 and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--pick", "disagreement", "--items", "3"], "give two or more"),
+        (["--pick", "closeness", "--items", "3"], "give --reward or --function"),
+        (["--pick", "random"], "give --items N"),
+        (["--pick", "closeness", "--of", "answers", "--items", "3"], "leave out --of answers"),
+    ],
+)
+def test_bad_picks(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], sentence: str
+) -> None:
+    assert main(["sample", *line(files, "--out", str(tmp_path / "a.jsonl")), *more]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_no_such_folder_to_write_to(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", *line(files, "--out", str(tmp_path / "no" / "a.jsonl"))]) == 1
+    assert "does not exist: make it" in capsys.readouterr().err

@@ -1,0 +1,281 @@
+"""Several policies and reward roles over one base, and what they write: the base's weights are loaded once."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+)
+
+from trl_ext.generation import Answers, generate
+from trl_ext.rewards import reward_role
+from trl_ext.roles import SharedBase, adapters, assembly
+from trl_ext.tokens import eos_ids, padded
+from trl_ext.types import Rollout
+
+BASE = "base"  # as a folder: the model without an adapter
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Who is put on the one base.
+
+    Attributes:
+        base: name or folder of the model.
+        policies: name of each to the folder of its adapter; None is the bare base.
+        rewards: folders of reward adapters.
+    """
+
+    base: str
+    policies: Mapping[str, Path | None]
+    rewards: tuple[Path, ...] = ()
+
+    @classmethod
+    def checked(cls, base: str, policies: Sequence[str] = (), rewards: Sequence[str | Path] = ()) -> Cast:
+        """Check all that the files tell without a model.
+
+        Args:
+            base: name or folder of the model.
+            policies: NAME=FOLDER each, or NAME=base for the model without an adapter; none: that one.
+            rewards: folders of reward adapters.
+
+        Raises:
+            FileNotFoundError: a folder is missing or holds no adapter.
+            ValueError: a name without a folder, a name twice, an adapter of another base.
+        """
+        if adapters.named(base).adapter is not None:
+            raise ValueError(f"{base!r} is an adapter: give its base, and the adapter as --policy NAME={base}.")
+        folders: dict[str, Path | None] = {}
+        for policy in policies or [f"{BASE}={BASE}"]:
+            name, equals, folder = policy.partition("=")
+            if not (name and equals and folder):
+                raise ValueError(f"The policy {policy!r} must be NAME=FOLDER, or NAME={BASE} for the bare base.")
+            if name in folders:
+                raise ValueError(f"Two policies are called {name!r}: give each a name of its own.")
+            plan = assembly.plan(base, None if folder == BASE else folder, "head", None, None)
+            folders[name] = plan.policy if isinstance(plan.policy, Path) else None
+        plan = assembly.plan(base, None, "head", rewards or None, None)
+        return cls(base, folders, plan.reward)
+
+    def with_reward(self, folder: str | Path) -> tuple[Cast, int]:
+        """The same with a further reward adapter, where it is not there yet, and the number that it has.
+
+        Raises:
+            FileNotFoundError, ValueError: as `checked`.
+        """
+        [added] = Cast.checked(self.base, rewards=[folder]).rewards
+        known = [reward.resolve() for reward in self.rewards]
+        if added.resolve() in known:
+            return self, known.index(added.resolve())
+        return replace(self, rewards=(*self.rewards, added)), len(known)
+
+    @property
+    def reward_names(self) -> list[str]:
+        """A name for each reward adapter: the folder's; with the one above it, where it would be there twice."""
+        names = [folder.name for folder in self.rewards]
+        parents = [f"{f.resolve().parent.name}/{f.name}" if names.count(f.name) > 1 else f.name for f in self.rewards]
+        return parents if len({*parents}) == len(parents) else [str(folder) for folder in self.rewards]
+
+    def fingerprint(self, name: str) -> str:
+        """Changes where the weights of the policy `name` do."""
+        folder = self.policies[name]
+        return BASE if folder is None else hashlib.sha256((folder / adapters.WEIGHTS).read_bytes()).hexdigest()[:16]
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's; where it has no chat template, that of the first policy that has one."""
+        own = AutoTokenizer.from_pretrained(self.base)
+        folders = [f for f in self.policies.values() if f is not None and (f / "tokenizer_config.json").is_file()]
+        others = (AutoTokenizer.from_pretrained(str(folder)) for folder in folders)
+        tokenizers = itertools.chain([own], others)
+        return next((tokenizer for tokenizer in tokenizers if tokenizer.chat_template is not None), own)
+
+    def loaded(self, tokenizer: PreTrainedTokenizerBase, **how: Any) -> Policies:
+        """Load the base, and lay everyone on it.
+
+        Args:
+            **how: further arguments of `SharedBase.from_pretrained`: quantization_config, dtype, device_map, ...
+        """
+        settings = {name: how.pop(name, None) for name in ("quantization_config", "dtype", "device_map")}
+        model = assembly.load_base(self.base, *settings.values(), **how)
+        folders = {name: folder for name, folder in self.policies.items() if folder is not None}
+        first = next(iter(folders.values()), None)
+        # PEFT wants an adapter even where only the bare base speaks.
+        plan = assembly.plan(self.base, first or replace(assembly.default_lora(model), r=1), "head", None, None)
+        laid = assembly.assemble(model, plan)
+        own: dict[str, str | None] = dict.fromkeys(self.policies)
+        for i, (name, folder) in enumerate(folders.items()):
+            own[name] = laid.adapters["policy"] if i == 0 else assembly.add_saved(laid.model, folder, "policy")
+        lm_head = laid.model.get_base_model().get_output_embeddings()
+        config = laid.model.get_base_model().config.get_text_config()
+        rewards = [
+            RewardAdapter(
+                assembly.add_saved(laid.model, folder, "reward"),
+                adapters.load_scalar_head(folder, lm_head.weight.shape[1], lm_head.weight.device),
+                adapters.read_pad_token_id(folder, getattr(config, "pad_token_id", None)),
+            )
+            for folder in self.rewards
+        ]
+        return Policies(laid.model, tokenizer, own, dict(zip(self.reward_names, rewards, strict=True)))
+
+
+@dataclass(frozen=True)
+class RewardAdapter:
+    """A reward role: its adapter, its head (hidden size -> 1), and which id is padding to it (see `SharedBase`)."""
+
+    adapter: str
+    head: nn.Module
+    pad_token_id: int | None
+
+
+class Policies(SharedBase):
+    """One base that speaks for several policies, each by its name, and scores by several reward roles.
+
+    Attributes:
+        tokenizer: of the base.
+        policies: adapter of each policy; None is the bare base.
+        rewards: reward functions, by name, that give each reward role's score.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        policies: Mapping[str, str | None],
+        rewards: Mapping[str, RewardAdapter],
+    ) -> None:
+        super().__init__(model, {"reference": None}, {})
+        self.tokenizer, self.policies = tokenizer, dict(policies)
+        self.requires_grad_(False).eval()
+        self.rewards = {name: reward_role(_Scoring(self, reward), tokenizer) for name, reward in rewards.items()}
+        for name, function in self.rewards.items():
+            function.__name__ = name
+
+    def _adapter(self, role: str) -> str | None:
+        return self.policies[role.removeprefix("policy:")] if role.startswith("policy:") else super()._adapter(role)
+
+    def sample(
+        self,
+        policy: str,
+        prompts: Sequence[Any],
+        uniforms: Tensor,
+        temperature: float = 1.0,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> Rollout:
+        """One completion for each prompt.
+
+        Args:
+            policy: by its name.
+            uniforms: (prompts, most tokens) float64 in [0, 1): each row's random numbers, see `Drawn`.
+            temperature: of the sampling; 0: the likeliest token.
+        """
+        config = GenerationConfig(
+            max_new_tokens=uniforms.shape[1],
+            do_sample=False,  # `Drawn` leaves one token to choose from
+            pad_token_id=next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None),
+            eos_token_id=eos_ids(self.causal_lm, self.tokenizer),
+            use_cache=True,
+        )
+        generator = _Generator(self, uniforms, temperature)
+        return generate(generator, prompts, self.tokenizer, config, chat_template_kwargs, role=f"policy:{policy}")
+
+    @torch.no_grad()
+    def logprobs_of(self, rollout: Rollout, policy: str, temperature: float = 1.0) -> tuple[list[float], list[float]]:
+        """Log-probability of each completion, nats: under the policy and under the bare base, at the temperature of the
+        sampling, as PPO has them; at 1 where the likeliest token is taken."""
+        ids, mask = rollout.input_ids.to(self.device), rollout.attention_mask.to(self.device)
+        width, divisor = rollout.completion_ids.shape[1], temperature or 1.0
+        roles: list[Any] = [f"policy:{policy}", "reference"]
+        own, base = (self.logprobs(ids, mask, width, role, divisor).double().sum(dim=1).tolist() for role in roles)
+        return own, base
+
+
+class _Scoring:
+    """One reward role of several, as `trl_ext.rewards.reward_role` asks for scores."""
+
+    def __init__(self, base: Policies, reward: RewardAdapter) -> None:
+        self._base, self._reward = [base], reward  # in a list: no module inside itself
+        self.causal_lm, self.device = base.causal_lm, base.device
+
+    def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """As `SharedBase.scores`."""
+        [base], reward = self._base, self._reward
+        batch = base._aligned(input_ids, attention_mask, 0, 1.0)
+        states = batch.final(base.hidden_states({reward.adapter: batch})[reward.adapter], reward.pad_token_id)
+        scores: Tensor = reward.head(states.float()).squeeze(-1)
+        return scores
+
+
+# Random numbers ------------------------------------------------------------------------------------------------------
+
+
+def uniforms(keys: Sequence[Sequence[Any]], tokens: int) -> Tensor:
+    """Random numbers in [0, 1) for each row, (rows, tokens) float64. They follow from the row's key alone, such as
+    (seed, prompt, sample): neither from other rows nor from what was sampled before."""
+    rows = []
+    for key in keys:
+        seed = int.from_bytes(hashlib.sha256(repr(tuple(key)).encode()).digest()[:8], "little", signed=True)
+        rows.append(torch.rand(tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+    return torch.stack(rows)
+
+
+class Drawn(LogitsProcessor):
+    """Leaves one token a row: the first whose cumulative probability exceeds the row's next random number u,
+
+        token = min {k : sum_{j <= k} p_j > u},    p = softmax(logits / temperature)
+
+    which samples from p (Devroye 1986, "Non-Uniform Random Variate Generation", section III.2). A row's token depends
+    on its own u alone, and policies that are nearly the same choose nearly the same tokens by the same u.
+
+    Args:
+        uniforms: (rows, most tokens) float64.
+        width: columns of the prompts.
+    """
+
+    def __init__(self, uniforms: Tensor, temperature: float, width: int) -> None:
+        self.uniforms, self.temperature, self.width = uniforms, temperature, width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits (rows, vocabulary): 0 for the token that was drawn, minus infinity for the others."""
+        u = self.uniforms[:, input_ids.shape[1] - self.width].to(scores.device).unsqueeze(1)
+        cumulative = (scores.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+        token = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+class _Generator:
+    """Transformers' `generate` with random numbers that belong to the rows."""
+
+    def __init__(self, base: Policies, uniforms: Tensor, temperature: float) -> None:
+        self.base, self.uniforms, self.temperature = base, uniforms, temperature
+
+    def answers(self, prompt_ids: list[list[int]], config: GenerationConfig, role: Any) -> Answers:
+        """See `Generator.answers`."""
+        completions: dict[int, list[int]] = {}
+        rows_by_length = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]))
+        # Some models shift by padding what they read: there only prompts of one length share a batch.
+        groups = itertools.groupby(rows_by_length, lambda row: self.base.pads_left or len(prompt_ids[row]))
+        for rows in (list(group) for _, group in groups):
+            ids, mask = padded([prompt_ids[row] for row in rows], config.pad_token_id, left=True)
+            width = ids.shape[1]
+            drawn = [Drawn(self.uniforms[rows], self.temperature, width)] if self.temperature else []
+            written = self.base.generate(
+                role=role,
+                input_ids=ids.to(self.base.device),
+                attention_mask=mask.long().to(self.base.device),
+                generation_config=config,
+                logits_processor=LogitsProcessorList(drawn),
+            )
+            completions |= zip(rows, written[:, width:].tolist(), strict=True)
+        return Answers([completions[row] for row in range(len(prompt_ids))])

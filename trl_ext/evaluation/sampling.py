@@ -1,0 +1,273 @@
+"""Answers of several policies in a file, a row a completion: written whole, and gone on with after any interruption."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from transformers import PreTrainedTokenizerBase
+
+from trl_ext.evaluation.policies import Cast, Policies, uniforms
+from trl_ext.rewards import RewardFunction, Scorer
+from trl_ext.tokens import padded, tokenize_prompts
+from trl_ext.types import Rollout
+
+Row = dict[str, Any]
+# What a row says of its own; the prompts' further columns stand beside it.
+FIELDS = {
+    *("id", "prompt", "completion", "policy", "sample", "tokens", "ended", "logprob", "kl", "score", "scores"),
+    *("completion_ids", "item"),
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled.
+
+    Attributes:
+        per_prompt: answers of each policy to each prompt.
+        max_new_tokens: of an answer.
+        temperature: 0 takes the likeliest token.
+        seed: of the random numbers, which follow from it, the prompt's number, the policy's name and the sample's
+            number alone.
+        shared_seeds: let all policies have the same random numbers.
+        batch_size: answers at a time; it changes nothing but rounding.
+    """
+
+    per_prompt: int = 1
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    seed: int = 0
+    shared_seeds: bool = False
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("per_prompt", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give at least 1.")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}: give 0 or more.")
+
+
+def sample(
+    cast: Cast,
+    prompts: Sequence[Mapping[str, Any]],
+    out: str | Path,
+    how: Sampling | None = None,
+    functions: Sequence[RewardFunction] = (),
+    loading: Mapping[str, Any] | None = None,
+    load: Callable[[], Policies] | None = None,
+) -> list[Row]:
+    """Every policy's answers to every prompt, as rows of the JSON lines file `out`, made where they are not there yet.
+
+    Beside it, `out` + ".settings.json" says what they were made with.
+
+    Args:
+        cast: the policies, and the reward roles that score.
+        prompts: rows with "prompt", texts or conversations; further columns ride along, and reward functions get them.
+        functions: reward functions that score, beside the reward roles.
+        loading: arguments of `Cast.loaded`, e.g. quantization_config.
+        load: gives `cast` loaded, where it may be loaded already.
+
+    Returns:
+        The rows: id, prompt, completion, policy, sample; tokens of the completion, ended (by its EOS), logprob (under
+        the policy that wrote it) and kl (log-ratio of policy and base), sums in nats; score, the mean of `scores` by
+        name; and completion_ids.
+
+    Raises:
+        ValueError: there are no prompts, or the file was made with other settings.
+    """
+    how, out = how or Sampling(), Path(out)
+    if not prompts:
+        raise ValueError("There are no prompts to answer.")
+    _check_settings(out, _settings(cast, prompts, how, functions, loading or {}))
+    done = read_rows(out)
+    order = [(number, sample) for number in range(len(prompts)) for sample in range(how.per_prompt)]
+    todo = []
+    for start in range(0, len(order), how.batch_size):
+        part = order[start : start + how.batch_size]
+        for policy in cast.policies:
+            # A batch that was broken off is sampled again as a whole, so that its rows come out as they would have.
+            if missing := {_id(n, policy, s) for n, s in part} - done.keys():
+                todo.append((policy, part, missing))
+    if todo:
+        policies = load() if load is not None else cast.loaded(cast.tokenizer(), **(loading or {}))
+        scorer = Scorer([*policies.rewards.values(), *functions], device=policies.device)
+        for policy, part, missing in track(todo, "Sampling", console=Console(stderr=True), transient=True):
+            rows = _batch(policies, scorer, prompts, policy, part, how)
+            fresh = [row for row in rows if row["id"] in missing]
+            append(out, fresh)
+            done |= {row["id"]: row for row in fresh}
+    return [done[_id(number, policy, s)] for number, s in order for policy in cast.policies]
+
+
+def _batch(
+    policies: Policies,
+    scorer: Scorer,
+    prompts: Sequence[Mapping[str, Any]],
+    policy: str,
+    part: Sequence[tuple[int, int]],
+    how: Sampling,
+) -> list[Row]:
+    keys = [(how.seed, number, *([] if how.shared_seeds else [policy]), sample) for number, sample in part]
+    asked = [prompts[number]["prompt"] for number, _ in part]
+    rollout = policies.sample(policy, asked, uniforms(keys, how.max_new_tokens), how.temperature)
+    own, base = policies.logprobs_of(rollout, policy, how.temperature)
+    rows = []
+    for i, (number, sample) in enumerate(part):
+        rows.append(
+            {
+                "id": _id(number, policy, sample),
+                "prompt": asked[i],
+                "completion": rollout.completions[i],
+                "policy": policy,
+                "sample": sample,
+                "tokens": int(rollout.lengths[i]),
+                "ended": bool(rollout.has_eos[i]),
+                "logprob": own[i],
+                "kl": own[i] - base[i],
+                "score": None,
+                **({"scores": {}} if scorer.names else {}),
+                **{name: value for name, value in prompts[number].items() if name not in FIELDS},
+                "completion_ids": rollout.completion_tokens[i],
+            }
+        )
+    add_scores(rows, rollout, scorer)
+    return rows
+
+
+def add_scores(rows: Sequence[Row], rollout: Rollout, scorer: Scorer) -> None:
+    """Put into each row its `scores` by each reward function, None where it gave none, and their mean as `score`."""
+    if not scorer.names:
+        return
+    names = [name for name in rows[0] if name not in FIELDS]
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    # As trainers call them, who have more to offer.
+    context = {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
+    for row, line in zip(rows, scorer(rollout, columns, **context).tolist(), strict=True):
+        scores = {name: None if math.isnan(x) else x for name, x in zip(scorer.names, line, strict=True)}
+        known = [x for x in line if not math.isnan(x)]
+        row["score"], row["scores"] = sum(known) / len(known) if known else None, scores
+
+
+def _ignore(*_: Any) -> None:
+    pass
+
+
+def rollout_of(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Rollout:
+    """Rows of a file as the rollout that they were, 0 on padding."""
+    prompt_ids, prompt_mask = padded(tokenize_prompts([row["prompt"] for row in rows], tokenizer), 0, left=True)
+    completion_ids, completion_mask = padded([row["completion_ids"] for row in rows], 0)
+    return Rollout(
+        prompts=[row["prompt"] for row in rows],
+        completions=[row["completion"] for row in rows],
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        completion_ids=completion_ids,
+        completion_mask=completion_mask,
+        has_eos=torch.tensor([row["ended"] for row in rows]),
+    )
+
+
+def _id(number: int, policy: str, sample: int) -> str:
+    return f"{number}-{policy}-{sample}"
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def _lines(rows: Sequence[Row]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def append(file: Path, rows: Sequence[Row]) -> None:
+    """Write rows at the end of a JSON lines file; they are on the disk when this returns."""
+    text = _lines(rows)
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_rows(file: Path, key: str = "id") -> dict[str, Row]:
+    """The rows of a JSON lines file by their `key`. A last line that was only half written is cut off."""
+    if not file.exists():
+        return {}
+    written = file.read_bytes()
+    whole = written.rfind(b"\n") + 1
+    if whole < len(written):
+        with file.open("r+b") as stream:
+            stream.truncate(whole)
+    return {row[key]: row for row in _rows(written[:whole], file)}
+
+
+def _rows(written: bytes, file: Path) -> Iterator[Row]:
+    for number, line in enumerate(written.decode("utf-8").split("\n")[:-1], start=1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"Line {number} of {str(file)!r} is no JSON: mend it, or name another file.") from error
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that is never there by half."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(file)
+
+
+def write_rows(file: Path, rows: Sequence[Row]) -> None:
+    """Write a JSON lines file that is never there by half."""
+    write_whole(file, _lines(rows))
+
+
+def _settings(
+    cast: Cast,
+    prompts: Sequence[Mapping[str, Any]],
+    how: Sampling,
+    functions: Sequence[RewardFunction],
+    loading: Mapping[str, Any],
+) -> Row:
+    digest = hashlib.sha256(json.dumps([dict(row) for row in prompts], sort_keys=True, default=str).encode())
+    scored = [str(folder.resolve()) for folder in cast.rewards]
+    return {
+        "base": cast.base,
+        "policies": {name: cast.fingerprint(name) for name in cast.policies},
+        "prompts": f"{len(prompts)} with digest {digest.hexdigest()[:16]}",
+        **{name: getattr(how, name) for name in ("per_prompt", "max_new_tokens", "temperature", "seed")},
+        "shared_seeds": how.shared_seeds,
+        "quantized": "quantization_config" in loading,
+        "rewards": [*scored, *(f if isinstance(f, str) else f"{f.__module__}.{f.__qualname__}" for f in functions)],
+    }
+
+
+def _check_settings(out: Path, settings: Row) -> None:
+    """Write the settings beside a new file, and refuse to go on with one that was made with others.
+
+    Raises:
+        ValueError: names the first setting that differs.
+    """
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"The folder {str(out.parent)!r} does not exist: make it, or name another file.")
+    beside = out.with_name(out.name + ".settings.json")
+    if not beside.is_file():
+        if out.exists():
+            raise FileExistsError(f"{out} exists already, without {beside.name}: name another file, or remove it.")
+        write_whole(beside, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        return
+    before = json.loads(beside.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{out} was made with {name} {before.get(name)}, and not with {value}: give the same settings to go "
+                "on with it, or name another file."
+            )
