@@ -21,8 +21,9 @@ class PPOArguments(launch.DataArguments):
         default=None,
         metadata={"help": "Reward functions by dotted path, or reward models by name, in place of the adapter."},
     )
-    reward_adapter: str | None = field(
-        default=None, metadata={"help": "Folder that recipes/reward_lora.py wrote, or 'demo': the reward role scores."}
+    reward_adapter: list[str] | None = field(
+        default=None,
+        metadata={"help": "Folder that recipes/reward_lora.py wrote, or 'demo'; several: see reward_ensemble."},
     )
     value: str = field(
         default="adapter", metadata={"help": "'adapter', 'head', or a folder to start the value role from."}
@@ -67,7 +68,7 @@ def main() -> None:
         "PPO with LoRA",
         {
             "model": launch.described(model_args, script.policy_adapter),
-            "scores": script.reward_funcs or f"reward role ({script.reward_adapter})",
+            "scores": script.reward_funcs or f"reward role ({', '.join(roles['reward'])})",
             "roles": ", ".join(f"{role}: {name or 'the bare base'}" for role, name in base.adapters.items()),
             "memory": launch.megabytes(base),
             "data": f"{len(train)} prompts of {script.dataset!r}, {len(test)} held out{script.read_as}",

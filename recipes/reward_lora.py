@@ -3,6 +3,7 @@
 accelerate launch recipes/reward_lora.py                          # the embedded default, see reward_lora.yaml
 accelerate launch recipes/reward_lora.py --load_in_4bit           # for a policy over the same 4-bit base
 accelerate launch recipes/reward_lora.py --objective regression   # from ratings instead of pairs
+accelerate launch recipes/reward_lora.py --ensemble 4             # four, for several reward roles
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ from trl_ext import DiagnosticsCallback, FeedbackRewardConfig, FeedbackRewardTra
 
 
 def main() -> None:
-    script, args, model_args = launch.parse(__file__, launch.DataArguments, FeedbackRewardConfig, ModelConfig)
+    script, args, model_args = launch.parse(__file__, launch.RewardArguments, FeedbackRewardConfig, ModelConfig)
     data = launch.load_feedback(script, args.objective)
     model = launch.named_model(model_args)
     if args.chat_template_path is None:
@@ -29,24 +30,27 @@ def main() -> None:
             "data": f"{len(data.train)} rows of {script.dataset!r}, {len(data.test)} held out{script.read_as}",
         },
     )
-    trainer = FeedbackRewardTrainer(
-        args=args,
-        train_dataset=data.train,
-        eval_dataset=data.test,
-        callbacks=[DiagnosticsCallback()],
-        **launch.model_for_trl(model_args, args),
-    )
-    launch.show_progress(trainer)
-    launch.match_precision(trainer, model_args)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
-    evaluation = trainer.evaluate()
-    trainer.save_state()
-    tokenizer, rows = trainer.processing_class, args.per_device_eval_batch_size
-    del trainer  # its base makes room for one with every role
-    launch.free_memory()
+    members = launch.members(args, script.ensemble)
+    for member in launch.unfinished(members):
+        trainer = FeedbackRewardTrainer(
+            args=member,
+            train_dataset=data.train,
+            eval_dataset=data.test,
+            callbacks=[DiagnosticsCallback()],
+            **launch.model_for_trl(model_args, member),
+        )
+        launch.show_progress(trainer)
+        launch.match_precision(trainer, model_args)
+        trainer.train(resume_from_checkpoint=member.resume_from_checkpoint)
+        trainer.save_model()
+        trainer.evaluate()
+        trainer.save_state()
+        del trainer  # its base makes room for the next one
+        launch.free_memory()
 
-    base: SharedBase = launch.load_shared_base(model_args, policy=model.start, value="head", reward=args.output_dir)
+    folders = [member.output_dir for member in members]
+    tokenizer, rows = AutoTokenizer.from_pretrained(folders[0]), args.per_device_eval_batch_size
+    base: SharedBase = launch.load_shared_base(model_args, policy=model.start, value="head", reward=folders)
     answers = launch.scored_answers(base, tokenizer, data.held_out, rows)
     prompts = launch.distinct_prompts(data.pairs)[:64]
     reference = launch.reference_scores(base, tokenizer, prompts, batch_size=rows)
@@ -55,12 +59,14 @@ def main() -> None:
     on_pairs = judgement
     if data.pairs is not data.held_out:
         on_pairs = feedback.judge(launch.scored_answers(base, tokenizer, data.pairs, rows))
+    of_members = launch.show_members(base, tokenizer, data.pairs, rows)
     launch.show_scored_pairs(base, tokenizer, data.pairs.select(range(min(6, len(data.pairs)))))
     launch.report(
         "Result",
         {
             "held-out pair accuracy": on_pairs.shown("pair_accuracy", ".1%"),
-            "held-out loss": f"{evaluation['eval_loss']:.3f}",
+            **of_members,
+            "held-out loss": f"{launch.held_out_loss(folders):.3f}",
             "rank correlation with people": judgement.shown("spearman", ".2f"),
             "calibration error": judgement.shown("expected_calibration_error", ".3f") + " (see judgement.json)",
             "mean score": f"{judgement.mean:.2f}; the reference's {judgement.shown('reference_mean', '.2f')}",
@@ -69,9 +75,10 @@ def main() -> None:
         },
         args,
         script,
+        members,
     )
     if args.should_save:
-        print(f"Use it with recipes/ppo_lora.py --reward_adapter {args.output_dir}")
+        print(f"Use it with recipes/ppo_lora.py --reward_adapter {' '.join(folders)}")
 
 
 if __name__ == "__main__":

@@ -108,11 +108,15 @@ class Scores(_TensorRecord):
     Attributes:
         total: (batch,) the functions' scores, normalised, weighted, summed and clipped as PPOConfig says; NaN where no
             function gave one.
-        by_function: (batch, functions), NaN where a function returned None.
+        by_function: (batch, functions), NaN where a function returned None; where reward roles score, (batch, reward
+            roles).
+        spread: (batch,) standard deviation of several reward roles' normalised scores of each completion; None where
+            one scores, or reward functions.
     """
 
     total: Tensor
     by_function: Tensor
+    spread: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ class ScorePass(_TensorRecord):
         entropy: (batch, tokens) of the policy at each token.
         ref_logprobs: (batch, tokens) under the reference.
         values: (batch, tokens); values[:, t] is predicted before token t is chosen. 0 where no value role is trained.
-        reward_scores: (batch,) from the reward role; NaN where reward functions score instead.
+        reward_scores: (batch, reward roles); one column of NaN where reward functions score instead.
     """
 
     logprobs: Tensor

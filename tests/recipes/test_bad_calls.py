@@ -60,6 +60,8 @@ CALLS = [
     Call("biases of the base in the policy", "SharedBase.from_pretrained(model, policy=LoraConfig(bias='all'))", "ValueError", "The policy's LoraConfig has bias='all': roles share every full weight, so only LoRA matrices can be trained; remove bias."),
     Call("tokens of the base in the policy", "SharedBase.from_pretrained(model, policy=LoraConfig(trainable_token_indices=[3]))", "ValueError", "has trainable_token_indices=[3]: roles share every full weight"),
     Call("a reward adapter that is not there", "SharedBase.from_pretrained(model, reward='missing')", "FileNotFoundError", "The reward role's folder 'missing' does not exist"),
+    Call("one of several reward adapters that is not there", "SharedBase.from_pretrained(model, reward=['roles/value', 'missing'])", "FileNotFoundError", "The reward role's folder 'missing' does not exist"),
+    Call("a list of no reward adapters", "SharedBase.from_pretrained(model, reward=[])", "ValueError", "reward is an empty list: give at least one folder of a reward adapter, or leave it out."),
     Call("a policy adapter that is not there", "SharedBase.from_pretrained(model, policy='missing')", "FileNotFoundError", "The policy role's folder 'missing' does not exist"),
     Call("a value adapter that is not there", "SharedBase.from_pretrained(model, value='missing')", "FileNotFoundError", "The value role's folder 'missing' does not exist"),
     Call("a reference adapter that is not there", "SharedBase.from_pretrained(model, reference='missing')", "FileNotFoundError", "The reference role's folder 'missing' does not exist"),

@@ -83,6 +83,8 @@ ROWS = [
     Row("groups that do not fill a rollout", "ppo", "--num_generations 3", "which does not divide the 64 completions of a rollout: choose a divisor."),
     Row("a rollout larger than the dataset", "ppo", "--per_device_train_batch_size 5000", "prompts, but one rollout takes 10000"),
     Row("weights that match no functions", "ppo", "--reward_weights 1 2", "reward_weights has 2 entries for 1 reward functions: give one each."),
+    Row("the worst of one reward role", "ppo", "--reward_ensemble min", "reward_ensemble is 'min', but there is one reward role: give SharedBase several reward adapters, reward=[folder, folder], or leave reward_ensemble out."),
+    Row("an ensemble of none", "reward", "--ensemble 0", "ensemble is 0: it must be at least 1."),
     Row("a pretraining term without texts", "ppo", "--ptx_coef 0.1", "the pretraining term needs both."),
     Row("texts without a pretraining term", "ppo", "--ptx_dataset prompts.jsonl", "the pretraining term needs both."),
     Row("texts without a text", "ppo", "--ptx_coef 0.1 --ptx_dataset prompts.jsonl", "'text'"),

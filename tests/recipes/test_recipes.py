@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 from trl import DPOConfig, ModelConfig
 
 from tests.helpers import FLAGS
@@ -94,6 +96,43 @@ def test_a_recipe_runs_end_to_end(
         assert "exam after" in said
         assert "KL to the reference" in said
         assert AutoPeftModelForCausalLM.from_pretrained(out) is not None
+
+
+def test_an_ensemble_is_trained_and_scores_in_ppo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two adapters that differ; what an interrupted run had finished is not trained again."""
+    out = tmp_path / "out"
+    ensemble = ["--ensemble", "2", *QUICK["reward"], "--output_dir", str(out)]
+    run(monkeypatch, "reward", *ensemble)
+    said = capsys.readouterr().out
+    folders = [out / "0", out / "1"]
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        assert not torch.equal(tensor, weights[1][name]), name
+    seeds = [torch.load(folder / "training_args.bin", weights_only=False).seed for folder in folders]
+    assert seeds == [42, 43]
+    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    assert result["accuracy of each"].count("%") == 2
+    assert "share on which two agree" in said and f"--reward_adapter {folders[0]} {folders[1]}\n" in said
+    assert all((folder / "README.md").is_file() and (folder / "report.html").is_file() for folder in folders)
+
+    with pytest.raises(SystemExit, match="holds a run already"):
+        run(monkeypatch, "reward", *ensemble)
+    (folders[1] / "trainer_state.json").unlink()
+    before = [(folder / "adapter_model.safetensors").stat().st_mtime_ns for folder in folders]
+    run(monkeypatch, "reward", *ensemble, "--resume_from_checkpoint", "true")
+    after = [(folder / "adapter_model.safetensors").stat().st_mtime_ns for folder in folders]
+    assert after[0] == before[0] and after[1] != before[1]
+    again = load_file(folders[1] / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in weights[1].items())
+
+    both = ["--reward_adapter", *map(str, folders), "--reward_ensemble", "min"]
+    run(monkeypatch, "ppo", *QUICK["ppo"], *both, "--output_dir", str(tmp_path / "ppo"))
+    state = json.loads((tmp_path / "ppo" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert any("objective/score_spread" in row and "rewards/reward_1/mean" in row for row in state["log_history"])
+    assert sorted(path.name for path in (tmp_path / "ppo").glob("reward_*")) == ["reward_0", "reward_1"]
 
 
 def test_ratings_of_one_answer_a_prompt_make_a_reward_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

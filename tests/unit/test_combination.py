@@ -6,6 +6,7 @@ import statistics
 import pytest
 import torch
 
+from trl_ext.core import worst_case
 from trl_ext.rewards import Combination, ScoreMoments, correlations
 
 NAN = float("nan")
@@ -75,6 +76,17 @@ def test_clipping_comes_last() -> None:
     total = Combination([2.0], clip_range=[-1.0, 1.5])(torch.tensor([[-3.0], [0.25], [4.0], [NAN]]))
     assert total[:3].tolist() == [-1.0, 0.5, 1.5]
     assert math.isnan(total[3])
+
+
+def test_members_count_as_one_function_once_each_has_its_scale() -> None:
+    """Members whose zeros lie apart by 100 and whose units differ by 10: the least of raw scores is the first's."""
+    combination = Combination([2.0], "reference", members=2, combine=worst_case)
+    combination.moments.update(torch.tensor([[0.0, 90.0], [2.0, 110.0]]))  # means 1 and 100, std 1 and 10
+    scores = torch.tensor([[3.0, 100.0], [2.0, 130.0]])  # at that scale (2, 0) and (1, 3)
+    assert combination(scores).tolist() == [0.0, 2.0]
+    assert combination.spread(scores).tolist() == [1.0, 1.0]  # type: ignore[union-attr]
+    assert Combination([2.0], members=2, combine=worst_case)(scores).tolist() == [6.0, 4.0]
+    assert Combination([1.0]).spread(scores) is None
 
 
 def test_correlations() -> None:

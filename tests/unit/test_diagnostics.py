@@ -206,6 +206,11 @@ def test_one_function_may_drown_the_others() -> None:
     assert finding.remedy.changes == {"reward_weights": [pytest.approx(0.01, rel=0.2), 1.0]}
 
 
+def test_reward_roles_have_no_weights_that_could_be_changed() -> None:
+    changed = SICK["functions_at_odds"] | {"rewards/other/std": 0.01}
+    assert diagnose(log_of(**changed)) and not diagnose(log_of(**changed, **{"objective/score_spread": 0.4}))
+
+
 def names_of(log: RunLog) -> list[str]:
     return [finding.name for finding in diagnose(log)]
 

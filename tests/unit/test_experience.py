@@ -209,7 +209,7 @@ def by_hand(folder: Path, **changes: Any) -> dict[str, float]:
         entropy=torch.full((3, 2), 77.0),  # of the whole distribution: not what objective/entropy reports
         ref_logprobs=torch.tensor([[-1.5, -1.0], [-1.0, 0.0], [-2.0, 0.0]]),
         values=torch.tensor([[0.5, 1.0], [0.25, 0.0], [9.0, 0.0]]),
-        reward_scores=torch.full((3,), NAN),
+        reward_scores=torch.full((3, 1), NAN),
     )
     args = config(folder, kl_coef=0.1, **changes)
     return summarize(make_experience(ScoredRollout(answers, scores, pass_), args), args, ["first", "second"])

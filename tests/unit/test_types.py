@@ -21,8 +21,9 @@ def record() -> Experience:
     def tokens(field: int) -> Tensor:
         return 100.0 * torch.arange(3).unsqueeze(1) + 10 * field + torch.arange(3)
 
-    pass_ = ScorePass(tokens(1), tokens(2), tokens(3), tokens(4), torch.tensor([0.0, 100.0, 200.0]))
-    scores = Scores(torch.tensor([1.0, 101.0, 201.0]), torch.tensor([[2.0, 3.0], [102.0, 103.0], [202.0, 203.0]]))
+    pass_ = ScorePass(tokens(1), tokens(2), tokens(3), tokens(4), torch.tensor([[0.0], [100.0], [200.0]]))
+    by_function = torch.tensor([[2.0, 3.0], [102.0, 103.0], [202.0, 203.0]])
+    scores = Scores(torch.tensor([1.0, 101.0, 201.0]), by_function, torch.tensor([4.0, 104.0, 204.0]))
     answers = replace(answers, sampling_logprobs=tokens(9))
     return Experience(answers, scores, pass_, tokens(5), tokens(6), answers.completion_mask, tokens(7), tokens(8))
 
@@ -127,12 +128,12 @@ def test_prompts_grow_on_the_left_and_completions_on_the_right() -> None:
 
 def test_numbers_a_token_grow_on_the_right_with_zeros_and_not_the_pad_id() -> None:
     def record(width: int, value: float) -> ScorePass:
-        return ScorePass(*[torch.full((1, width), value + i) for i in range(4)], torch.tensor([value]))
+        return ScorePass(*[torch.full((1, width), value + i) for i in range(4)], torch.tensor([[value]]))
 
     joined = concatenate([record(1, 1.0), record(3, 10.0)], pad_token_id=9)
     for i, name in enumerate(("logprobs", "entropy", "ref_logprobs", "values")):
         assert getattr(joined, name).tolist() == [[1.0 + i, 0.0, 0.0], [10.0 + i] * 3], name
-    assert joined.reward_scores.tolist() == [1.0, 10.0]
+    assert joined.reward_scores.tolist() == [[1.0], [10.0]]
 
 
 def test_cut_and_joined_again_is_the_same(record: Experience) -> None:

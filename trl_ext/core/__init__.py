@@ -1,6 +1,14 @@
 """The maths of RLHF with PPO as pure tensor functions, each beside its equation and its source."""
 
 from trl_ext.core.advantages import batch_baseline, estimate_advantages, rewards_to_go, sequence_returns
+from trl_ext.core.ensembles import (
+    EnsembleName,
+    combine_members,
+    mean_score,
+    member_spread,
+    uncertainty_weighted,
+    worst_case,
+)
 from trl_ext.core.kl import KLEstimator, approx_kl
 from trl_ext.core.logprobs import token_logprobs
 from trl_ext.core.losses import (
@@ -18,12 +26,14 @@ from trl_ext.core.masking import last_true, left_align, masked_mean, masked_sum,
 from trl_ext.core.shaping import penalize_missing_eos, shape_rewards
 
 __all__ = [
+    "EnsembleName",
     "KLEstimator",
     "approx_kl",
     "batch_baseline",
     "clipped_policy_loss",
     "clipped_policy_terms",
     "clipped_value_loss",
+    "combine_members",
     "estimate_advantages",
     "kl_penalty_policy_terms",
     "last_true",
@@ -32,6 +42,8 @@ __all__ = [
     "masked_sum",
     "masked_var",
     "masked_whiten",
+    "mean_score",
+    "member_spread",
     "penalize_missing_eos",
     "policy_clipped",
     "probability_ratio",
@@ -41,5 +53,7 @@ __all__ = [
     "shape_rewards",
     "token_logprobs",
     "token_mean",
+    "uncertainty_weighted",
     "value_clipped",
+    "worst_case",
 ]

@@ -123,7 +123,8 @@ def functions_at_odds(log: RunLog, limits: Limits) -> Finding | None:
     weights = weights_of(log)
     names = list(weights)
     active = [name for name in names if weights.get(name, 1.0)]
-    if len(active) < 2 or len(log.rows) < 3:
+    members = log.series("objective/score_spread")  # several reward roles, none of which has a weight of its own
+    if len(active) < 2 or len(log.rows) < 3 or len(members):
         return None
     scaled = _each_scaled(log)
     spread = {

@@ -66,8 +66,8 @@ class Cast:
                 raise ValueError(f"Two policies are called {name!r}: give each a name of its own.")
             plan = assembly.plan(base, None if folder == BASE else folder, "head", None, None)
             folders[name] = plan.policy if isinstance(plan.policy, Path) else None
-        plans = [assembly.plan(base, None, "head", folder, None) for folder in rewards]
-        return cls(base, folders, tuple(plan.reward for plan in plans if plan.reward is not None))
+        plan = assembly.plan(base, None, "head", rewards or None, None)
+        return cls(base, folders, plan.reward)
 
     def with_reward(self, folder: str | Path) -> tuple[Cast, int]:
         """The same with a further reward adapter, where it is not there yet, and the number that it has.

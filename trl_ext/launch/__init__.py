@@ -11,6 +11,7 @@ from trl_ext.launch.data import (
     load_rows,
     load_texts,
 )
+from trl_ext.launch.ensembles import RewardArguments, held_out_loss, members, show_members, unfinished
 from trl_ext.launch.judging import reference_scores, scored_answers
 from trl_ext.launch.progress import show_progress
 from trl_ext.launch.screen import (
@@ -42,12 +43,14 @@ constants.HF_HUB_DISABLE_TELEMETRY = True  # the environment variable is read ea
 
 __all__ = [
     "DataArguments",
+    "RewardArguments",
     "answers",
     "check_run",
     "check_written",
     "described",
     "distinct_prompts",
     "free_memory",
+    "held_out_loss",
     "import_functions",
     "kl_to_reference",
     "load_feedback",
@@ -58,6 +61,7 @@ __all__ = [
     "load_texts",
     "match_precision",
     "megabytes",
+    "members",
     "model_for_trl",
     "named_model",
     "parse",
@@ -67,8 +71,10 @@ __all__ = [
     "scored_answers",
     "show",
     "show_before_after",
+    "show_members",
     "show_progress",
     "show_scored_pairs",
     "tell_left_out",
+    "unfinished",
     "user_errors",
 ]

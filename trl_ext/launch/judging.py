@@ -18,7 +18,7 @@ from trl_ext.types import as_text
 
 
 def scored_answers(
-    base: SharedBase, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int = 32
+    base: SharedBase, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int = 32, role: str = "reward"
 ) -> list[ScoredAnswer]:
     """The answers of `rows` with people's feedback and the reward role's scores, for `trl_ext.feedback.judge`.
 
@@ -26,9 +26,10 @@ def scored_answers(
         rows: with the columns of any objective: chosen and rejected, completion and rating or label, completions and
             ranks.
         batch_size: answers in one forward; answers of like length share one.
+        role: one of several reward roles, in place of all combined.
     """
     answers = list(_answers(rows))
-    scores = scores_of(base, tokenizer, [(prompt, answer) for prompt, answer, _, _ in answers], batch_size)
+    scores = scores_of(base, tokenizer, [(prompt, answer) for prompt, answer, _, _ in answers], batch_size, role)
     return [
         ScoredAnswer(group, worth, score, len(as_text(answer)))
         for (_, answer, worth, group), score in zip(answers, scores, strict=True)
@@ -37,13 +38,17 @@ def scored_answers(
 
 @torch.no_grad()
 def scores_of(
-    base: SharedBase, tokenizer: PreTrainedTokenizerBase, answers: Sequence[tuple[Any, Any]], batch_size: int = 32
+    base: SharedBase,
+    tokenizer: PreTrainedTokenizerBase,
+    answers: Sequence[tuple[Any, Any]],
+    batch_size: int = 32,
+    role: str = "reward",
 ) -> list[float]:
     """The reward role's score of each (prompt, answer), texts or conversations, as TRL's RewardTrainer reads them."""
     sequences = [sequence_ids(tokenizer, prompt, answer) for prompt, answer in answers]
     scores = torch.zeros(len(answers))
     for numbers, ids, mask in padded_by_length(sequences, batch_size):
-        scores[numbers] = base.scores(ids.to(base.device), mask.to(base.device)).float().cpu()
+        scores[numbers] = base.scores(ids.to(base.device), mask.to(base.device), role).float().cpu()
     return scores.tolist()
 
 

@@ -11,23 +11,36 @@ from transformers.trainer_utils import get_last_checkpoint
 RUN_FILES = ("trainer_state.json", "adapter_model.safetensors")  # what a run that came to something leaves
 
 
-def checkpoint_of(args: TrainingArguments) -> str | None:
-    """The folder to go on from; None where a run begins.
+def member_folders(args: TrainingArguments, count: int) -> list[str]:
+    """Where the reward models of an ensemble go: output_dir itself of one, 0, 1, ... below it of several."""
+    return [str(args.output_dir)] if count == 1 else [str(Path(str(args.output_dir)) / str(i)) for i in range(count)]
+
+
+def checkpoint_of(args: TrainingArguments, ensemble: int = 1) -> str | None:
+    """The folder to go on from; None where a run begins. Of an ensemble "true": each member has its own, if it has one.
 
     Raises:
         FileExistsError: output_dir holds a run already, which is not gone on with.
         FileNotFoundError: there is no checkpoint to go on from.
+        ValueError: an ensemble is to go on from one checkpoint.
     """
     folder, wanted = Path(str(args.output_dir)), args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
-        held = folder.is_dir() and any((folder / name).exists() for name in RUN_FILES)
-        if args.process_index == 0 and (held or _last_checkpoint(folder)):
-            raise FileExistsError(
-                f"output_dir {str(folder)!r} holds a run already: give another --output_dir, or go on with that run by "
-                "--resume_from_checkpoint true."
-            )
+        for place in {folder, *map(Path, member_folders(args, ensemble))}:
+            held = place.is_dir() and any((place / name).exists() for name in RUN_FILES)
+            if args.process_index == 0 and (held or last_checkpoint(place)):
+                raise FileExistsError(
+                    f"output_dir {str(folder)!r} holds a run already: give another --output_dir, or go on with that "
+                    "run by --resume_from_checkpoint true."
+                )
         return None
-    found = _last_checkpoint(folder) if str(wanted).lower() == "true" else str(wanted)
+    if ensemble > 1:
+        if str(wanted).lower() != "true":
+            raise ValueError(
+                f"resume_from_checkpoint is {str(wanted)!r}, but an ensemble has checkpoints for each member: say true."
+            )
+        return "true"
+    found = last_checkpoint(folder) if str(wanted).lower() == "true" else str(wanted)
     if found is None:
         raise FileNotFoundError(
             f"output_dir {str(folder)!r} holds no checkpoint to go on from: leave out --resume_from_checkpoint, or "
@@ -41,5 +54,6 @@ def checkpoint_of(args: TrainingArguments) -> str | None:
     return found
 
 
-def _last_checkpoint(folder: Path) -> str | None:
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint in `folder`; None where there is none."""
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None

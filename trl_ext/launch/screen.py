@@ -35,19 +35,41 @@ def show(title: str, rows: dict[str, Any]) -> None:
     _print(table)
 
 
-def report(title: str, rows: dict[str, Any], args: Any, data: DataArguments) -> None:
-    """Write report.html, result.json and the model card with its outcome into a run's folder; print the outcome."""
-    folder = Path(args.output_dir)
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows below the names of their columns, on the main process; numbers to the right."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    _print(table)
+
+
+def report(title: str, rows: dict[str, Any], args: Any, data: DataArguments, members: Sequence[Any] = ()) -> None:
+    """Write report.html and the model card with its outcome into a run's folder, and result.json; print the outcome.
+
+    Args:
+        args: of the trainer.
+        data: of the recipe.
+        members: the trainers' settings where there were several, each of which gets a report and a card of its own.
+    """
     if PartialState().is_main_process:
-        kind = "ppo" if isinstance(args, PPOConfig) else "reward" if isinstance(args, RewardConfig) else "dpo"
-        base = adapters.read_config(folder)["base_model_name_or_path"]
-        hub.write_card(folder, kind, read_run(folder), base, args, datasets=data.on_hub, results=rows)
-        if args.push_to_hub:
-            hub.push_card(folder, args)
-        rows = rows | {"saved in": folder, "report": f"{write_report([folder])} (open it in a browser)"}
+        reports = ", ".join(_written(run, data, rows) for run in members or [args])
+        rows = rows | {"saved in": args.output_dir, "report": f"{reports} (open it in a browser)"}
         text = json.dumps({name: str(value) for name, value in rows.items()}, indent=2, ensure_ascii=False)
-        Path(folder, "result.json").write_text(text + "\n", encoding="utf-8")
+        Path(args.output_dir, "result.json").write_text(text + "\n", encoding="utf-8")
     show(title, rows)
+
+
+def _written(args: Any, data: DataArguments, rows: dict[str, Any]) -> str:
+    """The report of one run, written beside its card."""
+    folder = Path(args.output_dir)
+    kind = "ppo" if isinstance(args, PPOConfig) else "reward" if isinstance(args, RewardConfig) else "dpo"
+    base = adapters.read_config(folder)["base_model_name_or_path"]
+    hub.write_card(folder, kind, read_run(folder), base, args, datasets=data.on_hub, results=rows)
+    if args.push_to_hub:
+        hub.push_card(folder, args)
+    return str(write_report([folder]))
 
 
 def megabytes(base: SharedBase) -> str:

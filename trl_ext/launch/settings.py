@@ -78,6 +78,7 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
     if unknown := parser.set_defaults_with_config(**settings):
         raise ValueError(f"Unknown arguments from config file: {unknown[::2]}. Remove them, or mend their names.")
     parsed: tuple[Any, ...] = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    ensemble = max(getattr(part, "ensemble", 1) for part in parsed)
     for part in parsed:
         if isinstance(part, ModelConfig) and not part.use_peft:
             raise ValueError("use_peft is false, but the recipes train LoRA adapters over a frozen base: leave it out.")
@@ -89,7 +90,7 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
         if isinstance(part, TrainingArguments):
             if part.process_index == 0:
                 check_output_dir(str(part.output_dir))
-            part.resume_from_checkpoint = checkpoint_of(part)
+            part.resume_from_checkpoint = checkpoint_of(part, ensemble)
             check_trackers(part.report_to)
             check_push(part)
     return parsed
@@ -259,20 +260,23 @@ def load_shared_base(model_args: ModelConfig, **roles: Any) -> SharedBase:
     )
 
 
-def reward_folder(adapter: str | None, functions: Any, model_args: ModelConfig) -> str | None:
-    """The folder of the reward role's adapter; None where reward functions score. "demo" is made where needed.
+def reward_folder(adapters: str | Sequence[str] | None, functions: Any, model_args: ModelConfig) -> list[str] | None:
+    """The folder of each reward role's adapter; None where reward functions score. "demo" is made where needed.
 
     Raises:
         ValueError: nothing scores.
     """
     if functions:
         return None
-    if adapter is None:
+    if not adapters:
         raise ValueError(
             "Nothing gives a score: give --reward_adapter, a folder that recipes/reward_lora.py wrote over the same "
             "model, or --reward_funcs."
         )
-    return demo.reward_adapter(load_in_4bit=model_args.load_in_4bit) if adapter == "demo" else adapter
+    return [
+        demo.reward_adapter(load_in_4bit=model_args.load_in_4bit) if adapter == "demo" else adapter
+        for adapter in ([adapters] if isinstance(adapters, str) else adapters)
+    ]
 
 
 def import_functions(paths: Sequence[str]) -> list[Any]:

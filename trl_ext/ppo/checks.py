@@ -290,7 +290,7 @@ def check_arguments(functions: Sequence[Any], datasets: Iterable[tuple[str, Data
 
 def check_scores(functions: list[Any], tokenizers: Any, model: Any, args: PPOConfig) -> None:
     """Refuse to begin where nothing scores, where something cannot, or where weights are not one per reward function
-    (the reward role counts as one).
+    (the reward role counts as one, and so do several).
 
     Raises:
         FileNotFoundError, TypeError, ValueError: says what is missing, or how many there are.
@@ -304,6 +304,18 @@ def check_scores(functions: list[Any], tokenizers: Any, model: Any, args: PPOCon
         if isinstance(function, str) and (adapter := named(function).adapter) is not None:
             read_score_head(adapter)  # Transformers would score by a random one
             check_head_inside(adapter)
+    if args.reward_ensemble != "mean":
+        if functions or not isinstance(model, SharedBase) or len(model.reward_roles) < 2:
+            what = "reward functions score" if functions else "there is one reward role"
+            raise ValueError(
+                f"reward_ensemble is {args.reward_ensemble!r}, but {what}: give SharedBase several reward adapters, "
+                "reward=[folder, folder], or leave reward_ensemble out."
+            )
+        if args.score_normalization == "none":
+            raise ValueError(
+                f"reward_ensemble {args.reward_ensemble!r} compares the reward roles' scores, and each has a zero and "
+                "a unit of its own: set score_normalization to 'reference' or 'running'."
+            )
     expected = max(1, len(functions))
     if args.reward_weights is not None and len(args.reward_weights) != expected:
         raise ValueError(

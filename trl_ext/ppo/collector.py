@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl_ext.callbacks import RolloutEvents
+from trl_ext.core import combine_members
 from trl_ext.generation import Generator, generate
 from trl_ext.ppo.batches import permutation
 from trl_ext.ppo.config import PPOConfig
@@ -43,7 +45,7 @@ class Collector:
         base: the roles.
         tokenizer: of the base.
         generator: who answers.
-        scorer: the reward functions; None: the reward role scores.
+        scorer: the reward functions; None: the reward role scores, or several do, which count as one function.
         args: settings.
         accelerator: for autocast and to gather over processes.
         events: hears of each rollout before it is scored.
@@ -62,9 +64,13 @@ class Collector:
         self.base, self.tokenizer, self.generator, self.scorer = base, tokenizer, generator, scorer
         self.args, self.accelerator, self.events = args, accelerator, events
         self.generation_config = sampling_config(args, base, tokenizer)
-        self.score_names = scorer.names if scorer is not None else ["reward_role"]
-        weights = args.reward_weights or [1.0] * len(self.score_names)
-        self.combination = Combination(weights, args.score_normalization, args.reward_clip_range)
+        members = base.reward_roles if scorer is None and len(base.reward_roles) > 1 else ()
+        self.score_names = scorer.names if scorer is not None else list(members) or ["reward_role"]
+        weights = args.reward_weights or [1.0] * (1 if members else len(self.score_names))
+        combine = partial(combine_members, how=args.reward_ensemble, coef=args.reward_uncertainty_coef)
+        self.combination = Combination(
+            weights, args.score_normalization, args.reward_clip_range, len(members), combine if members else None
+        )
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.log = RewardLog()
 
@@ -156,11 +162,12 @@ class Collector:
                 f"No reward function ({', '.join(self.score_names)}) scored any of {len(by_function)} completions: all "
                 "returned None."
             )
-        scores = Scores(total=self.combination(by_function, training), by_function=by_function)
+        total = self.combination(by_function, training)
+        scores = Scores(total, by_function, self.combination.spread(by_function))
         return ScoredRollout(concatenate(rollouts, pad), scores, concatenate(passes, pad))
 
     def score_pass(self, rollout: Rollout, roles: Sequence[Role] | None = None) -> ScorePass:
-        """What policy, reference, value and, where no function scores, the reward role make of this process's rollout.
+        """What policy, reference, value and, where no function scores, the reward roles make of this process's rollout.
 
         Rows of like length travel together, so that little padding is computed.
 
@@ -189,13 +196,13 @@ class Collector:
             reward_suffix_rows=part.has_eos,
         )
         missing = torch.zeros(part.completion_ids.shape, device=self.base.device)
-        unscored = torch.full((len(missing),), float("nan"), device=self.base.device)
+        scores = outputs.get("scores", torch.full((len(missing),), float("nan"), device=self.base.device))
         return ScorePass(
             logprobs=outputs.get("logprobs", missing),
             entropy=outputs.get("entropy", missing),
             ref_logprobs=outputs.get("ref_logprobs", missing),
             values=outputs.get("values", missing),
-            reward_scores=outputs.get("scores", unscored),
+            reward_scores=outputs.get("scores_by_role", scores.unsqueeze(1)),
         ).to("cpu")
 
     def score(
@@ -206,11 +213,11 @@ class Collector:
         trainer_state: Any,
         log: RewardLog,
     ) -> Tensor:
-        """Scores (batch, functions) of this process's completions, from the reward functions, or else from the reward
-        role in `pass_`."""
+        """Scores (batch, functions) of this process's completions, from the reward functions, or else those of the
+        reward roles in `pass_`."""
         if self.scorer is None:
             assert pass_ is not None
-            return pass_.reward_scores.unsqueeze(1)
+            return pass_.reward_scores
         return self.scorer(
             rollout,
             {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"},

@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 from trl_ext._trl import BaseConfig
-from trl_ext.core import KLEstimator
+from trl_ext.core import EnsembleName, KLEstimator
 from trl_ext.ppo.objectives import OBJECTIVES, Baseline, Objective, ObjectiveName
 from trl_ext.ppo.yesterday import SETTINGS, explained
 from trl_ext.tokens import as_ids
@@ -145,6 +145,12 @@ class PPOConfig(BaseConfig):
         "makes mean 0 and std 1 on completions of the reference, once, at the start.",
     )
     normalization_samples: Count = _f(256, "Completions of the reference that 'reference' normalisation is made from.")
+    reward_ensemble: EnsembleName = _f(
+        "mean",
+        "How several reward roles' scores become one, after score_normalization: their 'mean'; 'min', the worst case; "
+        "'uncertainty', the mean less reward_uncertainty_coef times their variance.",
+    )
+    reward_uncertainty_coef: NotNegative = _f(0.5, "Of reward_ensemble 'uncertainty': weight of the variance.")
     reward_timeout: Positive | None = _f(None, "Most seconds that one call of a reward function may take; None: any.")
     missing_eos_penalty: Positive | None = _f(
         None, "Subtracted from the score of a completion that was cut off. Positive."

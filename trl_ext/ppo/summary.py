@@ -18,10 +18,11 @@ def summarize(experience: Experience, args: PPOConfig, names: list[str]) -> dict
 
     Each `objective/` number is a mean over completions, over the scored ones where scores enter: `kl` (k1, summed
     over tokens, nats), `entropy` (-log-prob, summed over tokens, nats), `scores`, `non_score_reward`, `rlhf_reward`;
-    `kl_std` and `scores_std` are standard deviations over completions.
+    `kl_std` and `scores_std` are standard deviations over completions. `score_spread`, with several reward roles, is
+    how far these disagree about a completion.
 
     Args:
-        names: the reward functions' names, one a column of `scores.by_function`.
+        names: the reward functions' names, or those of several reward roles, one a column of `scores.by_function`.
     """
     rollout, pass_, total = experience.rollout, experience.score_pass, experience.scores.total
     mask, scored, lengths = rollout.completion_mask, ~total.isnan(), rollout.lengths.float()
@@ -60,6 +61,8 @@ def summarize(experience: Experience, args: PPOConfig, names: list[str]) -> dict
         judged = ~column.isnan()
         metrics[f"rewards/{name}/mean"] = masked_mean(column, judged)
         metrics[f"rewards/{name}/std"] = column[judged].std(unbiased=False) if bool(judged.any()) else 0.0
+    if experience.scores.spread is not None:
+        metrics["objective/score_spread"] = experience.scores.spread.mean()
     metrics |= sampling_gap(pass_, mask)
     if rollout.sampling_logprobs is not None:
         # The mean of log q - log p over tokens drawn from q estimates KL(q || p): 0 where the generator is the policy.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trl_ext.core import masked_mean, masked_sum
+from trl_ext.core import masked_mean, masked_sum, member_spread
 
 
 class ScoreMoments:
@@ -58,7 +58,7 @@ class ScoreMoments:
         if len(state["mean"]) != len(self.mean):
             raise ValueError(
                 f"The saved reward moments are of {len(state['mean'])} reward functions, but the run has "
-                f"{len(self.mean)}: resume with the same reward_funcs."
+                f"{len(self.mean)}: resume with the same reward_funcs, or reward roles."
             )
         self.count, self.mean, self.squares = (
             torch.tensor(state[name], dtype=torch.float64) for name in ("count", "mean", "squares")
@@ -72,14 +72,22 @@ class Combination:
         weights: one per function.
         normalization: "none", "running" or "reference", as in PPOConfig.
         clip_range: least and greatest total; None: any.
+        members: how many reward roles score, where they are several. They count as one function, whose score `combine`
+            makes of theirs, each normalised by itself.
+        combine: (batch, members) -> (batch,), see `trl_ext.core.ensembles`; None: there are no members.
     """
 
     def __init__(
-        self, weights: Sequence[float], normalization: str = "none", clip_range: Sequence[float] | None = None
+        self,
+        weights: Sequence[float],
+        normalization: str = "none",
+        clip_range: Sequence[float] | None = None,
+        members: int = 0,
+        combine: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.weights = torch.tensor(list(weights))
-        self.normalization, self.clip_range = normalization, clip_range
-        self.moments = ScoreMoments(len(weights))
+        self.normalization, self.clip_range, self.combine = normalization, clip_range, combine
+        self.moments = ScoreMoments(members or len(weights))
 
     @property
     def needs_reference(self) -> bool:
@@ -87,17 +95,26 @@ class Combination:
         return self.normalization == "reference" and not bool(self.moments.count.any())
 
     def __call__(self, by_function: Tensor, training: bool = True) -> Tensor:
-        """Totals (batch,) of `by_function` (batch, functions), those of all processes; NaN where all gave None.
+        """Totals (batch,) of `by_function` (batch, functions or members), those of all processes; NaN where all gave
+        None.
 
         Args:
             training: let running moments take these scores in.
         """
         if self.normalization == "running" and training:
             self.moments.update(by_function)
-        if self.normalization != "none":
-            by_function = self.moments.normalize(by_function)
+        by_function = self._scaled(by_function)
+        if self.combine is not None:
+            by_function = self.combine(by_function).unsqueeze(1)
         total = weighted_total(by_function, self.weights)
         return total if self.clip_range is None else total.clamp(*self.clip_range)
+
+    def spread(self, by_function: Tensor) -> Tensor | None:
+        """How far the members' normalised scores disagree about each completion, (batch,); None without members."""
+        return None if self.combine is None else member_spread(self._scaled(by_function))
+
+    def _scaled(self, by_function: Tensor) -> Tensor:
+        return by_function if self.normalization == "none" else self.moments.normalize(by_function)
 
 
 def weighted_total(by_function: Tensor, weights: Tensor) -> Tensor:

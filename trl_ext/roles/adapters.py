@@ -144,9 +144,9 @@ def check_folder(path: str | Path, role: str) -> Path:
         )
     has_config = (folder / CONFIG).is_file()
     if not has_config and (folder / "policy" / CONFIG).is_file():
-        raise FileNotFoundError(
-            f"The {role} role's folder {str(path)!r} holds one folder a role: give {str(folder / role)!r}."
-        )
+        several = role == "reward" and (folder / "reward_0").is_dir()
+        own = [str(part) for part in sorted(folder.glob("reward_*"))] if several else str(folder / role)
+        raise FileNotFoundError(f"The {role} role's folder {str(path)!r} holds one folder a role: give {own!r}.")
     if not has_config and not (role == "value" and (folder / HEAD).is_file()):
         raise FileNotFoundError(
             f"The {role} role's folder {str(path)!r} holds no {CONFIG}: give the folder that save_model() or "

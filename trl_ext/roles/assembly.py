@@ -35,7 +35,7 @@ class AssembledRoles(NamedTuple):
     model: PeftModel
     adapters: dict[Any, str | None]
     heads: dict[str, nn.Module]
-    reward_pad_token_id: int | None
+    reward_pad_token_ids: dict[str, int | None]
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,14 @@ class Plan:
 
     policy: LoraConfig | Path | None
     value: str | Path
-    reward: Path | None
+    reward: tuple[Path, ...]
     reference: str | Path | None
+
+    @property
+    def rewards(self) -> dict[str, Path]:
+        """The folder of each reward role: of "reward" where there is one, of "reward_0", "reward_1", ... of several."""
+        names = ["reward"] if len(self.reward) == 1 else [f"reward_{i}" for i in range(len(self.reward))]
+        return dict(zip(names, self.reward, strict=True))
 
 
 def default_lora(model: Any) -> LoraConfig:
@@ -107,10 +113,13 @@ def plan(base_name: str, policy: Any, value: Any, reward: Any, reference: Any) -
             files.read_score_head(checked)
         return checked
 
+    rewards = list(reward) if isinstance(reward, (list, tuple)) else [] if reward is None else [reward]
+    if reward is not None and not rewards:
+        raise ValueError("reward is an empty list: give at least one folder of a reward adapter, or leave it out.")
     return Plan(
         policy=folder(policy, "policy") if isinstance(policy, (str, Path)) else policy,
         value=value if value in ("adapter", "head") else folder(value, "value"),
-        reward=None if reward is None else folder(reward, "reward"),
+        reward=tuple(folder(path, "reward") for path in rewards),
         reference=reference if reference in (None, "base", "copy") else folder(reference, "reference"),
     )
 
@@ -208,9 +217,12 @@ def assemble(model: Any, plan: Plan) -> AssembledRoles:
     device = causal_lm.get_output_embeddings().weight.device
     size = causal_lm.get_output_embeddings().weight.shape[1]
 
-    if plan.reward is not None:
-        adapters["reward"] = add_saved(peft_model, plan.reward, "reward")
-        heads["reward"] = files.load_scalar_head(plan.reward, size, device).requires_grad_(False)
+    own_pad = getattr(causal_lm.config.get_text_config(), "pad_token_id", None)  # some configs have none
+    pads: dict[str, int | None] = {}
+    for role, folder in plan.rewards.items():
+        adapters[role] = add_saved(peft_model, folder, role)
+        heads[role] = files.load_scalar_head(folder, size, device).requires_grad_(False)
+        pads[role] = files.read_pad_token_id(folder, own_pad)
 
     adapters["value"] = policy
     if isinstance(plan.value, Path):
@@ -231,9 +243,7 @@ def assemble(model: Any, plan: Plan) -> AssembledRoles:
         parameter.requires_grad_(trained)
         if trained:  # a PeftModel may hold its adapter in half precision, where small steps are rounded away
             parameter.data = parameter.data.to(torch.float32)
-    own_pad = getattr(causal_lm.config.get_text_config(), "pad_token_id", None)  # some configs have none
-    pad_token_id = None if plan.reward is None else files.read_pad_token_id(plan.reward, own_pad)
-    return AssembledRoles(peft_model, adapters, heads, pad_token_id)
+    return AssembledRoles(peft_model, adapters, heads, pads)
 
 
 def _check_kind(model: Any) -> None:

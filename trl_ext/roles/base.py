@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trl_ext.core import mean_score
 from trl_ext.roles import adapters as files
 from trl_ext.roles import assembly
 from trl_ext.roles.adapted import AdaptedModel
@@ -24,6 +25,7 @@ from trl_ext.roles.trl_views import RoleView
 
 Role = Literal["policy", "reference", "value", "reward"]
 ROLES: tuple[Role, ...] = ("policy", "reference", "value", "reward")
+Reward = str | Path | Sequence[str | Path] | None
 
 
 class RoleScores(NamedTuple):
@@ -49,24 +51,28 @@ class SharedBase(AdaptedModel):
     Attributes:
         model: the PEFT model with every role's adapter.
         heads: scalar heads, "value" and, with a reward role, "reward"; float32, (hidden size -> 1).
-        adapters: adapter name of each role; None stands for the bare base. A role that is missing has no entry.
-        reward_pad_token_id: padding, by id, to the reward role: its score is read at the last token that is another
+        adapters: adapter name of each role; None stands for the bare base. A role that is missing has no entry. Of
+            several reward roles each has an entry and a head: "reward_0", "reward_1", ...
+        reward_pad_token_ids: padding, by id, to each reward role: its score is read at the last token that is another
             one. None: at the last real token.
+        combine_scores: makes one score of several reward roles', (batch, reward roles) -> (batch,): their mean, unless
+            another function of `trl_ext.core` is put here. (PPO combines them by its own settings, normalised.)
         role: who speaks where a call names no role; `use` says it.
     """
 
     def __init__(
         self,
         model: PeftModel,
-        adapters: dict[Role, str | None],
+        adapters: dict[str, str | None],
         heads: dict[str, nn.Module],
-        reward_pad_token_id: int | None = None,
+        reward_pad_token_ids: dict[str, int | None] | None = None,
     ) -> None:
         super().__init__(model)
         self.adapters = adapters
         self.heads = nn.ModuleDict(heads)
-        self.reward_pad_token_id = reward_pad_token_id
-        self.role: Role = "policy"
+        self.reward_pad_token_ids = reward_pad_token_ids or {}
+        self.combine_scores: Callable[[Tensor], Tensor] = mean_score
+        self.role: str = "policy"
         self._lm_head = head_of(self.causal_lm)
 
     @classmethod
@@ -76,7 +82,7 @@ class SharedBase(AdaptedModel):
         quantization_config: Any | None = None,
         policy: LoraConfig | str | Path | None = None,
         value: str | Path = "adapter",
-        reward: str | Path | None = None,
+        reward: Reward = None,
         reference: str | Path | None = None,
         dtype: torch.dtype | str | None = None,
         device_map: Any | None = None,
@@ -93,7 +99,8 @@ class SharedBase(AdaptedModel):
                 linear layer. Saved adapters are given by their folder or their name on the Hub.
             value: "adapter" (own LoRA like the policy's, scalar head starting at 0), "head" (scalar head on the
                 policy's trunk), or the folder of a saved value or reward adapter to start from.
-            reward: folder of what TRL's RewardTrainer saved with LoRA; None: no reward role.
+            reward: folder of what TRL's RewardTrainer saved with LoRA, or a list of such folders: several reward roles,
+                "reward_0", "reward_1", ...; None: no reward role.
             reference: folder of an adapter that stays frozen; "base", the bare base; "copy", a frozen copy of the saved
                 adapter that the policy starts from. None: the bare base, or "copy" where the model named is an adapter.
             dtype: of the base's weights; None: float32, or bfloat16 under a quantisation. A checkpoint that was saved
@@ -133,7 +140,7 @@ class SharedBase(AdaptedModel):
         model: Any,
         policy: LoraConfig | str | Path | None = None,
         value: str | Path = "adapter",
-        reward: str | Path | None = None,
+        reward: Reward = None,
         reference: str | Path | None = None,
     ) -> SharedBase:
         """Lay the roles on a model that is in memory.
@@ -150,12 +157,12 @@ class SharedBase(AdaptedModel):
     # Roles ------------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def use(self, role: Role) -> Iterator[SharedBase]:
+    def use(self, role: str) -> Iterator[SharedBase]:
         """Forwards inside use the adapter of `role`, and calls that name no role speak for it. On exit the active
         adapter, every requires_grad and every train/eval flag are as before, also when the body raises.
 
         Raises:
-            ValueError: no such role, or the base was built without it.
+            ValueError: no such role, or the base was built without it, or "reward" where it has several.
         """
         adapter, before = self._adapter(role), self.role
         with restored(self):
@@ -166,13 +173,27 @@ class SharedBase(AdaptedModel):
             finally:
                 self.role = before
 
-    def has_role(self, role: Role) -> bool:
-        """Whether the base was built with this role."""
-        return role in self.adapters
+    def has_role(self, role: str) -> bool:
+        """Whether the base was built with this role; "reward": with at least one."""
+        return role in self.adapters or (role == "reward" and bool(self.reward_roles))
+
+    @property
+    def reward_roles(self) -> tuple[str, ...]:
+        """Names of the reward roles: ("reward",) of one, ("reward_0", "reward_1", ...) of several, () of none."""
+        return tuple(role for role in self.adapters if role == "reward" or role.startswith("reward_"))
+
+    def _members(self, role: str) -> tuple[str, ...]:
+        """The role itself, or those that "reward" stands for."""
+        return self.reward_roles or (role,) if role == "reward" else (role,)
 
     def _adapter(self, role: str) -> str | None:
-        if role not in ROLES:
-            raise ValueError(f"Unknown role {role!r}: choose one of {', '.join(ROLES)}.")
+        if role == "reward" and len(self.reward_roles) > 1:
+            raise ValueError(
+                f"This base has {len(self.reward_roles)} reward roles: choose one of {', '.join(self.reward_roles)}."
+            )
+        known = dict.fromkeys((*ROLES, *self.adapters))
+        if role not in known:
+            raise ValueError(f"Unknown role {role!r}: choose one of {', '.join(known)}.")
         if role not in self.adapters:
             raise ValueError(
                 f"This base has no {role} role: build it with SharedBase.from_pretrained(..., {role}=...)."
@@ -195,7 +216,7 @@ class SharedBase(AdaptedModel):
         input_ids: Tensor,
         attention_mask: Tensor,
         num_completion_tokens: int,
-        role: Role | None = None,
+        role: str | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
         """Log-probability of each completion token under `role` (None: the policy, or the role of `use`), (batch,
@@ -210,10 +231,11 @@ class SharedBase(AdaptedModel):
         """Value before each completion token is chosen, (batch, num_completion_tokens)."""
         return self(input_ids, attention_mask, num_completion_tokens, roles=("value",))["values"]
 
-    def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def scores(self, input_ids: Tensor, attention_mask: Tensor, role: str = "reward") -> Tensor:
         """The reward role's score of each row, (batch,), read at the row's last real token (that is not
-        the reward model's padding: see `reward_pad_token_id`)."""
-        return self(input_ids, attention_mask, 0, roles=("reward",))["scores"]
+        the reward model's padding: see `reward_pad_token_ids`). Those of several reward roles are made one by
+        `combine_scores`; `role` names one of them."""
+        return self(input_ids, attention_mask, 0, roles=(role,))["scores"]
 
     @torch.no_grad()
     def score_pass(
@@ -221,9 +243,7 @@ class SharedBase(AdaptedModel):
     ) -> RoleScores:
         """Reference log-probs, values and scores without gradient; one forward for all where rows are few, as `forward`
         says."""
-        roles: tuple[Role, ...] = (
-            ("reference", "value", "reward") if self.has_role("reward") else ("reference", "value")
-        )
+        roles = ("reference", "value", "reward") if self.has_role("reward") else ("reference", "value")
         outputs = self(input_ids, attention_mask, num_completion_tokens, roles=roles, temperature=temperature)
         scores = outputs.get("scores", outputs["values"].new_full((input_ids.shape[0],), float("nan")))
         return RoleScores(outputs["ref_logprobs"], outputs["values"], scores)
@@ -233,7 +253,7 @@ class SharedBase(AdaptedModel):
         input_ids: Tensor,
         attention_mask: Tensor,
         num_completion_tokens: int,
-        roles: Sequence[Role] | None = None,
+        roles: Sequence[str] | None = None,
         temperature: float = 1.0,
         reward_suffix_ids: Sequence[int] = (),
         reward_suffix_rows: Tensor | None = None,
@@ -248,15 +268,17 @@ class SharedBase(AdaptedModel):
         Args:
             input_ids, attention_mask: (batch, columns).
             num_completion_tokens: how many of the last columns are completion.
-            roles: whose outputs to compute; None: the policy's, or those of the role of `use`.
+            roles: whose outputs to compute, "reward" standing for every reward role; None: the policy's, or those of
+                the role of `use`.
             temperature: logits are divided by it before log-probabilities.
-            reward_suffix_ids: ids that the reward role alone reads after the rows marked in `reward_suffix_rows`
+            reward_suffix_ids: ids that reward roles alone read after the rows marked in `reward_suffix_rows`
                 (batch,) bool: what a chat template writes after a completion.
             entropy_grad: let the policy's entropy carry a gradient.
 
         Returns:
             policy: "logprobs" and "entropy"; reference: "ref_logprobs"; value: "values", each (batch,
-            num_completion_tokens); reward: "scores" (batch,).
+            num_completion_tokens); reward: "scores" (batch,), which `combine_scores` makes of "scores_by_role" (batch,
+            reward roles) where there are several.
 
         Raises:
             ValueError: shapes that do not fit, a row without a real token, an id that the model does not have, a
@@ -264,13 +286,16 @@ class SharedBase(AdaptedModel):
         """
         batch = self._aligned(input_ids, attention_mask, num_completion_tokens, temperature)
         views: dict[str | None, AlignedBatch] = {}
-        roles = (self.role,) if roles is None else roles
+        roles = [name for role in ((self.role,) if roles is None else roles) for name in self._members(role)]
         for role in roles:
             views[self._adapter(role)] = batch
-        if "reward" in roles and reward_suffix_rows is not None:
-            views[self._adapter("reward")] = batch.extended(reward_suffix_ids, reward_suffix_rows)
+        rewards = [role for role in roles if role in self.reward_roles]
+        if rewards and reward_suffix_rows is not None:
+            longer = batch.extended(reward_suffix_ids, reward_suffix_rows)
+            views |= {self._adapter(role): longer for role in rewards}
         hidden = self.hidden_states(views)
         outputs: dict[str, Tensor] = {}
+        scores: list[Tensor] = []
         for role in roles:
             adapter = self._adapter(role)
             view, states = views[adapter], hidden[adapter]
@@ -285,7 +310,12 @@ class SharedBase(AdaptedModel):
             elif role == "value":
                 outputs["values"] = view.padded(self._read_head("value", view.predicting(states)))
             else:
-                outputs["scores"] = self._read_head("reward", view.final(states, self.reward_pad_token_id))
+                scores.append(self._read_head(role, view.final(states, self.reward_pad_token_ids.get(role))))
+        if len(scores) > 1:
+            outputs["scores_by_role"] = torch.stack(scores, dim=1)
+            outputs["scores"] = self.combine_scores(outputs["scores_by_role"])
+        elif scores:
+            outputs["scores"] = scores[0]
         return outputs
 
     def _aligned(self, ids: Tensor, mask: Tensor, num_completion_tokens: int, temperature: float) -> AlignedBatch:
@@ -320,7 +350,7 @@ class SharedBase(AdaptedModel):
             )
 
     @torch.no_grad()
-    def generate(self, role: Role | None = None, **kwargs: Any) -> Tensor:
+    def generate(self, role: str | None = None, **kwargs: Any) -> Tensor:
         """Transformers' `generate` under `role` (None: the policy, or the role of `use`), in eval mode. A
         `generation_config` given here replaces the model's own, so its defaults (a top_k, say) do not change what is
         sampled.
@@ -348,17 +378,19 @@ class SharedBase(AdaptedModel):
     # Memory and files -------------------------------------------------------------------------------------------------
 
     def memory(self) -> dict[str, int]:
-        """Bytes of unique parameter and buffer storage: "base", each role's adapter, each head, and their "total"."""
+        """Bytes of unique parameter and buffer storage: "base", each role's adapter, each head, and their "total". Each
+        of several reward roles is shown, as "reward_0", "reward_0_head", ..."""
         return memory_by_role(self.model, self.adapters, self.heads)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write each role's adapter and head: policy/ loads with AutoPeftModelForCausalLM; value/, reward/ and
-        reference/ beside it load with `from_pretrained` here (value/ and reward/ as PEFT SEQ_CLS adapters too)."""
+        """Write each role's adapter and head: policy/ loads with AutoPeftModelForCausalLM; value/, reward/ (of several
+        reward roles reward_0/, reward_1/, ...) and reference/ beside it load with `from_pretrained` here (value/ and
+        reward/ as PEFT SEQ_CLS adapters too)."""
         self.save_roles(Path(save_directory), policy_folder="policy")
 
     def save_roles(self, folder: Path, policy_folder: str) -> None:
-        """Write every role below `folder`: the policy into `policy_folder` ("" for `folder` itself), value, reward and
-        reference into folders of their names."""
+        """Write every role below `folder`: the policy into `policy_folder` ("" for `folder` itself), value, reference
+        and reward roles into folders of their names."""
         files.save_plain_adapter(self.model, str(self.adapters["policy"]), folder / policy_folder)
         value, value_head = folder / "value", cast(nn.Linear, self.heads["value"])
         if self.adapters["value"] == self.adapters["policy"]:
@@ -367,10 +399,10 @@ class SharedBase(AdaptedModel):
             save_file(state, value / files.HEAD)
         else:
             files.save_scored_adapter(self.model, str(self.adapters["value"]), value_head, value)
-        if self.has_role("reward"):
-            head, pad_token_id = cast(nn.Linear, self.heads["reward"]), self.reward_pad_token_id
-            adapter = str(self.adapters["reward"])
-            files.save_scored_adapter(self.model, adapter, head, folder / "reward", pad_token_id=pad_token_id)
+        for role in self.reward_roles:
+            head, adapter = cast(nn.Linear, self.heads[role]), str(self.adapters[role])
+            pad_token_id = self.reward_pad_token_ids.get(role)
+            files.save_scored_adapter(self.model, adapter, head, folder / role, pad_token_id=pad_token_id)
         if self.adapters["reference"] is not None:
             files.save_plain_adapter(self.model, self.adapters["reference"], folder / "reference")
 
@@ -400,10 +432,15 @@ class SharedBase(AdaptedModel):
         reference adapter. TRL's `save_model` leaves heads out: `save_pretrained` writes every role.
 
         Raises:
-            ValueError: the base has no reward role.
+            ValueError: the base has no reward role, or several.
         """
         if not self.has_role("reward"):
             raise ValueError("This base has no reward role: build it with reward=<folder of a reward adapter>.")
+        if len(self.reward_roles) > 1:
+            raise ValueError(
+                f"TRL's PPOTrainer reads one reward model, and this base has {len(self.reward_roles)} reward roles: "
+                "build it with one of them."
+            )
         # TRL turns recomputation off and on around each rollout, without regard to roles.
         self.model.gradient_checkpointing_enable = self.gradient_checkpointing_enable
         value, reward = (
@@ -411,7 +448,7 @@ class SharedBase(AdaptedModel):
         )
         return self.model, value, reward
 
-    def _backbone_under(self, role: Role, **kwargs: Any) -> Any:
+    def _backbone_under(self, role: str, **kwargs: Any) -> Any:
         if role == "value" and torch.is_grad_enabled():
             # After its reference's forward TRL has PEFT enable the adapters again, which freezes all but the policy's.
             for parameter in self.trainable_parameters("value"):
