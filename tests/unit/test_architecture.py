@@ -42,6 +42,7 @@ ARROWS: dict[str, set[str]] = {
     "rewards": {"core", "tokens", "types", "_moved"},
     "interop": {"rewards", "types"},
     "feedback": {"types", "_moved"},
+    "rating": {"feedback", "types"},
     "roles": {"core", "tokens"},
     "diagnostics": {"core", "types"},
     "callbacks": {"controllers", "core", "diagnostics", "types"},
