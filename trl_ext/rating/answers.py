@@ -53,8 +53,8 @@ class Item:
 
 
 def written(value: Any) -> str:
-    """As JSON, equal for equal values."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+    """As JSON."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def read_answers(file: str | Path) -> list[Answer]:

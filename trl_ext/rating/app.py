@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trl_ext.rating.agreement import agreements, with_others
 from trl_ext.rating.modes import LETTERS, as_shown
-from trl_ext.rating.records import Judgement, Shown
+from trl_ext.rating.records import Judgement, Progress, Shown
 from trl_ext.rating.store import LONGEST_NAME, Store
 
 T = TypeVar("T")
@@ -135,65 +135,97 @@ def message_page(status: int, sentence: str) -> HTMLResponse:
     return HTMLResponse(PAGES.get_template("message.html").render(sentence=sentence), status)
 
 
-class RatingPage:
-    """The routes over a store. The store works in one thread of its own, so that the page answers while a disk is
-    waited for."""
+class Clerk:
+    """Does what is asked of the store, in a thread of its own: the page answers while the disk is waited for. What
+    comes in meanwhile is then done and committed together."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.thread = ThreadPoolExecutor(1, "store")
-        self.cookie = f"rater_{store.settings['answers'][:8]}"  # several stores on one machine, one cookie each
+        self.waiting: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
+        self.busy: asyncio.Task[None] | None = None
 
-    async def do(self, work: Callable[..., T], *values: Any, **named: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self.thread, partial(work, *values, **named))
+    async def do(self, work: Callable[..., T], *values: Any) -> T:
+        """The result of this work, once it is committed."""
+        result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self.waiting.append((partial(work, *values), result))
+        if self.busy is None or self.busy.done():
+            self.busy = asyncio.create_task(self._work())
+        return await result
+
+    async def _work(self) -> None:
+        while self.waiting:
+            jobs, self.waiting = self.waiting, []
+            works = [work for work, _ in jobs]
+            results = await asyncio.get_running_loop().run_in_executor(self.thread, self.store.together, works)
+            for (_, waiting), result in zip(jobs, results, strict=True):
+                if waiting.cancelled():  # the browser is gone
+                    continue
+                if isinstance(result, Exception):
+                    waiting.set_exception(result)
+                else:
+                    waiting.set_result(result)
+
+
+class RatingPage:
+    """The routes over a store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.do = Clerk(store).do
+        self.cookie = f"rater_{store.settings['answers'][:8]}"  # several stores on one machine, one cookie each
 
     async def item(self, request: Request) -> Response:
         """What the rater is asked now. Their name is in the link, or in the cookie, or ours to give."""
         named = _name(request.query_params.get("rater")) or self._cookie_name(request)
         if named is None and request.headers.get("sec-fetch-site") == "cross-site":
             return self._html("again.html")  # browsers keep the cookie back until our own page asks
-        rater, shown, last, progress = await self.do(self._look, named)
+        shown, (rater, last, progress) = await self.do(self._look, named)
         page = {"rater": rater, "mode": self.store.mode, "progress": progress, "last": last, "said": self._said(last)}
-        page["named"] = not re.fullmatch(r"rater \d+", rater)
         page["late"] = "late" in request.query_params
         if shown is None:
-            response = self._html("end.html", finished=True, **page, **(await self._figures(rater)))
+            response = self._html("end.html", finished=True, **page, **await self._figures(rater))
         else:
-            response = self._html("item.html", shown=shown, **page)
+            asked_for_name = progress.mine == 0 and re.fullmatch(r"rater \d+", rater) is not None
+            response = self._html("item.html", shown=shown, asked_for_name=asked_for_name, **page)
         return self._with_cookie(response, rater)
 
-    def _look(self, named: str | None) -> tuple[Any, ...]:
+    def _look(self, named: str | None) -> tuple[Shown | None, tuple[str, Shown | None, Progress]]:
         rater = self.store.rater(named)
-        return rater, self.store.next(rater), self.store.last(rater), self.store.progress(rater)
+        return self.store.next(rater), self._stand(rater)
+
+    def _stand(self, named: str) -> tuple[str, Shown | None, Progress]:
+        rater = self.store.rater(named)
+        return rater, self.store.last(rater), self.store.progress(rater)
 
     async def figures(self, request: Request) -> Response:
         """What the rater agreed on so far."""
-        rater = await self.do(self.store.rater, self._known_rater(request))
-        last, progress = await self.do(self.store.last, rater), await self.do(self.store.progress, rater)
+        rater, last, progress = await self.do(self._stand, self._known_rater(request))
         page = {"rater": rater, "mode": self.store.mode, "progress": progress, "last": last, "said": self._said(last)}
-        figures = await self._figures(rater)
-        return self._html("end.html", finished=False, named=True, late=False, **page, **figures)
+        return self._html("end.html", finished=False, late=False, **page, **await self._figures(rater))
 
     async def judge(self, request: Request) -> Response:
         rater, form = self._known_rater(request), await _form(request)
-        token, comment = form.get("ask", ""), form.get("comment", "").strip()
-        state = {"skip": "skipped", "unsure": "unsure"}.get(form.get("verdict", ""), "judged")
-        verdict = self.store.mode.verdict(form, await self.do(self._size, token)) if state == "judged" else None
-        if state == "judged" and verdict is None:
-            raise HTTPException(400, "The form says no judgement: go back and press one of the buttons.")
-        taken = await self.do(self._judge, rater, token, state, verdict, comment)
+        taken = await self.do(self._judge, rater, form)
         return RedirectResponse("/" if taken else "/?late", 303)
 
-    def _size(self, token: str) -> int:
-        return self.store.size(token)
-
-    def _judge(self, rater: str, token: str, state: str, verdict: Any, comment: str) -> bool:
-        return self.store.judge(self.store.rater(rater), token, state, verdict, comment)
+    def _judge(self, rater: str, form: dict[str, str]) -> bool:
+        token, state = (
+            form.get("ask", ""),
+            {"skip": "skipped", "unsure": "unsure"}.get(form.get("verdict", ""), "judged"),
+        )
+        verdict = self.store.mode.verdict(form, self.store.size(token)) if state == "judged" else None
+        if state == "judged" and verdict is None:
+            raise HTTPException(400, "The form says no judgement: go back and press one of the buttons.")
+        return self.store.judge(self.store.rater(rater), token, state, verdict, form.get("comment", "").strip())
 
     async def undo(self, request: Request) -> Response:
         rater, form = self._known_rater(request), await _form(request)
-        await self.do(self.store.undo, await self.do(self.store.rater, rater), form.get("ask", ""))
+        await self.do(self._undo, rater, form.get("ask", ""))
         return RedirectResponse("/", 303)
+
+    def _undo(self, rater: str, token: str) -> bool:
+        return self.store.undo(self.store.rater(rater), token)
 
     async def name(self, request: Request) -> Response:
         rater, new = self._known_rater(request), _name((await _form(request)).get("name"))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -25,6 +25,7 @@ from trl_ext.rating.asking import REPEAT_AFTER, History, attention_every, due
 from trl_ext.rating.modes import MODES, Mode, Verdict, as_shown, as_stored, shuffled
 from trl_ext.rating.records import Compared, Judgement, Progress, Shown
 
+T = TypeVar("T")
 APPLICATION = 0x74726C72  # marks the file as ours
 LEASE = 15 * 60.0  # seconds for which an item is kept for the rater who sees it
 LONGEST_NAME = 60
@@ -71,6 +72,9 @@ class Store:
     clock: Callable[[], float] = time.time
     settings: dict[str, Any] = field(default_factory=dict)
     mode: Mode = MODES["stars"]
+    items: int = 0  # to be asked about
+    attention: int = 0  # whose verdict is known
+    done: int = 0  # judgements of new items
 
     # Opening ---------------------------------------------------------------------------------------------------------
 
@@ -114,7 +118,8 @@ class Store:
                 f"{path} is in use by another `trl-ext rate`: open the link that it printed, or stop it first."
             ) from None
         try:
-            return cls._opened(path, lock, answers, mode, per_item, repeats, attention)
+            with _usable(path):
+                return cls._opened(path, lock, answers, mode, per_item, repeats, attention)
         except BaseException:
             lock.release()
             raise
@@ -171,20 +176,20 @@ class Store:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"The store {str(path)!r} does not exist.")
-        store = cls(path, sqlite3.connect(path, isolation_level=None, check_same_thread=False))
-        try:
-            store._recognise()
-            if not store._has_tables():
-                raise StoreError(f"{path} is empty: nothing was asked yet.")
-            store._load()
-        except BaseException:
-            store.close()
-            raise
+        with _usable(path):
+            store = cls(path, sqlite3.connect(path, isolation_level=None, check_same_thread=False))
+            try:
+                store._recognise()
+                if not store._has_tables():
+                    raise StoreError(f"{path} is empty: nothing was asked yet.")
+                store._load()
+            except BaseException:
+                store.close()
+                raise
         return store
 
     def __str__(self) -> str:
-        (done,) = self._one("SELECT sum(done) FROM items WHERE kind = 'ask'")
-        return f"{self.path}: {self.items:,} items to judge ({self.mode.name}), {done:,} judgements so far"
+        return f"{self.path}: {self.items:,} items to judge ({self.mode.name}), {self.done:,} judgements so far"
 
     def close(self) -> None:
         self.connection.close()
@@ -198,12 +203,9 @@ class Store:
         self.close()
 
     def _recognise(self) -> None:
-        try:
-            (mark,) = self._one("PRAGMA application_id")
-            if mark not in (0, APPLICATION) or (mark == 0 and self._one("SELECT count(*) FROM sqlite_master") != (0,)):
-                raise StoreError(f"{self.path} is a database of something else: name another store.")
-        except sqlite3.DatabaseError as error:
-            raise StoreError(f"{self.path} is no store of `trl-ext rate` ({error}): name another file.") from error
+        (mark,) = self._one("PRAGMA application_id")
+        if mark not in (0, APPLICATION) or (mark == 0 and self._one("SELECT 1 FROM sqlite_master") is not None):
+            raise StoreError(f"{self.path} is a database of something else: name another store.")
 
     def _has_tables(self) -> bool:
         return self._one("PRAGMA application_id") == (APPLICATION,)
@@ -254,6 +256,7 @@ class Store:
         self.mode = MODES[self.settings["mode"]]
         counts = dict(self.connection.execute("SELECT kind, count(*) FROM items GROUP BY kind").fetchall())
         self.items, self.attention = counts.get("ask", 0), counts.get("attention", 0)
+        (self.done,) = self._one("SELECT sum(done) FROM items WHERE kind = 'ask'")
 
     def _check(self, answers: Sequence[Answer], source: str, mode: str | None) -> None:
         if answers and fingerprint(answers) != self.settings["answers"]:
@@ -441,6 +444,7 @@ class Store:
         """`done` of an item counts the people who looked at it and said so."""
         if kind == "ask" and state in ("judged", "unsure"):
             self.connection.execute("UPDATE items SET done = done + ? WHERE number = ?", (change, item))
+            self.done += change
 
     # Looking ---------------------------------------------------------------------------------------------------------
 
@@ -459,13 +463,12 @@ class Store:
 
     def progress(self, name: str) -> Progress:
         rater = self._number(name)
-        (done,) = self._one("SELECT sum(done) FROM items WHERE kind = 'ask'")
         (mine,) = self._one("SELECT count(*) FROM asked WHERE rater = ? AND turn IS NOT NULL", rater)
         (held,) = self._one(
             "SELECT count(*) FROM asked WHERE state = 'open' AND kind = 'ask' AND lease > ? AND rater != ?",
             *(self.clock(), rater),
         )
-        return Progress(done, self.items * self.settings["per_item"], mine, held)
+        return Progress(self.done, self.items * self.settings["per_item"], mine, held)
 
     def judgements(self, name: str | None = None) -> list[Judgement]:
         """All of them, in the order of the items; or those of every item that this rater was asked about."""
@@ -533,15 +536,46 @@ class Store:
         """The first row; None where there is none."""
         return self.connection.execute(query, values).fetchone()
 
+    def together(self, works: Sequence[Callable[[], T]]) -> list[T | Exception]:
+        """Do several things and commit them at once: the disk is waited for once. What one of them raises stands in the
+        place of its result, and undoes that one alone; if the commit fails, none is done."""
+        results: list[T | Exception] = []
+        try:
+            with self._transaction():
+                for work in works:
+                    try:
+                        with self._transaction():
+                            results.append(work())
+                    except Exception as error:
+                        if not self.connection.in_transaction:  # a full disk undid everything
+                            raise
+                        results.append(error)
+        except sqlite3.Error as error:
+            return [error] * len(works)
+        return results
+
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self.connection.execute("BEGIN IMMEDIATE")
+        """All of it or nothing; inside another one, a part of that."""
+        inner, done = self.connection.in_transaction, self.done
+        self.connection.execute("SAVEPOINT part" if inner else "BEGIN IMMEDIATE")
         try:
             yield
+            self.connection.execute("RELEASE part" if inner else "COMMIT")
         except BaseException:
-            self.connection.execute("ROLLBACK")
+            self.done = done
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK TO part" if inner else "ROLLBACK")
             raise
-        self.connection.execute("COMMIT")
+
+
+@contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    """What SQLite says against a file, as one sentence."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StoreError(f"{path} is no store that `trl-ext rate` can use ({error}): name another file.") from error
 
 
 def _verdict(text: str | None) -> Verdict | None:
