@@ -37,6 +37,8 @@ def fresh(browser: Any) -> Any:
     """The browser without cookies, at a desktop's width, in light colours."""
     browser.execute_cdp_cmd("Network.clearBrowserCookies", {})
     look(browser)
+    for log in ("browser", "performance"):
+        browser.get_log(log)
     return browser
 
 

@@ -5,7 +5,7 @@ document.documentElement.classList.add("scripted");
 // The token of the link is kept in a cookie by now: out of the address bar, where it would be seen and shared.
 if (location.search) history.replaceState(null, "", location.pathname);
 
-const form = document.querySelector("form.judge");
+const comment = document.getElementById("comment");
 let sent = false;
 addEventListener("pageshow", () => { sent = false; });
 addEventListener("submit", (event) => {
@@ -20,9 +20,9 @@ addEventListener("keydown", (event) => {
     return;
   }
   const key = event.key.toUpperCase();
-  if (key === "C" && form) {
+  if (key === "C" && comment) {
     event.preventDefault();
-    form.querySelector("textarea").focus();
+    comment.focus();
     return;
   }
   if (ranking && ranking.key(event, key)) return;
@@ -52,7 +52,6 @@ class Ranking {
   number() {
     let place = 0;
     const items = this.items;
-    items[0].classList.remove("tied");
     items.forEach((item, index) => {
       const tied = item.classList.contains("tied");
       if (!tied) place += 1;
@@ -71,14 +70,21 @@ class Ranking {
     this.said.textContent = `Answer ${item.dataset.letter} has place ${place}${tied}.`;
   }
 
+  // What it leaves stays tied without it; what it comes to lie among takes it in.
+  shift(item, change) {
+    const isTied = (one) => one !== null && one.classList.contains("tied");
+    if (!isTied(item) && isTied(item.nextElementSibling)) item.nextElementSibling.classList.remove("tied");
+    item.classList.remove("tied");
+    change();
+    item.classList.toggle("tied", isTied(item.nextElementSibling));
+    this.number();
+  }
+
   move(item, step, button) {
     const items = this.items;
     const other = items[items.indexOf(item) + step];
     if (!other) return;
-    item.classList.remove("tied");
-    if (step < 0) other.before(item); else other.after(item);
-    if (step < 0 && other === items[0]) other.classList.remove("tied");
-    this.number();
+    this.shift(item, () => (step < 0 ? item.after(other) : item.before(other)));
     this.tell(item);
     (button && !button.disabled ? button : item).focus();
     item.scrollIntoView({ block: "nearest" });
@@ -97,15 +103,16 @@ class Ranking {
     handle.setPointerCapture(event.pointerId);
     item.classList.add("moving");
     const follow = (moved) => {
-      for (const other of this.items) {
-        if (other === item) continue;
-        const box = other.getBoundingClientRect();
-        const isAbove = other.compareDocumentPosition(item) & Node.DOCUMENT_POSITION_FOLLOWING;
-        const middle = box.top + box.height / 2;
-        if (isAbove && moved.clientY < middle) { item.classList.remove("tied"); other.before(item); break; }
-        if (!isAbove && moved.clientY > middle) { item.classList.remove("tied"); other.after(item); }
-      }
-      this.number();
+      const middle = (other) => { const box = other.getBoundingClientRect(); return box.top + box.height / 2; };
+      const place = this.items.indexOf(item);
+      const passedUp = this.items.slice(0, place).filter((other) => moved.clientY < middle(other)).reverse();
+      const passedDown = this.items.slice(place + 1).filter((other) => moved.clientY > middle(other));
+      // The others move and the one under the pointer stays: taken out of the page, it would lose the pointer.
+      if (passedUp.length + passedDown.length === 0) return;
+      this.shift(item, () => {
+        passedUp.forEach((other) => item.after(other));
+        passedDown.forEach((other) => item.before(other));
+      });
     };
     const drop = () => {
       handle.removeEventListener("pointermove", follow);
