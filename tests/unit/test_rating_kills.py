@@ -32,6 +32,8 @@ for line in sys.stdin:
         serve(Store.open(sys.argv[1], sys.argv[2], "stars", 3, 0.1), port=int(line), browser=False)
         break
     print(child, flush=True)
+    os.waitpid(child, 0)
+    print("gone", flush=True)
 """
 
 
@@ -102,7 +104,7 @@ def killed(folder: Path, kills: int, items: int) -> tuple[list[Rater], Store]:
             for rater in raters:
                 rater.join()
         os.kill(child, signal.SIGKILL)
-        time.sleep(0.05)
+        assert server.stdout.readline() == "gone\n"
     server.kill()
     server.wait()
     return raters, Store.read(store)
