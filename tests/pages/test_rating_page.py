@@ -258,3 +258,21 @@ def test_another_site_cannot_judge(fresh: Any, rate: Callable[..., str], tmp_pat
     wait_for(fresh, "another site")
     with Store.read(store) as kept:
         assert kept.judgements() == []
+
+
+def test_a_link_for_others_works_once_opened(fresh: Any, rate: Callable[..., str], tmp_path: Path, store: Path) -> None:
+    link = rate(write_answers(tmp_path / "a.jsonl"), "--store", store, "--mode", "stars", "--host", "0.0.0.0")
+    page, _, token = link.partition("?token=")
+    assert len(token) > 20
+    fresh.get(page)
+    wait_for(fresh, "ask whoever started it for the link")
+    fresh.get("data:text/html,<title>elsewhere</title>")
+    fresh.execute_script("location = arguments[0]", f"{link}&rater=Ann")  # as from a mail
+    wait_for(fresh, "Ann")
+    assert fresh.current_url == page
+    assert fresh.execute_script("return getComputedStyle(document.body).display") == "flex"  # the style came too
+    press(fresh, "4")
+    wait_for(fresh, "Saved: 4 stars")
+    fresh.get("data:text/html,<title>elsewhere</title>")
+    fresh.execute_script("location = arguments[0]", link)  # the same link again: still Ann
+    wait_for(fresh, "Ann")
