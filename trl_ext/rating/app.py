@@ -178,8 +178,9 @@ class RatingPage:
     async def item(self, request: Request) -> Response:
         """What the rater is asked now. Their name is in the link, or in the cookie, or ours to give."""
         named = _name(request.query_params.get("rater")) or self._cookie_name(request)
-        if named is None and request.headers.get("sec-fetch-site") == "cross-site":
-            return self._html("again.html")  # browsers keep the cookie back until our own page asks
+        if named is None and ("token" in request.query_params or request.headers.get("sec-fetch-site") == "cross-site"):
+            # From a link elsewhere, where browsers keep our cookie back: they send it when our own page asks again.
+            return self._html("again.html")
         shown, (rater, last, progress) = await self.do(self._look, named)
         page = {"rater": rater, "mode": self.store.mode, "progress": progress, "last": last, "said": self._said(last)}
         page["late"] = "late" in request.query_params
