@@ -25,12 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, what in RECIPES.items():
         rooms.add_parser(name, help=f"{what}: the recipe {name}_lora.py, with its options")
     _add_feedback(rooms)
+    _add_rate(rooms)
     _add_doctor(rooms)
     _add_adapters(rooms)
     _add_evaluation(rooms)
     chosen = parser.parse_args(arguments)
     try:
-        return int(getattr(import_module("trl_ext.commands"), chosen.run)(chosen))
+        room, _, name = chosen.run.rpartition(":")
+        return int(getattr(import_module(room or "trl_ext.commands"), name)(chosen))
     except Exception as error:
         from trl_ext.launch.settings import USER_ERRORS
 
@@ -70,6 +72,22 @@ def _add_feedback(rooms: Any) -> None:
     convert.add_argument("--drop", action="store_true", help="leave out records that cannot be used, and list them")
     convert.set_defaults(run="convert")
     about.add_parser("layouts", help="the layouts that are recognised").set_defaults(run="layouts")
+
+
+def _add_rate(rooms: Any) -> None:
+    rate = rooms.add_parser("rate", help="a page on which people judge answers")
+    rate.add_argument("answers", nargs="?", help="file of answers, as `trl-ext sample` writes it")
+    rate.add_argument("--store", type=Path, required=True, metavar="FILE", help="where judgements go, .sqlite")
+    modes = ("stars", "pairs", "ranking", "labels")
+    rate.add_argument("--mode", choices=modes, help="what is asked; without it the store's, in a new store stars")
+    rate.add_argument("--per-item", type=int, metavar="N", help="how many people judge each item; at first 1")
+    rate.add_argument("--repeats", type=float, metavar="SHARE", help="of items that a rater is asked twice; at first 0")
+    rate.add_argument("--attention", metavar="FILE", help="feedback whose judgement is known, asked among the rest")
+    rate.add_argument("--host", default="127.0.0.1", help="address to listen on; any but this machine's needs a token")
+    rate.add_argument("--port", type=int, default=8765, help="0 takes a free one")
+    rate.add_argument("--no-browser", action="store_true", help="only print the link")
+    rate.add_argument("--export", type=Path, metavar="FILE", help="write the judgements as feedback, .jsonl, and stop")
+    rate.set_defaults(run="trl_ext.rating.command:rate")
 
 
 def _add_doctor(rooms: Any) -> None:
@@ -147,7 +165,7 @@ def _add_evaluation(rooms: Any) -> None:
     evaluate.add_argument("--judge", metavar="JUDGE", help="reward:FOLDER, function:PATH, url:MODEL@URL or people")
     evaluate.add_argument("--rubric", type=Path, metavar="FILE", help="what a language model judges by")
     evaluate.add_argument("--judge-key", metavar="VARIABLE", help="environment variable with the key for the URL")
-    evaluate.add_argument("--store", type=Path, metavar="FILE", help="what people said: they judge, or are compared")
+    evaluate.add_argument("--store", type=Path, metavar="FILE", help="of `trl-ext rate`: people judge, or are compared")
 
 
 def _add_columns(command: argparse.ArgumentParser) -> None:

@@ -21,6 +21,7 @@ from trl_ext.diagnostics.catalogue import all_clear
 from trl_ext.diagnostics.pages import page
 from trl_ext.feedback.reading import renaming
 from trl_ext.launch import import_functions, load_prompts, load_texts, trained
+from trl_ext.rating import Store
 
 
 def doctor(chosen: Namespace) -> int:
@@ -171,14 +172,11 @@ def _sampling(chosen: Namespace) -> evaluation.Sampling:
 
 
 def _said_by_people(store: Path, rows: Sequence[evaluation.Row]) -> list[evaluation.Comparison]:
-    """What people said about pairs of these answers, of a JSON lines file: {"id_a": ..., "id_b": ..., "outcome": 1.0,
-    "rater": ...}; none where there is no such file yet."""
+    """What people said about pairs of these answers on the rating page; none where its store is not there yet."""
     if not store.exists():
         return []
-    said = load_texts(str(store))
-    if missing := {"id_a", "id_b", "outcome"} - set(said.column_names):
-        raise ValueError(f"The file {str(store)!r} holds no comparisons by people: it has no {sorted(missing)[0]!r}.")
-    return evaluation.by_people(((r["id_a"], r["id_b"], r["outcome"], r.get("rater")) for r in said), rows)
+    with Store.read(store) as judged:
+        return evaluation.by_people(((c.id_a, c.id_b, c.outcome, c.rater) for c in judged.comparisons()), rows)
 
 
 def convert(chosen: Namespace) -> int:

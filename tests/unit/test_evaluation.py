@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from trl_ext.evaluation import Cast, Comparison, Interval, Sampling, Spec, win_r
 from trl_ext.evaluation.judges import ModelJudge, compared, verdict_of
 from trl_ext.evaluation.policies import Drawn, Policies, uniforms
 from trl_ext.evaluation.result import as_json
+from trl_ext.rating import Store
 from trl_ext.roles import adapters
 
 PROMPTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12", "w13 w14"]
@@ -457,35 +458,46 @@ def test_one_policy_is_compared_with_the_base(files: Path, tmp_path: Path) -> No
     assert set(json.loads((tmp_path / "e" / "evaluation.json").read_text())["win_rates"]["one"]) == {"base"}
 
 
+def rated(file: Path, answers: Path, better: Callable[[str, str], float]) -> None:
+    """Have somebody judge all pairs on the rating page: 1.0 where the first is better, 0.5 for a tie."""
+    with Store.open(file, answers, "pairs") as store:
+        while (shown := store.next(store.rater("ann"))) is not None:
+            outcome = better(*map(str, shown.completions))
+            store.judge("ann", shown.token, "judged", {1.0: (1, 2), 0.5: (1, 1), 0.0: (2, 1)}[outcome])
+
+
 def test_evaluate_by_a_language_model_beside_people(files: Path, server: JudgeServer, tmp_path: Path) -> None:
-    said = [{"id_a": f"{i}-one-0", "id_b": f"{i}-base-0", "outcome": 1.0, "rater": "ann"} for i in range(4)]
-    (tmp_path / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
-    rubric = tmp_path / "rubric.txt"
+    rubric, out, store = tmp_path / "rubric.txt", tmp_path / "e", tmp_path / "people.sqlite"
     rubric.write_text("The longer one is better.")
-    more = ["--judge", f"url:m@{server.url}", "--rubric", str(rubric), "--store", str(tmp_path / "people.jsonl")]
-    out = ["--out", str(tmp_path / "e")]
-    assert main(["evaluate", *line(files, *more, *out, policies=("base=base", "one=one"))]) == 0
-    result = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    more = ["--judge", f"url:m@{server.url}", "--rubric", str(rubric), "--store", str(store), "--out", str(out)]
+    arguments = ["evaluate", *line(files, *more, policies=("base=base", "one=one"))]
+    assert main(arguments) == 0
+    assert json.loads((out / "evaluation.json").read_text())["agreement"] is None
+    rated(store, out / "answers.jsonl", lambda a, b: 1.0 if len(a) > len(b) else 0.0 if len(a) < len(b) else 0.5)
+    assert main(arguments) == 0
+    result = json.loads((out / "evaluation.json").read_text())
     assert result["judge"] == f"url:m@{server.url}"
-    assert result["agreement"]["pairs"] == 4
-    rows = evaluation.read_rows(tmp_path / "e" / "answers.jsonl")
-    lengths = [(len(rows[f"{i}-one-0"]["completion"]), len(rows[f"{i}-base-0"]["completion"])) for i in range(4)]
-    assert result["agreement"]["mean"] == sum(one > base for one, base in lengths) / 4
+    assert result["agreement"]["pairs"] > 4 and result["agreement"]["mean"] == 1
     assert server.requests[0]["messages"][0]["content"] == "The longer one is better."
 
 
 def test_people_judge(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    store = tmp_path / "people.jsonl"
-    arguments = ["evaluate", *line(files, "--judge", "people", "--store", str(store), "--out", str(tmp_path / "e"))]
+    store, out = tmp_path / "people.sqlite", tmp_path / "e"
+    arguments = ["evaluate", *line(files, "--judge", "people", "--store", str(store), "--out", str(out))]
     assert main(arguments) == 1
     assert "No person has compared" in capsys.readouterr().err
-    verdicts = [(0, "one", "base", 1.0), (0, "base", "one", 1.0), (1, "base", "one", 0.0), (2, "two", "one", 0.5)]
-    said = [{"id_a": f"{i}-{a}-0", "id_b": f"{i}-{b}-1", "outcome": x, "rater": "ann"} for i, a, b, x in verdicts]
-    store.write_text("".join(json.dumps(row) + "\n" for row in said))
+    by = {row["completion"]: row["policy"] for row in evaluation.read_rows(out / "answers.jsonl").values()}
+    assert len(set(by.values())) == 3
+    strength = {"one": 2, "two": 2, "base": 1}  # what this person prefers
+
+    def better(a: str, b: str) -> float:
+        return (strength[by[a]] - strength[by[b]] + 1) / 2
+
+    rated(store, out / "answers.jsonl", better)
     assert main(arguments) == 0
-    rates = json.loads((tmp_path / "e" / "evaluation.json").read_text())["win_rates"]
-    assert rates["one"]["base"]["rate"] == (0.5 + 1) / 2
-    assert rates["two"]["one"]["rate"] == 0.5 and "base" not in rates["two"]
+    rates = json.loads((out / "evaluation.json").read_text())["win_rates"]
+    assert rates["one"]["base"]["rate"] > 0.9 and rates["base"]["one"]["rate"] < 0.1
+    assert rates["two"]["one"]["rate"] == 0.5
 
 
 def test_what_users_named_is_no_markup() -> None:

@@ -1,0 +1,142 @@
+"""Answers to be judged, and the items that are made of them, in the order in which they are asked about."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl_ext.feedback import FORMS, FeedbackError, Problem, Record, Unusable, read
+from trl_ext.feedback.files import numbered_rows
+from trl_ext.feedback.reading import check_same
+from trl_ext.rating.modes import Candidate, Mode, Verdict, alike, shuffled
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A row of the file of answers.
+
+    Attributes:
+        id: as it was given; else the number of its line.
+        prompt, completion: a text, or a list of messages.
+        policy: who wrote it; None where nobody said.
+        tokens: how many the completion has; None where nobody said.
+    """
+
+    id: str
+    prompt: Any
+    completion: Any
+    policy: str | None = None
+    tokens: int | None = None
+
+    @property
+    def key(self) -> str:
+        return written(self.completion)
+
+
+@dataclass(frozen=True)
+class Item:
+    """Answers that are shown together.
+
+    Attributes:
+        answers: their numbers, from 0.
+        kind: "ask"; "attention" where the verdict is known; "alike" where nobody is asked because the two read alike.
+        known: the verdict of an attention item.
+    """
+
+    answers: tuple[int, ...]
+    kind: str = "ask"
+    known: Verdict | None = None
+
+
+def written(value: Any) -> str:
+    """As JSON."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def read_answers(file: str | Path) -> list[Answer]:
+    """The answers in a file as `trl-ext sample` writes it: `completion`, and where they are known `prompt`, `policy`,
+    `id` and `tokens`. An answer may be empty: a policy may say nothing.
+
+    Raises:
+        FileNotFoundError: no such file.
+        FeedbackError: no answers, or a row that is none.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"The file of answers {str(file)!r} does not exist.")
+    answers: list[Answer] = []
+    first: Record | None = None
+    for line, row in numbered_rows(str(path), str(file)):
+        try:
+            if isinstance(row, Unusable):
+                raise row
+            if "completion" not in row:
+                raise FeedbackError(
+                    f"{file}, line {line} has the columns {sorted(row)}: answers need 'completion', and 'prompt' where "
+                    "they answer one."
+                )
+            says_nothing = isinstance(row["completion"], str) and not row["completion"].strip()
+            asked = {"prompt": row.get("prompt"), "completion": "-" if says_nothing else row["completion"]}
+            record: Any = FORMS["labels"].record({**asked, "label": True})
+            first = first or record
+            check_same(record, first)
+        except Unusable as bad:
+            raise FeedbackError(f"{file}: {Problem(line, bad.column, bad.reason)}.") from bad
+        answers.append(
+            Answer(
+                str(row.get("id") or line),
+                record.prompt,
+                "" if says_nothing else record.completion,
+                None if row.get("policy") in (None, "") else str(row["policy"]),
+                int(row["tokens"]) if str(row.get("tokens") or "").isdecimal() else None,
+            )
+        )
+    if not answers:
+        raise FeedbackError(f"{file} holds no answers.")
+    return answers
+
+
+def fingerprint(answers: Iterable[Answer]) -> str:
+    """Equal for equal answers, however their file is laid out."""
+    rows = (written([answer.id, answer.prompt, answer.completion, answer.policy]) for answer in answers)
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+def items_of(answers: Sequence[Answer], mode: Mode, seed: str) -> list[Item]:
+    """What is asked, in this order: one item of each prompt, then another of each, so that ratings reach all prompts
+    however few they are. Prompts and their answers are shuffled.
+
+    Raises:
+        FeedbackError: there is nothing to ask.
+    """
+    by_prompt: dict[str, list[Candidate]] = {}
+    for number, answer in enumerate(answers):
+        candidates = by_prompt.setdefault(written(answer.prompt), [])
+        candidates.append(Candidate(number, answer.key, answer.policy))
+    turns: list[tuple[int, Item]] = []
+    ties: list[Item] = []
+    for prompt in shuffled(list(by_prompt), seed):
+        candidates = shuffled(by_prompt[prompt], seed, prompt)
+        turns += enumerate(Item(group) for group in mode.groups(candidates))
+        ties += [Item(pair, "alike") for pair in alike(candidates)] if mode.name == "pairs" else []
+    if not turns:
+        raise FeedbackError(f"Nothing can be judged: --mode {mode.name} needs {mode.needs}.")
+    return [item for _, item in sorted(turns, key=lambda turn: turn[0])] + ties
+
+
+def read_attention(file: str | Path, mode: Mode) -> list[tuple[Any, tuple[Any, ...], Verdict]]:
+    """(prompt, completions, verdict) of feedback whose judgement is known.
+
+    Raises:
+        FileNotFoundError, FeedbackError: as `feedback.read` does; or it is of another form than the mode's.
+    """
+    known = read(file)
+    if known.form != mode.form:
+        raise FeedbackError(
+            f"{file} holds {known.form}: --mode {mode.name} needs attention items that are {mode.form}."
+        )
+    return [(record.prompt, *mode.known(record)) for record in known.records]
