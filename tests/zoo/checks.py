@@ -613,7 +613,7 @@ def two_updates(zoo: Zoo, base: SharedBase) -> dict[str, float]:
 
 def tie_flipped(zoo: Zoo) -> dict[str, float] | str:
     """The same family with tied word embeddings where it has untied ones, or the other way round."""
-    config = type(zoo.config).from_dict(zoo.config.to_dict())
+    config = copy.deepcopy(zoo.config)
     text = config.get_text_config()
     config.tie_word_embeddings = text.tie_word_embeddings = not getattr(text, "tie_word_embeddings", True)
     folder = zoo.folder / "tie"
