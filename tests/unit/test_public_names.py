@@ -19,6 +19,8 @@ ROOMS = (
     "trl_ext.controllers",
     "trl_ext.rewards",
     "trl_ext.feedback",
+    "trl_ext.rating",
+    "trl_ext.evaluation",
     "trl_ext.diagnostics",
     "trl_ext.interop",
     "trl_ext.types",

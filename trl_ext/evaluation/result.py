@@ -78,7 +78,7 @@ def print_result(result: Result, console: Console | None = None) -> None:
     table.add_column("Figure")
     for name in policies:
         table.add_column(Text(name), justify="right")
-    for metric in _metrics(result):
+    for metric in _metric_names(result):
         table.add_row(metric, *(_interval(policy["metrics"].get(metric)) for policy in policies.values()))
     if any("strength" in policy for policy in policies.values()):
         table.add_row("strength", *(_interval(policy.get("strength")) for policy in policies.values()))
@@ -116,14 +116,14 @@ def _rendered(template: str, result: Result) -> str:
     environment.filters |= {"number": number, "interval": _interval, "share": _share}
     return environment.get_template(template).render(
         result=result,
-        metrics=_metrics(result),
+        metrics=_metric_names(result),
         meaning=lambda name: MEANING[name.split("/")[0]],
         rates=_rates(result),
         strengths=any("strength" in policy for policy in result["policies"].values()),
     )
 
 
-def _metrics(result: Result) -> list[str]:
+def _metric_names(result: Result) -> list[str]:
     return list(dict.fromkeys(name for policy in result["policies"].values() for name in policy["metrics"]))
 
 
