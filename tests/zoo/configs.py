@@ -36,7 +36,6 @@ RULES: list[tuple[str, int]] = [
         WINDOW,
     ),
     (r"(max|n)_position.*|n_ctx|max_target_positions|max_source_positions|context_length|model_max_length", CONTEXT),
-    (r"original_max_position_embeddings", 8),
     (r"rotary_dim", 4),
     (r"index_topk", 4),  # rows of `checks.ROWS` have fewer and more tokens
     (r".*(experts_per_tok(en)?|moe_topk|moe_k|top_k)", 2),
@@ -66,8 +65,6 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {"sliding_attention": ROPE, "full_attention": ROPE},
     },
-    # Beyond it its generate forgets the prompt, unless positions are LongRoPE's, as all real checkpoints' are.
-    "phi4_multimodal": {"original_max_position_embeddings": CONTEXT},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}},
     "deepseek_v2": {"n_routed_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v4": {
@@ -206,6 +203,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama+dynamic": ("llama", _rope("dynamic")),
     "llama+longrope": ("llama", _rope("longrope")),
     "llama+yarn": ("llama", _rope("yarn")),
+    # Phi's generate begins anew at this limit. Real checkpoints that go beyond it have LongRoPE; with other positions
+    # some versions forget the prompt there.
     "phi3+longrope": ("phi3", {**_rope("longrope"), "original_max_position_embeddings": 8}),
     "phi4_multimodal+longrope": ("phi4_multimodal", {**_rope("longrope"), "original_max_position_embeddings": 8}),
     "falcon+alibi": ("falcon", {"alibi": True}),
