@@ -98,7 +98,7 @@ def write_card(
     args: Any,
     name: str | None = None,
     datasets: Sequence[str] = (),
-    tags: Sequence[str] = (),
+    tags: str | Sequence[str] | None = None,
     results: Mapping[str, Any] | None = None,
 ) -> None:
     """Write README.md into the folder of an adapter. No other folder of this machine is named in it.
@@ -110,9 +110,10 @@ def write_card(
         args: the trainer's.
         name: of the model; None: that of its repository, or of its folder.
         datasets: names on the Hub.
-        tags: beside our own.
+        tags: one or several, beside our own.
         results: what was measured after the run.
     """
+    tags = [tags] if isinstance(tags, str) else tags or ()
     repo, on_hub = args.hub_model_id or folder.resolve().name, not Path(base).exists()
     loader, arguments = LOADERS.get(kind, ("AutoPeftModelForCausalLM", ""))
     data = ModelCardData(
@@ -121,7 +122,16 @@ def write_card(
         library_name="peft",
         pipeline_tag="text-classification" if kind == "reward" else "text-generation",
         model_name=name or repo.split("/")[-1],
-        tags=sorted({*tags, "trl", "trl-ext", "lora", kind, *([f"base_model:adapter:{base}"] if on_hub else [])}),
+        tags=sorted(
+            {
+                *([tags] if isinstance(tags, str) else tags or ()),
+                "trl",
+                "trl-ext",
+                "lora",
+                kind,
+                *([f"base_model:adapter:{base}"] if on_hub else []),
+            }
+        ),
     )
     settings = {name: log.config.get(name) for name in SETTINGS}
     card = ModelCard.from_template(
@@ -139,6 +149,35 @@ def write_card(
         results={name: " ".join(str(value).split()) for name, value in (results or {}).items()},
     )
     card.save(folder / "README.md")
+
+
+class WritesCard:
+    """A trainer whose card is ours: `save_model` writes it, and `create_model_card`, by which others ask for it."""
+
+    args: Any
+    is_world_process_zero: Any
+
+    def card_facts(self) -> tuple[str, RunLog, str, Sequence[str]] | None:
+        """Kind, log, base and data sets, as `write_card` takes them; None where TRL's card says it all."""
+        raise NotImplementedError
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """As TRL's, with the figures of the run."""
+        facts = self.card_facts()
+        if facts is None:
+            super().create_model_card(model_name, dataset_name, tags)  # type: ignore[misc]
+        elif self.is_world_process_zero():
+            kind, log, base, datasets = facts
+            datasets = datasets if dataset_name is None else [dataset_name]
+            write_card(Path(str(self.args.output_dir)), kind, log, base, self.args, model_name, datasets, tags)
+
+    def save_card(self, folder: Path) -> None:
+        """Our card beside what `save_model` has written there."""
+        if (facts := self.card_facts()) is not None:
+            kind, log, base, datasets = facts
+            write_card(folder, kind, log, base, self.args, datasets=datasets)
 
 
 def push_card(folder: Path, args: Any) -> None:

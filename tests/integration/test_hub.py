@@ -106,6 +106,17 @@ def test_the_card_of_a_reward_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(model.state_dict()["base_model.model.score.modules_to_save.default.weight"], head)
 
 
+def test_a_whole_reward_model_has_trl_s_card(tmp_path: Path) -> None:
+    """Ours is about an adapter."""
+    args = FeedbackRewardConfig(str(tmp_path / "out"), max_steps=1, **QUIET)
+    trainer = FeedbackRewardTrainer(saved_model(tmp_path / "model"), args, rows_for("pairwise"))
+    trainer.save_model()
+    assert not (tmp_path / "out" / "README.md").exists()
+    trainer.create_model_card(tags="mine")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "mine" in card.data.tags and "It has been trained using [TRL]" in card.text
+
+
 def test_a_base_of_the_hub_is_named(tmp_path: Path) -> None:
     model, data = tiny_llama(), prompt_dataset()
     model.config._name_or_path = "somebody/tiny-llama"

@@ -72,7 +72,7 @@ class _AfterStep(TrainerCallback):
         self._after_step()
 
 
-class PPOTrainer(BaseTrainer):
+class PPOTrainer(hub.WritesCard, BaseTrainer):
     """Proximal policy optimisation with LoRA adapters over one shared base.
 
     Transformers' Trainer keeps the loop; `trl_ext.ppo.update` is what happens in it, and says who calls whom.
@@ -330,23 +330,13 @@ class PPOTrainer(BaseTrainer):
         if self.args.should_save:
             folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
             self.checkpoints.save_model(folder, self.processing_class)
-            self._write_card(folder)
+            self.save_card(folder)
 
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """As TRL's, with the figures of the run; `save_model` writes one too."""
-        if self.is_world_process_zero():
-            self._write_card(Path(str(self.args.output_dir)), model_name, dataset_name, tags)
-
-    def _write_card(
-        self, folder: Path, name: str | None = None, dataset: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
+    def card_facts(self) -> tuple[str, RunLog, str, list[str]]:
+        """See `hub.WritesCard`."""
         settings = {**self.args.to_dict(), "rollout_batch_size": self.args.rollout_batch_size}
         log = RunLog.of(self.state.log_history, settings)
-        datasets = hub.loaded_from(self.train_dataset) if dataset is None else [dataset]
-        base = self.base.config.name_or_path
-        hub.write_card(folder, "ppo", log, base, self.args, name, datasets, checks.as_list(tags))
+        return "ppo", log, self.base.config.name_or_path, hub.loaded_from(self.train_dataset)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Transformers', whole or not at all."""

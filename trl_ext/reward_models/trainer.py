@@ -116,7 +116,7 @@ def trained_further(start: files.Named, args: RewardConfig, quantization_config:
     return peft_model
 
 
-class FeedbackRewardTrainer(RewardTrainer):
+class FeedbackRewardTrainer(hub.WritesCard, RewardTrainer):
     """TRL's RewardTrainer for every form of feedback; saving, PEFT, 4 bits and evaluation are TRL's.
 
     Rows have a `prompt` (text or messages) and, by objective: pairwise and probe `chosen`, `rejected` (`margin`);
@@ -205,26 +205,15 @@ class FeedbackRewardTrainer(RewardTrainer):
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or str(self.args.output_dir))
         files.write_note(folder, self.accelerator.unwrap_model(self.model))
-        self._write_card(folder)
+        self.save_card(folder)
 
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """As TRL's, with the figures of the run; `save_model` writes one too."""
-        if self.is_world_process_zero():
-            self._write_card(Path(str(self.args.output_dir)), model_name, dataset_name, tags)
-
-    def _write_card(
-        self, folder: Path, name: str | None = None, dataset: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
+    def card_facts(self) -> tuple[str, RunLog, str, list[str]] | None:
+        """See `hub.WritesCard`; a whole model has TRL's card."""
         model = self.accelerator.unwrap_model(self.model)
         if not isinstance(model, PeftModel):
-            return
+            return None
         log = RunLog.of(self.state.log_history, self.args.to_dict())
-        datasets = self._datasets if dataset is None else [dataset]
-        base = model.get_base_model().config.name_or_path
-        tags = [tags] if isinstance(tags, str) else tags or []
-        hub.write_card(folder, "reward", log, base, self.args, name, datasets, tags)
+        return "reward", log, model.get_base_model().config.name_or_path, self._datasets
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL trains; the probe reads the training set once and solves for its head."""
