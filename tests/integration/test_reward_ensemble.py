@@ -30,7 +30,8 @@ def trainer_of(tmp_path: Path, members: int = 2, reward: Any = None, **changes: 
 @pytest.mark.parametrize("how", ["mean", "min", "uncertainty"])
 def test_two_updates_by_the_scores_of_two_reward_roles(how: str, tmp_path: Path) -> None:
     """Each is brought to mean 0 and standard deviation 1 of the reference's completions before they are combined."""
-    trainer = trainer_of(tmp_path, reward_ensemble=how, reward_uncertainty_coef=1.5, reward_weights=[2.0])
+    coef = {"reward_uncertainty_coef": 1.5} if how == "uncertainty" else {}
+    trainer = trainer_of(tmp_path, reward_ensemble=how, reward_weights=[2.0], **coef)
     before = trained_state(trainer)
     trainer.train()
     assert trainer.state.global_step == 4 and trainer.experience is not None

@@ -288,6 +288,12 @@ class PPOConfig(BaseConfig):
                 f"gamma is {self.gamma}, but objective {self.objective_name!r} has no critic here and sums rewards as "
                 "they are: leave gamma at 1."
             )
+        usual = self._usual("reward_uncertainty_coef")
+        if self.reward_ensemble != "uncertainty" and self.reward_uncertainty_coef != usual:
+            raise ValueError(
+                f"reward_uncertainty_coef is {self.reward_uncertainty_coef}, but reward_ensemble is "
+                f"{self.reward_ensemble!r}, which does not read it: set that to 'uncertainty', or leave it out."
+            )
         if self.use_vllm and self.generation_kwargs:
             raise ValueError("generation_kwargs are Transformers' and would not reach vLLM: unset them, or use_vllm.")
         if self.use_vllm and self.use_transformers_continuous_batching:
