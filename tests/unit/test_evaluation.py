@@ -1,5 +1,6 @@
 """Several policies over one base: their answers in a file, figures, judges, and the two commands."""
 
+import importlib
 import json
 import math
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.parity.tiny import EOS, config_of, save_base, save_policy_adapter, save_reward_adapter
@@ -206,6 +208,43 @@ def test_other_settings_are_refused(cast: Cast, policies: Policies, tmp_path: Pa
     Path(f"{out}.settings.json").unlink()
     with pytest.raises(FileExistsError, match="exists already"):
         evaluation.sample(cast, ROWS, out, Sampling(1, 4))
+
+
+@pytest.mark.parametrize("trained", ["model", "one", "judge", "function"])
+def test_what_was_trained_further_or_rewritten_is_other_settings(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: str
+) -> None:
+    for name in ("model", "one", "judge"):
+        shutil.copytree(files / name, tmp_path / name)
+    for name in ("one", "judge"):
+        config = tmp_path / name / adapters.CONFIG
+        config.write_text(config.read_text().replace(str(files / "model"), str(tmp_path / "model")))
+    module = tmp_path / f"scores_{trained}.py"
+    module.write_text("class Constant:\n    def __call__(self, completions): return [1.0] * len(completions)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    constant = importlib.import_module(module.stem).Constant()
+    cast = Cast.checked(str(tmp_path / "model"), [f"x={tmp_path / 'one'}"], [tmp_path / "judge"])
+    arguments = cast, ROWS, tmp_path / "a.jsonl", Sampling(1, 4), [constant]
+    rows = evaluation.sample(*arguments)
+    assert evaluation.sample(*arguments) == rows
+    if trained == "function":
+        module.write_text(module.read_text().replace("1.0", "2.0"))
+    else:
+        [file] = (tmp_path / trained).glob("*.safetensors")
+        save_file({name: tensor * 1.01 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    setting = {"model": "base", "one": "policies"}.get(trained, "rewards")
+    with pytest.raises(ValueError, match=rf"was made with {setting} .*, and not with"):
+        evaluation.sample(*arguments)
+
+
+def test_settings_of_a_file_without_answers_may_change(cast: Cast, policies: Policies, tmp_path: Path) -> None:
+    def fails() -> Policies:
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        evaluation.sample(cast, ROWS, tmp_path / "a.jsonl", Sampling(1, 400), load=fails)
+    rows = evaluation.sample(cast, ROWS, tmp_path / "a.jsonl", Sampling(1, 4), load=lambda: policies)
+    assert max(row["tokens"] for row in rows) <= 4
 
 
 # What is worth a person's time ---------------------------------------------------------------------------------------

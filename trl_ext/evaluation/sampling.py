@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,8 @@ from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
-from trl_ext.evaluation.policies import Cast, Policies, uniforms
-from trl_ext.rewards import RewardFunction, Scorer
+from trl_ext.evaluation.policies import BASE, Cast, Policies, fingerprint, uniforms
+from trl_ext.rewards import RewardFunction, Scorer, name_of
 from trl_ext.tokens import padded, tokenize_prompts
 from trl_ext.types import Rollout
 
@@ -238,20 +240,35 @@ def _settings(
     loading: Mapping[str, Any],
 ) -> Row:
     digest = hashlib.sha256(json.dumps([dict(row) for row in prompts], sort_keys=True, default=str).encode())
-    scored = [str(folder.resolve()) for folder in cast.rewards]
+    rewards = [str(folder.resolve()) for folder in cast.rewards]
     return {
-        "base": cast.base,
-        "policies": {name: cast.fingerprint(name) for name in cast.policies},
+        "base": _with_digest(cast.base),
+        "policies": {name: BASE if folder is None else fingerprint(folder) for name, folder in cast.policies.items()},
         "prompts": f"{len(prompts)} with digest {digest.hexdigest()[:16]}",
         **{name: getattr(how, name) for name in ("per_prompt", "max_new_tokens", "temperature", "seed")},
         "shared_seeds": how.shared_seeds,
         "quantized": "quantization_config" in loading,
-        "rewards": [*scored, *(f if isinstance(f, str) else f"{f.__module__}.{f.__qualname__}" for f in functions)],
+        "rewards": [_with_digest(reward) for reward in (*rewards, *functions)],
     }
 
 
+def _with_digest(made_with: Any) -> str:
+    """A model, an adapter or a reward function by its name, with a digest of the folder or the module that it is from;
+    the name alone where it is from the Hub, or from no file."""
+    if isinstance(made_with, str):
+        folder = Path(made_with)
+        return f"{made_with} with digest {fingerprint(folder)}" if folder.is_dir() else made_with
+    code = getattr(made_with, "func", made_with)  # functools.partial
+    code = inspect.unwrap(code) if inspect.isroutine(code) else type(code)
+    name = f"{code.__module__}.{name_of(made_with)}"
+    module = getattr(sys.modules.get(code.__module__), "__file__", None)
+    if module is None or not Path(module).is_file():
+        return name
+    return f"{name} with digest {hashlib.sha256(Path(module).read_bytes()).hexdigest()[:16]}"
+
+
 def _check_settings(out: Path, settings: Row) -> None:
-    """Write the settings beside a new file, and refuse to go on with one that was made with others.
+    """Write the settings beside a file without answers, and refuse to go on with one that was made with others.
 
     Raises:
         ValueError: names the first setting that differs.
@@ -259,9 +276,9 @@ def _check_settings(out: Path, settings: Row) -> None:
     if not out.parent.is_dir():
         raise FileNotFoundError(f"The folder {str(out.parent)!r} does not exist: make it, or name another file.")
     beside = out.with_name(out.name + ".settings.json")
-    if not beside.is_file():
-        if out.exists():
-            raise FileExistsError(f"{out} exists already, without {beside.name}: name another file, or remove it.")
+    if out.exists() and not beside.is_file():
+        raise FileExistsError(f"{out} exists already, without {beside.name}: name another file, or remove it.")
+    if not out.exists() or not out.stat().st_size:
         write_whole(beside, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         return
     before = json.loads(beside.read_text(encoding="utf-8"))
