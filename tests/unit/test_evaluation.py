@@ -505,13 +505,16 @@ def rated(file: Path, answers: Path, better: Callable[[str, str], float]) -> Non
             store.judge("ann", shown.token, "judged", {1.0: (1, 2), 0.5: (1, 1), 0.0: (2, 1)}[outcome])
 
 
-def test_evaluate_by_a_language_model_beside_people(files: Path, server: JudgeServer, tmp_path: Path) -> None:
+def test_evaluate_by_a_language_model_beside_people(
+    files: Path, server: JudgeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rubric, out, store = tmp_path / "rubric.txt", tmp_path / "e", tmp_path / "people.sqlite"
     rubric.write_text("The longer one is better.")
     more = ["--judge", f"url:m@{server.url}", "--rubric", str(rubric), "--store", str(store), "--out", str(out)]
     arguments = ["evaluate", *line(files, *more, policies=("base=base", "one=one"))]
     assert main(arguments) == 0
     assert json.loads((out / "evaluation.json").read_text())["agreement"] is None
+    assert "Nobody has compared these answers" in capsys.readouterr().out
     rated(store, out / "answers.jsonl", lambda a, b: 1.0 if len(a) > len(b) else 0.0 if len(a) < len(b) else 0.5)
     assert main(arguments) == 0
     result = json.loads((out / "evaluation.json").read_text())
@@ -550,13 +553,36 @@ def test_what_users_named_is_no_markup() -> None:
     assert not any(tag in page for tag in ("<i>", "<b>", "<u>"))
 
 
-def test_sample_picks(files: Path, tmp_path: Path) -> None:
+def test_sample_picks(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rewards = ["--reward", str(files / "judge"), str(files / "other")]
     picking = ["--pick", "disagreement", "--items", "3", "--out", str(tmp_path / "a.jsonl")]
     assert main(["sample", *line(files, *rewards, *picking)]) == 0
     rows = list(evaluation.read_rows(tmp_path / "a.jsonl").values())
     assert [row["item"] for row in rows] == [0, 0, 1, 1, 2, 2]
     assert len(evaluation.read_rows(tmp_path / "a.all.jsonl")) == 4 * 2 * 3
+    capsys.readouterr()
+    assert main(["sample", *line(files, *rewards, *picking), "--items", "1000"]) == 0  # the same answers, chosen anew
+    found = len(evaluation.read_rows(tmp_path / "a.jsonl")) // 2
+    assert f"There are {found} pairs to pick, not 1,000." in capsys.readouterr().out
+
+
+def test_a_pick_overwrites_nothing_else(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    shutil.copy(files / "prompts.jsonl", prompts)
+    assert main(["sample", *line(files, "--pick", "random", "--items", "1", "--out", str(prompts))]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert prompts.read_bytes() == (files / "prompts.jsonl").read_bytes()
+
+
+def test_a_pick_that_there_is_not() -> None:
+    rows = [scored("p", 0, x=1.0), scored("p", 1, x=2.0)]
+    unscored = [{**row, "scores": {"x": None}} for row in rows]
+    for these, way, of in (([], "random", "pairs"), (rows[:1], "random", "pairs"), (unscored, "closeness", "pairs")):
+        with pytest.raises(ValueError, match="There are no pairs to pick"):
+            evaluation.pick(these, way, 1, of)
+    for way, of in (("disagrement", "pairs"), ("random", "answer")):
+        with pytest.raises(ValueError, match="cannot be picked"):
+            evaluation.pick(rows, way, 1, of)
 
 
 BAD: list[tuple[list[str], str]] = [
@@ -574,7 +600,10 @@ BAD: list[tuple[list[str], str]] = [
     (["--judge", "people", "--policy", "x=one"], "Give --store FILE"),
     (["--judge", "reward:judge"], "the bare base is alone"),
     (["--judge", "url:m@http://127.0.0.1:9", "--policy", "x=one", "--judge-key", "NO_SUCH_VARIABLE"], "is not set"),
-    (["--rubric", "missing.txt"], "missing.txt"),
+    (["--rubric", "missing.txt", "--policy", "x=one", "--judge", "url:m@http://127.0.0.1:9"], "missing.txt"),
+    (["--rubric", "rubric.txt"], "give --judge url:MODEL@URL"),
+    (["--judge-key", "HOME", "--judge", "reward:judge", "--policy", "x=one"], "give --judge url:MODEL@URL"),
+    (["--store", "people.sqlite"], "give --judge people"),
     (["--prompts", "missing.jsonl"], "does not exist"),
     (["--prompts", "empty.jsonl"], "empty.jsonl"),
     (["--per-prompt", "0"], "per_prompt is 0"),
@@ -611,6 +640,8 @@ def test_bad_input_is_said_before_a_model_is_loaded(
         (["--pick", "disagreement", "--items", "3"], "give two or more"),
         (["--pick", "closeness", "--items", "3"], "give --reward or --function"),
         (["--pick", "random"], "give --items N"),
+        (["--items", "3"], "give --pick WAY"),
+        (["--of", "pairs"], "give --pick WAY"),
         (["--pick", "closeness", "--of", "answers", "--items", "3"], "leave out --of answers"),
     ],
 )
