@@ -33,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         room, _, name = chosen.run.rpartition(":")
         return int(getattr(import_module(room or "trl_ext.commands"), name)(chosen))
+    except KeyboardInterrupt:
+        print("trl-ext: interrupted", file=sys.stderr)
+        return 130
     except Exception as error:
         from trl_ext.launch.settings import USER_ERRORS
 

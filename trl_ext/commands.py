@@ -165,7 +165,7 @@ def evaluate(chosen: Namespace) -> int:
         key=os.environ[chosen.judge_key] if chosen.judge_key else None,
     )
     evaluation.print_result(result)
-    if chosen.store is not None and judge.kind != "people" and result["agreement"] is None:
+    if chosen.store is not None and chosen.judge != "people" and result["agreement"] is None:
         print(f"Nobody has compared these answers in {chosen.store} yet: there is no agreement with people to give.")
     print(f"{chosen.out / 'evaluation.json'}, {chosen.out / 'evaluation.html'}")
     return 0
