@@ -491,6 +491,58 @@ def test_evaluate_again_samples_nothing(files: Path, tmp_path: Path, monkeypatch
     assert result["win_rates"]["one"]["two"]["n"] == 4
 
 
+def test_a_function_that_scores_and_judges_is_called_once(files: Path, tmp_path: Path) -> None:
+    function = "tests.unit.test_evaluation.wanted"
+    more = ["--function", function, "--judge", f"function:{function}", "--reward", str(files / "judge")]
+    assert main(["evaluate", *line(files, *more, "--out", str(tmp_path / "e"), policies=("base=base", "one=one"))]) == 0
+    result = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    metrics = [policy["metrics"] for policy in result["policies"].values()]
+    assert [name for name in metrics[0] if name.startswith("score/")] == ["score/judge", "score/wanted"]
+    rows = evaluation.read_rows(tmp_path / "e" / "answers.jsonl")
+    hit = {name: row["wanted"] in row["completion"].split() for name, row in rows.items()}
+    ahead = [hit[f"{i}-one-{k}"] - hit[f"{i}-base-{k}"] for i in range(4) for k in range(2)]
+    assert any(hit.values()) and result["win_rates"]["one"]["base"]["rate"] == 0.5 + sum(ahead) / 16
+
+
+def asks_for_more(completions: list[str], solution: list[str]) -> list[float]:
+    raise AssertionError("called")
+
+
+@pytest.mark.parametrize(("command", "out"), [("sample", "a.jsonl"), ("evaluate", "e")])
+def test_a_function_that_asks_for_a_column_that_is_not_there(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, out: str
+) -> None:
+    asking = ["--function", "tests.unit.test_evaluation.asks_for_more", "--out", str(tmp_path / out)]
+    assert main([command, *line(files, *asking)]) == 1
+    assert "asks for 'solution'" in capsys.readouterr().err
+    assert not (tmp_path / out).exists()
+
+
+def test_columns_that_answers_have_are_left_out_and_said(cast: Cast, policies: Policies, tmp_path: Path) -> None:
+    rows = [{**row, "id": f"mine-{i}"} for i, row in enumerate(ROWS)]
+    with pytest.warns(UserWarning, match="column 'id' is left out"):
+        found = evaluation.sample(cast, rows, tmp_path / "a.jsonl", Sampling(1, 3), load=lambda: policies)
+    assert found[0]["id"] == "0-base-0" and found[0]["wanted"] == "w20"
+
+
+@pytest.mark.parametrize(
+    ("family", "words", "new_tokens", "refused"),
+    [("gpt2", 4, 60, False), ("gpt2", 4, 61, True), ("llama", 4, 90, False), ("llama", 64, 1, True)],
+)
+def test_prompts_that_the_model_cannot_read(
+    tmp_path: Path, family: str, words: int, new_tokens: int, refused: bool
+) -> None:
+    cast = Cast.checked(str(save_base(tmp_path / "model", config_of(family))))  # of 64 positions
+
+    def load() -> Policies:
+        raise OSError("loaded")
+
+    rows = [{"prompt": "w5"}, {"prompt": " ".join(["w6"] * words)}]
+    said = rf"has {words} tokens and {new_tokens} may follow, but the model reads 64" if refused else "loaded"
+    with pytest.raises((ValueError, OSError), match=said):
+        evaluation.sample(cast, rows, tmp_path / "a.jsonl", Sampling(1, new_tokens), load=load)
+
+
 def test_one_policy_is_compared_with_the_base(files: Path, tmp_path: Path) -> None:
     arguments = line(files, "--judge", f"reward:{files / 'judge'}", "--out", str(tmp_path / "e"), policies=("one=one",))
     assert main(["evaluate", *arguments]) == 0
