@@ -160,7 +160,7 @@ def evaluate(chosen: Namespace) -> int:
         _sampling(chosen),
         functions,
         trained.loading(chosen.load_in_4bit),
-        people=None if chosen.store is None else partial(_said_by_people, chosen.store),
+        people=None if chosen.store is None else partial(_said_by_people, chosen.store, chosen.out / "answers.jsonl"),
         rubric=chosen.rubric.read_text(encoding="utf-8") if chosen.rubric else evaluation.RUBRIC,
         key=os.environ[chosen.judge_key] if chosen.judge_key else None,
     )
@@ -187,11 +187,12 @@ def _sampling(chosen: Namespace) -> evaluation.Sampling:
     )
 
 
-def _said_by_people(store: Path, rows: Sequence[evaluation.Row]) -> list[evaluation.Comparison]:
-    """What people said about pairs of these answers on the rating page; none where its store is not there yet."""
+def _said_by_people(store: Path, answers: Path, rows: Sequence[evaluation.Row]) -> list[evaluation.Comparison]:
+    """What people said on the rating page about pairs of these rows, which are those of the file `answers`; none where
+    its store is not there yet."""
     if not store.exists():
         return []
-    with Store.read(store) as judged:
+    with Store.read(store, answers) as judged:
         return evaluation.by_people(((c.id_a, c.id_b, c.outcome, c.rater) for c in judged.comparisons()), rows)
 
 

@@ -592,6 +592,10 @@ def test_people_judge(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     rates = json.loads((out / "evaluation.json").read_text())["win_rates"]
     assert rates["one"]["base"]["rate"] > 0.9 and rates["base"]["one"]["rate"] < 0.1
     assert rates["two"]["one"]["rate"] == 0.5
+    # The ids of other answers are the same.
+    others = ["--seed", "1", "--judge", "people", "--store", str(store), "--out", str(tmp_path / "others")]
+    assert main(["evaluate", *line(files, *others)]) == 1
+    assert "holds judgements of other answers" in capsys.readouterr().err
 
 
 def test_what_users_named_is_no_markup() -> None:
