@@ -33,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         room, _, name = chosen.run.rpartition(":")
         return int(getattr(import_module(room or "trl_ext.commands"), name)(chosen))
+    except KeyboardInterrupt:
+        print("trl-ext: interrupted", file=sys.stderr)
+        return 130
     except Exception as error:
         from trl_ext.launch.settings import USER_ERRORS
 
@@ -159,7 +162,7 @@ def _add_evaluation(rooms: Any) -> None:
         command.set_defaults(run=name)
     sample.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, .jsonl")
     sample.add_argument("--pick", choices=("disagreement", "closeness", "random"), help="keep what is worth rating")
-    sample.add_argument("--of", choices=("pairs", "answers"), default="pairs", help="what is picked")
+    sample.add_argument("--of", choices=("pairs", "answers"), help="what is picked; without it pairs")
     sample.add_argument("--items", type=int, metavar="N", help="how many are picked")
     evaluate.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     evaluate.add_argument("--judge", metavar="JUDGE", help="reward:FOLDER, function:PATH, url:MODEL@URL or people")

@@ -115,16 +115,22 @@ def chat(chosen: Namespace) -> int:
 
 def sample(chosen: Namespace) -> int:
     cast, functions = _cast(chosen)
-    everything = chosen.out
+    everything, of = chosen.out, chosen.of or "pairs"
     if chosen.pick:
-        evaluation.check_pick(chosen.pick, chosen.of, len(chosen.reward), len(functions), chosen.items)
+        evaluation.check_pick(chosen.pick, of, len(chosen.reward), len(functions), chosen.items)
         everything = chosen.out.with_name(f"{chosen.out.stem}.all{chosen.out.suffix}")
+        if not everything.exists():  # or what is there is an earlier choice of the same answers
+            _check_new(chosen.out)
+    elif chosen.items is not None or chosen.of is not None:
+        raise ValueError("--items and --of say what is picked: give --pick WAY, or leave them out.")
     prompts = load_prompts(chosen.prompts, chosen.columns)
     how, loading = _sampling(chosen), trained.loading(chosen.load_in_4bit)
     rows = evaluation.sample(cast, prompts, everything, how, functions, loading)
     if chosen.pick:
-        rows = evaluation.pick(rows, chosen.pick, chosen.items, chosen.of, chosen.seed)
+        rows = evaluation.pick(rows, chosen.pick, chosen.items, of, chosen.seed)
         evaluation.write_rows(chosen.out, rows)
+        if (found := rows[-1]["item"] + 1) < chosen.items:
+            print(f"There are {found:,} {of} to pick, not {chosen.items:,}.")
     print(f"{len(rows):,} answers to {len(prompts):,} prompts in {chosen.out}")
     return 0
 
@@ -136,6 +142,14 @@ def evaluate(chosen: Namespace) -> int:
         judge = replace(judge, value=_adapter(judge.value, chosen))
     if judge is not None and judge.kind == "function":
         judge = replace(judge, function=import_functions([judge.value])[0])
+    if (judge is None or judge.kind != "url") and (idle := chosen.rubric or chosen.judge_key):
+        raise ValueError(
+            f"{str(idle)!r} is for a language model that judges: give --judge url:MODEL@URL, or leave it out."
+        )
+    if judge is None and chosen.store is not None:
+        raise ValueError(
+            f"{str(chosen.store)!r} is for a judge: give --judge people, or one to be compared with people."
+        )
     if chosen.judge_key and chosen.judge_key not in os.environ:
         raise ValueError(f"The environment variable {chosen.judge_key!r} is not set: put the judge's key there.")
     result = evaluation.evaluate(
@@ -146,11 +160,13 @@ def evaluate(chosen: Namespace) -> int:
         _sampling(chosen),
         functions,
         trained.loading(chosen.load_in_4bit),
-        people=None if chosen.store is None else partial(_said_by_people, chosen.store),
+        people=None if chosen.store is None else partial(_said_by_people, chosen.store, chosen.out / "answers.jsonl"),
         rubric=chosen.rubric.read_text(encoding="utf-8") if chosen.rubric else evaluation.RUBRIC,
         key=os.environ[chosen.judge_key] if chosen.judge_key else None,
     )
     evaluation.print_result(result)
+    if chosen.store is not None and chosen.judge != "people" and result["agreement"] is None:
+        print(f"Nobody has compared these answers in {chosen.store} yet: there is no agreement with people to give.")
     print(f"{chosen.out / 'evaluation.json'}, {chosen.out / 'evaluation.html'}")
     return 0
 
@@ -171,11 +187,12 @@ def _sampling(chosen: Namespace) -> evaluation.Sampling:
     )
 
 
-def _said_by_people(store: Path, rows: Sequence[evaluation.Row]) -> list[evaluation.Comparison]:
-    """What people said about pairs of these answers on the rating page; none where its store is not there yet."""
+def _said_by_people(store: Path, answers: Path, rows: Sequence[evaluation.Row]) -> list[evaluation.Comparison]:
+    """What people said on the rating page about pairs of these rows, which are those of the file `answers`; none where
+    its store is not there yet."""
     if not store.exists():
         return []
-    with Store.read(store) as judged:
+    with Store.read(store, answers) as judged:
         return evaluation.by_people(((c.id_a, c.id_b, c.outcome, c.rater) for c in judged.comparisons()), rows)
 
 

@@ -33,3 +33,12 @@ def test_a_form_that_is_none(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     (tmp_path / "file.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
     assert main(["feedback", "check", str(tmp_path / "file.jsonl"), "--form", "stars"]) == 1
     assert "choose one of pairs, rankings, ratings, labels" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trl_ext.commands.layouts", interrupted)
+    assert main(["feedback", "layouts"]) == 130
+    assert capsys.readouterr().err == "trl-ext: interrupted\n"

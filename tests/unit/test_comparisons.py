@@ -190,6 +190,7 @@ def test_sentences_say_what_may_be_believed() -> None:
     [sure] = c.win_rates([said(i, float(i % 10 > 0)) for i in range(50)], ["a", "b"])
     assert "a wins 90% against b" in sure.sentence and "more than chance (p < 0.001)" in sure.sentence
     assert sure.more_prompts == 0
+    assert "b wins 10% against a" in sure.swapped.sentence and "less than chance (p < 0.001)" in sure.swapped.sentence
     [unsure] = c.win_rates([said(i, float(i % 5 > 1)) for i in range(100)], ["a", "b"])
     assert unsure.more_prompts == 91  # 191 are needed: see above
     assert "could be chance (p = 0.0" in unsure.sentence and "about 91 more prompts would settle it" in unsure.sentence

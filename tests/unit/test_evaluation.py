@@ -1,5 +1,6 @@
 """Several policies over one base: their answers in a file, figures, judges, and the two commands."""
 
+import importlib
 import json
 import math
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.parity.tiny import EOS, config_of, save_base, save_policy_adapter, save_reward_adapter
@@ -208,6 +210,43 @@ def test_other_settings_are_refused(cast: Cast, policies: Policies, tmp_path: Pa
         evaluation.sample(cast, ROWS, out, Sampling(1, 4))
 
 
+@pytest.mark.parametrize("trained", ["model", "one", "judge", "function"])
+def test_what_was_trained_further_or_rewritten_is_other_settings(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: str
+) -> None:
+    for name in ("model", "one", "judge"):
+        shutil.copytree(files / name, tmp_path / name)
+    for name in ("one", "judge"):
+        config = tmp_path / name / adapters.CONFIG
+        config.write_text(config.read_text().replace(str(files / "model"), str(tmp_path / "model")))
+    module = tmp_path / f"scores_{trained}.py"
+    module.write_text("class Constant:\n    def __call__(self, completions): return [1.0] * len(completions)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    constant = importlib.import_module(module.stem).Constant()
+    cast = Cast.checked(str(tmp_path / "model"), [f"x={tmp_path / 'one'}"], [tmp_path / "judge"])
+    arguments = cast, ROWS, tmp_path / "a.jsonl", Sampling(1, 4), [constant]
+    rows = evaluation.sample(*arguments)
+    assert evaluation.sample(*arguments) == rows
+    if trained == "function":
+        module.write_text(module.read_text().replace("1.0", "2.0"))
+    else:
+        [file] = (tmp_path / trained).glob("*.safetensors")
+        save_file({name: tensor * 1.01 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    setting = {"model": "base", "one": "policies"}.get(trained, "rewards")
+    with pytest.raises(ValueError, match=rf"was made with {setting} .*, and not with"):
+        evaluation.sample(*arguments)
+
+
+def test_settings_of_a_file_without_answers_may_change(cast: Cast, policies: Policies, tmp_path: Path) -> None:
+    def fails() -> Policies:
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        evaluation.sample(cast, ROWS, tmp_path / "a.jsonl", Sampling(1, 400), load=fails)
+    rows = evaluation.sample(cast, ROWS, tmp_path / "a.jsonl", Sampling(1, 4), load=lambda: policies)
+    assert max(row["tokens"] for row in rows) <= 4
+
+
 # What is worth a person's time ---------------------------------------------------------------------------------------
 
 
@@ -324,9 +363,7 @@ def pair(first: str, second: str, prompt: str = "p") -> tuple[dict[str, Any], di
 def test_a_judge_is_asked_in_both_orders_and_once(server: JudgeServer, tmp_path: Path) -> None:
     judge = ModelJudge("m", server.url, tmp_path / "judge.jsonl", rubric="Be fair.", key="secret")
     pairs = [pair("long answer", "short"), pair("s", "longest answer", "q"), pair("same", "same", "r")]
-    assert [x.outcome for x in compared(judge, pairs)] == [0.5, 1.0, 0.0] or [
-        (x.prompt, x.outcome) for x in sorted(compared(judge, pairs), key=lambda x: x.prompt)
-    ] == [("p", 1.0), ("q", 0.0), ("r", 0.5)]
+    assert [(x.prompt, x.outcome) for x in compared(judge, pairs)] == [("p", 1.0), ("q", 0.0), ("r", 0.5)]
     assert len(server.requests) == 4  # equal answers cost nothing
     assert {request["path"] for request in server.requests} == {"/v1/chat/completions"}
     assert {request["key"] for request in server.requests} == {"Bearer secret"}
@@ -452,6 +489,58 @@ def test_evaluate_again_samples_nothing(files: Path, tmp_path: Path, monkeypatch
     assert result["win_rates"]["one"]["two"]["n"] == 4
 
 
+def test_a_function_that_scores_and_judges_is_called_once(files: Path, tmp_path: Path) -> None:
+    function = "tests.unit.test_evaluation.wanted"
+    more = ["--function", function, "--judge", f"function:{function}", "--reward", str(files / "judge")]
+    assert main(["evaluate", *line(files, *more, "--out", str(tmp_path / "e"), policies=("base=base", "one=one"))]) == 0
+    result = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    metrics = [policy["metrics"] for policy in result["policies"].values()]
+    assert [name for name in metrics[0] if name.startswith("score/")] == ["score/judge", "score/wanted"]
+    rows = evaluation.read_rows(tmp_path / "e" / "answers.jsonl")
+    hit = {name: row["wanted"] in row["completion"].split() for name, row in rows.items()}
+    ahead = [hit[f"{i}-one-{k}"] - hit[f"{i}-base-{k}"] for i in range(4) for k in range(2)]
+    assert any(hit.values()) and result["win_rates"]["one"]["base"]["rate"] == 0.5 + sum(ahead) / 16
+
+
+def asks_for_more(completions: list[str], solution: list[str]) -> list[float]:
+    raise AssertionError("called")
+
+
+@pytest.mark.parametrize(("command", "out"), [("sample", "a.jsonl"), ("evaluate", "e")])
+def test_a_function_that_asks_for_a_column_that_is_not_there(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, out: str
+) -> None:
+    asking = ["--function", "tests.unit.test_evaluation.asks_for_more", "--out", str(tmp_path / out)]
+    assert main([command, *line(files, *asking)]) == 1
+    assert "asks for 'solution'" in capsys.readouterr().err
+    assert not (tmp_path / out).exists()
+
+
+def test_columns_that_answers_have_are_left_out_and_said(cast: Cast, policies: Policies, tmp_path: Path) -> None:
+    rows = [{**row, "id": f"mine-{i}"} for i, row in enumerate(ROWS)]
+    with pytest.warns(UserWarning, match="column 'id' is left out"):
+        found = evaluation.sample(cast, rows, tmp_path / "a.jsonl", Sampling(1, 3), load=lambda: policies)
+    assert found[0]["id"] == "0-base-0" and found[0]["wanted"] == "w20"
+
+
+@pytest.mark.parametrize(
+    ("family", "words", "new_tokens", "refused"),
+    [("gpt2", 4, 60, False), ("gpt2", 4, 61, True), ("llama", 4, 90, False), ("llama", 64, 1, True)],
+)
+def test_prompts_that_the_model_cannot_read(
+    tmp_path: Path, family: str, words: int, new_tokens: int, refused: bool
+) -> None:
+    cast = Cast.checked(str(save_base(tmp_path / "model", config_of(family))))  # of 64 positions
+
+    def load() -> Policies:
+        raise OSError("loaded")
+
+    rows = [{"prompt": "w5"}, {"prompt": " ".join(["w6"] * words)}]
+    said = rf"has {words} tokens and {new_tokens} may follow, but the model reads 64" if refused else "loaded"
+    with pytest.raises((ValueError, OSError), match=said):
+        evaluation.sample(cast, rows, tmp_path / "a.jsonl", Sampling(1, new_tokens), load=load)
+
+
 def test_one_policy_is_compared_with_the_base(files: Path, tmp_path: Path) -> None:
     arguments = line(files, "--judge", f"reward:{files / 'judge'}", "--out", str(tmp_path / "e"), policies=("one=one",))
     assert main(["evaluate", *arguments]) == 0
@@ -466,13 +555,16 @@ def rated(file: Path, answers: Path, better: Callable[[str, str], float]) -> Non
             store.judge("ann", shown.token, "judged", {1.0: (1, 2), 0.5: (1, 1), 0.0: (2, 1)}[outcome])
 
 
-def test_evaluate_by_a_language_model_beside_people(files: Path, server: JudgeServer, tmp_path: Path) -> None:
+def test_evaluate_by_a_language_model_beside_people(
+    files: Path, server: JudgeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rubric, out, store = tmp_path / "rubric.txt", tmp_path / "e", tmp_path / "people.sqlite"
     rubric.write_text("The longer one is better.")
     more = ["--judge", f"url:m@{server.url}", "--rubric", str(rubric), "--store", str(store), "--out", str(out)]
     arguments = ["evaluate", *line(files, *more, policies=("base=base", "one=one"))]
     assert main(arguments) == 0
     assert json.loads((out / "evaluation.json").read_text())["agreement"] is None
+    assert "Nobody has compared these answers" in capsys.readouterr().out
     rated(store, out / "answers.jsonl", lambda a, b: 1.0 if len(a) > len(b) else 0.0 if len(a) < len(b) else 0.5)
     assert main(arguments) == 0
     result = json.loads((out / "evaluation.json").read_text())
@@ -498,9 +590,13 @@ def test_people_judge(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     rates = json.loads((out / "evaluation.json").read_text())["win_rates"]
     assert rates["one"]["base"]["rate"] > 0.9 and rates["base"]["one"]["rate"] < 0.1
     assert rates["two"]["one"]["rate"] == 0.5
+    # The ids of other answers are the same.
+    others = ["--seed", "1", "--judge", "people", "--store", str(store), "--out", str(tmp_path / "others")]
+    assert main(["evaluate", *line(files, *others)]) == 1
+    assert "holds judgements of other answers" in capsys.readouterr().err
 
 
-def test_what_users_named_is_no_markup() -> None:
+def test_what_users_named_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     figures = {name: {"kl": Interval(0.1, 0.0, 0.2, 4)} for name in ("<i>x", "y")}
     said = [Comparison(i, "<i>x", "y", 1.0, 3, 3, "j") for i in range(4)]
     rates = win_rates(said, list(figures))
@@ -509,15 +605,41 @@ def test_what_users_named_is_no_markup() -> None:
     page = str(evaluation.section(result))
     assert "&lt;i&gt;x against y" in page and "100.0%" in page
     assert not any(tag in page for tag in ("<i>", "<b>", "<u>"))
+    named = {**result, "policies": {"x": {"metrics": {"score/run[/1]": {"mean": 1, "low": 0, "high": 2, "n": 4}}}}}
+    evaluation.print_result({**named, "judge": None})
+    assert "score/run[/1]" in capsys.readouterr().out
 
 
-def test_sample_picks(files: Path, tmp_path: Path) -> None:
+def test_sample_picks(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rewards = ["--reward", str(files / "judge"), str(files / "other")]
     picking = ["--pick", "disagreement", "--items", "3", "--out", str(tmp_path / "a.jsonl")]
     assert main(["sample", *line(files, *rewards, *picking)]) == 0
     rows = list(evaluation.read_rows(tmp_path / "a.jsonl").values())
     assert [row["item"] for row in rows] == [0, 0, 1, 1, 2, 2]
     assert len(evaluation.read_rows(tmp_path / "a.all.jsonl")) == 4 * 2 * 3
+    capsys.readouterr()
+    assert main(["sample", *line(files, *rewards, *picking), "--items", "1000"]) == 0  # the same answers, chosen anew
+    found = len(evaluation.read_rows(tmp_path / "a.jsonl")) // 2
+    assert f"There are {found} pairs to pick, not 1,000." in capsys.readouterr().out
+
+
+def test_a_pick_overwrites_nothing_else(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    shutil.copy(files / "prompts.jsonl", prompts)
+    assert main(["sample", *line(files, "--pick", "random", "--items", "1", "--out", str(prompts))]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert prompts.read_bytes() == (files / "prompts.jsonl").read_bytes()
+
+
+def test_a_pick_that_there_is_not() -> None:
+    rows = [scored("p", 0, x=1.0), scored("p", 1, x=2.0)]
+    unscored = [{**row, "scores": {"x": None}} for row in rows]
+    for these, way, of in (([], "random", "pairs"), (rows[:1], "random", "pairs"), (unscored, "closeness", "pairs")):
+        with pytest.raises(ValueError, match="There are no pairs to pick"):
+            evaluation.pick(these, way, 1, of)
+    for way, of in (("disagrement", "pairs"), ("random", "answer")):
+        with pytest.raises(ValueError, match="cannot be picked"):
+            evaluation.pick(rows, way, 1, of)
 
 
 BAD: list[tuple[list[str], str]] = [
@@ -535,7 +657,10 @@ BAD: list[tuple[list[str], str]] = [
     (["--judge", "people", "--policy", "x=one"], "Give --store FILE"),
     (["--judge", "reward:judge"], "the bare base is alone"),
     (["--judge", "url:m@http://127.0.0.1:9", "--policy", "x=one", "--judge-key", "NO_SUCH_VARIABLE"], "is not set"),
-    (["--rubric", "missing.txt"], "missing.txt"),
+    (["--rubric", "missing.txt", "--policy", "x=one", "--judge", "url:m@http://127.0.0.1:9"], "missing.txt"),
+    (["--rubric", "rubric.txt"], "give --judge url:MODEL@URL"),
+    (["--judge-key", "HOME", "--judge", "reward:judge", "--policy", "x=one"], "give --judge url:MODEL@URL"),
+    (["--store", "people.sqlite"], "give --judge people"),
     (["--prompts", "missing.jsonl"], "does not exist"),
     (["--prompts", "empty.jsonl"], "empty.jsonl"),
     (["--per-prompt", "0"], "per_prompt is 0"),
@@ -572,6 +697,8 @@ def test_bad_input_is_said_before_a_model_is_loaded(
         (["--pick", "disagreement", "--items", "3"], "give two or more"),
         (["--pick", "closeness", "--items", "3"], "give --reward or --function"),
         (["--pick", "random"], "give --items N"),
+        (["--items", "3"], "give --pick WAY"),
+        (["--of", "pairs"], "give --pick WAY"),
         (["--pick", "closeness", "--of", "answers", "--items", "3"], "leave out --of answers"),
     ],
 )

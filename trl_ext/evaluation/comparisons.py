@@ -80,7 +80,7 @@ class WinRate:
         rate: share of prompts won, ties half.
         length_controlled: what the rate would be between completions of equal length (see `length_controlled`).
         p: how likely so great a difference is by chance between equal policies; `corrected` for the number of pairs.
-        more_prompts: how many more would settle it; 0 where it is settled, None where no number would.
+        more_prompts: how many more would settle it; 0 where it is settled, None where no difference is seen.
     """
 
     a: str
@@ -106,9 +106,9 @@ class WinRate:
         said = f"{self.a} wins {rate.mean:.0%} against {self.b} ({rate.low:.0%} to {rate.high:.0%}, {rate.n} prompts): "
         p = "p < 0.001" if self.corrected < 0.001 else f"p = {self.corrected:.3f}"
         if self.corrected < ALPHA:
-            return said + f"more than chance ({p})."
+            return said + f"{'more' if rate.mean > 0.5 else 'less'} than chance ({p})."
         if self.more_prompts is None:
-            return said + "no difference, and more prompts would not make one."
+            return said + "no difference, so nothing says how many prompts would show one."
         return said + f"could be chance ({p}); about {self.more_prompts} more prompts would settle it."
 
 

@@ -9,12 +9,14 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from trl_ext.evaluation.comparisons import Comparison, agreement, strengths, win_rates
 from trl_ext.evaluation.figures import figures
 from trl_ext.evaluation.judges import RUBRIC, Judge, ModelJudge, ScoreJudge, Spec, compared, pairs_of
 from trl_ext.evaluation.policies import BASE, Cast
 from trl_ext.evaluation.result import as_json, write_page
-from trl_ext.evaluation.sampling import Row, Sampling, add_scores, rollout_of, sample, write_whole
+from trl_ext.evaluation.sampling import Row, Sampling, add_scores, check_columns, rollout_of, sample, write_whole
 from trl_ext.rewards import RewardFunction, Scorer
 
 PeopleSay = Callable[[Sequence[Row]], list[Comparison]]
@@ -57,7 +59,7 @@ def evaluate(
     folder, how = Path(folder), replace(how or Sampling(), shared_seeds=True)
     if len(cast.policies) == 1 and None not in cast.policies.values():
         cast = replace(cast, policies={**cast.policies, _free_name(cast): None})
-    number = -1
+    number = 0  # of the score that judges
     if judge is not None:
         if len(cast.policies) < 2:
             raise ValueError("A judge compares policies, and the bare base is alone: give one more --policy.")
@@ -66,7 +68,9 @@ def evaluate(
         if judge.kind == "reward":
             cast, number = cast.with_reward(judge.value)
         if judge.kind == "function":
-            functions = [*functions, judge.function]  # the last one
+            functions = [*functions, *([] if judge.function in functions else [judge.function])]
+            number = len(cast.rewards) + functions.index(judge.function)
+    check_columns(prompts, functions)
     folder.mkdir(parents=True, exist_ok=True)
     asker = None
     if judge is not None and judge.kind == "url":
@@ -74,7 +78,7 @@ def evaluate(
     tokenizer = cast.tokenizer()
     load = cache(partial(cast.loaded, tokenizer, **(loading or {})))
     rows = sample(replace(cast, rewards=()), prompts, folder / "answers.jsonl", how, (), loading, load)
-    scorer = Scorer([*(load().rewards.values() if cast.rewards else ()), *functions])
+    scorer = Scorer([*(load().rewards.values() if cast.rewards else ()), *functions], device=PartialState().device)
     add_scores(rows, rollout_of(rows, tokenizer), scorer)
 
     names = list(cast.policies)

@@ -12,6 +12,7 @@ from trl_ext.evaluation.sampling import Row
 from trl_ext.feedback.records import key_of
 
 WAYS = ("disagreement", "closeness", "random")
+KINDS = ("pairs", "answers")  # of items
 
 
 def check_pick(way: str, of: str, rewards: int, functions: int, items: int | None) -> None:
@@ -52,8 +53,13 @@ def pick(rows: Sequence[Row], way: str, items: int, of: str = "pairs", seed: int
         way: one of `WAYS`.
         items: how many; fewer where there are fewer.
         of: "pairs" or "answers".
+
+    Raises:
+        ValueError: no such way or kind of item, or no item: no two answers to one prompt differ, or none has scores.
     """
-    scores = _standardised(rows)
+    if way not in WAYS or of not in KINDS:
+        raise ValueError(f"{way!r} of {of!r} cannot be picked: give {', '.join(WAYS)}, of {' or '.join(KINDS)}.")
+    scores = _standardised(rows) if rows else []
     rng = random.Random(seed)
     candidates = [(i,) for i in range(len(rows))] if of == "answers" else _pairs(rows)
     candidates = [c for c in candidates if way == "random" or all(scores[i] for i in c)]
@@ -75,6 +81,8 @@ def pick(rows: Sequence[Row], way: str, items: int, of: str = "pairs", seed: int
             taken |= {*item}
             picked += [{**rows[i], "item": number} for i in item]
             number += 1
+    if not picked:
+        raise ValueError(f"There are no {of} to pick: no two answers to one prompt differ, or none has all its scores.")
     return picked
 
 

@@ -18,6 +18,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from trl_ext.generation import Answers, generate
 from trl_ext.rewards import reward_role
@@ -26,6 +27,7 @@ from trl_ext.tokens import eos_ids, padded
 from trl_ext.types import Rollout
 
 BASE = "base"  # as a folder: the model without an adapter
+BLOCK = 1 << 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,6 @@ class Cast:
         parents = [f"{f.resolve().parent.name}/{f.name}" if names.count(f.name) > 1 else f.name for f in self.rewards]
         return parents if len({*parents}) == len(parents) else [str(folder) for folder in self.rewards]
 
-    def fingerprint(self, name: str) -> str:
-        """Changes where the weights of the policy `name` do."""
-        folder = self.policies[name]
-        return BASE if folder is None else hashlib.sha256((folder / adapters.WEIGHTS).read_bytes()).hexdigest()[:16]
-
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's; where it has no chat template, that of the first policy that has one."""
         own = AutoTokenizer.from_pretrained(self.base)
@@ -128,6 +125,22 @@ class Cast:
             for folder in self.rewards
         ]
         return Policies(laid.model, tokenizer, own, dict(zip(self.reward_names, rewards, strict=True)))
+
+
+def fingerprint(folder: Path) -> str:
+    """Changes where what makes the model or adapter in `folder` does: its configs and weights. Of a file of weights the
+    size and up to 64 blocks are read, which takes no time and misses no training that moves most of the weights."""
+    digest = hashlib.sha256()
+    configs = [folder / name for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, adapters.CONFIG)]
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+    for file in [*filter(Path.is_file, configs), *weights]:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            for start in range(0, size, max(BLOCK, size // 64)):
+                stream.seek(start)
+                digest.update(stream.read(BLOCK))
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def print_result(result: Result, console: Console | None = None) -> None:
     for name in policies:
         table.add_column(Text(name), justify="right")
     for metric in _metric_names(result):
-        table.add_row(metric, *(_interval(policy["metrics"].get(metric)) for policy in policies.values()))
+        table.add_row(Text(metric), *(_interval(policy["metrics"].get(metric)) for policy in policies.values()))
     if any("strength" in policy for policy in policies.values()):
         table.add_row("strength", *(_interval(policy.get("strength")) for policy in policies.values()))
     console.print(table)

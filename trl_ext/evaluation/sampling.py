@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +17,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from trl_ext.evaluation.policies import Cast, Policies, uniforms
-from trl_ext.rewards import RewardFunction, Scorer
-from trl_ext.tokens import padded, tokenize_prompts
+from trl_ext.evaluation.policies import BASE, Cast, Policies, fingerprint, uniforms
+from trl_ext.rewards import RewardFunction, Scorer, name_of
+from trl_ext.rewards.protocol import ARGUMENTS, arguments_of
+from trl_ext.tokens import PromptError, config_of, context_limit, fault_of_template, padded, tokenize_prompts
 from trl_ext.types import Rollout
 
 Row = dict[str, Any]
@@ -84,11 +89,20 @@ def sample(
         name; and completion_ids.
 
     Raises:
-        ValueError: there are no prompts, or the file was made with other settings.
+        TypeError: a reward function asks for a column that the prompts do not have.
+        ValueError: there are no prompts, one that the model cannot read, or the file was made with other settings.
     """
     how, out = how or Sampling(), Path(out)
     if not prompts:
         raise ValueError("There are no prompts to answer.")
+    check_columns(prompts, functions)
+    for name in sorted({name for row in prompts for name in row} & FIELDS - {"prompt"}):
+        warnings.warn(
+            f"The prompts' column {name!r} is left out, and no reward function sees it: an answer has a column of its "
+            "own that is called so. Rename yours.",
+            UserWarning,
+            stacklevel=2,
+        )
     _check_settings(out, _settings(cast, prompts, how, functions, loading or {}))
     done = read_rows(out)
     order = [(number, sample) for number in range(len(prompts)) for sample in range(how.per_prompt)]
@@ -100,7 +114,9 @@ def sample(
             if missing := {_id(n, policy, s) for n, s in part} - done.keys():
                 todo.append((policy, part, missing))
     if todo:
-        policies = load() if load is not None else cast.loaded(cast.tokenizer(), **(loading or {}))
+        tokenizer = cast.tokenizer()
+        _check_read(prompts, tokenizer, config_of(cast.base), how.max_new_tokens)
+        policies = load() if load is not None else cast.loaded(tokenizer, **(loading or {}))
         scorer = Scorer([*policies.rewards.values(), *functions], device=policies.device)
         for policy, part, missing in track(todo, "Sampling", console=Console(stderr=True), transient=True):
             rows = _batch(policies, scorer, prompts, policy, part, how)
@@ -108,6 +124,40 @@ def sample(
             append(out, fresh)
             done |= {row["id"]: row for row in fresh}
     return [done[_id(number, policy, s)] for number, s in order for policy in cast.policies]
+
+
+def check_columns(prompts: Sequence[Mapping[str, Any]], functions: Sequence[RewardFunction]) -> None:
+    """Refuse reward functions that ask for a column that the prompts do not have.
+
+    Raises:
+        TypeError: names function and column.
+    """
+    offered = [*ARGUMENTS, "prompt_ids", *sorted({name for row in prompts for name in row} - FIELDS)]
+    for function in functions:
+        if not isinstance(function, (str, nn.Module)):
+            arguments_of(function, offered)
+
+
+def _check_read(
+    prompts: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, config: Any | None, new_tokens: int
+) -> None:
+    """Refuse prompts that the chat template or the model cannot read, before it is loaded. A model with rotary
+    positions may write beyond those that it knows; others end in an error there.
+
+    Raises:
+        PromptError: names the prompt.
+    """
+    limit = None if config is None else context_limit(config)
+    rotary = config is not None and getattr(config.get_text_config(), "rope_parameters", None)
+    asked = [row["prompt"] for row in prompts]
+    for number, (prompt, ids) in enumerate(zip(asked, tokenize_prompts(asked, tokenizer), strict=True)):
+        fault = None if isinstance(prompt, str) else fault_of_template(prompt, tokenizer)
+        if fault is not None:
+            raise PromptError(prompt, number, f"has {fault}.")
+        follow = 1 if rotary else new_tokens
+        if limit is not None and len(ids) + follow > limit:
+            reason = f"has {len(ids)} tokens and {new_tokens} may follow, but the model reads {limit}"
+            raise PromptError(prompt, number, f"{reason}: shorten or drop it, or lower max_new_tokens.")
 
 
 def _batch(
@@ -238,20 +288,35 @@ def _settings(
     loading: Mapping[str, Any],
 ) -> Row:
     digest = hashlib.sha256(json.dumps([dict(row) for row in prompts], sort_keys=True, default=str).encode())
-    scored = [str(folder.resolve()) for folder in cast.rewards]
+    rewards = [str(folder.resolve()) for folder in cast.rewards]
     return {
-        "base": cast.base,
-        "policies": {name: cast.fingerprint(name) for name in cast.policies},
+        "base": _with_digest(cast.base),
+        "policies": {name: BASE if folder is None else fingerprint(folder) for name, folder in cast.policies.items()},
         "prompts": f"{len(prompts)} with digest {digest.hexdigest()[:16]}",
         **{name: getattr(how, name) for name in ("per_prompt", "max_new_tokens", "temperature", "seed")},
         "shared_seeds": how.shared_seeds,
         "quantized": "quantization_config" in loading,
-        "rewards": [*scored, *(f if isinstance(f, str) else f"{f.__module__}.{f.__qualname__}" for f in functions)],
+        "rewards": [_with_digest(reward) for reward in (*rewards, *functions)],
     }
 
 
+def _with_digest(made_with: Any) -> str:
+    """A model, an adapter or a reward function by its name, with a digest of the folder or the module that it is from;
+    the name alone where it is from the Hub, or from no file."""
+    if isinstance(made_with, str):
+        folder = Path(made_with)
+        return f"{made_with} with digest {fingerprint(folder)}" if folder.is_dir() else made_with
+    code = getattr(made_with, "func", made_with)  # functools.partial
+    code = inspect.unwrap(code) if inspect.isroutine(code) else type(code)
+    name = f"{code.__module__}.{name_of(made_with)}"
+    module = getattr(sys.modules.get(code.__module__), "__file__", None)
+    if module is None or not Path(module).is_file():
+        return name
+    return f"{name} with digest {hashlib.sha256(Path(module).read_bytes()).hexdigest()[:16]}"
+
+
 def _check_settings(out: Path, settings: Row) -> None:
-    """Write the settings beside a new file, and refuse to go on with one that was made with others.
+    """Write the settings beside a file without answers, and refuse to go on with one that was made with others.
 
     Raises:
         ValueError: names the first setting that differs.
@@ -259,9 +324,9 @@ def _check_settings(out: Path, settings: Row) -> None:
     if not out.parent.is_dir():
         raise FileNotFoundError(f"The folder {str(out.parent)!r} does not exist: make it, or name another file.")
     beside = out.with_name(out.name + ".settings.json")
-    if not beside.is_file():
-        if out.exists():
-            raise FileExistsError(f"{out} exists already, without {beside.name}: name another file, or remove it.")
+    if out.exists() and not beside.is_file():
+        raise FileExistsError(f"{out} exists already, without {beside.name}: name another file, or remove it.")
+    if not out.exists() or not out.stat().st_size:
         write_whole(beside, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         return
     before = json.loads(beside.read_text(encoding="utf-8"))

@@ -167,11 +167,14 @@ class Store:
         return store
 
     @classmethod
-    def read(cls, path: str | Path) -> Store:
+    def read(cls, path: str | Path, answers: str | Path | None = None) -> Store:
         """The store at `path`, to be read, also while raters write.
 
+        Args:
+            answers: file of the answers that it is about; None: any.
+
         Raises:
-            FileNotFoundError, StoreError: there is none.
+            FileNotFoundError, StoreError: there is none, or it is about other answers.
         """
         path = Path(path)
         if not path.is_file():
@@ -183,6 +186,8 @@ class Store:
                 if not store._has_tables():
                     raise StoreError(f"{path} is empty: nothing was asked yet.")
                 store._load()
+                if answers is not None:
+                    store._check(read_answers(answers), str(answers), None)
             except BaseException:
                 store.close()
                 raise
