@@ -194,6 +194,23 @@ def test_cookies_stay_on_this_site(store: Store) -> None:
     assert store.judgements() == []
 
 
+def test_two_stores_of_the_same_answers_keep_their_cookies_apart(store: Store, tmp_path: Path) -> None:
+    """As stars and then labels of one file, on two ports of one machine."""
+    with Store.open(tmp_path / "labels.sqlite", store.path.with_name("answers.jsonl"), "labels") as other:
+        kept = [
+            {cookie.split("=")[0] for cookie in answer.headers.get_list("set-cookie")}
+            for answer in (
+                browser(each, token="secret", host="0.0.0.0").get("/?token=secret&rater=ann") for each in (store, other)
+            )
+        ]
+    assert len(kept[0] | kept[1]) == 4
+
+
+def test_without_a_token_none_goes_into_a_header(store: Store) -> None:
+    answer = browser(store).get("/?token=x%0d%0aX-Evil:1&rater=ann")
+    assert answer.status_code == 200 and "Evil" not in str(answer.headers)
+
+
 def test_from_another_sites_link_the_page_asks_again_for_its_cookie(store: Store) -> None:
     client = browser(store)
     answer = client.get("/", headers={"sec-fetch-site": "cross-site"})

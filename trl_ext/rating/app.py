@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import ipaddress
 import json
@@ -99,7 +100,7 @@ class Door:
         async def sealed(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
-                if given and self._knows(given):
+                if given and self.token is not None and self._knows(given):  # without a token, anything is known
                     kept = f"{self.cookie}={given}; Max-Age={A_YEAR}; Path=/; HttpOnly; SameSite=Strict"
                     headers.append((b"set-cookie", kept.encode()))
                 message["headers"] = [*message["headers"], *headers]
@@ -129,6 +130,11 @@ def _is_from_our_page(request: Request, host: str) -> bool:
     if fetched is not None:
         return fetched == "same-origin"
     return origin is None or urlsplit(origin).netloc == host
+
+
+def _mark(store: Store) -> str:
+    """Tells a store's cookies from those of others on this machine, also of the same answers: cookies know no ports."""
+    return hashlib.sha256(str(store.settings["secret"]).encode()).hexdigest()[:8]
 
 
 def message_page(status: int, sentence: str) -> HTMLResponse:
@@ -173,7 +179,7 @@ class RatingPage:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.do = Clerk(store).do
-        self.cookie = f"rater_{store.settings['answers'][:8]}"  # several stores on one machine, one cookie each
+        self.cookie = f"rater_{_mark(store)}"
 
     async def item(self, request: Request) -> Response:
         """What the rater is asked now. Their name is in the link, or in the cookie, or ours to give."""
@@ -325,4 +331,4 @@ def app_for(store: Store, host: str = "127.0.0.1", token: str | None = None) -> 
     ]
     handlers: Any = {HTTPException: _told, sqlite3.Error: _not_stored}
     app = Starlette(routes=routes, exception_handlers=handlers)
-    return Door(app, host, token, f"access_{store.settings['answers'][:8]}")
+    return Door(app, host, token, f"access_{_mark(store)}")
