@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from trl_ext import feedback
 from trl_ext.cli import main
 from trl_ext.rating import Store, StoreError, agreements, export
+from trl_ext.rating.answers import read_answers
 from trl_ext.rating.asking import History, attention_every, due
 from trl_ext.rating.modes import MODES, Candidate, as_shown, as_stored
 from trl_ext.rating.store import LEASE
@@ -312,6 +313,9 @@ def test_a_store_goes_on_where_it_was(tmp_path: Path, answers: Path) -> None:
         (["empty.jsonl"], "empty.jsonl holds no answers"),
         (["columns.jsonl"], "columns.jsonl, line 1 has the columns ['prompt', 'text']: answers need 'completion'"),
         (["broken.jsonl"], "broken.jsonl: line 2: not JSON"),
+        (["tokens.jsonl"], "tokens.jsonl: line 1, column 'tokens': '3.5' is not a whole number from 0 on"),
+        (["half.jsonl"], "half.jsonl: line 1, column 'policy': half of a surrogate pair"),
+        (["question.jsonl"], "question.jsonl has no column 'prompt', but 'Question', which nobody would read"),
         (["mixed.jsonl"], "mixed.jsonl: line 2, column 'completion': messages, where others are texts"),
         (["none.jsonl"], "The file of answers 'none.jsonl' does not exist"),
         ([], "The store 'new.sqlite' does not exist: name the file of answers"),
@@ -336,6 +340,9 @@ def test_bad_input_is_one_sentence(
     write(Path("empty.jsonl"), [])
     write(Path("columns.jsonl"), [{"prompt": "p", "text": "t"}])
     write(Path("mixed.jsonl"), [{"completion": "t"}, {"completion": [{"role": "assistant", "content": "t"}]}])
+    write(Path("tokens.jsonl"), [{"completion": "t", "tokens": 3.5}])
+    write(Path("half.jsonl"), [{"completion": "t", "policy": "\ud800"}])
+    write(Path("question.jsonl"), [{"Question": "q", "completion": "t"}])
     write(Path("pairs.jsonl"), [{"prompt": "p", "chosen": "a", "rejected": "b"}])
     Path("broken.jsonl").write_text('{"completion": "a"}\n{"completion": ')
     Store.open("feedback.sqlite", "answers.jsonl", "stars").close()
@@ -343,6 +350,21 @@ def test_bad_input_is_one_sentence(
     assert main(["rate", *arguments, "--store", store, "--no-browser"]) == 1
     said = capsys.readouterr().err
     assert sentence in said and said.count("\n") == 1 and said.startswith("trl-ext: error: ")
+
+
+def test_what_tables_make_of_numbers_and_of_nothing(tmp_path: Path) -> None:
+    """A column of numbers with a gap comes as floats and NaN; 0 is a number."""
+    given = [{"completion": "a", "id": 0, "tokens": 0, "policy": 7}, {"completion": "b", "tokens": 3.0}]
+    given += [{"completion": "c", "tokens": float("nan"), "policy": float("nan"), "id": None}]
+    read = read_answers(write(tmp_path / "a.jsonl", given))
+    assert [(a.id, a.tokens, a.policy) for a in read] == [("0", 0, "7"), ("2", 3, None), ("3", None, None)]
+
+
+def test_a_table_of_the_same_answers_is_the_same_answers(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("completion\nx\ny\n")
+    lines = write(tmp_path / "a.jsonl", [{"completion": "x"}, {"completion": "y"}])
+    Store.open(tmp_path / "feedback.sqlite", tmp_path / "a.csv").close()
+    Store.open(tmp_path / "feedback.sqlite", lines).close()
 
 
 @pytest.mark.parametrize("kind", ["text", "database", "folder"])
