@@ -322,6 +322,7 @@ def test_a_store_goes_on_where_it_was(tmp_path: Path, answers: Path) -> None:
         (["answers.jsonl", "--per-item", "0"], "--per-item is 0"),
         (["answers.jsonl", "--repeats", "0.9"], "--repeats is 0.9"),
         (["answers.jsonl", "--attention", "pairs.jsonl"], "pairs.jsonl holds pairs: --mode stars needs attention"),
+        (["answers.jsonl", "--attention", "ten.jsonl"], "ten.jsonl: rating 1 is 8, but --mode stars asks for 1 to 5"),
         (["answers.jsonl", "--port", "70000"], "--port is 70000"),
         (["single.jsonl", "--mode", "pairs"], "--mode pairs needs two different answers to one prompt"),
     ],
@@ -344,6 +345,7 @@ def test_bad_input_is_one_sentence(
     write(Path("half.jsonl"), [{"completion": "t", "policy": "\ud800"}])
     write(Path("question.jsonl"), [{"Question": "q", "completion": "t"}])
     write(Path("pairs.jsonl"), [{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    write(Path("ten.jsonl"), [{"prompt": "p", "completion": "a", "rating": 8}])
     Path("broken.jsonl").write_text('{"completion": "a"}\n{"completion": ')
     Store.open("feedback.sqlite", "answers.jsonl", "stars").close()
     store = "new.sqlite" if arguments in ([], ["single.jsonl", "--mode", "pairs"]) else "feedback.sqlite"
@@ -406,6 +408,43 @@ def test_a_new_store_is_whole_or_not_there(tmp_path: Path, answers: Path, monkey
             opened(tmp_path, answers)
     store, _ = opened(tmp_path, answers, "labels")
     assert store.mode.name == "labels" and store.items == 6
+
+
+def test_attention_items_that_cannot_be_used_make_no_store(
+    tmp_path: Path, answers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else the store would be of the wrong mode, and refuse the right one."""
+    known = write(tmp_path / "known.jsonl", [{"prompt": "k", "chosen": "right", "rejected": "wrong"}])
+    store = tmp_path / "feedback.sqlite"
+    assert main(["rate", str(answers), "--store", str(store), "--attention", str(known)]) == 1
+    assert "--mode stars needs attention items that are ratings" in capsys.readouterr().err
+    Store.open(store, answers, "pairs", attention=known).close()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        [{"chosen": "a", "rejected": "b"}, {"chosen": "b", "rejected": "a"}],
+        [{"chosen": "a", "rejected": "a"}],
+    ],
+)
+def test_attention_items_that_contradict_themselves(tmp_path: Path, answers: Path, said: list[dict[str, Any]]) -> None:
+    known = write(tmp_path / "known.jsonl", [{"prompt": "k", **row} for row in said])
+    with pytest.raises(feedback.FeedbackError, match="says two things about the same answer"):
+        Store.open(tmp_path / "feedback.sqlite", answers, "pairs", attention=known)
+
+
+def test_a_known_verdict_that_was_wrong_can_be_mended(tmp_path: Path, answers: Path) -> None:
+    """The pair is turned round; it is asked about once, and judgements count by what is known now."""
+    for chosen, rejected, agreed in (("right", "wrong", 0), ("wrong", "right", 1)):
+        known = write(tmp_path / "known.jsonl", [{"prompt": "k", "chosen": chosen, "rejected": rejected}] * 2)
+        store, _ = opened(tmp_path, answers, "pairs", attention=known)
+        assert store.attention == 1
+        while (shown := store.next(store.rater("ann"))) is not None:
+            store.judge("ann", shown.token, "judged", (1, 2) if shown.completions[0] in ("wrong", "x") else (2, 1))
+        found = agreements(store.judgements(), store.mode).known
+        assert (found.agreed, found.of) == (agreed, 1)
+        store.close()
 
 
 # Out again -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from trl_ext.feedback import FORMS, FeedbackError, Problem, Record, Unusable, re
 from trl_ext.feedback.files import Row, numbered_rows
 from trl_ext.feedback.forms import has_half_a_character, number_of
 from trl_ext.feedback.reading import check_prompt_is_read, check_same
-from trl_ext.rating.modes import Candidate, Mode, Verdict, alike, shuffled
+from trl_ext.rating.modes import LETTERS, STARS, Candidate, Mode, Verdict, alike, shuffled
 
 COLUMNS = ("prompt", "completion", "policy", "id", "tokens")
 
@@ -156,11 +156,32 @@ def read_attention(file: str | Path, mode: Mode) -> list[tuple[Any, tuple[Any, .
     """(prompt, completions, verdict) of feedback whose judgement is known.
 
     Raises:
-        FileNotFoundError, FeedbackError: as `feedback.read` does; or it is of another form than the mode's.
+        FileNotFoundError, FeedbackError: as `feedback.read` does; or it is of another form than the mode's, or no
+            verdict that a rater could give.
     """
     known = read(file)
     if known.form != mode.form:
         raise FeedbackError(
             f"{file} holds {known.form}: --mode {mode.name} needs attention items that are {mode.form}."
         )
-    return [(record.prompt, *mode.known(record)) for record in known.records]
+    items: dict[Any, tuple[Any, tuple[Any, ...], Verdict]] = {}
+    for number, record in enumerate(known.records, start=1):
+        completions, verdict = mode.known(record)
+        if mode.name == "stars" and not STARS[0] <= record.mean <= STARS[-1]:
+            raise FeedbackError(f"{file}: rating {number} is {record.mean:g}, but --mode stars asks for 1 to 5.")
+        if len(completions) > len(LETTERS):
+            raise FeedbackError(
+                f"{file}: record {number} has {len(completions)} answers, but a page shows {len(LETTERS)} at most."
+            )
+        said = dict(zip(map(written, completions), verdict, strict=True))
+        item = items.setdefault(name_of(record.prompt, completions), (record.prompt, completions, verdict))
+        if len(said) < len(completions) or said != dict(zip(map(written, item[1]), item[2], strict=True)):
+            raise FeedbackError(
+                f"{file}: record {number} says two things about the same answer: leave one verdict on each."
+            )
+    return list(items.values())
+
+
+def name_of(prompt: Any, completions: Sequence[Any]) -> tuple[str, ...]:
+    """Equal for the same answers to the same prompt, in any order."""
+    return written(prompt), *sorted(map(written, completions))

@@ -20,7 +20,16 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from trl_ext.rating.answers import Answer, Item, fingerprint, items_of, read_answers, read_attention, written
+from trl_ext.rating.answers import (
+    Answer,
+    Item,
+    fingerprint,
+    items_of,
+    name_of,
+    read_answers,
+    read_attention,
+    written,
+)
 from trl_ext.rating.asking import REPEAT_AFTER, History, attention_every, due
 from trl_ext.rating.modes import MODES, Mode, Verdict, as_shown, as_stored, shuffled
 from trl_ext.rating.records import Compared, Judgement, Progress, Shown
@@ -61,7 +70,7 @@ class StoreError(ValueError):
 
 @dataclass
 class Store:
-    """The file of judgements. One process at a time may open it to write (`create` and `resume`); any may `read`.
+    """The file of judgements. One process at a time may `open` it to write; any may `read`.
 
     Its methods are for one thread at a time.
     """
@@ -139,6 +148,8 @@ class Store:
         if is_new and answers is None:
             raise StoreError(f"The store {str(path)!r} does not exist: name the file of answers that it is for.")
         rows = read_answers(answers) if answers is not None else []
+        if is_new and attention is not None:  # no store is made where it cannot be used
+            read_attention(attention, MODES[mode or "stars"])
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         store = cls(path, connection, lock)
         try:
@@ -241,14 +252,22 @@ class Store:
             self.connection.execute("INSERT INTO items(answers, kind, known) VALUES (?, ?, ?)", row_of_item)
 
     def _add_attention(self, file: str | Path) -> None:
-        """Those that are not there yet."""
-        rows = self.connection.execute("SELECT answers FROM items WHERE kind = 'attention'").fetchall()
-        known = [self._read(json.loads(numbers)) for (numbers,) in rows]
-        there = {written([prompt, [answer.completion for answer in answers]]) for _, prompt, answers in known}
+        """Those that are not there yet. Of those that are, what is known may have been mended."""
+        rows = self.connection.execute("SELECT number, answers, known FROM items WHERE kind = 'attention'").fetchall()
+        there: dict[tuple[str, ...], tuple[int, list[str], str]] = {}
+        for item, numbers, known in rows:
+            _, prompt, answers = self._read(json.loads(numbers))
+            name = name_of(prompt, [answer.completion for answer in answers])
+            there[name] = item, [answer.key for answer in answers], known
         for prompt, completions, verdict in read_attention(file, self.mode):
-            if written([prompt, list(completions)]) not in there:
-                answers = [Answer("attention", prompt, completion) for completion in completions]
-                self._add(answers, [Item(tuple(range(len(answers))), "attention", verdict)])
+            if (name := name_of(prompt, completions)) not in there:
+                new = [Answer("attention", prompt, completion) for completion in completions]
+                self._add(new, [Item(tuple(range(len(new))), "attention", verdict)])
+                continue
+            item, keys, known = there[name]
+            said = dict(zip(map(written, completions), verdict, strict=True))
+            if (mended := json.dumps([said[key] for key in keys])) != known:
+                self.connection.execute("UPDATE items SET known = ? WHERE number = ?", (mended, item))
 
     def _load(self) -> None:
         rows = self.connection.execute("SELECT name, value FROM settings")
