@@ -542,6 +542,44 @@ def test_nothing_to_export(tmp_path: Path, answers: Path, capsys: pytest.Capture
     assert "holds no judgements to export yet" in capsys.readouterr().err and not (tmp_path / "f.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--export", "f.csv"], "f.csv does not end with .jsonl"),
+        (["other.jsonl", "--export", "f.jsonl"], "--export writes what the store holds, and stops: leave out the file"),
+        (["--export", "f.jsonl", "--per-item", "2"], "--export writes what the store holds, and stops"),
+    ],
+)
+def test_what_an_export_would_not_heed_is_refused(
+    tmp_path: Path,
+    answers: Path,
+    arguments: list[str],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store, _ = opened(tmp_path, answers)
+    say(store, "ann", 4)
+    assert main(["rate", "--store", str(store.path), *arguments]) == 1
+    assert sentence in capsys.readouterr().err and not list(tmp_path.glob("f.*"))
+
+
+def test_prompts_without_two_answers_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = {"two": ["a", "b"], "one": ["a"], "same": ["a", "a"], "other": ["b"]}
+    given = [{"prompt": prompt, "completion": text} for prompt, each in texts.items() for text in each]
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
+    store = tmp_path / "feedback.sqlite"
+    arguments = [str(write(tmp_path / "a.jsonl", given)), "--store", str(store), "--no-browser", "--port", "0"]
+    assert main(["rate", *arguments, "--mode", "pairs"]) == 0
+    said = capsys.readouterr().out
+    assert "3 prompts are left out: --mode pairs needs two different answers to one prompt.\n" in said
+    with Store.open(tmp_path / "stars.sqlite", tmp_path / "a.jsonl") as stars:
+        assert stars.prompts_left_out() == 0
+
+
 def test_ranks_become_comparisons(tmp_path: Path) -> None:
     given = [{**row, "tokens": 10 + n} for n, row in enumerate(rows(1, ("base", "ppo", "sft")))]
     store, _ = opened(tmp_path, write(tmp_path / "a.jsonl", given), "ranking")

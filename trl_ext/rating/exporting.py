@@ -47,7 +47,7 @@ def export(store: Store, file: str | Path) -> Export:
     the answers. An earlier export of that name is replaced.
 
     Raises:
-        StoreError: nothing was judged, or the file is no export of ours.
+        StoreError: nothing was judged, or the file is no export of ours, or no .jsonl.
         FileNotFoundError: there is no such folder.
     """
     file = Path(file)
@@ -94,6 +94,8 @@ def _policies(judgement: Judgement, mode: Mode) -> dict[str, Any]:
 def _check_replaceable(file: Path) -> None:
     if not file.parent.is_dir():
         raise FileNotFoundError(f"The folder {str(file.parent)!r} does not exist: make it, or name another file.")
+    if file.suffix != ".jsonl":  # a reader goes by it
+        raise StoreError(f"{file} does not end with .jsonl, which an export is: name another file.")
     if file.is_dir():
         raise StoreError(f"{file} is a folder: name a file.")
     if not file.exists() or file.stat().st_size == 0:

@@ -202,6 +202,13 @@ class Store:
     def __str__(self) -> str:
         return f"{self.path}: {self.items:,} items to judge ({self.mode.name}), {self.done:,} judgements so far"
 
+    def prompts_left_out(self) -> int:
+        """How many prompts have no answers that could be judged in this mode."""
+        rows = self.connection.execute("SELECT answers FROM items")
+        asked = {number for (numbers,) in rows for number in json.loads(numbers)}
+        prompts = self.connection.execute("SELECT number, prompt FROM answers").fetchall()
+        return len({prompt for _, prompt in prompts} - {prompt for number, prompt in prompts if number in asked})
+
     def close(self) -> None:
         self.connection.close()
         if self.lock is not None:
