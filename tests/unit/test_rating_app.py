@@ -96,6 +96,44 @@ def test_a_form_without_a_judgement_is_refused(store: Store) -> None:
     assert store.judgements() == []
 
 
+def test_another_verdict_on_a_page_that_was_judged_is_told(store: Store) -> None:
+    """From a second tab, or after going back: the first stays."""
+    client = browser(store)
+    first = token_in(client.get("/?rater=ann").text)
+    for stars, comment, told in (("4", "a\r\nb", False), ("4", "a\nb", False), ("2", "a\nb", True), ("4", "c", True)):
+        page = client.post("/judge", data={"ask": first, "verdict": stars, "comment": comment}).text
+        assert ("You had judged that item already" in page) == told and "Saved: 4 stars" in text_of(page)
+    assert [(j.verdict, j.comment) for j in store.judgements()] == [((4,), "a\nb")]
+
+
+def test_a_skip_that_others_have_is_told(tmp_path: Path) -> None:
+    answers = write(tmp_path / "answers.jsonl", rows(1, ("base",)))
+    with Store.open(tmp_path / "feedback.sqlite", answers) as store:
+        ann, bob = browser(store), browser(store)
+        skipped = token_in(ann.get("/?rater=ann").text)
+        ann.post("/judge", data={"ask": skipped, "verdict": "skip"})
+        bob.get("/?rater=bob")
+        assert "given to others since" in ann.post("/undo", data={"ask": skipped}).text
+
+
+def test_names_are_never_cut_and_letters_are_one_however_they_are_typed(store: Store) -> None:
+    client = browser(store)
+    long = client.get(f"/?rater={'n' * 61}")
+    assert long.status_code == 400 and "60 characters at most" in long.text
+    assert client.get(f"/?rater={'n' * 60}").status_code == 200
+    for typed in ("Ren\u00e9", "Rene\u0301"):
+        browser(store).get("/", params={"rater": typed})
+    (found,) = store.connection.execute("SELECT count(*) FROM raters WHERE name LIKE 'Ren%'").fetchone()
+    assert found == 1
+
+
+@pytest.mark.parametrize("empty", ["", " \n", [{"role": "assistant", "content": ""}]])
+def test_an_empty_answer_is_told(tmp_path: Path, empty: Any) -> None:
+    answers = write(tmp_path / "answers.jsonl", [{"completion": empty}])
+    with Store.open(tmp_path / "feedback.sqlite", answers) as store:
+        assert "An empty answer" in browser(store).get("/").text
+
+
 def test_the_end_says_what_others_said(store: Store) -> None:
     for rater, stars in (("ann", "4"), ("bob", "2")):
         client = browser(store)

@@ -305,6 +305,22 @@ def test_a_store_goes_on_where_it_was(tmp_path: Path, answers: Path) -> None:
     assert said not in [say(again, "ann", 3) for _ in range(5)]
 
 
+def test_fewer_raters_an_item_than_before(tmp_path: Path) -> None:
+    """Of two items one was judged by three, then one rater an item is enough: the other one is still to be judged."""
+    answers = write(tmp_path / "a.jsonl", rows(2, ("base",)))
+    store, _ = opened(tmp_path, answers, "stars", 3)
+    for rater in ("ann", "bob", "cy"):
+        say(store, rater, 3)
+    store.close()
+    store, _ = opened(tmp_path, None, None, 1)
+    progress = store.progress("ann")
+    assert (progress.done, progress.needed) == (3, 4)
+    last = store.last("ann")
+    assert last is not None and store.undo("ann", last.token)
+    progress = store.progress("ann")
+    assert (progress.done, progress.needed) == (2, 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

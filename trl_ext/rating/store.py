@@ -38,7 +38,7 @@ T = TypeVar("T")
 APPLICATION = 0x74726C72  # marks the file as ours
 LEASE = 15 * 60.0  # seconds for which an item is kept for the rater who sees it
 LONGEST_NAME = 60
-LONGEST_COMMENT = 10_000
+MOST_RATERS = 1_000_000  # of an item
 SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE prompts (number INTEGER PRIMARY KEY, text TEXT NOT NULL);
@@ -84,6 +84,7 @@ class Store:
     items: int = 0  # to be asked about
     attention: int = 0  # whose verdict is known
     done: int = 0  # judgements of new items
+    needed: int = 0  # how many these will be; where --per-item was greater before, some items have more than it says
 
     # Opening ---------------------------------------------------------------------------------------------------------
 
@@ -115,8 +116,8 @@ class Store:
         path = Path(path)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"The folder {str(path.parent)!r} does not exist: make it, or name another store.")
-        if per_item is not None and per_item < 1:
-            raise ValueError(f"--per-item is {per_item}: each item needs one rater or more.")
+        if per_item is not None and not 1 <= per_item <= MOST_RATERS:
+            raise ValueError(f"--per-item is {per_item}: each item needs one rater or more, {MOST_RATERS:,} at most.")
         if repeats is not None and not 0 <= repeats <= 0.5:
             raise ValueError(f"--repeats is {repeats:g}: give a share from 0 to 0.5.")
         lock = FileLock(f"{path}.lock", timeout=0)
@@ -282,7 +283,12 @@ class Store:
         self.mode = MODES[self.settings["mode"]]
         counts = dict(self.connection.execute("SELECT kind, count(*) FROM items GROUP BY kind").fetchall())
         self.items, self.attention = counts.get("ask", 0), counts.get("attention", 0)
-        (self.done,) = self._one("SELECT sum(done) FROM items WHERE kind = 'ask'")
+        self._sum()
+
+    def _sum(self) -> None:
+        self.done, self.needed = self._one(
+            "SELECT sum(done), sum(max(done, ?)) FROM items WHERE kind = 'ask'", self.settings["per_item"]
+        )
 
     def _check(self, answers: Sequence[Answer], source: str, mode: str | None) -> None:
         if answers and fingerprint(answers) != self.settings["answers"]:
@@ -441,7 +447,7 @@ class Store:
             self.connection.execute(
                 """UPDATE asked SET state = ?, verdict = ?, comment = ?, seconds = ?,
                 turn = 1 + (SELECT coalesce(max(turn), 0) FROM asked WHERE rater = ?) WHERE token = ?""",
-                (state, stored, comment[:LONGEST_COMMENT], round(max(0.0, now - since), 1), rater, token),
+                (state, stored, comment, round(max(0.0, now - since), 1), rater, token),
             )
             self._count(item, kind, state, +1)
             if self._held(rater, now, renew=True) is None:
@@ -471,6 +477,8 @@ class Store:
         if kind == "ask" and state in ("judged", "unsure"):
             self.connection.execute("UPDATE items SET done = done + ? WHERE number = ?", (change, item))
             self.done += change
+            if self.needed > self.items * self.settings["per_item"]:
+                self._sum()
 
     # Looking ---------------------------------------------------------------------------------------------------------
 
@@ -482,10 +490,9 @@ class Store:
         )
         return None if row is None else self._shown(row[0])
 
-    def size(self, token: str) -> int:
-        """How many answers this showing has; 0 where there is none."""
-        row = self._one("SELECT shown FROM asked WHERE token = ?", token)
-        return 0 if row is None else len(json.loads(row[0]))
+    def shown(self, token: str) -> Shown | None:
+        """The item that was shown under this token; None where none was."""
+        return None if self._one("SELECT 1 FROM asked WHERE token = ?", token) is None else self._shown(token)
 
     def progress(self, name: str) -> Progress:
         rater = self._number(name)
@@ -494,7 +501,7 @@ class Store:
             "SELECT count(*) FROM asked WHERE state = 'open' AND kind = 'ask' AND lease > ? AND rater != ?",
             *(self.clock(), rater),
         )
-        return Progress(self.done, self.items * self.settings["per_item"], mine, held)
+        return Progress(self.done, self.needed, mine, held)
 
     def judgements(self, name: str | None = None) -> list[Judgement]:
         """All of them, in the order of the items; or those of every item that this rater was asked about."""
@@ -583,13 +590,13 @@ class Store:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """All of it or nothing; inside another one, a part of that."""
-        inner, done = self.connection.in_transaction, self.done
+        inner, counts = self.connection.in_transaction, (self.done, self.needed)
         self.connection.execute("SAVEPOINT part" if inner else "BEGIN IMMEDIATE")
         try:
             yield
             self.connection.execute("RELEASE part" if inner else "COMMIT")
         except BaseException:
-            self.done = done
+            self.done, self.needed = counts
             if self.connection.in_transaction:
                 self.connection.execute("ROLLBACK TO part" if inner else "ROLLBACK")
             raise
