@@ -137,7 +137,7 @@ def test_a_repeat_comes_later_and_with_its_sides_drawn_anew(tmp_path: Path) -> N
     while (shown := store.next(store.rater("ann"))) is not None:
         better = shown.completions.index(min(shown.completions, key=str))
         store.judge("ann", shown.token, "judged", (1, 2) if better == 0 else (2, 1))
-    judgements = store.judgements()
+    judgements = store.annotations()
     kinds = Counter(j.kind for j in judgements)
     assert kinds == {"ask": 60, "repeat": 20}  # a quarter of what the rater saw
     orders = Counter((j.kind, j.order) for j in judgements)
@@ -154,7 +154,7 @@ def test_a_form_that_comes_twice_is_one_judgement(tmp_path: Path, answers: Path)
     assert shown is not None
     for stars in (5, 1):
         assert store.judge("ann", shown.token, "judged", (stars,))
-    assert [j.verdict for j in store.judgements()] == [(5,)]
+    assert [j.verdict for j in store.annotations()] == [(5,)]
     assert not store.judge(store.rater("bob"), shown.token, "judged", (2,))  # nobody else's
 
 
@@ -196,7 +196,7 @@ def test_undo_brings_the_item_back_and_again_the_one_before(tmp_path: Path, answ
     assert store.progress("ann").done == 0 and store.last("ann") is None
     assert [say(store, "ann", 5), say(store, "ann", 4)] == [first, second]
     assert store.next("ann") == waiting  # still before them
-    assert [j.verdict for j in store.judgements()] == [(5,), (4,)]
+    assert [j.verdict for j in store.annotations()] == [(5,), (4,)]
 
 
 def test_a_skip_leaves_the_item_to_others_and_not_being_able_to_tell_counts(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_what_a_closed_browser_held_goes_back_and_is_not_judged_twice(tmp_path: 
     clock.now += LEASE + 1
     assert say(store, "bob", 4)
     assert not store.judge("ann", held.token, "judged", (1,)) and store.next("ann") is None
-    assert [(j.rater, j.verdict) for j in store.judgements()] == [("bob", (4,))]
+    assert [(j.rater, j.verdict) for j in store.annotations()] == [("bob", (4,))]
 
 
 def test_late_is_as_good_as_in_time_where_nobody_took_the_item(tmp_path: Path, answers: Path) -> None:
@@ -230,7 +230,7 @@ def test_late_is_as_good_as_in_time_where_nobody_took_the_item(tmp_path: Path, a
     held = store.next(store.rater("ann"))
     clock.now += 10 * LEASE
     assert held is not None and store.judge("ann", held.token, "judged", (4,))
-    assert [j.seconds for j in store.judgements()] == [10 * LEASE]
+    assert [j.seconds for j in store.annotations()] == [10 * LEASE]
 
 
 ACTIONS = st.lists(
@@ -264,7 +264,7 @@ def test_nobody_is_asked_too_often_whatever_raters_do(
             store.judge(rater, before.token, state, (3,) if state == "judged" else None)
             if action != "again":
                 seen[rater] = store.next(rater)
-        judgements = store.judgements()
+        judgements = store.annotations()
         counted = [j for j in judgements if j.kind == "ask" and j.state != "skipped"]
         places = Counter(j.item for j in counted)
         held = store.connection.execute(
@@ -290,7 +290,7 @@ def test_what_is_done_together_fails_alone(tmp_path: Path, answers: Path) -> Non
 
     taken, error = store.together([lambda: store.judge("ann", shown.token, "judged", (4,)), fails])
     assert taken is True and isinstance(error, ValueError)
-    assert [(j.verdict, j.comment) for j in store.judgements()] == [((4,), "")] and store.done == 7 + 1 - 7
+    assert [(j.verdict, j.comment) for j in store.annotations()] == [((4,), "")] and store.done == 7 + 1 - 7
 
 
 # Opening -------------------------------------------------------------------------------------------------------------
@@ -411,7 +411,7 @@ def test_two_starts_on_one_store(tmp_path: Path, answers: Path) -> None:
     with pytest.raises(StoreError, match=r"feedback\.sqlite is in use by another `trl-ext rate`"):
         Store.open(tmp_path / "feedback.sqlite", answers)
     with Store.read(tmp_path / "feedback.sqlite") as store:  # to look is allowed
-        assert store.judgements() == []
+        assert store.annotations() == []
     other.kill()
     other.wait()
     Store.open(tmp_path / "feedback.sqlite", answers).close()
@@ -458,7 +458,7 @@ def test_a_known_verdict_that_was_wrong_can_be_mended(tmp_path: Path, answers: P
         assert store.attention == 1
         while (shown := store.next(store.rater("ann"))) is not None:
             store.judge("ann", shown.token, "judged", (1, 2) if shown.completions[0] in ("wrong", "x") else (2, 1))
-        found = agreements(store.judgements(), store.mode).known
+        found = agreements(store.annotations(), store.mode).known
         assert (found.agreed, found.of) == (agreed, 1)
         store.close()
 
@@ -619,10 +619,10 @@ def test_agreement_by_hand(tmp_path: Path) -> None:
     for rater, said in stars.items():
         while (shown := store.next(store.rater(rater))) is not None:
             store.judge(rater, shown.token, "judged", (said[shown.completions[0].split()[1]],))
-    found = agreements(store.judgements(), store.mode, "ann")
+    found = agreements(store.annotations(), store.mode, "ann")
     assert (found.others.agreed, found.others.near, found.others.of) == (1, 2, 3)
     assert (found.known.agreed, found.known.of) == (1, 1) and found.self_.of == 0  # 2 is near enough to 1
-    both = agreements(store.judgements(), store.mode)
+    both = agreements(store.annotations(), store.mode)
     assert (both.others.agreed, both.others.of) == (1, 3) and (both.known.agreed, both.known.of) == (1, 2)
 
 
@@ -633,7 +633,7 @@ def test_rankings_agree_by_their_pairs(tmp_path: Path) -> None:
         shown = store.next(store.rater(rater))
         assert shown is not None
         store.judge(rater, shown.token, "judged", tuple(ranks[text.split()[2]] for text in shown.completions))
-    found = agreements(store.judgements(), store.mode, "bob")
+    found = agreements(store.annotations(), store.mode, "bob")
     assert (found.others.agreed, found.others.of) == (2, 3)
 
 

@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trl_ext.rating.agreement import agreements, with_others
 from trl_ext.rating.modes import LETTERS, as_shown
-from trl_ext.rating.records import Judgement, Progress, Shown
+from trl_ext.rating.records import Annotation, Progress, Shown
 from trl_ext.rating.store import LONGEST_NAME, Store
 
 T = TypeVar("T")
@@ -280,7 +280,7 @@ class RatingPage:
 def figures_of(path: Path, rater: str) -> dict[str, Any]:
     """What the end says: the rater's agreement, and where others said something else."""
     with Store.read(path) as store:
-        judgements, mode = store.judgements(rater), store.mode
+        judgements, mode = store.annotations(rater), store.mode
     mine = {j.item: j for j in judgements if j.rater == rater and j.kind == "ask"}
     differ: list[dict[str, Any]] = []
     for (own, other), theirs in with_others(judgements, rater):
@@ -291,7 +291,7 @@ def figures_of(path: Path, rater: str) -> dict[str, Any]:
     return {"agreements": agreements(judgements, mode, rater), "differ": differ}
 
 
-def _as_shown(judgement: Judgement) -> list[Any]:
+def _as_shown(judgement: Annotation) -> list[Any]:
     return [judgement.answers[place].completion for place in judgement.order]
 
 

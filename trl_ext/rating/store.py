@@ -32,7 +32,7 @@ from trl_ext.rating.answers import (
 )
 from trl_ext.rating.asking import REPEAT_AFTER, History, attention_every, due
 from trl_ext.rating.modes import MODES, Mode, Verdict, as_shown, as_stored, shuffled
-from trl_ext.rating.records import Compared, Judgement, Progress, Shown
+from trl_ext.rating.records import Annotation, Compared, Progress, Shown
 
 T = TypeVar("T")
 APPLICATION = 0x74726C72  # marks the file as ours
@@ -503,7 +503,7 @@ class Store:
         )
         return Progress(self.done, self.needed, mine, held)
 
-    def judgements(self, name: str | None = None) -> list[Judgement]:
+    def annotations(self, name: str | None = None) -> list[Annotation]:
         """All of them, in the order of the items; or those of every item that this rater was asked about."""
         only = "" if name is None else "AND item IN (SELECT item FROM asked WHERE rater = :rater)"
         rows = self.connection.execute(
@@ -514,7 +514,7 @@ class Store:
         ).fetchall()
         read = cache(lambda answers: self._read(json.loads(answers)))
         return [
-            Judgement(
+            Annotation(
                 *(item, rater, kind, state, tuple(json.loads(shown)), _verdict(verdict), _verdict(known)),
                 *(comment, seconds, *read(answers)),
             )
@@ -527,7 +527,7 @@ class Store:
         compared: list[Compared] = []
         if not self.mode.ranks:
             return compared
-        for judgement in self.judgements():
+        for judgement in self.annotations():
             if judgement.kind == "ask" and judgement.verdict is not None:
                 for (a, rank_a), (b, rank_b) in combinations(zip(judgement.answers, judgement.verdict, strict=True), 2):
                     outcome = 0.5 if rank_a == rank_b else float(rank_a < rank_b)
