@@ -503,6 +503,14 @@ class Store:
         )
         return Progress(self.done, self.needed, mine, held)
 
+    def answers(self) -> list[Answer]:
+        """All of them, those of attention items too, whose id is "attention"."""
+        rows = self.connection.execute(
+            """SELECT id, text, completion, policy, tokens FROM answers JOIN prompts ON prompts.number = prompt
+            ORDER BY answers.number"""
+        )
+        return [Answer(id_, json.loads(text), json.loads(said), *who) for id_, text, said, *who in rows]
+
     def annotations(self, name: str | None = None) -> list[Annotation]:
         """All of them, in the order of the items; or those of every item that this rater was asked about."""
         only = "" if name is None else "AND item IN (SELECT item FROM asked WHERE rater = :rater)"
