@@ -170,6 +170,12 @@ def test_a_ranking_by_dragging(fresh: Any, rate: Callable[..., str], tmp_path: P
     handle = fresh.find_element("css selector", "[data-letter=D] .handle")
     ActionChains(fresh).click_and_hold(handle).move_to_element(box).move_by_offset(0, 30).release().perform()
     assert letters() == "ABDC"
+    # All at once, as a quick hand does: the pointer is seen at the end alone, and what was passed keeps its order.
+    quick = ActionChains(fresh, duration=0)
+    for letter, onto, offset, after in (("C", "A", -20, "CABD"), ("C", "D", 30, "ABDC")):
+        handle, box = (fresh.find_element("css selector", f"[data-letter={x}] .handle") for x in (letter, onto))
+        quick.click_and_hold(handle).move_to_element_with_offset(box, 0, offset).release().perform()
+        assert letters() == after
     controls(fresh)["Save this order"].click()
     wait_for(fresh, "Saved: A, then B, then D, then C")
 
