@@ -160,7 +160,7 @@ def evaluate(chosen: Namespace) -> int:
         _sampling(chosen),
         functions,
         trained.loading(chosen.load_in_4bit),
-        people=None if chosen.store is None else partial(_said_by_people, chosen.store, chosen.out / "answers.jsonl"),
+        people=None if chosen.store is None else partial(_said_by_people, chosen.store),
         rubric=chosen.rubric.read_text(encoding="utf-8") if chosen.rubric else evaluation.RUBRIC,
         key=os.environ[chosen.judge_key] if chosen.judge_key else None,
     )
@@ -187,13 +187,28 @@ def _sampling(chosen: Namespace) -> evaluation.Sampling:
     )
 
 
-def _said_by_people(store: Path, answers: Path, rows: Sequence[evaluation.Row]) -> list[evaluation.Comparison]:
-    """What people said on the rating page about pairs of these rows, which are those of the file `answers`; none where
-    its store is not there yet."""
+def _said_by_people(store: Path, rows: Sequence[evaluation.Row]) -> list[evaluation.Comparison]:
+    """What people said about pairs of these answers on the rating page; none where its store is not there yet.
+
+    Raises:
+        ValueError: an answer in the store reads otherwise. Ids alone do not tell: those of other policies are the same.
+    """
     if not store.exists():
         return []
-    with Store.read(store, answers) as judged:
+    with Store.read(store) as judged:
+        of_rows = {row["id"]: row["completion"] for row in rows}
+        for answer in judged.answers():
+            if answer.id in of_rows and not _reads_alike(answer.completion, of_rows[answer.id]):
+                raise ValueError(
+                    f"{store} holds judgements of other answers: {answer.id} reads otherwise there. Name the store of "
+                    "these answers, or leave out --store."
+                )
         return evaluation.by_people(((c.id_a, c.id_b, c.outcome, c.rater) for c in judged.comparisons()), rows)
+
+
+def _reads_alike(stored: Any, sampled: Any) -> bool:
+    """A store keeps an answer of spaces as an empty one."""
+    return bool(stored == sampled) or (stored == "" and isinstance(sampled, str) and not sampled.strip())
 
 
 def convert(chosen: Namespace) -> int:

@@ -101,7 +101,7 @@ def main() -> int:
         from trl_ext.rating import Store
 
         with Store.read(path) as store:
-            judgements = store.judgements()
+            judgements = store.annotations()
     for kind, label in (("both", "judgement and next item"), ("post", "judgement"), ("get", "page")):
         waits = sorted(wait for rater in raters for wait in rater.waits[kind])
         p50, p95, p99 = (waits[int(share * (len(waits) - 1))] * 1000 for share in (0.5, 0.95, 0.99))

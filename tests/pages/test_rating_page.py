@@ -91,8 +91,8 @@ def test_keys_and_names(fresh: Any, rate: Callable[..., str], tmp_path: Path, st
     press(fresh, "\ue00c", next(iter(KEYS[mode])))  # Escape leaves the comment
     wait_for(fresh, f"{number + 1} by you")
     with Store.read(store) as kept:
-        judgements = sorted((j for j in kept.judgements() if not j.comment), key=lambda j: j.item)
-        commented = [j.comment for j in kept.judgements() if j.comment]
+        judgements = sorted((j for j in kept.annotations() if not j.comment), key=lambda j: j.item)
+        commented = [j.comment for j in kept.annotations() if j.comment]
     assert commented == ["because of 1, A, B, T, G, X, S and U"]
     assert len(judgements) == len(expected)
     for (key, answers), judgement in zip(expected, judgements, strict=True):
@@ -149,7 +149,7 @@ def test_a_ranking_by_keys_and_by_buttons(fresh: Any, rate: Callable[..., str], 
     press(fresh, "a", Keys.ENTER)
     wait_for(fresh, "Saved: A and C, then B and D")
     with Store.read(store) as kept:
-        (judgement,) = kept.judgements()
+        (judgement,) = kept.annotations()
     found = dict(zip((a.completion for a in judgement.answers), judgement.verdict or (), strict=True))
     assert found == {shown["A"]: 1, shown["C"]: 1, shown["B"]: 2, shown["D"]: 2}
 
@@ -170,6 +170,12 @@ def test_a_ranking_by_dragging(fresh: Any, rate: Callable[..., str], tmp_path: P
     handle = fresh.find_element("css selector", "[data-letter=D] .handle")
     ActionChains(fresh).click_and_hold(handle).move_to_element(box).move_by_offset(0, 30).release().perform()
     assert letters() == "ABDC"
+    # All at once, as a quick hand does: the pointer is seen at the end alone, and what was passed keeps its order.
+    quick = ActionChains(fresh, duration=0)
+    for letter, onto, offset, after in (("C", "A", -20, "CABD"), ("C", "D", 30, "ABDC")):
+        handle, box = (fresh.find_element("css selector", f"[data-letter={x}] .handle") for x in (letter, onto))
+        quick.click_and_hold(handle).move_to_element_with_offset(box, 0, offset).release().perform()
+        assert letters() == after
     controls(fresh)["Save this order"].click()
     wait_for(fresh, "Saved: A, then B, then D, then C")
 
@@ -257,7 +263,7 @@ def test_another_site_cannot_judge(fresh: Any, rate: Callable[..., str], tmp_pat
     )
     wait_for(fresh, "another site")
     with Store.read(store) as kept:
-        assert kept.judgements() == []
+        assert kept.annotations() == []
 
 
 def test_a_link_for_others_works_once_opened(fresh: Any, rate: Callable[..., str], tmp_path: Path, store: Path) -> None:

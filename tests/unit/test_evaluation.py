@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.parity.tiny import EOS, config_of, save_base, save_policy_adapter, save_reward_adapter
-from trl_ext import evaluation
+from trl_ext import commands, evaluation
 from trl_ext.cli import main
 from trl_ext.evaluation import Cast, Comparison, Interval, Sampling, Spec, win_rates
 from trl_ext.evaluation.judges import ModelJudge, compared, verdict_of
@@ -571,6 +571,21 @@ def test_evaluate_by_a_language_model_beside_people(
     assert result["judge"] == f"url:m@{server.url}"
     assert result["agreement"]["pairs"] > 4 and result["agreement"]["mean"] == 1
     assert server.requests[0]["messages"][0]["content"] == "The longer one is better."
+
+
+def test_people_who_judged_other_answers_of_the_same_ids_are_not_heard(tmp_path: Path) -> None:
+    """Ids are alike in every file that is sampled; a policy that was trained on since writes other answers."""
+    rows = [
+        {"id": f"0-{name}-0", "prompt": "p", "policy": name, "completion": text, "tokens": 2, "completion_ids": [1, 2]}
+        for name, text in (("base", "one"), ("ppo", "two"))
+    ]
+    file, store = tmp_path / "answers.jsonl", tmp_path / "people.sqlite"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rated(store, file, lambda a, b: 1.0)
+    assert len(commands._said_by_people(store, rows)) == 1
+    rows[1]["completion"] = "three"
+    with pytest.raises(ValueError, match="judgements of other answers: 0-ppo-0 reads otherwise"):
+        commands._said_by_people(store, rows)
 
 
 def test_people_judge(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,7 +59,7 @@ def test_every_mode_works_without_script(tmp_path: Path, mode: str) -> None:
             assert (answer.status_code, answer.headers["location"]) == (303, "/")
             judged += 1
         assert "Everything is judged" in page and judged == store.items
-        assert {j.comment for j in store.judgements()} == {"fine"}
+        assert {j.comment for j in store.annotations()} == {"fine"}
 
 
 def test_who_rates_is_in_the_link_or_the_cookie_or_asked_once(store: Store) -> None:
@@ -71,7 +71,7 @@ def test_who_rates_is_in_the_link_or_the_cookie_or_asked_once(store: Store) -> N
     shown = token_in(page)
     assert token_in(by_name.post("/name", data={"name": "  Bob\x00 B "}).text) == shown
     by_name.post("/judge", data={"ask": shown, "verdict": "2"})
-    assert [j.rater for j in store.judgements()] == ["Bob B"]
+    assert [j.rater for j in store.annotations()] == ["Bob B"]
     assert "Your own name" not in by_name.get("/").text
     assert by_name.post("/name", data={"name": " "}).status_code == 400
 
@@ -81,7 +81,7 @@ def test_undo_and_what_was_saved(store: Store) -> None:
     first = token_in(client.get("/?rater=ann").text)
     page = client.post("/judge", data={"ask": first, "verdict": "4"}).text
     assert "Saved: 4 stars" in text_of(page) and "1 of 12 judged, 1 by you" in text_of(page)
-    assert token_in(client.post("/undo", data={"ask": first}).text) == first and store.judgements() == []
+    assert token_in(client.post("/undo", data={"ask": first}).text) == first and store.annotations() == []
     assert token_in(client.post("/undo", data={"ask": first}).text) == first  # the same form again
 
 
@@ -93,7 +93,45 @@ def test_a_form_without_a_judgement_is_refused(store: Store) -> None:
         assert answer.status_code == 400 and "press one of the buttons" in answer.text
     assert client.post("/judge", content=b"x" * 70_000).status_code == 413
     assert client.post("/judge", data={"ask": "nobody's", "verdict": "3"}).status_code == 200
-    assert store.judgements() == []
+    assert store.annotations() == []
+
+
+def test_another_verdict_on_a_page_that_was_judged_is_told(store: Store) -> None:
+    """From a second tab, or after going back: the first stays."""
+    client = browser(store)
+    first = token_in(client.get("/?rater=ann").text)
+    for stars, comment, told in (("4", "a\r\nb", False), ("4", "a\nb", False), ("2", "a\nb", True), ("4", "c", True)):
+        page = client.post("/judge", data={"ask": first, "verdict": stars, "comment": comment}).text
+        assert ("You had judged that item already" in page) == told and "Saved: 4 stars" in text_of(page)
+    assert [(j.verdict, j.comment) for j in store.annotations()] == [((4,), "a\nb")]
+
+
+def test_a_skip_that_others_have_is_told(tmp_path: Path) -> None:
+    answers = write(tmp_path / "answers.jsonl", rows(1, ("base",)))
+    with Store.open(tmp_path / "feedback.sqlite", answers) as store:
+        ann, bob = browser(store), browser(store)
+        skipped = token_in(ann.get("/?rater=ann").text)
+        ann.post("/judge", data={"ask": skipped, "verdict": "skip"})
+        bob.get("/?rater=bob")
+        assert "given to others since" in ann.post("/undo", data={"ask": skipped}).text
+
+
+def test_names_are_never_cut_and_letters_are_one_however_they_are_typed(store: Store) -> None:
+    client = browser(store)
+    long = client.get(f"/?rater={'n' * 61}")
+    assert long.status_code == 400 and "60 characters at most" in long.text
+    assert client.get(f"/?rater={'n' * 60}").status_code == 200
+    for typed in ("Ren\u00e9", "Rene\u0301"):
+        browser(store).get("/", params={"rater": typed})
+    (found,) = store.connection.execute("SELECT count(*) FROM raters WHERE name LIKE 'Ren%'").fetchone()
+    assert found == 1
+
+
+@pytest.mark.parametrize("empty", ["", " \n", [{"role": "assistant", "content": " "}]])
+def test_an_empty_answer_is_told(tmp_path: Path, empty: Any) -> None:
+    answers = write(tmp_path / "answers.jsonl", [{"completion": empty}])
+    with Store.open(tmp_path / "feedback.sqlite", answers) as store:
+        assert "An empty answer" in browser(store).get("/").text
 
 
 def test_the_end_says_what_others_said(store: Store) -> None:
@@ -177,7 +215,7 @@ def test_another_site_cannot_post(store: Store, headers: dict[str, str], taken: 
         len(store.connection.execute("SELECT 1 FROM asked WHERE comment != '' OR seconds >= 0").fetchall()) == 0
         or taken
     )
-    assert taken or store.judgements() == []
+    assert taken or store.annotations() == []
 
 
 def test_cookies_stay_on_this_site(store: Store) -> None:
@@ -191,7 +229,24 @@ def test_cookies_stay_on_this_site(store: Store) -> None:
     assert client.post("/judge", data={"ask": asked, "verdict": "3"}).status_code == 403
     with_token = client.post("/judge?token=secret", data={"ask": asked, "verdict": "3"})
     assert with_token.status_code == 403 and "Nobody knows who you are" in with_token.text
-    assert store.judgements() == []
+    assert store.annotations() == []
+
+
+def test_two_stores_of_the_same_answers_keep_their_cookies_apart(store: Store, tmp_path: Path) -> None:
+    """As stars and then labels of one file, on two ports of one machine."""
+    with Store.open(tmp_path / "labels.sqlite", store.path.with_name("answers.jsonl"), "labels") as other:
+        kept = [
+            {cookie.split("=")[0] for cookie in answer.headers.get_list("set-cookie")}
+            for answer in (
+                browser(each, token="secret", host="0.0.0.0").get("/?token=secret&rater=ann") for each in (store, other)
+            )
+        ]
+    assert len(kept[0] | kept[1]) == 4
+
+
+def test_without_a_token_none_goes_into_a_header(store: Store) -> None:
+    answer = browser(store).get("/?token=x%0d%0aX-Evil:1&rater=ann")
+    assert answer.status_code == 200 and "Evil" not in str(answer.headers)
 
 
 def test_from_another_sites_link_the_page_asks_again_for_its_cookie(store: Store) -> None:
@@ -255,7 +310,7 @@ def test_a_full_disk_is_told_and_nothing_is_half_done(store: Store) -> None:
     form = {"ask": asked, "verdict": "3", "comment": "long " * 1900}
     answer = client.post("/judge", data=form)
     assert answer.status_code == 503 and "Nothing was stored (database or disk is full)" in answer.text
-    assert store.judgements() == [] and store.done == 0
+    assert store.annotations() == [] and store.done == 0
     store.connection.execute("PRAGMA max_page_count = 1000000")
     assert "1 of 12 judged" in text_of(client.post("/judge", data=form).text)
 

@@ -115,7 +115,7 @@ def test_nothing_acknowledged_is_lost_and_nothing_is_there_twice(tmp_path: Path,
     raters, store = killed(tmp_path, kills, items=60 * (kills + 1))
     with store:
         assert store.connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        judgements = store.judgements()
+        judgements = store.annotations()
     stored = {j.comment: j for j in judgements}
     assert len(stored) == len(judgements) > 20 * kills  # no showing is there twice; each has its token as comment
     for rater in raters:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from trl_ext import feedback
 from trl_ext.cli import main
 from trl_ext.rating import Store, StoreError, agreements, export
+from trl_ext.rating.answers import read_answers
 from trl_ext.rating.asking import History, attention_every, due
 from trl_ext.rating.modes import MODES, Candidate, as_shown, as_stored
 from trl_ext.rating.store import LEASE
@@ -136,7 +137,7 @@ def test_a_repeat_comes_later_and_with_its_sides_drawn_anew(tmp_path: Path) -> N
     while (shown := store.next(store.rater("ann"))) is not None:
         better = shown.completions.index(min(shown.completions, key=str))
         store.judge("ann", shown.token, "judged", (1, 2) if better == 0 else (2, 1))
-    judgements = store.judgements()
+    judgements = store.annotations()
     kinds = Counter(j.kind for j in judgements)
     assert kinds == {"ask": 60, "repeat": 20}  # a quarter of what the rater saw
     orders = Counter((j.kind, j.order) for j in judgements)
@@ -153,7 +154,7 @@ def test_a_form_that_comes_twice_is_one_judgement(tmp_path: Path, answers: Path)
     assert shown is not None
     for stars in (5, 1):
         assert store.judge("ann", shown.token, "judged", (stars,))
-    assert [j.verdict for j in store.judgements()] == [(5,)]
+    assert [j.verdict for j in store.annotations()] == [(5,)]
     assert not store.judge(store.rater("bob"), shown.token, "judged", (2,))  # nobody else's
 
 
@@ -195,7 +196,7 @@ def test_undo_brings_the_item_back_and_again_the_one_before(tmp_path: Path, answ
     assert store.progress("ann").done == 0 and store.last("ann") is None
     assert [say(store, "ann", 5), say(store, "ann", 4)] == [first, second]
     assert store.next("ann") == waiting  # still before them
-    assert [j.verdict for j in store.judgements()] == [(5,), (4,)]
+    assert [j.verdict for j in store.annotations()] == [(5,), (4,)]
 
 
 def test_a_skip_leaves_the_item_to_others_and_not_being_able_to_tell_counts(tmp_path: Path) -> None:
@@ -221,7 +222,7 @@ def test_what_a_closed_browser_held_goes_back_and_is_not_judged_twice(tmp_path: 
     clock.now += LEASE + 1
     assert say(store, "bob", 4)
     assert not store.judge("ann", held.token, "judged", (1,)) and store.next("ann") is None
-    assert [(j.rater, j.verdict) for j in store.judgements()] == [("bob", (4,))]
+    assert [(j.rater, j.verdict) for j in store.annotations()] == [("bob", (4,))]
 
 
 def test_late_is_as_good_as_in_time_where_nobody_took_the_item(tmp_path: Path, answers: Path) -> None:
@@ -229,7 +230,7 @@ def test_late_is_as_good_as_in_time_where_nobody_took_the_item(tmp_path: Path, a
     held = store.next(store.rater("ann"))
     clock.now += 10 * LEASE
     assert held is not None and store.judge("ann", held.token, "judged", (4,))
-    assert [j.seconds for j in store.judgements()] == [10 * LEASE]
+    assert [j.seconds for j in store.annotations()] == [10 * LEASE]
 
 
 ACTIONS = st.lists(
@@ -263,7 +264,7 @@ def test_nobody_is_asked_too_often_whatever_raters_do(
             store.judge(rater, before.token, state, (3,) if state == "judged" else None)
             if action != "again":
                 seen[rater] = store.next(rater)
-        judgements = store.judgements()
+        judgements = store.annotations()
         counted = [j for j in judgements if j.kind == "ask" and j.state != "skipped"]
         places = Counter(j.item for j in counted)
         held = store.connection.execute(
@@ -289,7 +290,7 @@ def test_what_is_done_together_fails_alone(tmp_path: Path, answers: Path) -> Non
 
     taken, error = store.together([lambda: store.judge("ann", shown.token, "judged", (4,)), fails])
     assert taken is True and isinstance(error, ValueError)
-    assert [(j.verdict, j.comment) for j in store.judgements()] == [((4,), "")] and store.done == 7 + 1 - 7
+    assert [(j.verdict, j.comment) for j in store.annotations()] == [((4,), "")] and store.done == 7 + 1 - 7
 
 
 # Opening -------------------------------------------------------------------------------------------------------------
@@ -304,6 +305,22 @@ def test_a_store_goes_on_where_it_was(tmp_path: Path, answers: Path) -> None:
     assert said not in [say(again, "ann", 3) for _ in range(5)]
 
 
+def test_fewer_raters_an_item_than_before(tmp_path: Path) -> None:
+    """Of two items one was judged by three, then one rater an item is enough: the other one is still to be judged."""
+    answers = write(tmp_path / "a.jsonl", rows(2, ("base",)))
+    store, _ = opened(tmp_path, answers, "stars", 3)
+    for rater in ("ann", "bob", "cy"):
+        say(store, rater, 3)
+    store.close()
+    store, _ = opened(tmp_path, None, None, 1)
+    progress = store.progress("ann")
+    assert (progress.done, progress.needed) == (3, 4)
+    last = store.last("ann")
+    assert last is not None and store.undo("ann", last.token)
+    progress = store.progress("ann")
+    assert (progress.done, progress.needed) == (2, 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -312,12 +329,16 @@ def test_a_store_goes_on_where_it_was(tmp_path: Path, answers: Path) -> None:
         (["empty.jsonl"], "empty.jsonl holds no answers"),
         (["columns.jsonl"], "columns.jsonl, line 1 has the columns ['prompt', 'text']: answers need 'completion'"),
         (["broken.jsonl"], "broken.jsonl: line 2: not JSON"),
+        (["tokens.jsonl"], "tokens.jsonl: line 1, column 'tokens': '3.5' is not a whole number from 0 on"),
+        (["half.jsonl"], "half.jsonl: line 1, column 'policy': half of a surrogate pair"),
+        (["question.jsonl"], "question.jsonl has no column 'prompt', but 'Question', which nobody would read"),
         (["mixed.jsonl"], "mixed.jsonl: line 2, column 'completion': messages, where others are texts"),
         (["none.jsonl"], "The file of answers 'none.jsonl' does not exist"),
         ([], "The store 'new.sqlite' does not exist: name the file of answers"),
         (["answers.jsonl", "--per-item", "0"], "--per-item is 0"),
         (["answers.jsonl", "--repeats", "0.9"], "--repeats is 0.9"),
         (["answers.jsonl", "--attention", "pairs.jsonl"], "pairs.jsonl holds pairs: --mode stars needs attention"),
+        (["answers.jsonl", "--attention", "ten.jsonl"], "ten.jsonl: rating 1 is 8, but --mode stars asks for 1 to 5"),
         (["answers.jsonl", "--port", "70000"], "--port is 70000"),
         (["single.jsonl", "--mode", "pairs"], "--mode pairs needs two different answers to one prompt"),
     ],
@@ -336,13 +357,32 @@ def test_bad_input_is_one_sentence(
     write(Path("empty.jsonl"), [])
     write(Path("columns.jsonl"), [{"prompt": "p", "text": "t"}])
     write(Path("mixed.jsonl"), [{"completion": "t"}, {"completion": [{"role": "assistant", "content": "t"}]}])
+    write(Path("tokens.jsonl"), [{"completion": "t", "tokens": 3.5}])
+    write(Path("half.jsonl"), [{"completion": "t", "policy": "\ud800"}])
+    write(Path("question.jsonl"), [{"Question": "q", "completion": "t"}])
     write(Path("pairs.jsonl"), [{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    write(Path("ten.jsonl"), [{"prompt": "p", "completion": "a", "rating": 8}])
     Path("broken.jsonl").write_text('{"completion": "a"}\n{"completion": ')
     Store.open("feedback.sqlite", "answers.jsonl", "stars").close()
     store = "new.sqlite" if arguments in ([], ["single.jsonl", "--mode", "pairs"]) else "feedback.sqlite"
     assert main(["rate", *arguments, "--store", store, "--no-browser"]) == 1
     said = capsys.readouterr().err
     assert sentence in said and said.count("\n") == 1 and said.startswith("trl-ext: error: ")
+
+
+def test_what_tables_make_of_numbers_and_of_nothing(tmp_path: Path) -> None:
+    """A column of numbers with a gap comes as floats and NaN; 0 is a number."""
+    given = [{"completion": "a", "id": 0, "tokens": 0, "policy": 7}, {"completion": "b", "tokens": 3.0}]
+    given += [{"completion": "c", "tokens": float("nan"), "policy": float("nan"), "id": None}]
+    read = read_answers(write(tmp_path / "a.jsonl", given))
+    assert [(a.id, a.tokens, a.policy) for a in read] == [("0", 0, "7"), ("2", 3, None), ("3", None, None)]
+
+
+def test_a_table_of_the_same_answers_is_the_same_answers(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("completion\nx\ny\n")
+    lines = write(tmp_path / "a.jsonl", [{"completion": "x"}, {"completion": "y"}])
+    Store.open(tmp_path / "feedback.sqlite", tmp_path / "a.csv").close()
+    Store.open(tmp_path / "feedback.sqlite", lines).close()
 
 
 @pytest.mark.parametrize("kind", ["text", "database", "folder"])
@@ -371,7 +411,7 @@ def test_two_starts_on_one_store(tmp_path: Path, answers: Path) -> None:
     with pytest.raises(StoreError, match=r"feedback\.sqlite is in use by another `trl-ext rate`"):
         Store.open(tmp_path / "feedback.sqlite", answers)
     with Store.read(tmp_path / "feedback.sqlite") as store:  # to look is allowed
-        assert store.judgements() == []
+        assert store.annotations() == []
     other.kill()
     other.wait()
     Store.open(tmp_path / "feedback.sqlite", answers).close()
@@ -384,6 +424,43 @@ def test_a_new_store_is_whole_or_not_there(tmp_path: Path, answers: Path, monkey
             opened(tmp_path, answers)
     store, _ = opened(tmp_path, answers, "labels")
     assert store.mode.name == "labels" and store.items == 6
+
+
+def test_attention_items_that_cannot_be_used_make_no_store(
+    tmp_path: Path, answers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else the store would be of the wrong mode, and refuse the right one."""
+    known = write(tmp_path / "known.jsonl", [{"prompt": "k", "chosen": "right", "rejected": "wrong"}])
+    store = tmp_path / "feedback.sqlite"
+    assert main(["rate", str(answers), "--store", str(store), "--attention", str(known)]) == 1
+    assert "--mode stars needs attention items that are ratings" in capsys.readouterr().err
+    Store.open(store, answers, "pairs", attention=known).close()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        [{"chosen": "a", "rejected": "b"}, {"chosen": "b", "rejected": "a"}],
+        [{"chosen": "a", "rejected": "a"}],
+    ],
+)
+def test_attention_items_that_contradict_themselves(tmp_path: Path, answers: Path, said: list[dict[str, Any]]) -> None:
+    known = write(tmp_path / "known.jsonl", [{"prompt": "k", **row} for row in said])
+    with pytest.raises(feedback.FeedbackError, match="says two things about the same answer"):
+        Store.open(tmp_path / "feedback.sqlite", answers, "pairs", attention=known)
+
+
+def test_a_known_verdict_that_was_wrong_can_be_mended(tmp_path: Path, answers: Path) -> None:
+    """The pair is turned round; it is asked about once, and judgements count by what is known now."""
+    for chosen, rejected, agreed in (("right", "wrong", 0), ("wrong", "right", 1)):
+        known = write(tmp_path / "known.jsonl", [{"prompt": "k", "chosen": chosen, "rejected": rejected}] * 2)
+        store, _ = opened(tmp_path, answers, "pairs", attention=known)
+        assert store.attention == 1
+        while (shown := store.next(store.rater("ann"))) is not None:
+            store.judge("ann", shown.token, "judged", (1, 2) if shown.completions[0] in ("wrong", "x") else (2, 1))
+        found = agreements(store.annotations(), store.mode).known
+        assert (found.agreed, found.of) == (agreed, 1)
+        store.close()
 
 
 # Out again -----------------------------------------------------------------------------------------------------------
@@ -481,6 +558,44 @@ def test_nothing_to_export(tmp_path: Path, answers: Path, capsys: pytest.Capture
     assert "holds no judgements to export yet" in capsys.readouterr().err and not (tmp_path / "f.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--export", "f.csv"], "f.csv does not end with .jsonl"),
+        (["other.jsonl", "--export", "f.jsonl"], "--export writes what the store holds, and stops: leave out the file"),
+        (["--export", "f.jsonl", "--per-item", "2"], "--export writes what the store holds, and stops"),
+    ],
+)
+def test_what_an_export_would_not_heed_is_refused(
+    tmp_path: Path,
+    answers: Path,
+    arguments: list[str],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store, _ = opened(tmp_path, answers)
+    say(store, "ann", 4)
+    assert main(["rate", "--store", str(store.path), *arguments]) == 1
+    assert sentence in capsys.readouterr().err and not list(tmp_path.glob("f.*"))
+
+
+def test_prompts_without_two_answers_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = {"two": ["a", "b"], "one": ["a"], "same": ["a", "a"], "other": ["b"]}
+    given = [{"prompt": prompt, "completion": text} for prompt, each in texts.items() for text in each]
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
+    store = tmp_path / "feedback.sqlite"
+    arguments = [str(write(tmp_path / "a.jsonl", given)), "--store", str(store), "--no-browser", "--port", "0"]
+    assert main(["rate", *arguments, "--mode", "pairs"]) == 0
+    said = capsys.readouterr().out
+    assert "3 prompts are left out: --mode pairs needs two different answers to one prompt.\n" in said
+    with Store.open(tmp_path / "stars.sqlite", tmp_path / "a.jsonl") as stars:
+        assert stars.prompts_left_out() == 0
+
+
 def test_ranks_become_comparisons(tmp_path: Path) -> None:
     given = [{**row, "tokens": 10 + n} for n, row in enumerate(rows(1, ("base", "ppo", "sft")))]
     store, _ = opened(tmp_path, write(tmp_path / "a.jsonl", given), "ranking")
@@ -504,10 +619,10 @@ def test_agreement_by_hand(tmp_path: Path) -> None:
     for rater, said in stars.items():
         while (shown := store.next(store.rater(rater))) is not None:
             store.judge(rater, shown.token, "judged", (said[shown.completions[0].split()[1]],))
-    found = agreements(store.judgements(), store.mode, "ann")
+    found = agreements(store.annotations(), store.mode, "ann")
     assert (found.others.agreed, found.others.near, found.others.of) == (1, 2, 3)
     assert (found.known.agreed, found.known.of) == (1, 1) and found.self_.of == 0  # 2 is near enough to 1
-    both = agreements(store.judgements(), store.mode)
+    both = agreements(store.annotations(), store.mode)
     assert (both.others.agreed, both.others.of) == (1, 3) and (both.known.agreed, both.known.of) == (1, 2)
 
 
@@ -518,7 +633,7 @@ def test_rankings_agree_by_their_pairs(tmp_path: Path) -> None:
         shown = store.next(store.rater(rater))
         assert shown is not None
         store.judge(rater, shown.token, "judged", tuple(ranks[text.split()[2]] for text in shown.completions))
-    found = agreements(store.judgements(), store.mode, "bob")
+    found = agreements(store.annotations(), store.mode, "bob")
     assert (found.others.agreed, found.others.of) == (2, 3)
 
 

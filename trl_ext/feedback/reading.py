@@ -372,12 +372,7 @@ class Rows:
                 )
         if any(record.prompt for record in records[:1000]) or not isinstance(answers_of(records[0])[0], str):
             return
-        for column in ("prompt", *ASKED, "history", "post", "system"):
-            if column in unread:
-                raise FeedbackError(
-                    f"{self.name} has no column 'prompt', but {unread[column]!r}, which nobody would read: rename it "
-                    f"({unread[column]}=prompt), or drop it if the answers belong to no prompt."
-                )
+        check_prompt_is_read(self.name, unread)
 
     def unreadable(self, what: str, why: str = "") -> FeedbackError:
         """Why these rows are no feedback; its note holds lines that would make them some."""
@@ -495,6 +490,23 @@ def check_on_error(on_error: str) -> None:
     """
     if on_error not in ("raise", "drop"):
         raise ValueError(f"on_error is {on_error!r}: choose raise or drop.")
+
+
+def check_prompt_is_read(name: str, unread: Mapping[str, str]) -> None:
+    """Refuse answers without prompts where these seem to stand in a column that nobody reads.
+
+    Args:
+        unread: columns as the source calls them, by their names in small letters.
+
+    Raises:
+        FeedbackError: names the column.
+    """
+    for column in ("prompt", *ASKED, "history", "post", "system"):
+        if column in unread:
+            raise FeedbackError(
+                f"{name} has no column 'prompt', but {unread[column]!r}, which nobody would read: rename it "
+                f"({unread[column]}=prompt), or drop it if the answers belong to no prompt."
+            )
 
 
 def check_same(record: Record, first: Record) -> None:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from trl_ext.rating.modes import Mode, Verdict
-from trl_ext.rating.records import Judgement
+from trl_ext.rating.records import Annotation
 
 Two = tuple[Verdict, Verdict]
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """A count of verdicts on the same item, two at a time.
+class ObservedAgreement:
+    """How often verdicts on the same item agree, two at a time, chance not taken off.
 
     Attributes:
         agreed: how often the two say the same; of rankings, how many pairs of answers stand in the same order.
@@ -40,12 +40,12 @@ class Agreements:
         known: with the known verdict of attention items.
     """
 
-    others: Agreement
-    self_: Agreement
-    known: Agreement
+    others: ObservedAgreement
+    self_: ObservedAgreement
+    known: ObservedAgreement
 
 
-def agreements(judgements: Sequence[Judgement], mode: Mode, rater: str | None = None) -> Agreements:
+def agreements(judgements: Sequence[Annotation], mode: Mode, rater: str | None = None) -> Agreements:
     """Of one rater; None: of all, where each two raters of an item are counted once."""
     judged = [j for j in judgements if j.state == "judged"]
     mine = [j for j in judged if rater in (None, j.rater)]
@@ -56,9 +56,9 @@ def agreements(judgements: Sequence[Judgement], mode: Mode, rater: str | None = 
     )
 
 
-def with_others(judgements: Iterable[Judgement], rater: str | None = None) -> Iterator[tuple[Two, Judgement]]:
+def with_others(judgements: Iterable[Annotation], rater: str | None = None) -> Iterator[tuple[Two, Annotation]]:
     """Verdicts of two raters on one item, the rater's own first, with the judgement of the other."""
-    by_item: dict[int, list[Judgement]] = {}
+    by_item: dict[int, list[Annotation]] = {}
     for judgement in judgements:
         if judgement.kind == "ask" and judgement.verdict is not None:
             by_item.setdefault(judgement.item, []).append(judgement)
@@ -69,7 +69,7 @@ def with_others(judgements: Iterable[Judgement], rater: str | None = None) -> It
                 yield (a.verdict, b.verdict), b
 
 
-def _repeats(judgements: Iterable[Judgement]) -> Iterator[Two]:
+def _repeats(judgements: Iterable[Annotation]) -> Iterator[Two]:
     first = {(j.item, j.rater): j.verdict for j in judgements if j.kind == "ask"}
     for judgement in judgements:
         before = first.get((judgement.item, judgement.rater))
@@ -77,11 +77,11 @@ def _repeats(judgements: Iterable[Judgement]) -> Iterator[Two]:
             yield before, judgement.verdict
 
 
-def _count(mode: Mode, twos: Iterable[Two], near: bool = False) -> Agreement:
+def _count(mode: Mode, twos: Iterable[Two], near: bool = False) -> ObservedAgreement:
     """`near` counts what is at most one apart as agreed."""
     same: list[tuple[bool, bool]] = [one for a, b in twos for one in ALIKE[mode.name](a, b)]
     close = sum(is_close for _, is_close in same)
-    return Agreement(close if near else sum(is_same for is_same, _ in same), close, len(same))
+    return ObservedAgreement(close if near else sum(is_same for is_same, _ in same), close, len(same))
 
 
 def _numbers(a: Verdict, b: Verdict) -> list[tuple[bool, bool]]:

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.feedback import FORMS, FeedbackError, Problem, Record, Unusable, read
-from trl_ext.feedback.files import numbered_rows
-from trl_ext.feedback.reading import check_same
-from trl_ext.rating.modes import Candidate, Mode, Verdict, alike, shuffled
+from trl_ext.feedback.files import Row, numbered_rows
+from trl_ext.feedback.forms import has_half_a_character, number_of
+from trl_ext.feedback.reading import check_prompt_is_read, check_same
+from trl_ext.rating.modes import LETTERS, STARS, Candidate, Mode, Verdict, alike, shuffled
+
+COLUMNS = ("prompt", "completion", "policy", "id", "tokens")
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Answer:
     """A row of the file of answers.
 
     Attributes:
-        id: as it was given; else the number of its line.
+        id: as it was given; else its number in the file, from 1.
         prompt, completion: a text, or a list of messages.
         policy: who wrote it; None where nobody said.
         tokens: how many the completion has; None where nobody said.
@@ -63,13 +66,14 @@ def read_answers(file: str | Path) -> list[Answer]:
 
     Raises:
         FileNotFoundError: no such file.
-        FeedbackError: no answers, or a row that is none.
+        FeedbackError: no answers, a row that is none, or prompts in a column that nobody reads.
     """
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"The file of answers {str(file)!r} does not exist.")
     answers: list[Answer] = []
     first: Record | None = None
+    unread: dict[str, str] = {}
     for line, row in numbered_rows(str(path), str(file)):
         try:
             if isinstance(row, Unusable):
@@ -79,25 +83,45 @@ def read_answers(file: str | Path) -> list[Answer]:
                     f"{file}, line {line} has the columns {sorted(row)}: answers need 'completion', and 'prompt' where "
                     "they answer one."
                 )
+            unread.update({column.lower(): column for column in row if column not in COLUMNS})
             says_nothing = isinstance(row["completion"], str) and not row["completion"].strip()
             asked = {"prompt": row.get("prompt"), "completion": "-" if says_nothing else row["completion"]}
             record: Any = FORMS["labels"].record({**asked, "label": True})
             first = first or record
             check_same(record, first)
+            about = {column: _text(row, column) for column in ("id", "policy", "tokens")}
+            tokens = None if about["tokens"] is None else _tokens(about["tokens"])
         except Unusable as bad:
             raise FeedbackError(f"{file}: {Problem(line, bad.column, bad.reason)}.") from bad
         answers.append(
             Answer(
-                str(row.get("id") or line),
+                about["id"] or str(len(answers) + 1),
                 record.prompt,
                 "" if says_nothing else record.completion,
-                None if row.get("policy") in (None, "") else str(row["policy"]),
-                int(row["tokens"]) if str(row.get("tokens") or "").isdecimal() else None,
+                about["policy"],
+                tokens,
             )
         )
     if not answers:
         raise FeedbackError(f"{file} holds no answers.")
+    if not any(answer.prompt for answer in answers) and isinstance(answers[0].completion, str):
+        check_prompt_is_read(str(file), unread)
     return answers
+
+
+def _text(row: Row, column: str) -> str | None:
+    """A cell that may be missing, which tables write as NaN."""
+    value = row.get(column)
+    if has_half_a_character(value):
+        raise Unusable(column, "half of a surrogate pair (\\ud800 to \\udfff), which is no character: mend the escapes")
+    return None if value is None or value == "" or value != value else str(value)
+
+
+def _tokens(text: str) -> int:
+    number = number_of(text, "tokens")
+    if number != int(number) or not 0 <= number < 2**53:
+        raise Unusable("tokens", f"{text!r:.60} is not a whole number from 0 on")
+    return int(number)
 
 
 def fingerprint(answers: Iterable[Answer]) -> str:
@@ -132,11 +156,32 @@ def read_attention(file: str | Path, mode: Mode) -> list[tuple[Any, tuple[Any, .
     """(prompt, completions, verdict) of feedback whose judgement is known.
 
     Raises:
-        FileNotFoundError, FeedbackError: as `feedback.read` does; or it is of another form than the mode's.
+        FileNotFoundError, FeedbackError: as `feedback.read` does; or it is of another form than the mode's, or no
+            verdict that a rater could give.
     """
     known = read(file)
     if known.form != mode.form:
         raise FeedbackError(
             f"{file} holds {known.form}: --mode {mode.name} needs attention items that are {mode.form}."
         )
-    return [(record.prompt, *mode.known(record)) for record in known.records]
+    items: dict[Any, tuple[Any, tuple[Any, ...], Verdict]] = {}
+    for number, record in enumerate(known.records, start=1):
+        completions, verdict = mode.known(record)
+        if mode.name == "stars" and not STARS[0] <= record.mean <= STARS[-1]:
+            raise FeedbackError(f"{file}: rating {number} is {record.mean:g}, but --mode stars asks for 1 to 5.")
+        if len(completions) > len(LETTERS):
+            raise FeedbackError(
+                f"{file}: record {number} has {len(completions)} answers, but a page shows {len(LETTERS)} at most."
+            )
+        said = dict(zip(map(written, completions), verdict, strict=True))
+        item = items.setdefault(name_of(record.prompt, completions), (record.prompt, completions, verdict))
+        if len(said) < len(completions) or said != dict(zip(map(written, item[1]), item[2], strict=True)):
+            raise FeedbackError(
+                f"{file}: record {number} says two things about the same answer: leave one verdict on each."
+            )
+    return list(items.values())
+
+
+def name_of(prompt: Any, completions: Sequence[Any]) -> tuple[str, ...]:
+    """Equal for the same answers to the same prompt, in any order."""
+    return written(prompt), *sorted(map(written, completions))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import ipaddress
 import json
 import re
 import sqlite3
+import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -26,13 +28,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trl_ext.rating.agreement import agreements, with_others
 from trl_ext.rating.modes import LETTERS, as_shown
-from trl_ext.rating.records import Judgement, Progress, Shown
+from trl_ext.rating.records import Annotation, Progress, Shown
 from trl_ext.rating.store import LONGEST_NAME, Store
 
 T = TypeVar("T")
 LONGEST_FORM = 64 * 1024  # bytes
 A_YEAR = 365 * 24 * 3600
 DIFFERENCES = 10  # shown at the end
+NOTICES = {  # above the page that follows, by the query of its address
+    "late": "The last item took so long that others were asked about it: what you said was not needed.",
+    "before": "You had judged that item already, and what you said first stays. Undo takes it back.",
+    "gone": "What you skipped was given to others since: it cannot be taken back.",
+}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'",
@@ -99,7 +106,7 @@ class Door:
         async def sealed(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
-                if given and self._knows(given):
+                if given and self.token is not None and self._knows(given):  # without a token, anything is known
                     kept = f"{self.cookie}={given}; Max-Age={A_YEAR}; Path=/; HttpOnly; SameSite=Strict"
                     headers.append((b"set-cookie", kept.encode()))
                 message["headers"] = [*message["headers"], *headers]
@@ -129,6 +136,11 @@ def _is_from_our_page(request: Request, host: str) -> bool:
     if fetched is not None:
         return fetched == "same-origin"
     return origin is None or urlsplit(origin).netloc == host
+
+
+def _mark(store: Store) -> str:
+    """Tells a store's cookies from those of others on this machine, also of the same answers: cookies know no ports."""
+    return hashlib.sha256(str(store.settings["secret"]).encode()).hexdigest()[:8]
 
 
 def message_page(status: int, sentence: str) -> HTMLResponse:
@@ -173,7 +185,7 @@ class RatingPage:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.do = Clerk(store).do
-        self.cookie = f"rater_{store.settings['answers'][:8]}"  # several stores on one machine, one cookie each
+        self.cookie = f"rater_{_mark(store)}"
 
     async def item(self, request: Request) -> Response:
         """What the rater is asked now. Their name is in the link, or in the cookie, or ours to give."""
@@ -183,7 +195,7 @@ class RatingPage:
             return self._html("again.html")
         shown, (rater, last, progress) = await self.do(self._look, named)
         page = {"rater": rater, "mode": self.store.mode, "progress": progress, "last": last, "said": self._said(last)}
-        page["late"] = "late" in request.query_params
+        page["notice"] = next((said for name, said in NOTICES.items() if name in request.query_params), "")
         if shown is None:
             response = self._html("end.html", finished=True, **page, **await self._figures(rater))
         else:
@@ -203,30 +215,34 @@ class RatingPage:
         """What the rater agreed on so far."""
         rater, last, progress = await self.do(self._stand, self._known_rater(request))
         page = {"rater": rater, "mode": self.store.mode, "progress": progress, "last": last, "said": self._said(last)}
-        return self._html("end.html", finished=False, late=False, **page, **await self._figures(rater))
+        return self._html("end.html", finished=False, notice="", **page, **await self._figures(rater))
 
     async def judge(self, request: Request) -> Response:
         rater, form = self._known_rater(request), await _form(request)
-        taken = await self.do(self._judge, rater, form)
-        return RedirectResponse("/" if taken else "/?late", 303)
+        return RedirectResponse(await self.do(self._judge, rater, form), 303)
 
-    def _judge(self, rater: str, form: dict[str, str]) -> bool:
-        token, state = (
-            form.get("ask", ""),
-            {"skip": "skipped", "unsure": "unsure"}.get(form.get("verdict", ""), "judged"),
-        )
-        verdict = self.store.mode.verdict(form, self.store.size(token)) if state == "judged" else None
+    def _judge(self, rater: str, form: dict[str, str]) -> str:
+        token, said = form.get("ask", ""), form.get("verdict", "")
+        state = {"skip": "skipped", "unsure": "unsure"}.get(said, "judged")
+        shown = self.store.shown(token)
+        verdict = self.store.mode.verdict(form, len(shown.completions) if shown else 0) if state == "judged" else None
         if state == "judged" and verdict is None:
             raise HTTPException(400, "The form says no judgement: go back and press one of the buttons.")
-        return self.store.judge(self.store.rater(rater), token, state, verdict, form.get("comment", "").strip())
+        comment = form.get("comment", "").replace("\r\n", "\n").strip()  # forms send lines so
+        if not self.store.judge(self.store.rater(rater), token, state, verdict, comment):
+            return "/?late"
+        kept = self.store.shown(token)
+        return "/" if kept and (kept.state, kept.verdict, kept.comment) == (state, verdict, comment) else "/?before"
 
     async def undo(self, request: Request) -> Response:
         rater, form = self._known_rater(request), await _form(request)
-        await self.do(self._undo, rater, form.get("ask", ""))
-        return RedirectResponse("/", 303)
+        return RedirectResponse(await self.do(self._undo, rater, form.get("ask", "")), 303)
 
-    def _undo(self, rater: str, token: str) -> bool:
-        return self.store.undo(self.store.rater(rater), token)
+    def _undo(self, rater: str, token: str) -> str:
+        if self.store.undo(self.store.rater(rater), token):
+            return "/"
+        shown = self.store.shown(token)
+        return "/?gone" if shown and shown.state == "skipped" else "/"
 
     async def name(self, request: Request) -> Response:
         rater, new = self._known_rater(request), _name((await _form(request)).get("name"))
@@ -264,7 +280,7 @@ class RatingPage:
 def figures_of(path: Path, rater: str) -> dict[str, Any]:
     """What the end says: the rater's agreement, and where others said something else."""
     with Store.read(path) as store:
-        judgements, mode = store.judgements(rater), store.mode
+        judgements, mode = store.annotations(rater), store.mode
     mine = {j.item: j for j in judgements if j.rater == rater and j.kind == "ask"}
     differ: list[dict[str, Any]] = []
     for (own, other), theirs in with_others(judgements, rater):
@@ -275,13 +291,20 @@ def figures_of(path: Path, rater: str) -> dict[str, Any]:
     return {"agreements": agreements(judgements, mode, rater), "differ": differ}
 
 
-def _as_shown(judgement: Judgement) -> list[Any]:
+def _as_shown(judgement: Annotation) -> list[Any]:
     return [judgement.answers[place].completion for place in judgement.order]
 
 
 def _name(given: str | None) -> str | None:
-    """A name without what does not print; None where nothing is left."""
-    return " ".join("".join(c if c.isprintable() else " " for c in given or "").split())[:LONGEST_NAME] or None
+    """A name without what does not print; None where nothing is left. However a keyboard composes a letter, it is one.
+
+    Raises:
+        HTTPException: it is too long; cut off, it might be another's.
+    """
+    name = " ".join("".join(c if c.isprintable() else " " for c in given or "").split())
+    if len(name := unicodedata.normalize("NFC", name)) > LONGEST_NAME:
+        raise HTTPException(400, f"A name has {LONGEST_NAME} characters at most: give a shorter one.")
+    return name or None
 
 
 async def _form(request: Request) -> dict[str, str]:
@@ -325,4 +348,4 @@ def app_for(store: Store, host: str = "127.0.0.1", token: str | None = None) -> 
     ]
     handlers: Any = {HTTPException: _told, sqlite3.Error: _not_stored}
     app = Starlette(routes=routes, exception_handlers=handlers)
-    return Door(app, host, token, f"access_{store.settings['answers'][:8]}")
+    return Door(app, host, token, f"access_{_mark(store)}")

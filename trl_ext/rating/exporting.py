@@ -13,7 +13,7 @@ from typing import Any
 from trl_ext.rating.agreement import Agreements, agreements
 from trl_ext.rating.answers import Answer
 from trl_ext.rating.modes import Mode
-from trl_ext.rating.records import Judgement
+from trl_ext.rating.records import Annotation
 from trl_ext.rating.store import Store, StoreError
 
 
@@ -47,12 +47,12 @@ def export(store: Store, file: str | Path) -> Export:
     the answers. An earlier export of that name is replaced.
 
     Raises:
-        StoreError: nothing was judged, or the file is no export of ours.
+        StoreError: nothing was judged, or the file is no export of ours, or no .jsonl.
         FileNotFoundError: there is no such folder.
     """
     file = Path(file)
     _check_replaceable(file)
-    judgements = store.judgements()
+    judgements = store.annotations()
     rows, left_out = feedback_rows(judgements, store.mode)
     if not rows:
         raise StoreError(f"{store.path} holds no judgements to export{_why(left_out)}.")
@@ -62,7 +62,7 @@ def export(store: Store, file: str | Path) -> Export:
     return Export(len(rows), len({row["rater"] for row in rows}), left_out, agreements(judgements, store.mode))
 
 
-def feedback_rows(judgements: Iterable[Judgement], mode: Mode) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def feedback_rows(judgements: Iterable[Annotation], mode: Mode) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Rows in the mode's form of feedback, and how many judgements make none, by reason."""
     rows: list[dict[str, Any]] = []
     left_out: Counter[str] = Counter()
@@ -81,7 +81,7 @@ def feedback_rows(judgements: Iterable[Judgement], mode: Mode) -> tuple[list[dic
     return rows, dict(left_out)
 
 
-def _policies(judgement: Judgement, mode: Mode) -> dict[str, Any]:
+def _policies(judgement: Annotation, mode: Mode) -> dict[str, Any]:
     answers: Sequence[Answer] = judgement.answers
     if mode.name == "pairs":
         chosen = (judgement.verdict or ()).index(1)
@@ -94,6 +94,8 @@ def _policies(judgement: Judgement, mode: Mode) -> dict[str, Any]:
 def _check_replaceable(file: Path) -> None:
     if not file.parent.is_dir():
         raise FileNotFoundError(f"The folder {str(file.parent)!r} does not exist: make it, or name another file.")
+    if file.suffix != ".jsonl":  # a reader goes by it
+        raise StoreError(f"{file} does not end with .jsonl, which an export is: name another file.")
     if file.is_dir():
         raise StoreError(f"{file} is a folder: name a file.")
     if not file.exists() or file.stat().st_size == 0:

@@ -30,7 +30,7 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Annotation:
     """What a rater said about an item.
 
     Attributes:

@@ -20,16 +20,25 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from trl_ext.rating.answers import Answer, Item, fingerprint, items_of, read_answers, read_attention, written
+from trl_ext.rating.answers import (
+    Answer,
+    Item,
+    fingerprint,
+    items_of,
+    name_of,
+    read_answers,
+    read_attention,
+    written,
+)
 from trl_ext.rating.asking import REPEAT_AFTER, History, attention_every, due
 from trl_ext.rating.modes import MODES, Mode, Verdict, as_shown, as_stored, shuffled
-from trl_ext.rating.records import Compared, Judgement, Progress, Shown
+from trl_ext.rating.records import Annotation, Compared, Progress, Shown
 
 T = TypeVar("T")
 APPLICATION = 0x74726C72  # marks the file as ours
 LEASE = 15 * 60.0  # seconds for which an item is kept for the rater who sees it
 LONGEST_NAME = 60
-LONGEST_COMMENT = 10_000
+MOST_RATERS = 1_000_000  # of an item
 SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE prompts (number INTEGER PRIMARY KEY, text TEXT NOT NULL);
@@ -61,7 +70,7 @@ class StoreError(ValueError):
 
 @dataclass
 class Store:
-    """The file of judgements. One process at a time may open it to write (`create` and `resume`); any may `read`.
+    """The file of judgements. One process at a time may `open` it to write; any may `read`.
 
     Its methods are for one thread at a time.
     """
@@ -75,6 +84,7 @@ class Store:
     items: int = 0  # to be asked about
     attention: int = 0  # whose verdict is known
     done: int = 0  # judgements of new items
+    needed: int = 0  # how many these will be; where --per-item was greater before, some items have more than it says
 
     # Opening ---------------------------------------------------------------------------------------------------------
 
@@ -106,8 +116,8 @@ class Store:
         path = Path(path)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"The folder {str(path.parent)!r} does not exist: make it, or name another store.")
-        if per_item is not None and per_item < 1:
-            raise ValueError(f"--per-item is {per_item}: each item needs one rater or more.")
+        if per_item is not None and not 1 <= per_item <= MOST_RATERS:
+            raise ValueError(f"--per-item is {per_item}: each item needs one rater or more, {MOST_RATERS:,} at most.")
         if repeats is not None and not 0 <= repeats <= 0.5:
             raise ValueError(f"--repeats is {repeats:g}: give a share from 0 to 0.5.")
         lock = FileLock(f"{path}.lock", timeout=0)
@@ -139,6 +149,8 @@ class Store:
         if is_new and answers is None:
             raise StoreError(f"The store {str(path)!r} does not exist: name the file of answers that it is for.")
         rows = read_answers(answers) if answers is not None else []
+        if is_new and attention is not None:  # no store is made where it cannot be used
+            read_attention(attention, MODES[mode or "stars"])
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         store = cls(path, connection, lock)
         try:
@@ -167,14 +179,11 @@ class Store:
         return store
 
     @classmethod
-    def read(cls, path: str | Path, answers: str | Path | None = None) -> Store:
+    def read(cls, path: str | Path) -> Store:
         """The store at `path`, to be read, also while raters write.
 
-        Args:
-            answers: file of the answers that it is about; None: any.
-
         Raises:
-            FileNotFoundError, StoreError: there is none, or it is about other answers.
+            FileNotFoundError, StoreError: there is none.
         """
         path = Path(path)
         if not path.is_file():
@@ -186,8 +195,6 @@ class Store:
                 if not store._has_tables():
                     raise StoreError(f"{path} is empty: nothing was asked yet.")
                 store._load()
-                if answers is not None:
-                    store._check(read_answers(answers), str(answers), None)
             except BaseException:
                 store.close()
                 raise
@@ -195,6 +202,13 @@ class Store:
 
     def __str__(self) -> str:
         return f"{self.path}: {self.items:,} items to judge ({self.mode.name}), {self.done:,} judgements so far"
+
+    def prompts_left_out(self) -> int:
+        """How many prompts have no answers that could be judged in this mode."""
+        rows = self.connection.execute("SELECT answers FROM items")
+        asked = {number for (numbers,) in rows for number in json.loads(numbers)}
+        prompts = self.connection.execute("SELECT number, prompt FROM answers").fetchall()
+        return len({prompt for _, prompt in prompts} - {prompt for number, prompt in prompts if number in asked})
 
     def close(self) -> None:
         self.connection.close()
@@ -246,14 +260,22 @@ class Store:
             self.connection.execute("INSERT INTO items(answers, kind, known) VALUES (?, ?, ?)", row_of_item)
 
     def _add_attention(self, file: str | Path) -> None:
-        """Those that are not there yet."""
-        rows = self.connection.execute("SELECT answers FROM items WHERE kind = 'attention'").fetchall()
-        known = [self._read(json.loads(numbers)) for (numbers,) in rows]
-        there = {written([prompt, [answer.completion for answer in answers]]) for _, prompt, answers in known}
+        """Those that are not there yet. Of those that are, what is known may have been mended."""
+        rows = self.connection.execute("SELECT number, answers, known FROM items WHERE kind = 'attention'").fetchall()
+        there: dict[tuple[str, ...], tuple[int, list[str], str]] = {}
+        for item, numbers, known in rows:
+            _, prompt, answers = self._read(json.loads(numbers))
+            name = name_of(prompt, [answer.completion for answer in answers])
+            there[name] = item, [answer.key for answer in answers], known
         for prompt, completions, verdict in read_attention(file, self.mode):
-            if written([prompt, list(completions)]) not in there:
-                answers = [Answer("attention", prompt, completion) for completion in completions]
-                self._add(answers, [Item(tuple(range(len(answers))), "attention", verdict)])
+            if (name := name_of(prompt, completions)) not in there:
+                new = [Answer("attention", prompt, completion) for completion in completions]
+                self._add(new, [Item(tuple(range(len(new))), "attention", verdict)])
+                continue
+            item, keys, known = there[name]
+            said = dict(zip(map(written, completions), verdict, strict=True))
+            if (mended := json.dumps([said[key] for key in keys])) != known:
+                self.connection.execute("UPDATE items SET known = ? WHERE number = ?", (mended, item))
 
     def _load(self) -> None:
         rows = self.connection.execute("SELECT name, value FROM settings")
@@ -261,7 +283,12 @@ class Store:
         self.mode = MODES[self.settings["mode"]]
         counts = dict(self.connection.execute("SELECT kind, count(*) FROM items GROUP BY kind").fetchall())
         self.items, self.attention = counts.get("ask", 0), counts.get("attention", 0)
-        (self.done,) = self._one("SELECT sum(done) FROM items WHERE kind = 'ask'")
+        self._sum()
+
+    def _sum(self) -> None:
+        self.done, self.needed = self._one(
+            "SELECT sum(done), sum(max(done, ?)) FROM items WHERE kind = 'ask'", self.settings["per_item"]
+        )
 
     def _check(self, answers: Sequence[Answer], source: str, mode: str | None) -> None:
         if answers and fingerprint(answers) != self.settings["answers"]:
@@ -420,7 +447,7 @@ class Store:
             self.connection.execute(
                 """UPDATE asked SET state = ?, verdict = ?, comment = ?, seconds = ?,
                 turn = 1 + (SELECT coalesce(max(turn), 0) FROM asked WHERE rater = ?) WHERE token = ?""",
-                (state, stored, comment[:LONGEST_COMMENT], round(max(0.0, now - since), 1), rater, token),
+                (state, stored, comment, round(max(0.0, now - since), 1), rater, token),
             )
             self._count(item, kind, state, +1)
             if self._held(rater, now, renew=True) is None:
@@ -450,6 +477,8 @@ class Store:
         if kind == "ask" and state in ("judged", "unsure"):
             self.connection.execute("UPDATE items SET done = done + ? WHERE number = ?", (change, item))
             self.done += change
+            if self.needed > self.items * self.settings["per_item"]:
+                self._sum()
 
     # Looking ---------------------------------------------------------------------------------------------------------
 
@@ -461,10 +490,9 @@ class Store:
         )
         return None if row is None else self._shown(row[0])
 
-    def size(self, token: str) -> int:
-        """How many answers this showing has; 0 where there is none."""
-        row = self._one("SELECT shown FROM asked WHERE token = ?", token)
-        return 0 if row is None else len(json.loads(row[0]))
+    def shown(self, token: str) -> Shown | None:
+        """The item that was shown under this token; None where none was."""
+        return None if self._one("SELECT 1 FROM asked WHERE token = ?", token) is None else self._shown(token)
 
     def progress(self, name: str) -> Progress:
         rater = self._number(name)
@@ -473,9 +501,17 @@ class Store:
             "SELECT count(*) FROM asked WHERE state = 'open' AND kind = 'ask' AND lease > ? AND rater != ?",
             *(self.clock(), rater),
         )
-        return Progress(self.done, self.items * self.settings["per_item"], mine, held)
+        return Progress(self.done, self.needed, mine, held)
 
-    def judgements(self, name: str | None = None) -> list[Judgement]:
+    def answers(self) -> list[Answer]:
+        """All of them, those of attention items too, whose id is "attention"."""
+        rows = self.connection.execute(
+            """SELECT id, text, completion, policy, tokens FROM answers JOIN prompts ON prompts.number = prompt
+            ORDER BY answers.number"""
+        )
+        return [Answer(id_, json.loads(text), json.loads(said), *who) for id_, text, said, *who in rows]
+
+    def annotations(self, name: str | None = None) -> list[Annotation]:
         """All of them, in the order of the items; or those of every item that this rater was asked about."""
         only = "" if name is None else "AND item IN (SELECT item FROM asked WHERE rater = :rater)"
         rows = self.connection.execute(
@@ -486,7 +522,7 @@ class Store:
         ).fetchall()
         read = cache(lambda answers: self._read(json.loads(answers)))
         return [
-            Judgement(
+            Annotation(
                 *(item, rater, kind, state, tuple(json.loads(shown)), _verdict(verdict), _verdict(known)),
                 *(comment, seconds, *read(answers)),
             )
@@ -499,7 +535,7 @@ class Store:
         compared: list[Compared] = []
         if not self.mode.ranks:
             return compared
-        for judgement in self.judgements():
+        for judgement in self.annotations():
             if judgement.kind == "ask" and judgement.verdict is not None:
                 for (a, rank_a), (b, rank_b) in combinations(zip(judgement.answers, judgement.verdict, strict=True), 2):
                     outcome = 0.5 if rank_a == rank_b else float(rank_a < rank_b)
@@ -562,13 +598,13 @@ class Store:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """All of it or nothing; inside another one, a part of that."""
-        inner, done = self.connection.in_transaction, self.done
+        inner, counts = self.connection.in_transaction, (self.done, self.needed)
         self.connection.execute("SAVEPOINT part" if inner else "BEGIN IMMEDIATE")
         try:
             yield
             self.connection.execute("RELEASE part" if inner else "COMMIT")
         except BaseException:
-            self.done = done
+            self.done, self.needed = counts
             if self.connection.in_transaction:
                 self.connection.execute("ROLLBACK TO part" if inner else "ROLLBACK")
             raise
