@@ -31,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_evaluation(rooms)
     chosen = parser.parse_args(arguments)
     try:
-        room, _, name = chosen.run.rpartition(":")
-        return int(getattr(import_module(room or "trl_ext.commands"), name)(chosen))
+        file, name = chosen.run
+        return int(getattr(import_module(f"trl_ext.commands.{file}"), name)(chosen))
     except KeyboardInterrupt:
         print("trl-ext: interrupted", file=sys.stderr)
         return 130
@@ -69,12 +69,12 @@ def _add_feedback(rooms: Any) -> None:
     check.add_argument("--held-out", metavar="FILE", help="feedback for evaluation; shared prompts are counted")
     check.add_argument("--picture", type=Path, metavar="FILE", help="draw the histogram of ratings (.png, .svg, .pdf)")
     check.add_argument("--strict", action="store_true", help="stop at the first record that cannot be used")
-    check.set_defaults(run="check")
+    check.set_defaults(run=("feedback", "check"))
     convert.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, .jsonl")
     convert.add_argument("--prompts", action="store_true", help="write the prompts alone, each once")
     convert.add_argument("--drop", action="store_true", help="leave out records that cannot be used, and list them")
-    convert.set_defaults(run="convert")
-    about.add_parser("layouts", help="the layouts that are recognised").set_defaults(run="layouts")
+    convert.set_defaults(run=("feedback", "convert"))
+    about.add_parser("layouts", help="the layouts that are recognised").set_defaults(run=("feedback", "layouts"))
 
 
 def _add_rate(rooms: Any) -> None:
@@ -90,7 +90,7 @@ def _add_rate(rooms: Any) -> None:
     rate.add_argument("--port", type=int, default=8765, help="0 takes a free one")
     rate.add_argument("--no-browser", action="store_true", help="only print the link")
     rate.add_argument("--export", type=Path, metavar="FILE", help="write the judgements as feedback, .jsonl, and stop")
-    rate.set_defaults(run="trl_ext.rating.command:rate")
+    rate.set_defaults(run=("rating", "rate"))
 
 
 def _add_doctor(rooms: Any) -> None:
@@ -98,14 +98,14 @@ def _add_doctor(rooms: Any) -> None:
     doctor.add_argument("run_dir", help="output folder of a trainer of ours or TRL's, with trainer_state.json")
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.add_argument("--strict", action="store_true", help="exit with status 2 where there is a problem")
-    doctor.set_defaults(run="doctor")
+    doctor.set_defaults(run=("runs", "doctor"))
     explain = rooms.add_parser("explain", help="the page about one of the doctor's problems")
     explain.add_argument("name", help="as the doctor says it, e.g. kl_runs_away")
-    explain.set_defaults(run="explain")
+    explain.set_defaults(run=("runs", "explain"))
     report = rooms.add_parser("report", help="one HTML file about a run, or about two side by side")
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="output folders, as for doctor")
     report.add_argument("--output", type=Path, metavar="FILE", help="where to; report.html in the first folder")
-    report.set_defaults(run="report")
+    report.set_defaults(run=("runs", "report"))
 
 
 def _add_adapters(rooms: Any) -> None:
@@ -115,11 +115,11 @@ def _add_adapters(rooms: Any) -> None:
     for name, command in (("score", score), ("chat", chat)):
         command.add_argument("adapter", help="folder of the adapter")
         command.add_argument("--base", metavar="MODEL", help="name or folder of the base; without it, the adapter's")
-        command.set_defaults(run=name)
+        command.set_defaults(run=("adapters", name))
     merge.add_argument("base", nargs="?", help="name or folder of the base; without it, the adapter's")
     merge.add_argument("--policy", required=True, metavar="FOLDER", help="of the adapter; a reward model's too")
     merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the merged model goes")
-    merge.set_defaults(run="merge")
+    merge.set_defaults(run=("adapters", "merge"))
     merge.add_argument("--dtype", default="auto", help="of its weights: auto, float32, bfloat16, float16")
     for command in (score, chat):
         command.add_argument("--load_in_4bit", action="store_true", help="hold the base in 4 bits (NF4)")
@@ -159,7 +159,7 @@ def _add_evaluation(rooms: Any) -> None:
         command.add_argument("--batch-size", type=int, default=32, metavar="N", help="answers at a time")
         command.add_argument("--load_in_4bit", action="store_true", help="hold the base in 4 bits (NF4)")
         _add_columns(command)
-        command.set_defaults(run=name)
+        command.set_defaults(run=("policies", name))
     sample.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, .jsonl")
     sample.add_argument("--pick", choices=("disagreement", "closeness", "random"), help="keep what is worth rating")
     sample.add_argument("--of", choices=("pairs", "answers"), help="what is picked; without it pairs")

@@ -49,6 +49,12 @@ def press(browser: Any, *keys: str) -> None:
         browser.switch_to.active_element.send_keys(key)
 
 
+def click(element: Any) -> None:
+    """A click where it can be seen: what is judged scrolls under the bar with the buttons."""
+    element.parent.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+    element.click()
+
+
 def controls(browser: Any) -> dict[str, Any]:
     """Everything that can be pressed or written in, by its accessible name."""
     found = browser.find_elements("css selector", "button, a[href], input:not([type=hidden]), textarea, select")
@@ -84,7 +90,7 @@ def test_keys_and_names(fresh: Any, rate: Callable[..., str], tmp_path: Path, st
     wait_for(fresh, "Saved: Cannot tell")
     press(fresh, "u")
     wait_for(fresh, "Saved: Skipped")
-    controls(fresh)["Undo"].click()
+    click(controls(fresh)["Undo"])
     wait_for(fresh, f"Saved: {name}")
     press(fresh, "c", "because of 1, A, B, T, G, X, S and U")
     assert fresh.switch_to.active_element.get_attribute("value") == "because of 1, A, B, T, G, X, S and U"
@@ -129,23 +135,23 @@ def test_a_ranking_by_keys_and_by_buttons(fresh: Any, rate: Callable[..., str], 
         "Answer B has place 2, tied with the answer above."
     )
     named = controls(fresh)
-    named["Move answer C up"].click()
+    click(named["Move answer C up"])
     assert order() == "A1 D2 C2 B2"  # among the tied it is one of them
-    named["Move answer C up"].click()
+    click(named["Move answer C up"])
     assert order() == "A1 C2 D3 B3"  # and leaves them so
     assert fresh.switch_to.active_element.accessible_name == "Move answer C up"  # for the next press
-    named["Tie answer C with the one above"].click()
+    click(named["Tie answer C with the one above"])
     assert order() == "A1 C1 D2 B2"
-    named["Move answer A down"].click()
+    click(named["Move answer A down"])
     assert order() == "C1 A2 D3 B3"  # the tie is broken
-    named["Tie answer A with the one above"].click()
+    click(named["Tie answer A with the one above"])
     assert order() == "C1 A1 D2 B2"
     assert not named["Move answer C up"].is_enabled() and not named["Tie answer C with the one above"].is_enabled()
     shown = {
         e.get_attribute("data-letter"): e.find_element("css selector", ".text").get_attribute("textContent")
         for e in fresh.find_elements("css selector", ".ranking li")
     }
-    fresh.find_element("css selector", ".ranking li").click()
+    click(fresh.find_element("css selector", ".ranking li"))
     press(fresh, "a", Keys.ENTER)
     wait_for(fresh, "Saved: A and C, then B and D")
     with Store.read(store) as kept:
@@ -176,7 +182,7 @@ def test_a_ranking_by_dragging(fresh: Any, rate: Callable[..., str], tmp_path: P
         handle, box = (fresh.find_element("css selector", f"[data-letter={x}] .handle") for x in (letter, onto))
         quick.click_and_hold(handle).move_to_element_with_offset(box, 0, offset).release().perform()
         assert letters() == after
-    controls(fresh)["Save this order"].click()
+    click(controls(fresh)["Save this order"])
     wait_for(fresh, "Saved: A, then B, then D, then C")
 
 
@@ -223,7 +229,7 @@ def test_what_a_model_wrote_is_text(fresh: Any, rate: Callable[..., str], tmp_pa
             assert found[0].startswith("  <b>Dear</b> neighbour,\n\n    mind the <script>")  # as it was written
             assert fresh.find_elements("css selector", ".answer b, .answer img, .answer script") == []
             break
-        controls(fresh)["Save this order"].click()
+        click(controls(fresh)["Save this order"])
     else:
         pytest.fail("the answer with markup was not shown")
 

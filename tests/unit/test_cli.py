@@ -39,6 +39,6 @@ def test_ctrl_c_ends_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trl_ext.commands.layouts", interrupted)
+    monkeypatch.setattr("trl_ext.commands.feedback.layouts", interrupted)
     assert main(["feedback", "layouts"]) == 130
     assert capsys.readouterr().err == "trl-ext: interrupted\n"

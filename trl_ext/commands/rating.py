@@ -1,4 +1,4 @@
-"""What `trl-ext rate` does, apart from the other commands: their imports take longer than a rater likes to wait."""
+"""`trl-ext rate`."""
 
 from __future__ import annotations
 

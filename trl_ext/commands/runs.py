@@ -1,0 +1,62 @@
+"""`trl-ext doctor`, `explain` and `report`."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
+from rich.text import Text
+
+from trl_ext import diagnostics
+from trl_ext.diagnostics.catalogue import all_clear
+from trl_ext.diagnostics.pages import page
+
+
+def doctor(chosen: Namespace) -> int:
+    log = diagnostics.read_run(chosen.run_dir)
+    findings = diagnostics.diagnose(log)
+    if chosen.json:
+        print(json.dumps([{**asdict(f), "page": f.page} for f in findings], indent=2))
+    else:
+        _print_findings(log, findings)
+    problems = any(finding.severity == "problem" for finding in findings)
+    return 2 if chosen.strict and problems else 0
+
+
+def explain(chosen: Namespace) -> int:
+    Console().print(Markdown(page(chosen.name)))
+    return 0
+
+
+def report(chosen: Namespace) -> int:
+    names = ("evaluation.json", "*/evaluation.json")
+    evaluations = [file for run in chosen.run_dirs for name in names for file in sorted(Path(run).glob(name))]
+    sections = []
+    if evaluations:
+        from trl_ext.evaluation import section  # imports what samples too, which takes seconds
+
+        sections = [section(json.loads(file.read_text(encoding="utf-8"))) for file in evaluations]
+    print(diagnostics.write_report(chosen.run_dirs, chosen.output, sections))
+    return 0
+
+
+def _print_findings(log: diagnostics.RunLog, findings: Sequence[diagnostics.Finding]) -> None:
+    console = Console()
+    console.print(Text(f"{log.kind} run, {len(log.rows)} logs, steps {log.steps[0]} to {log.steps[1]}"))
+    if not findings:
+        console.print(all_clear(log))
+    for finding in findings:
+        table = Table(title=f"{finding.severity}: {finding.title}", show_header=False, title_justify="left")
+        for name in ("evidence", "cause", "remedy"):
+            table.add_row(name, Text(str(getattr(finding, name))))
+        table.add_row("more", f"trl-ext explain {finding.name}")
+        table.add_row("steps", f"{finding.steps[0]} to {finding.steps[1]}")
+        for sample in finding.samples:
+            table.add_row(f"score {sample.score:.2f}", Text(f"{sample.prompt} -> {sample.completion}"))
+        console.print(table)
