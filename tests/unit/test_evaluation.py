@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.parity.tiny import EOS, config_of, save_base, save_policy_adapter, save_reward_adapter
 from trl_ext import evaluation
 from trl_ext.cli import main
-from trl_ext.commands import policies
+from trl_ext.commands.policies import _said_by_people
 from trl_ext.evaluation import Cast, Comparison, Interval, Sampling, Spec, win_rates
 from trl_ext.evaluation.judges import ModelJudge, compared, verdict_of
 from trl_ext.evaluation.policies import Drawn, Policies, uniforms
@@ -583,10 +583,10 @@ def test_people_who_judged_other_answers_of_the_same_ids_are_not_heard(tmp_path:
     file, store = tmp_path / "answers.jsonl", tmp_path / "people.sqlite"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     rated(store, file, lambda a, b: 1.0)
-    assert len(policies._said_by_people(store, rows)) == 1
+    assert len(_said_by_people(store, rows)) == 1
     rows[1]["completion"] = "three"
     with pytest.raises(ValueError, match="judgements of other answers: 0-ppo-0 reads otherwise"):
-        policies._said_by_people(store, rows)
+        _said_by_people(store, rows)
 
 
 def test_people_judge(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
