@@ -44,7 +44,9 @@ def main() -> None:
     launch.tell_left_out(len(train), len(trainer.train_dataset), "train_dataset", args.max_length)
     launch.show_progress(trainer)
     launch.match_precision(trainer, model_args)
+    held_out = [trainer.evaluate()]
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    held_out.append(trainer.evaluate())
     trainer.save_model()
     trainer.save_state()
     del trainer
@@ -57,6 +59,8 @@ def main() -> None:
         outcome["exam after"] = demo.run_exam(trained, tokenizer)
     kl = launch.kl_to_reference(trained, tokenizer, prompts, **how)
     outcome |= {
+        "held-out loss": " before, ".join(f"{measured['eval_loss']:.3f}" for measured in held_out) + " after",
+        "held-out pair accuracy": f"{held_out[-1]['eval_rewards/accuracies']:.1%}",
         "KL to the reference": f"{kl:.2f} nats per completion",
         "memory": launch.megabytes(trained),
     }

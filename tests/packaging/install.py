@@ -5,6 +5,7 @@ installs the wheel into a fresh environment and runs the PPO recipe there, in a 
 something fails, or where the index has none of those packages.
 """
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,13 @@ def environment(folder: Path) -> Path:
     return folder / ("Scripts" if sys.platform == "win32" else "bin")
 
 
+def newest_of(other: str, pip: Path, cwd: Path) -> str | None:
+    """`other` at its newest version, or pip would settle on an old one that asks for less; None where there is none."""
+    done = run(pip, "index", "versions", other.split("[")[0], cwd=cwd)
+    found = re.search(r"\(([^)]+)\)", done.stdout)
+    return f"{other}=={found[1]}" if done.returncode == 0 and found else None
+
+
 def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         temp = Path(name)
@@ -43,15 +51,15 @@ def main() -> int:
         (wheel,) = dist.glob("*.whl")
         checked = skipped = failed = 0
         for other in BESIDE:
-            there = run(tools / "pip", "download", "-q", "--no-deps", "-d", temp / "there", other, cwd=outside)
-            if there.returncode:
+            newest = newest_of(other, tools / "pip", outside)
+            if newest is None:
                 print(f"beside {other}: skipped, the index does not have it", flush=True)
                 skipped += 1
                 continue
-            tried = run(tools / "pip", "install", "-q", "--dry-run", wheel, other, cwd=outside)
+            tried = run(tools / "pip", "install", "-q", "--dry-run", wheel, newest, cwd=outside)
             checked, failed = checked + 1, failed + bool(tried.returncode)
             why = f"FAILED\n{tried.stderr[-1500:]}" if tried.returncode else "ok"
-            print(f"beside {other}: {why}", flush=True)
+            print(f"beside {newest}: {why}", flush=True)
         fresh = environment(temp / "fresh")
         pins = ROOT / "constraints.txt"
         must("install the wheel", fresh / "pip", "install", "-q", "-c", pins, wheel, cwd=outside)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -82,7 +83,11 @@ def test_a_recipe_runs_end_to_end(
     assert "saved in" in said
     assert (out / "adapter_model.safetensors").is_file()
     card, result = (out / "README.md").read_text(encoding="utf-8"), json.loads((out / "result.json").read_text("utf-8"))
-    measured = {"reward": ["held-out pair accuracy"], "ppo": ["exam before", "exam after"], "dpo": ["exam after"]}
+    measured = {
+        "reward": ["held-out pair accuracy"],
+        "ppo": ["exam before", "exam after"],
+        "dpo": ["exam after", "held-out loss"],
+    }
     assert all(f"| {name} | {result[name]} |" in card for name in measured[recipe])
     assert "library_name: peft" in card and "## The run" in card and str(tmp_path) not in card
     if recipe == "reward":
@@ -96,6 +101,9 @@ def test_a_recipe_runs_end_to_end(
         assert "exam after" in said
         assert "KL to the reference" in said
         assert AutoPeftModelForCausalLM.from_pretrained(out) is not None
+    if recipe == "dpo":
+        before, after = re.findall(r"[0-9.]+", result["held-out loss"])
+        assert float(after) < float(before)
 
 
 def test_an_ensemble_is_trained_and_scores_in_ppo(
