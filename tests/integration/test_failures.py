@@ -38,6 +38,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> PPOTrainer:
     return trainer
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize(
     ("event", "step"),
     [

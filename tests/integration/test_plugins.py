@@ -146,6 +146,7 @@ def gone(value: Any) -> Any:
     raise KeyError("gone")
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize(
     ("method", "instead", "message"),
     [
@@ -596,6 +597,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_learns_what_is_rewarded(tmp_path: Path, name: str) -> None:
     settings = {"total_episodes": 30 * 32, "per_device_train_batch_size": 32, "kl_coef": 0.01, **OBJECTIVES[name]}

@@ -102,6 +102,7 @@ def check_goes_on(trainer: PPOTrainer, error: BaseException, folder: Path, whole
     assert state["updater"] == wanted["updater"], "no minibatch counts twice"
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("event", [e for e in TRANSFORMERS_EVENTS if e not in ELSEWHERE | AT_ONCE])
 def test_an_event_of_transformers(event: str, whole: PPOTrainer, tmp_path: Path) -> None:
     """In the middle of a rollout, or at the end of one."""
@@ -192,6 +193,7 @@ def check_ends_and_goes_on(trainer: PPOTrainer, breaks: Breaks, folder: Path, wh
     check_goes_on(trainer, stop.value, folder, whole)
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("seam", SEAMS)
 def test_a_part_of_the_trainer(seam: str, whole: PPOTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_for(tmp_path)

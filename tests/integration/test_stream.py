@@ -112,6 +112,7 @@ BAD = {
 }
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("what", BAD)
 def test_a_bad_row_late_in_a_stream_is_named_after_a_checkpoint(what: str, tmp_path: Path) -> None:
     """Row 17 is in the third rollout, of which nothing is trained; the mended stream is gone on with."""

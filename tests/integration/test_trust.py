@@ -171,6 +171,7 @@ def watched(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["ppo", "reward", "dpo"])
 def test_a_recipe_speaks_to_nobody(recipe: str, tmp_path: Path) -> None:
@@ -181,6 +182,7 @@ def test_a_recipe_speaks_to_nobody(recipe: str, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "report.html").exists()
 
 
+@pytest.mark.long
 def test_a_trainer_in_a_script_of_ones_own_speaks_to_nobody(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

@@ -220,6 +220,7 @@ def test_the_zoo_has_every_field() -> None:
     assert {field for field, (right, _) in ZOO.items() if right} == sharing.RIGHT
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.filterwarnings("ignore")  # PEFT's, of fan_in_fan_out, of tied weights, of configs that it ignores
 @pytest.mark.parametrize("case", RIGHT)
 def test_every_role_says_what_its_adapter_says_alone(case: Right, bases: Bases, tmp_path: Path) -> None:

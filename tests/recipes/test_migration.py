@@ -67,6 +67,7 @@ def test_from_llama_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert row["rewards/reward_role/std"] > 0
 
 
+@pytest.mark.long
 def test_from_ms_swift(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = saved_model(tmp_path / "model")
     tiny_classifier(pad_token_id=0).save_pretrained(tmp_path / "judge")

@@ -106,6 +106,7 @@ def test_a_recipe_runs_end_to_end(
         assert float(after) < float(before)
 
 
+@pytest.mark.long
 def test_an_ensemble_is_trained_and_scores_in_ppo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

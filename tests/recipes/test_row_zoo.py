@@ -174,6 +174,7 @@ def told(call: Callable[[], Any]) -> Any:
 KINDS = ["jsonl", "json", "csv", "tsv", "parquet"]
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", GOOD)
 def test_feedback_through_the_recipes_readers(form: str, kind: str) -> None:
