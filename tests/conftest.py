@@ -36,7 +36,7 @@ def reward_server() -> Iterator[Server]:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked sampled(every=n), whose cases are alike and slow, each nth is run; pytest -m long runs the others."""
+    """Of a test marked sampled(every=n), whose cases are alike and slow, each nth is run; -m long runs the others."""
     seen: Counter[str] = Counter()
     for item in items:
         marker = item.get_closest_marker("sampled")
