@@ -1,5 +1,6 @@
 """Several policies over one base: their answers in a file, figures, judges, and the two commands."""
 
+import asyncio
 import importlib
 import json
 import math
@@ -389,6 +390,13 @@ def test_a_judge_that_is_busy_is_asked_again(server: JudgeServer, tmp_path: Path
     assert judge([pair("longer", "s")]) == [1.0]
 
 
+def test_a_judge_is_asked_from_a_notebook_too(server: JudgeServer, tmp_path: Path) -> None:
+    async def cell() -> list[float | None]:
+        return ModelJudge("m", server.url, tmp_path / "judge.jsonl")([pair("longer", "s")])
+
+    assert asyncio.run(cell()) == [1.0]
+
+
 def test_what_a_judge_said_before_it_went_is_kept(server: JudgeServer, tmp_path: Path) -> None:
     file = tmp_path / "judge.jsonl"
     server.troubles = [200, 200, 401]
@@ -637,6 +645,15 @@ def test_sample_picks(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["sample", *line(files, *rewards, *picking), "--items", "1000"]) == 0  # the same answers, chosen anew
     found = len(evaluation.read_rows(tmp_path / "a.jsonl")) // 2
     assert f"There are {found} pairs to pick, not 1,000." in capsys.readouterr().out
+
+
+def test_what_is_left_out_of_the_prompts_is_said(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "twice.jsonl"
+    prompts.write_text((files / "prompts.jsonl").read_text() * 2)
+    assert main(["sample", *line(files, "--prompts", str(prompts), "--out", str(tmp_path / "a.jsonl"))]) == 0
+    assert f"{prompts}: 4 rows left out, whose prompt was there before\n" in capsys.readouterr().out
 
 
 def test_a_pick_overwrites_nothing_else(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
