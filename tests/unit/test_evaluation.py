@@ -462,7 +462,7 @@ def test_evaluate_by_a_reward_role(files: Path, tmp_path: Path, capsys: pytest.C
         *("score/judge", "score/other", "kl", "length", "ended", "repetition", "distinct", "perplexity")
     }
     assert all(m["low"] <= m["mean"] <= m["high"] for m in metrics.values())
-    assert result["policies"]["base"]["metrics"]["kl"]["mean"] == 0
+    assert result["policies"]["base"]["metrics"]["kl"] == {"mean": 0, "low": None, "high": None, "n": 4}
     # The win rate by hand, from the scores that `sample` writes.
     rows = evaluation.sample(
         Cast.checked(str(files / "model"), ["base=base", f"one={files / 'one'}"], [files / "judge"]),
@@ -482,7 +482,9 @@ def test_evaluate_by_a_reward_role(files: Path, tmp_path: Path, capsys: pytest.C
     assert sum(policy["strength"]["mean"] for policy in result["policies"].values()) == pytest.approx(0, abs=1e-6)
     shown = " ".join(capsys.readouterr().out.split())
     assert ("Win rates, judge reward:" in shown and there["sentence"] in shown) or back["sentence"] in shown
-    assert "Bradley-Terry" in (tmp_path / "e" / "evaluation.html").read_text()
+    assert "0 (no interval)" in shown
+    page = (tmp_path / "e" / "evaluation.html").read_text()
+    assert "Bradley-Terry" in page and "0 (no interval)" in page
 
 
 def test_evaluate_again_samples_nothing(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,7 +302,7 @@ def _settings(
 
 def _with_digest(made_with: Any) -> str:
     """A model, an adapter or a reward function by its name, with a digest of the folder or the module that it is from;
-    the name alone where it is from the Hub, or from no file."""
+    the name alone where it is from the Hub, or from no file. What a module imports is not in its digest."""
     if isinstance(made_with, str):
         folder = Path(made_with)
         return f"{made_with} with digest {fingerprint(folder)}" if folder.is_dir() else made_with
