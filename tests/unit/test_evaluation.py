@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.parity.tiny import EOS, config_of, save_base, save_policy_adapter, save_reward_adapter
+from tests.reward_server import Server
 from trl_ext import evaluation
 from trl_ext.cli import main
 from trl_ext.commands.policies import _said_by_people
@@ -308,37 +308,19 @@ def test_figures_by_hand() -> None:
 # A language model as judge -------------------------------------------------------------------------------------------
 
 
-class JudgeServer(ThreadingHTTPServer):
-    """Answers chat completions as `say(first, second)` says, after first doing what `troubles` says."""
+class JudgeServer(Server):
+    """Answers chat completions as `say(first, second)` says."""
 
-    daemon_threads = True
+    path = "/v1"
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), JudgeHandler)
-        self.requests: list[dict[str, Any]] = []
-        self.troubles: list[int] = []
+        super().__init__()
         self.say = longer
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class JudgeHandler(BaseHTTPRequestHandler):
-    server: JudgeServer
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
-        self.send_response(self.server.troubles.pop(0) if self.server.troubles else 200)
-        self.end_headers()
+    def reply(self, body: dict[str, Any]) -> dict[str, Any]:
         asked = body["messages"][-1]["content"]
         first, second = asked.split("[Answer A]\n")[1].split("\n\n[Answer B]\n")
-        choice = {"message": {"role": "assistant", "content": self.server.say(first, second)}}
-        self.wfile.write(json.dumps({"choices": [choice]}).encode())
-
-    def log_message(self, *args: Any) -> None:
-        pass
+        return {"choices": [{"message": {"role": "assistant", "content": self.say(first, second)}}]}
 
 
 def longer(first: str, second: str) -> str:
@@ -367,8 +349,7 @@ def test_a_judge_is_asked_in_both_orders_and_once(server: JudgeServer, tmp_path:
     pairs = [pair("long answer", "short"), pair("s", "longest answer", "q"), pair("same", "same", "r")]
     assert [(x.prompt, x.outcome) for x in compared(judge, pairs)] == [("p", 1.0), ("q", 0.0), ("r", 0.5)]
     assert len(server.requests) == 4  # equal answers cost nothing
-    assert {request["path"] for request in server.requests} == {"/v1/chat/completions"}
-    assert {request["key"] for request in server.requests} == {"Bearer secret"}
+    assert set(server.asked) == {("/v1/chat/completions", "Bearer secret")}
     assert server.requests[0]["messages"][0] == {"role": "system", "content": "Be fair."}
     assert {r["messages"][1]["content"].count("long answer") for r in server.requests} == {0, 1}
     again = ModelJudge("m", server.url, tmp_path / "judge.jsonl", rubric="Be fair.")
