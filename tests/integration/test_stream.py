@@ -197,7 +197,9 @@ def test_a_stream_that_can_be_read_once(tmp_path: Path) -> None:
     args = PPOConfig(str(tmp_path), total_episodes=16, per_device_train_batch_size=4, **QUIET)
     prompts = PromptStream(IterableDataset.from_generator(lambda: once), args)
     assert [prompts[i] for i in range(6)] == rows(6)
-    with pytest.raises(ValueError, match=r"^train_dataset gave 6 prompts and none when it was read again, .* takes 16:"):
+    with pytest.raises(
+        ValueError, match=r"^train_dataset gave 6 prompts and none when it was read again, .* takes 16:"
+    ):
         prompts[6]
 
 

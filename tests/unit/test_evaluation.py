@@ -533,6 +533,23 @@ def test_prompts_that_the_model_cannot_read(
         evaluation.sample(cast, rows, tmp_path / "a.jsonl", Sampling(1, new_tokens), load=load)
 
 
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('{"prompt": "p"}', "Line 2 of '.*' has no 'id': mend it"),
+        ("[1]", "Line 2 of '.*' is no row of JSON: mend it"),
+        ('{"id": "a", "x": 2}', "Line 2 of '.*' has the id of a line before, 'a': leave one of them"),
+    ],
+)
+def test_a_file_of_answers_that_is_broken(tmp_path: Path, line: str, sentence: str) -> None:
+    file = tmp_path / "answers.jsonl"
+    file.write_text('{"id": "a", "x": 1}\n' + line + "\n")
+    with pytest.raises(ValueError, match=sentence):
+        evaluation.read_rows(file)
+    file.write_text('{"id": "a"}\n{"id": "a"}\n{"id": "b"')
+    assert evaluation.read_rows(file) == {"a": {"id": "a"}}
+
+
 def test_one_policy_is_compared_with_the_base(files: Path, tmp_path: Path) -> None:
     arguments = line(files, "--judge", f"reward:{files / 'judge'}", "--out", str(tmp_path / "e"), policies=("one=one",))
     assert main(["evaluate", *arguments]) == 0

@@ -32,7 +32,7 @@ from trl_ext.rating.records import Annotation, Progress, Shown
 from trl_ext.rating.store import LONGEST_NAME, Store
 
 T = TypeVar("T")
-LONGEST_FORM = 64 * 1024  # bytes
+LONGEST_FORM, MOST_FIELDS = 64 * 1024, 100  # bytes
 A_YEAR = 365 * 24 * 3600
 DIFFERENCES = 10  # shown at the end
 NOTICES = {  # above the page that follows, by the query of its address
@@ -313,7 +313,10 @@ async def _form(request: Request) -> dict[str, str]:
         body += part
         if len(body) > LONGEST_FORM:
             raise HTTPException(413, f"The form is longer than {LONGEST_FORM // 1024} KiB: shorten the comment.")
-    return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=100))
+    try:
+        return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=MOST_FIELDS))
+    except ValueError as error:
+        raise HTTPException(400, f"The form has more than {MOST_FIELDS} fields: use the one on the page.") from error
 
 
 async def _told(_: Request, error: Exception) -> Response:

@@ -85,6 +85,7 @@ class Store:
     attention: int = 0  # whose verdict is known
     done: int = 0  # judgements of new items
     needed: int = 0  # how many these will be; where --per-item was greater before, some items have more than it says
+    unread: list[str] = field(default_factory=list)  # columns of the answers, where nothing says who wrote these
 
     # Opening ---------------------------------------------------------------------------------------------------------
 
@@ -148,11 +149,12 @@ class Store:
         is_new = not path.exists() or path.stat().st_size == 0
         if is_new and answers is None:
             raise StoreError(f"The store {str(path)!r} does not exist: name the file of answers that it is for.")
-        rows = read_answers(answers) if answers is not None else []
+        rows, unread = read_answers(answers) if answers is not None else ([], [])
         if is_new and attention is not None:  # no store is made where it cannot be used
             read_attention(attention, MODES[mode or "stars"])
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         store = cls(path, connection, lock)
+        store.unread = unread if all(row.policy is None for row in rows) else []
         try:
             if not is_new:
                 store._recognise()
