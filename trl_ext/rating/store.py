@@ -560,17 +560,11 @@ class Store:
 
     def _read(self, numbers: Sequence[int]) -> tuple[int, Any, tuple[Answer, ...]]:
         """The prompt's number and the prompt of these answers, and the answers."""
-        prompt, text = self._one(
-            "SELECT prompts.number, text FROM answers JOIN prompts ON prompts.number = prompt WHERE answers.number = ?",
-            numbers[0],
-        )
-        asked, answers = json.loads(text), []
-        for number in numbers:
-            id_, completion, policy, tokens = self._one(
-                "SELECT id, completion, policy, tokens FROM answers WHERE number = ?", number
-            )
-            answers.append(Answer(id_, asked, json.loads(completion), policy, tokens))
-        return prompt, asked, tuple(answers)
+        query = """SELECT prompts.number, text, id, completion, policy, tokens
+            FROM answers JOIN prompts ON prompts.number = prompt WHERE answers.number = ?"""
+        rows = [self._one(query, number) for number in numbers]
+        prompt, asked = rows[0][0], json.loads(rows[0][1])
+        return prompt, asked, tuple(Answer(id_, asked, json.loads(said), *who) for _, _, id_, said, *who in rows)
 
     def _number(self, name: str) -> int:
         return int(self._one("SELECT number FROM raters WHERE name = ?", name)[0])
