@@ -37,13 +37,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("trl-ext: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        from trl_ext.launch.settings import USER_ERRORS
-
-        if os.environ.get("TRL_EXT_TRACEBACK") or not isinstance(error, USER_ERRORS):
+        if os.environ.get("TRL_EXT_TRACEBACK") or not _is_of_user(error):
             raise
         print(f"trl-ext: error: {' '.join(str(error).split())}", file=sys.stderr)
         print(*getattr(error, "__notes__", []), sep="\n", end="", file=sys.stderr)
         return 1
+
+
+def _is_of_user(error: Exception) -> bool:
+    """Whether the sentence alone says what to do."""
+    if isinstance(error, (ValueError, TypeError, OSError, ImportError)):
+        return True
+    from trl_ext.launch.settings import USER_ERRORS  # these and others; imports what trains, which takes seconds
+
+    return isinstance(error, USER_ERRORS)
 
 
 def _recipe(name: str, arguments: Sequence[str]) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.helpers import CHAT_TEMPLATE, QUIET, prompt_dataset, saved_model, word_tokenizer
 from trl_ext import PPOConfig, PPOTrainer
+from trl_ext.ppo.stream import PromptStream
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 SEEN: list[list[str]] = []
@@ -190,6 +191,17 @@ ENDLESS = IterableDataset.from_generator(lambda: ({"prompt": "cat", "animal": "c
 def test_what_is_wrong_at_once(prompts: Any, settings: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=sentence):
         trainer_for(tmp_path, prompts, **settings)
+
+
+def test_a_stream_that_can_be_read_once(tmp_path: Path) -> None:
+    once = iter(rows(6))
+    args = PPOConfig(str(tmp_path), total_episodes=16, per_device_train_batch_size=4, **QUIET)
+    prompts = PromptStream(IterableDataset.from_generator(lambda: once), args)
+    assert [prompts[i] for i in range(6)] == rows(6)
+    with pytest.raises(
+        ValueError, match=r"^train_dataset gave 6 prompts and none when it was read again, .* takes 16:"
+    ):
+        prompts[6]
 
 
 def test_an_evaluation_that_would_never_end(tmp_path: Path) -> None:

@@ -140,8 +140,13 @@ def test_what_the_roles_say(family: tiny.Home, layout: Layout) -> None:
 
 @pytest.fixture(scope="module")
 def args(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PPOConfig]:
-    settings = {**PLACE, "vf_coef": 0.5, "num_ppo_epochs": 1, "baseline": "value"}
-    return {name: PPOConfig(str(tmp_path_factory.mktemp("out")), objective=name, **settings) for name in OBJECTIVES}
+    reads = {name: {} if name == "sequence" else {"vf_coef": 0.5} for name in OBJECTIVES}
+    reads["reinforce"]["baseline"] = "value"
+    settings = {**PLACE, "num_ppo_epochs": 1}
+    return {
+        name: PPOConfig(str(tmp_path_factory.mktemp("out")), objective=name, **settings, **reads[name])
+        for name in OBJECTIVES
+    }
 
 
 @thorough

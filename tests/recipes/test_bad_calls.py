@@ -130,7 +130,8 @@ CALLS = [
     # PPOConfig, RewardConfig
     Call("temperature 0", "PPOConfig(temperature=0)", "ValueError", "temperature is 0: it must be positive."),
     Call("half a pass over a rollout", "PPOConfig(num_ppo_epochs=0.5)", "ValueError", "num_ppo_epochs is 0.5: it must be a whole number, at least 1."),
-    Call("a coefficient that nothing reads", "PPOConfig(reward_ensemble='min', reward_uncertainty_coef=2.0)", "ValueError", "reward_uncertainty_coef is 2.0, but reward_ensemble is 'min', which does not read it: set that to 'uncertainty', or leave it out."),
+    Call("a coefficient that nothing reads", "PPOConfig(reward_ensemble='min', reward_uncertainty_coef=2.0)", "ValueError", "reward_uncertainty_coef is 2.0, but reward_ensemble 'min' does not read it: leave it out."),
+    Call("samples for a normalisation that is not asked for", "PPOConfig(normalization_samples=64)", "ValueError", "normalization_samples is 64, but score_normalization 'none' does not read it: leave it out."),
     Call("a KL coefficient that is no number", "PPOConfig(kl_coef=float('nan'))", "ValueError", "kl_coef is nan: it must be at least 0."),
     Call("compiled recomputation", "PPOConfig(torch_compile=True)", "ValueError", "torch_compile cannot follow recomputation that restores a role's adapter: set gradient_checkpointing to False, or leave torch_compile out."),
     Call("two lengths of a run", "PPOConfig(max_steps=2, total_episodes=20)", "ValueError", "max_steps is 2 and total_episodes is 20, which is 12 steps here: each says how long the run is, so leave one of them out."),

@@ -21,6 +21,15 @@ def test_help_imports_nothing_heavy_and_prints_nothing_else() -> None:
     assert HEAVY & set(modules.split()) == set()
 
 
+@pytest.mark.parametrize(("name", "status"), [("kl_runs_away", 0), ("no_such_problem", 1)])
+def test_who_asks_the_doctor_does_not_wait_for_what_trains(name: str, status: int) -> None:
+    code = f"import sys; from trl_ext.cli import main\nprint(main(['explain', {name!r}]), *sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    said, *modules = run.stdout.splitlines()[-1].split()
+    assert said == str(status) and (HEAVY - {"rich"}) & set(modules) == set()
+    assert run.stderr.startswith("trl-ext: error: There is no problem") is bool(status)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_recipes_run_under_their_names(recipe: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # not from the clone

@@ -40,6 +40,27 @@ def test_interval_where_all_are_won_is_that_of_clopper_and_pearson() -> None:
     assert (tied.low, tied.high) == (pytest.approx(0.5 * 0.6915, abs=5e-5), pytest.approx(1 - 0.5 * 0.6915, abs=5e-5))
 
 
+@pytest.mark.parametrize("values", [[0.7], [0.7, 0.7, 0.7]])
+def test_prompts_that_agree_tell_no_interval_of_what_has_no_bounds(values: list[float]) -> None:
+    found = c.bootstrap(values)
+    assert (found.mean, found.n) == (0.7, len(values))
+    assert math.isnan(found.low) and math.isnan(found.high)
+    assert 0 < c.bootstrap(values, bounds=(0, 1)).low < 0.7
+
+
+def test_one_prompt_tells_no_interval_of_a_regression_or_a_strength() -> None:
+    mixed = [said(0, 1.0, 3), said(0, 0.0, -2), said(0, 1.0, 1)]
+    alike = [said(i, outcome) for i in range(5) for outcome in (1.0, 0.0, 1.0)]
+    for data, rate in ((mixed, None), (alike, 2 / 3)):
+        found = c.length_controlled(data)
+        assert math.isnan(found.low) and math.isnan(found.high)
+        assert rate is None or found.mean == pytest.approx(rate)
+        assert all(math.isnan(x.low) for x in c.strengths(data, ["a", "b"]).values())
+    (raw,) = c.win_rates(mixed, ["a", "b"])
+    # One prompt, two thirds of it won: at most 0.975 of the prompts are others (Clopper and Pearson, 1 of 1).
+    assert (raw.rate.low, raw.rate.high) == pytest.approx((2 / 3 * 0.025, 1 - 1 / 3 * 0.025))
+
+
 @pytest.mark.parametrize("p", [0.5, 0.65])
 def test_interval_holds_the_true_rate_as_often_as_it_says(p: float) -> None:
     rng, trials, held = np.random.default_rng(0), 400, 0

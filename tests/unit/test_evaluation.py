@@ -1,5 +1,6 @@
 """Several policies over one base: their answers in a file, figures, judges, and the two commands."""
 
+import asyncio
 import importlib
 import json
 import math
@@ -10,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.parity.tiny import EOS, config_of, save_base, save_policy_adapter, save_reward_adapter
+from tests.reward_server import Server
 from trl_ext import evaluation
 from trl_ext.cli import main
 from trl_ext.commands.policies import _said_by_people
@@ -307,37 +308,19 @@ def test_figures_by_hand() -> None:
 # A language model as judge -------------------------------------------------------------------------------------------
 
 
-class JudgeServer(ThreadingHTTPServer):
-    """Answers chat completions as `say(first, second)` says, after first doing what `troubles` says."""
+class JudgeServer(Server):
+    """Answers chat completions as `say(first, second)` says."""
 
-    daemon_threads = True
+    path = "/v1"
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), JudgeHandler)
-        self.requests: list[dict[str, Any]] = []
-        self.troubles: list[int] = []
+        super().__init__()
         self.say = longer
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class JudgeHandler(BaseHTTPRequestHandler):
-    server: JudgeServer
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
-        self.send_response(self.server.troubles.pop(0) if self.server.troubles else 200)
-        self.end_headers()
+    def reply(self, body: dict[str, Any]) -> dict[str, Any]:
         asked = body["messages"][-1]["content"]
         first, second = asked.split("[Answer A]\n")[1].split("\n\n[Answer B]\n")
-        choice = {"message": {"role": "assistant", "content": self.server.say(first, second)}}
-        self.wfile.write(json.dumps({"choices": [choice]}).encode())
-
-    def log_message(self, *args: Any) -> None:
-        pass
+        return {"choices": [{"message": {"role": "assistant", "content": self.say(first, second)}}]}
 
 
 def longer(first: str, second: str) -> str:
@@ -366,8 +349,7 @@ def test_a_judge_is_asked_in_both_orders_and_once(server: JudgeServer, tmp_path:
     pairs = [pair("long answer", "short"), pair("s", "longest answer", "q"), pair("same", "same", "r")]
     assert [(x.prompt, x.outcome) for x in compared(judge, pairs)] == [("p", 1.0), ("q", 0.0), ("r", 0.5)]
     assert len(server.requests) == 4  # equal answers cost nothing
-    assert {request["path"] for request in server.requests} == {"/v1/chat/completions"}
-    assert {request["key"] for request in server.requests} == {"Bearer secret"}
+    assert set(server.asked) == {("/v1/chat/completions", "Bearer secret")}
     assert server.requests[0]["messages"][0] == {"role": "system", "content": "Be fair."}
     assert {r["messages"][1]["content"].count("long answer") for r in server.requests} == {0, 1}
     again = ModelJudge("m", server.url, tmp_path / "judge.jsonl", rubric="Be fair.")
@@ -387,6 +369,13 @@ def test_a_judge_that_is_busy_is_asked_again(server: JudgeServer, tmp_path: Path
     server.troubles = [503, 429]
     judge = ModelJudge("m", server.url, tmp_path / "judge.jsonl", backoff=0.01)
     assert judge([pair("longer", "s")]) == [1.0]
+
+
+def test_a_judge_is_asked_from_a_notebook_too(server: JudgeServer, tmp_path: Path) -> None:
+    async def cell() -> list[float | None]:
+        return ModelJudge("m", server.url, tmp_path / "judge.jsonl")([pair("longer", "s")])
+
+    assert asyncio.run(cell()) == [1.0]
 
 
 def test_what_a_judge_said_before_it_went_is_kept(server: JudgeServer, tmp_path: Path) -> None:
@@ -454,7 +443,7 @@ def test_evaluate_by_a_reward_role(files: Path, tmp_path: Path, capsys: pytest.C
         *("score/judge", "score/other", "kl", "length", "ended", "repetition", "distinct", "perplexity")
     }
     assert all(m["low"] <= m["mean"] <= m["high"] for m in metrics.values())
-    assert result["policies"]["base"]["metrics"]["kl"]["mean"] == 0
+    assert result["policies"]["base"]["metrics"]["kl"] == {"mean": 0, "low": None, "high": None, "n": 4}
     # The win rate by hand, from the scores that `sample` writes.
     rows = evaluation.sample(
         Cast.checked(str(files / "model"), ["base=base", f"one={files / 'one'}"], [files / "judge"]),
@@ -474,7 +463,9 @@ def test_evaluate_by_a_reward_role(files: Path, tmp_path: Path, capsys: pytest.C
     assert sum(policy["strength"]["mean"] for policy in result["policies"].values()) == pytest.approx(0, abs=1e-6)
     shown = " ".join(capsys.readouterr().out.split())
     assert ("Win rates, judge reward:" in shown and there["sentence"] in shown) or back["sentence"] in shown
-    assert "Bradley-Terry" in (tmp_path / "e" / "evaluation.html").read_text()
+    assert "0 (no interval)" in shown
+    page = (tmp_path / "e" / "evaluation.html").read_text()
+    assert "Bradley-Terry" in page and "0 (no interval)" in page
 
 
 def test_evaluate_again_samples_nothing(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -540,6 +531,23 @@ def test_prompts_that_the_model_cannot_read(
     said = rf"has {words} tokens and {new_tokens} may follow, but the model reads 64" if refused else "loaded"
     with pytest.raises((ValueError, OSError), match=said):
         evaluation.sample(cast, rows, tmp_path / "a.jsonl", Sampling(1, new_tokens), load=load)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('{"prompt": "p"}', "Line 2 of '.*' has no 'id': mend it"),
+        ("[1]", "Line 2 of '.*' is no row of JSON: mend it"),
+        ('{"id": "a", "x": 2}', "Line 2 of '.*' has the id of a line before, 'a': leave one of them"),
+    ],
+)
+def test_a_file_of_answers_that_is_broken(tmp_path: Path, line: str, sentence: str) -> None:
+    file = tmp_path / "answers.jsonl"
+    file.write_text('{"id": "a", "x": 1}\n' + line + "\n")
+    with pytest.raises(ValueError, match=sentence):
+        evaluation.read_rows(file)
+    file.write_text('{"id": "a"}\n{"id": "a"}\n{"id": "b"')
+    assert evaluation.read_rows(file) == {"a": {"id": "a"}}
 
 
 def test_one_policy_is_compared_with_the_base(files: Path, tmp_path: Path) -> None:
@@ -637,6 +645,15 @@ def test_sample_picks(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["sample", *line(files, *rewards, *picking), "--items", "1000"]) == 0  # the same answers, chosen anew
     found = len(evaluation.read_rows(tmp_path / "a.jsonl")) // 2
     assert f"There are {found} pairs to pick, not 1,000." in capsys.readouterr().out
+
+
+def test_what_is_left_out_of_the_prompts_is_said(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "twice.jsonl"
+    prompts.write_text((files / "prompts.jsonl").read_text() * 2)
+    assert main(["sample", *line(files, "--prompts", str(prompts), "--out", str(tmp_path / "a.jsonl"))]) == 0
+    assert f"{prompts}: 4 rows left out, whose prompt was there before\n" in capsys.readouterr().out
 
 
 def test_a_pick_overwrites_nothing_else(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from trl_ext import feedback
 from trl_ext.feedback import FeedbackError
-from trl_ext.launch import DataArguments, load_feedback, load_pairs, load_rows
+from trl_ext.launch import DataArguments, load_feedback, load_pairs, load_prompts, load_rows
 from trl_ext.launch.data import RewardData
 
 
@@ -48,6 +48,15 @@ def test_held_out_pairs_have_prompts_of_their_own(tmp_path: Path) -> None:
     assert train.column_names == ["prompt", "chosen", "rejected", "margin"] and set(train["margin"]) == {1, 2, 3, 4}
     one = load_pairs(DataArguments(jsonl(tmp_path / "one.jsonl", pairs(1, 30)), eval_rows=10))
     assert [len(rows) for rows in one] == [20, 10]
+
+
+def test_prompts_that_are_left_out_are_counted_and_columns_named(tmp_path: Path) -> None:
+    twice = [{"prompt": p, "topic": i} for i, p in enumerate("abab")]
+    rows, said = load_prompts(jsonl(tmp_path / "twice.jsonl", twice))
+    assert rows == twice[:2] and said == "2 rows left out, whose prompt was there before"
+    assert load_prompts(jsonl(tmp_path / "once.jsonl", twice[:2])) == (twice[:2], "")
+    talk = [{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "source": "x"}]
+    assert load_prompts(jsonl(tmp_path / "talks.jsonl", talk))[1].endswith("; columns not used: source")
 
 
 @pytest.mark.parametrize("name", ["rows", "pairs", "feedback"])

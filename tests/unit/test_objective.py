@@ -93,11 +93,17 @@ def test_policy(batch: Experience, said: dict[str, Tensor], args: PPOConfig) -> 
 @pytest.mark.parametrize(
     ("settings", "term"),
     [
-        ({"objective": "kl_penalty"}, lambda x, a, new: -a * math.exp(x) + PENALTY * (math.exp(x) - 1 - x)),
-        ({"objective": "reinforce", "num_ppo_epochs": 1}, lambda x, a, new: -a * new),
-        ({"objective": "sequence"}, lambda x, a, new: max(-a * math.exp(x), -a * min(max(math.exp(x), 0.9), 1.1))),
         (
-            {"dual_clip": 1.05},
+            {"objective": "kl_penalty", "penalty_coef": 9.0},
+            lambda x, a, new: -a * math.exp(x) + PENALTY * (math.exp(x) - 1 - x),
+        ),
+        ({"objective": "reinforce", "num_ppo_epochs": 1}, lambda x, a, new: -a * new),
+        (
+            {"objective": "sequence", "cliprange": 0.1},
+            lambda x, a, new: max(-a * math.exp(x), -a * min(max(math.exp(x), 0.9), 1.1)),
+        ),
+        (
+            {"dual_clip": 1.05, "cliprange": 0.1},
             lambda x, a, new: (
                 min(max(-a * math.exp(x), -a * max(math.exp(x), 0.9)), -a * 1.05)
                 if a < 0
@@ -111,9 +117,7 @@ def test_policy(batch: Experience, said: dict[str, Tensor], args: PPOConfig) -> 
 def test_every_other_objective(
     settings: dict[str, Any], term: Any, bonus: float, batch: Experience, said: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    args = PPOConfig(
-        str(tmp_path), **PLACE, report_to="none", cliprange=0.1, penalty_coef=9.0, entropy_coef=bonus, **settings
-    )
+    args = PPOConfig(str(tmp_path), **PLACE, report_to="none", entropy_coef=bonus, **settings)
     loss, watched = policy_loss(args.policy_objective, batch, said, torch.tensor(NUM_TOKENS), args, PENALTY)
     columns = (said["logprobs"], batch.score_pass.logprobs, batch.advantages, said["entropy"])
     rows = tokens(batch.loss_mask, *columns)

@@ -305,6 +305,33 @@ def test_who_has_a_critic(settings: dict[str, Any], critic: bool) -> None:
     assert make(**settings).uses_value is critic
 
 
+@pytest.mark.parametrize(
+    ("settings", "unread"),
+    [
+        ({"objective": "sequence"}, {"vf_coef": 0.5, "cliprange_value": 0.1, "lam": 0.9, "lam_value": 1.0}),
+        ({"objective": "reinforce", "num_ppo_epochs": 1}, {"vf_coef": 0.5, "lam": 1.0, "cliprange": 0.1}),
+        ({"objective": "reinforce", "num_ppo_epochs": 1, "baseline": "value"}, {"lam": 1.0, "dual_clip": 3.0}),
+        ({"objective": "kl_penalty"}, {"cliprange": 0.1, "dual_clip": 3.0, "baseline": "value"}),
+        ({}, {"penalty_coef": 2.0, "penalty_target": 0.1, "baseline": "mean", "normalization_samples": 8}),
+        ({"score_normalization": "running"}, {"normalization_samples": 8}),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused(settings: dict[str, Any], unread: dict[str, Any]) -> None:
+    for name, value in unread.items():
+        with pytest.raises(ValueError, match=rf"^{name} is {value!r}, but .* does not read it: leave it out\.$"):
+            make(**settings, **{name: value})
+    usual = {name: PPOConfig.__dataclass_fields__[name].default for name in unread}
+    make(**{**usual, **settings})
+    make(**{"objective": Mine(), "num_ppo_epochs": 1, "lam": 0.9, "baseline": "value", "penalty_coef": 2.0})
+
+
+def test_settings_that_something_reads_are_taken() -> None:
+    make(objective="reinforce", num_ppo_epochs=1, baseline="value", vf_coef=0.5, gamma=0.9, cliprange_value=0.1)
+    make(objective="kl_penalty", penalty_coef=2.0, penalty_target=0.1, vf_coef=0.5, lam=0.9, lam_value=1.0)
+    make(objective="sequence", cliprange=0.1, dual_clip=3.0)
+    make(score_normalization="reference", normalization_samples=8)
+
+
 # Every field is read -------------------------------------------------------------------------------------------------
 
 
@@ -314,7 +341,7 @@ def reads(source: str, own_file: bool = False) -> set[str]:
     checked = {
         id(node)
         for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef) and function.name in ("_check", "__post_init__")
+        if isinstance(function, ast.FunctionDef) and function.name.startswith(("_check", "__post_init__"))
         for node in ast.walk(function)
     }
     found = set()

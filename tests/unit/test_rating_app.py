@@ -92,6 +92,8 @@ def test_a_form_without_a_judgement_is_refused(store: Store) -> None:
         answer = client.post("/judge", data={"ask": asked, "verdict": verdict})
         assert answer.status_code == 400 and "press one of the buttons" in answer.text
     assert client.post("/judge", content=b"x" * 70_000).status_code == 413
+    many = client.post("/judge", content=b"&".join([b"a=1"] * 101))
+    assert many.status_code == 400 and "more than 100 fields" in many.text
     assert client.post("/judge", data={"ask": "nobody's", "verdict": "3"}).status_code == 200
     assert store.annotations() == []
 
@@ -284,6 +286,9 @@ def test_a_port_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert f"cannot listen on 127.0.0.1:{port} (Address already in use)" in capsys.readouterr().err
         assert main([*arguments, "--host", "192.0.2.1"]) == 1  # for documentation: no machine has it
         assert "cannot listen on 192.0.2.1" in capsys.readouterr().err
+    assert main([*arguments, "--port", "70000"]) == 1
+    assert "--port is 70000" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["answers.jsonl"], "no store is left behind"
 
 
 def test_parts_of_answers_are_sent_at_once() -> None:

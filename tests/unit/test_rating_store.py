@@ -331,6 +331,10 @@ def test_fewer_raters_an_item_than_before(tmp_path: Path) -> None:
         (["broken.jsonl"], "broken.jsonl: line 2: not JSON"),
         (["tokens.jsonl"], "tokens.jsonl: line 1, column 'tokens': '3.5' is not a whole number from 0 on"),
         (["half.jsonl"], "half.jsonl: line 1, column 'policy': half of a surrogate pair"),
+        (
+            ["twice.jsonl"],
+            "twice.jsonl: line 3, column 'id': '2' is that of line 2 too: give each answer one of its own",
+        ),
         (["question.jsonl"], "question.jsonl has no column 'prompt', but 'Question', which nobody would read"),
         (["mixed.jsonl"], "mixed.jsonl: line 2, column 'completion': messages, where others are texts"),
         (["none.jsonl"], "The file of answers 'none.jsonl' does not exist"),
@@ -359,13 +363,14 @@ def test_bad_input_is_one_sentence(
     write(Path("mixed.jsonl"), [{"completion": "t"}, {"completion": [{"role": "assistant", "content": "t"}]}])
     write(Path("tokens.jsonl"), [{"completion": "t", "tokens": 3.5}])
     write(Path("half.jsonl"), [{"completion": "t", "policy": "\ud800"}])
+    write(Path("twice.jsonl"), [{"completion": "t"}, {"completion": "u"}, {"completion": "v", "id": 2}])
     write(Path("question.jsonl"), [{"Question": "q", "completion": "t"}])
     write(Path("pairs.jsonl"), [{"prompt": "p", "chosen": "a", "rejected": "b"}])
     write(Path("ten.jsonl"), [{"prompt": "p", "completion": "a", "rating": 8}])
     Path("broken.jsonl").write_text('{"completion": "a"}\n{"completion": ')
     Store.open("feedback.sqlite", "answers.jsonl", "stars").close()
     store = "new.sqlite" if arguments in ([], ["single.jsonl", "--mode", "pairs"]) else "feedback.sqlite"
-    assert main(["rate", *arguments, "--store", store, "--no-browser"]) == 1
+    assert main(["rate", "--port", "0", *arguments, "--store", store, "--no-browser"]) == 1
     said = capsys.readouterr().err
     assert sentence in said and said.count("\n") == 1 and said.startswith("trl-ext: error: ")
 
@@ -374,7 +379,7 @@ def test_what_tables_make_of_numbers_and_of_nothing(tmp_path: Path) -> None:
     """A column of numbers with a gap comes as floats and NaN; 0 is a number."""
     given = [{"completion": "a", "id": 0, "tokens": 0, "policy": 7}, {"completion": "b", "tokens": 3.0}]
     given += [{"completion": "c", "tokens": float("nan"), "policy": float("nan"), "id": None}]
-    read = read_answers(write(tmp_path / "a.jsonl", given))
+    read, _ = read_answers(write(tmp_path / "a.jsonl", given))
     assert [(a.id, a.tokens, a.policy) for a in read] == [("0", 0, "7"), ("2", 3, None), ("3", None, None)]
 
 
@@ -432,7 +437,7 @@ def test_attention_items_that_cannot_be_used_make_no_store(
     """Else the store would be of the wrong mode, and refuse the right one."""
     known = write(tmp_path / "known.jsonl", [{"prompt": "k", "chosen": "right", "rejected": "wrong"}])
     store = tmp_path / "feedback.sqlite"
-    assert main(["rate", str(answers), "--store", str(store), "--attention", str(known)]) == 1
+    assert main(["rate", str(answers), "--store", str(store), "--attention", str(known), "--port", "0"]) == 1
     assert "--mode stars needs attention items that are ratings" in capsys.readouterr().err
     Store.open(store, answers, "pairs", attention=known).close()
 
@@ -594,6 +599,18 @@ def test_prompts_without_two_answers_are_counted(
     assert "3 prompts are left out: --mode pairs needs two different answers to one prompt.\n" in said
     with Store.open(tmp_path / "stars.sqlite", tmp_path / "a.jsonl") as stars:
         assert stars.prompts_left_out() == 0
+
+
+def test_columns_that_nobody_reads_are_named_where_nobody_says_who_wrote_the_answers(
+    tmp_path: Path, answers: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
+    given = [{"prompt": "p", "completion": text, "model": text} for text in "ab"]
+    for name, file in (("theirs", write(tmp_path / "a.jsonl", given)), ("ours", answers)):
+        store = ["--store", str(tmp_path / f"{name}.sqlite"), "--no-browser", "--port", "0"]
+        assert main(["rate", str(file), *store]) == 0
+        said = "columns not used: model (who wrote an answer stands in 'policy')\n"
+        assert (said in capsys.readouterr().out) is (name == "theirs")
 
 
 def test_ranks_become_comparisons(tmp_path: Path) -> None:

@@ -104,6 +104,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         write_report([folder, other, folder])
 
 
+@pytest.mark.parametrize("broken", ["{", "[]", "{}", '{"policies": {"a": 1}, "judge": null}'])
+def test_an_evaluation_that_is_broken_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], broken: str
+) -> None:
+    folder = write_run(tmp_path / "run", **SICK["truncation"])
+    (folder / "evaluation.json").write_text(broken)
+    assert main(["report", str(folder)]) == 0
+    said, told = capsys.readouterr()
+    assert (
+        said.strip() == str(folder / "report.html")
+        and "Policies side by side" not in (folder / "report.html").read_text()
+    )
+    assert told.startswith(f"{folder / 'evaluation.json'} is left out") and told.count("\n") == 1
+
+
 def test_charts_by_hand() -> None:
     svg = line_chart([Line("a", [0, 10], [1.0, 3.0])], "t")
     assert 'points="46.0,150.0 332.0,8.0"' in svg  # from the lower left corner to the upper right one

@@ -26,7 +26,7 @@ def sample(chosen: Namespace) -> int:
             check_new(chosen.out)
     elif chosen.items is not None or chosen.of is not None:
         raise ValueError("--items and --of say what is picked: give --pick WAY, or leave them out.")
-    prompts = load_prompts(chosen.prompts, chosen.columns)
+    prompts = _prompts(chosen)
     how, loading = _sampling(chosen), trained.loading(chosen.load_in_4bit)
     rows = evaluation.sample(cast, prompts, everything, how, functions, loading)
     if chosen.pick:
@@ -57,7 +57,7 @@ def evaluate(chosen: Namespace) -> int:
         raise ValueError(f"The environment variable {chosen.judge_key!r} is not set: put the judge's key there.")
     result = evaluation.evaluate(
         cast,
-        load_prompts(chosen.prompts, chosen.columns),
+        _prompts(chosen),
         chosen.out,
         judge,
         _sampling(chosen),
@@ -78,6 +78,13 @@ def _cast(chosen: Namespace) -> tuple[evaluation.Cast, list[Any]]:
     base = demo.model_path() if chosen.base == "demo" else chosen.base
     rewards = [_adapter(folder, chosen) for folder in chosen.reward]
     return evaluation.Cast.checked(base, chosen.policy, rewards), import_functions(chosen.function)
+
+
+def _prompts(chosen: Namespace) -> list[dict[str, Any]]:
+    rows, said = load_prompts(chosen.prompts, chosen.columns)
+    if said:
+        print(f"{chosen.prompts}: {said}")
+    return rows
 
 
 def _adapter(reward: str, chosen: Namespace) -> str:

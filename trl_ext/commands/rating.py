@@ -22,10 +22,14 @@ def rate(chosen: Namespace) -> int:
         print(exported, end="\n" if str(exported) else "")
         return 0
     try:
-        from trl_ext.rating.serving import serve
+        from trl_ext.rating.serving import listening, serve
     except ImportError as error:
         raise ImportError(f"The page needs {error.name}: pip install 'trl-ext[rate]'.") from error
+    if not chosen.store.exists():  # none is made where the page cannot be served
+        listening(chosen.host, chosen.port).close()
     with Store.open(chosen.store, chosen.answers, *settings) as store:
+        if store.unread:
+            print(f"columns not used: {', '.join(store.unread)} (who wrote an answer stands in 'policy')", flush=True)
         print(f"{store}. Several raters: add ?rater=NAME to the link. Ctrl+C stops.", flush=True)
         if bare := store.prompts_left_out():
             print(f"{bare:,} prompts are left out: --mode {store.mode.name} needs {store.mode.needs}.", flush=True)

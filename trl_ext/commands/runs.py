@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from jinja2 import TemplateError
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
@@ -38,10 +40,16 @@ def report(chosen: Namespace) -> int:
     names = ("evaluation.json", "*/evaluation.json")
     evaluations = [file for run in chosen.run_dirs for name in names for file in sorted(Path(run).glob(name))]
     sections = []
-    if evaluations:
+    for file in evaluations:
         from trl_ext.evaluation import section  # imports what samples too, which takes seconds
 
-        sections = [section(json.loads(file.read_text(encoding="utf-8"))) for file in evaluations]
+        try:
+            sections.append(section(json.loads(file.read_text(encoding="utf-8"))))
+        except (ValueError, LookupError, TypeError, AttributeError, TemplateError) as error:
+            why = f"{type(error).__name__}: {error!s:.80}"
+            print(
+                f"{file} is left out, for it is no evaluation ({why}): run `trl-ext evaluate` again.", file=sys.stderr
+            )
     print(diagnostics.write_report(chosen.run_dirs, chosen.output, sections))
     return 0
 

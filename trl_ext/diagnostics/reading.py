@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trl_ext.diagnostics.log import RunLog, Sample
-from trl_ext.types import as_text
 
 STATE_FILE, SETTINGS_FILE = "trainer_state.json", "run.json"
 JUDGEMENT_FILE, DIAGNOSTICS_FILE = "judgement.json", "diagnostics.json"
@@ -102,7 +101,11 @@ def _number(value: float | None) -> float:
 
 
 def _text(value: Any) -> str:
-    return as_text(value if isinstance(value, str) else list(value))
+    if isinstance(value, str):
+        return value
+    from trl_ext.types import as_text  # imports torch, for which nobody waits who asks the doctor about texts
+
+    return as_text(list(value))
 
 
 def _step_of(path: Path) -> int:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from statistics import NormalDist
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+T = TypeVar("T")
 RESAMPLES = 2000
 FLIPS = 10_000
 LEVEL = 0.95  # of intervals
@@ -63,6 +64,7 @@ class Interval:
     """A mean over prompts with the interval that holds the true one in 95 of 100 samples of prompts.
 
     Attributes:
+        low, high: NaN where the prompts do not tell: there is one, or they agree, and the values have no bounds.
         n: prompts.
     """
 
@@ -126,13 +128,17 @@ def bootstrap(
 
         [v - q (v - lowest),  v + q (highest - v)]
 
+    Others may lie anywhere, so they have no interval.
+
     Args:
         bounds: least and greatest possible value; None: any.
     """
     data = np.asarray(values, dtype=float)
     n, tail = len(data), (1 - LEVEL) / 2
-    if bounds is not None and (data == data[0]).all():
+    if (data == data[0]).all():
         v, q = float(data[0]), 1 - tail ** (1 / n)
+        if bounds is None:
+            return Interval(v, math.nan, math.nan, n)
         return Interval(v, v - q * (v - bounds[0]), v + q * (bounds[1] - v), n)
     rng = np.random.default_rng(seed)
     means = np.array([data[rng.integers(n, size=n)].mean() for _ in range(resamples)])
@@ -140,12 +146,17 @@ def bootstrap(
     return Interval(float(data.mean()), float(low), float(high), n)
 
 
-def by_prompt(comparisons: Sequence[Comparison], value: Callable[[Comparison], float]) -> list[float]:
-    """The mean of `value` over each prompt's comparisons, in the prompts' order of appearance."""
-    groups: defaultdict[int | str, list[float]] = defaultdict(list)
-    for comparison in comparisons:
-        groups[comparison.prompt].append(value(comparison))
-    return [sum(group) / len(group) for group in groups.values()]
+def grouped(items: Iterable[tuple[Hashable, T]]) -> list[list[T]]:
+    """What has the same key (a prompt, mostly), together, in the keys' order of appearance."""
+    groups: defaultdict[Hashable, list[T]] = defaultdict(list)
+    for key, item in items:
+        groups[key].append(item)
+    return list(groups.values())
+
+
+def means(values: Iterable[tuple[Hashable, float]]) -> list[float]:
+    """The mean of each prompt's values, in the prompts' order of appearance."""
+    return [sum(group) / len(group) for group in grouped(values)]
 
 
 def chance(outcomes: Sequence[float], seed: int = 0) -> float:
@@ -234,6 +245,8 @@ def length_controlled(comparisons: Sequence[Comparison], seed: int = 0, resample
     drawn = np.stack([np.ones(n), *(np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples))])
     rates = 1 / (1 + np.exp(-_intercepts(x, y, drawn[:, group] * share)))
     low, high = np.quantile(rates[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    if np.ptp(rates) < 1e-9:  # one prompt, or all alike
+        low = high = math.nan
     return Interval(float(rates[0]), float(low), float(high), n)
 
 
@@ -266,7 +279,7 @@ def win_rates(comparisons: Sequence[Comparison], policies: Sequence[str], seed: 
         c = c if place[c.a] < place[c.b] else c.swapped
         pairs[c.a, c.b].append(c)
     ordered = sorted(pairs, key=lambda pair: (place[pair[0]], place[pair[1]]))
-    outcomes = [by_prompt(pairs[pair], lambda c: c.outcome) for pair in ordered]
+    outcomes = [means((c.prompt, c.outcome) for c in pairs[pair]) for pair in ordered]
     p_values = [chance(values, seed) for values in outcomes]
     rates = []
     for (a, b), values, p, corrected in zip(ordered, outcomes, p_values, holm(p_values), strict=True):
@@ -320,8 +333,10 @@ def strengths(comparisons: Sequence[Comparison], policies: Sequence[str], seed: 
     drawn = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(RESAMPLES // 4)])
     sampled = bradley_terry(np.tensordot(drawn, won, axes=1), tolerance=1e-4)
     low, high = np.quantile(sampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    means = bradley_terry(won.sum(axis=0))
-    return {name: Interval(float(means[i]), float(low[i]), float(high[i]), n) for name, i in place.items()}
+    if (won == won[0]).all():  # one prompt, or all alike
+        low = high = np.full(len(policies), math.nan)
+    found = bradley_terry(won.sum(axis=0))
+    return {name: Interval(float(found[i]), float(low[i]), float(high[i]), n) for name, i in place.items()}
 
 
 # Judges --------------------------------------------------------------------------------------------------------------
@@ -361,10 +376,8 @@ def agreement(judged: Sequence[Comparison], people: Sequence[Comparison], seed: 
     if not shared:
         return None
     verdicts = [(_majority(of_judge[pair]), _majority(of_people[pair])) for pair in shared]
-    same: defaultdict[int | str, list[float]] = defaultdict(list)
-    for pair, (x, y) in zip(shared, verdicts, strict=True):
-        same[of_people[pair][0].prompt].append(float(x == y))
-    share = bootstrap([sum(group) / len(group) for group in same.values()], seed, bounds=(0, 1))
+    same = ((of_people[pair][0].prompt, float(x == y)) for pair, (x, y) in zip(shared, verdicts, strict=True))
+    share = bootstrap(means(same), seed, bounds=(0, 1))
     return Agreement(share, cohen_kappa(*map(list, zip(*verdicts, strict=True))), len(shared))
 
 

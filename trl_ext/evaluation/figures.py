@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from trl_ext.evaluation.comparisons import Interval, bootstrap
+from trl_ext.evaluation.comparisons import Interval, bootstrap, means
 from trl_ext.evaluation.sampling import Row
 from trl_ext.feedback.records import key_of
 from trl_ext.rewards import repetition_penalty
@@ -47,11 +47,11 @@ def figures(rows: Sequence[Row], seed: int = 0) -> dict[str, Interval]:
         "distinct": lambda row: 1 / count[key_of(row["completion"])],
         "perplexity": lambda row: (row["logprob"] - row["kl"]) / row["tokens"] if row["tokens"] else None,
     }
-    shares = {"ended": (0.0, 1.0), "repetition": (0.0, 1.0)}
+    shares = dict.fromkeys(("ended", "repetition", "distinct"), (0.0, 1.0))
     found = {}
     for name, measure in measures.items():
-        if values := by_prompt(rows, measure):
-            found[name] = bootstrap(values, seed, shares.get(name))
+        if measured := [(key_of(row["prompt"]), value) for row in rows if (value := measure(row)) is not None]:
+            found[name] = bootstrap(means(measured), seed, shares.get(name))
     if (fluency := found.get("perplexity")) is not None:
         ends = math.exp(-fluency.high), math.exp(-fluency.low)
         found["perplexity"] = Interval(math.exp(-fluency.mean), *ends, fluency.n)
@@ -61,12 +61,3 @@ def figures(rows: Sequence[Row], seed: int = 0) -> dict[str, Interval]:
 def _score(name: str, row: Row) -> float | None:
     score: float | None = row["scores"][name]
     return score
-
-
-def by_prompt(rows: Sequence[Row], measure: Callable[[Row], float | None]) -> list[float]:
-    """The mean of `measure` over each prompt's rows, in the prompts' order; where it is None it does not count."""
-    groups: defaultdict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        if (value := measure(row)) is not None:
-            groups[key_of(row["prompt"])].append(value)
-    return [sum(group) / len(group) for group in groups.values()]

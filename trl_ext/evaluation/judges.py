@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from trl_ext.evaluation.comparisons import Comparison
 from trl_ext.evaluation.sampling import Row, append, read_rows
 from trl_ext.feedback.records import key_of
+from trl_ext.rewards.loop import Loop
 from trl_ext.rewards.remote import post
 from trl_ext.types import as_text
 
@@ -179,7 +180,7 @@ class ModelJudge:
         self.name = model
         self.url = url.rstrip("/") + ("" if url.rstrip("/").endswith("/chat/completions") else "/chat/completions")
         self.file, self.rubric, self._concurrency = file, rubric, concurrency
-        self._retries, self._backoff = retries, backoff
+        self._retries, self._backoff, self._loop = retries, backoff, Loop()
         headers = {"Authorization": f"Bearer {key}"} if key else None
         self._client = lambda: httpx2.AsyncClient(timeout=timeout, headers=headers, follow_redirects=False)
 
@@ -192,7 +193,7 @@ class ModelJudge:
         both = [(self._payload(a, b), self._payload(b, a)) for a, b in pairs]
         known = {name: row["verdict"] for name, row in read_rows(self.file, "question").items()}
         unknown = {name: payload for orders in both for payload in orders if (name := _name(payload)) not in known}
-        asyncio.run(self._ask_all(unknown, known))
+        self._loop.run(self._ask_all(unknown, known))
         return [_of_both(*(known.get(_name(payload)) for payload in orders)) for orders in both]
 
     def _payload(self, first: Row, second: Row) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
 from statistics import fmean, pstdev
 
+from trl_ext.evaluation.comparisons import grouped
 from trl_ext.evaluation.sampling import Row
 from trl_ext.feedback.records import key_of
 
@@ -87,10 +87,8 @@ def pick(rows: Sequence[Row], way: str, items: int, of: str = "pairs", seed: int
 
 
 def _pairs(rows: Sequence[Row]) -> list[tuple[int, ...]]:
-    by_prompt: defaultdict[str, list[int]] = defaultdict(list)
-    for i, row in enumerate(rows):
-        by_prompt[key_of(row["prompt"])].append(i)
-    every = (pair for group in by_prompt.values() for pair in combinations(group, 2))
+    by_prompt = grouped((key_of(row["prompt"]), i) for i, row in enumerate(rows))
+    every = (pair for group in by_prompt for pair in combinations(group, 2))
     return [pair for pair in every if rows[pair[0]]["completion"] != rows[pair[1]]["completion"]]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -36,9 +36,9 @@ def as_json(
     """An evaluation in plain numbers, lists and dicts; a figure that is no number is None."""
     policies = {}
     for name, figures in metrics.items():
-        policies[name] = {"adapter": adapters[name], "metrics": {key: asdict(x) for key, x in figures.items()}}
+        policies[name] = {"adapter": adapters[name], "metrics": {key: _figure(x) for key, x in figures.items()}}
         if name in strengths:
-            policies[name]["strength"] = asdict(strengths[name])
+            policies[name]["strength"] = _figure(strengths[name])
     win_rates: dict[str, dict[str, Any]] = {name: {} for name in metrics} if rates else {}
     for rate in rates:
         for way in (rate, rate.swapped):
@@ -62,9 +62,14 @@ def as_json(
     }
 
 
+def _figure(x: Interval) -> dict[str, Any]:
+    return {name: None if math.isnan(value) else value for name, value in asdict(x).items()}
+
+
 def _rate(rate: WinRate) -> dict[str, Any]:
     raw, controlled = (
-        {"rate": x.mean, "low": x.low, "high": x.high, "n": x.n} for x in (rate.rate, rate.length_controlled)
+        {"rate" if name == "mean" else name: value for name, value in _figure(x).items()}
+        for x in (rate.rate, rate.length_controlled)
     )
     tested = {"p": rate.p, "p_corrected": rate.corrected, "more_prompts": rate.more_prompts}
     return {**raw, "length_controlled": controlled, **tested, "sentence": rate.sentence}
@@ -138,8 +143,13 @@ def _rates(result: Result) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def _interval(figure: Mapping[str, Any] | None) -> str:
-    return f"{number(figure['mean'])} ({number(figure['low'])} to {number(figure['high'])})" if figure else ""
+    return f"{number(figure['mean'])} {_ends(figure, number)}" if figure else ""
 
 
 def _share(rate: Mapping[str, Any]) -> str:
-    return f"{rate['rate']:.1%} ({rate['low']:.1%} to {rate['high']:.1%})"
+    return f"{rate['rate']:.1%} {_ends(rate, '{:.1%}'.format)}"
+
+
+def _ends(figure: Mapping[str, Any], written: Callable[[float], str]) -> str:
+    low, high = figure["low"], figure["high"]
+    return "(no interval)" if low is None else f"({written(low)} to {written(high)})"

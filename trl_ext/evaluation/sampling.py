@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -249,7 +249,11 @@ def append(file: Path, rows: Sequence[Row]) -> None:
 
 
 def read_rows(file: Path, key: str = "id") -> dict[str, Row]:
-    """The rows of a JSON lines file by their `key`. A last line that was only half written is cut off."""
+    """The rows of a JSON lines file by their `key`. A last line that was only half written is cut off.
+
+    Raises:
+        ValueError: a line is no row with that key, or two are, and say different things.
+    """
     if not file.exists():
         return {}
     written = file.read_bytes()
@@ -257,15 +261,25 @@ def read_rows(file: Path, key: str = "id") -> dict[str, Row]:
     if whole < len(written):
         with file.open("r+b") as stream:
             stream.truncate(whole)
-    return {row[key]: row for row in _rows(written[:whole], file)}
+    found: dict[str, Row] = {}
+    for number, line in enumerate(written[:whole].split(b"\n")[:-1], start=1):
+        row = _row(line)
+        if row is None or key not in row:
+            fault = "is no row of JSON" if row is None else f"has no {key!r}"
+            raise ValueError(f"Line {number} of {str(file)!r} {fault}: mend it, or name another file.")
+        if found.setdefault(row[key], row) != row:
+            raise ValueError(
+                f"Line {number} of {str(file)!r} has the {key} of a line before, {row[key]!r:.60}: leave one of them."
+            )
+    return found
 
 
-def _rows(written: bytes, file: Path) -> Iterator[Row]:
-    for number, line in enumerate(written.decode("utf-8").split("\n")[:-1], start=1):
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"Line {number} of {str(file)!r} is no JSON: mend it, or name another file.") from error
+def _row(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -302,7 +316,7 @@ def _settings(
 
 def _with_digest(made_with: Any) -> str:
     """A model, an adapter or a reward function by its name, with a digest of the folder or the module that it is from;
-    the name alone where it is from the Hub, or from no file."""
+    the name alone where it is from the Hub, or from no file. What a module imports is not in its digest."""
     if isinstance(made_with, str):
         folder = Path(made_with)
         return f"{made_with} with digest {fingerprint(folder)}" if folder.is_dir() else made_with

@@ -170,25 +170,29 @@ def load_texts(dataset: str) -> Dataset:
     return _read(dataset if _is_file(dataset) else opened(dataset, "train", dataset), dataset)
 
 
-def load_prompts(dataset: str, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
+def load_prompts(dataset: str, columns: Sequence[str] = ()) -> tuple[list[dict[str, Any]], str]:
     """Rows with "prompt", each prompt once: those of a file, a folder or a data set on the Hub, whose further columns
     ride along; or the prompts of feedback and conversations, as `feedback.read_prompts` reads them. "demo": the demo's
     held-out ones.
 
+    Returns:
+        The rows, and in one line what they were read as and what of them was left out; empty where there is nothing to
+        say.
+
     Raises:
         FileNotFoundError, ValueError: there is no such file, or what is in it are no prompts.
     """
-    if dataset == "demo":
-        rows = demo.load("prompts", "test")
-    else:
-        rows = _prompts(DataArguments(dataset, columns=list(columns)), dataset, "train")
+    data = DataArguments(dataset, columns=list(columns))
+    rows = demo.load("prompts", "test") if dataset == "demo" else _prompts(data, dataset, "train")
     check_prompts(rows, dataset)
     first: dict[str, dict[str, Any]] = {}
     for number, row in enumerate(rows, start=1):
         if not as_text(row["prompt"]).strip():
             raise ValueError(f"{dataset}, row {number}: there is no prompt to answer.")
         first.setdefault(key_of(row["prompt"]), row)
-    return list(first.values())
+    if again := len(rows) - len(first):
+        data.read_as += f"; {again:,} rows left out, whose prompt was there before"
+    return list(first.values()), data.read_as.removeprefix("; ")
 
 
 def _read(source: Any, name: str, columns: list[str] | None = None) -> Dataset:

@@ -278,22 +278,7 @@ class PPOConfig(BaseConfig):
                 f"objective {self.objective_name!r} knows no old policy, so a second epoch on a rollout would be "
                 f"off-policy: set num_ppo_epochs to 1, not {self.num_ppo_epochs}."
             )
-        if self.value_warmup_rollouts and not self.uses_value:
-            raise ValueError(
-                f"value_warmup_rollouts is {self.value_warmup_rollouts}, but objective {self.objective_name!r} has no "
-                "critic here: leave it out."
-            )
-        if self.gamma != 1.0 and not self.uses_value:
-            raise ValueError(
-                f"gamma is {self.gamma}, but objective {self.objective_name!r} has no critic here and sums rewards as "
-                "they are: leave gamma at 1."
-            )
-        usual = self._usual("reward_uncertainty_coef")
-        if self.reward_ensemble != "uncertainty" and self.reward_uncertainty_coef != usual:
-            raise ValueError(
-                f"reward_uncertainty_coef is {self.reward_uncertainty_coef}, but reward_ensemble is "
-                f"{self.reward_ensemble!r}, which does not read it: set that to 'uncertainty', or leave it out."
-            )
+        self._check_unread()
         if self.use_vllm and self.generation_kwargs:
             raise ValueError("generation_kwargs are Transformers' and would not reach vLLM: unset them, or use_vllm.")
         if self.use_vllm and self.use_transformers_continuous_batching:
@@ -313,6 +298,31 @@ class PPOConfig(BaseConfig):
             raise ValueError(f"reward_weights is {weights!r}: give a list of numbers, one per reward function.")
         if clip is not None and not (_are_numbers(clip) and len(clip) == 2 and clip[0] < clip[1]):
             raise ValueError(f"reward_clip_range is {clip!r}: give the least and the greatest score, as in [-1, 1].")
+
+    def _check_unread(self) -> None:
+        """Refuse settings that would change nothing."""
+        named = self.objective if isinstance(self.objective, str) else None  # your own may read what it likes
+        objective, critic = f"objective {self.objective_name!r}", ("vf_coef", "cliprange_value")
+        for who, names, is_read in (
+            (f"{objective} has no critic here and", ("gamma", "value_warmup_rollouts", *critic), self.uses_value),
+            (objective, ("lam", "lam_value"), named in (None, "clip", "kl_penalty")),
+            (objective, ("cliprange", "dual_clip"), named in (None, "clip", "sequence")),
+            (objective, ("penalty_coef", "penalty_target"), named in (None, "kl_penalty")),
+            (objective, ("baseline",), named in (None, "reinforce")),
+            (
+                f"score_normalization {self.score_normalization!r}",
+                ("normalization_samples",),
+                self.score_normalization == "reference",
+            ),
+            (
+                f"reward_ensemble {self.reward_ensemble!r}",
+                ("reward_uncertainty_coef",),
+                self.reward_ensemble == "uncertainty",
+            ),
+        ):
+            for name in names:
+                if not is_read and getattr(self, name) != self._usual(name):
+                    raise ValueError(f"{name} is {getattr(self, name)!r}, but {who} does not read it: leave it out.")
 
     @property
     def steps_of_run(self) -> int | None:

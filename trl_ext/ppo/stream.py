@@ -30,7 +30,7 @@ class PromptStream(Rows[dict[str, Any]]):
         check: called with each row that the run takes and its number, once; raises where something is wrong.
 
     Raises:
-        ValueError: nothing says how long the run is; or there are no rows.
+        ValueError: nothing says how long the run is; or there are no rows, at first or when it is read again.
     """
 
     def __init__(self, stream: IterableDataset, args: PPOConfig) -> None:
@@ -88,7 +88,12 @@ class PromptStream(Rows[dict[str, Any]]):
             self._epoch += 1
             self.stream.set_epoch(self._epoch)  # its own shuffle draws a new order
             self._rows = iter(self.stream)
-            return next(self._rows)
+        if (row := next(self._rows, None)) is None:
+            raise ValueError(
+                f"train_dataset gave {self._read} prompts and none when it was read again, but the run takes "
+                f"{len(self)}: give a stream that can be read again, or lower total_episodes or max_steps."
+            )
+        return row
 
 
 def rows_to_evaluate(dataset: Any) -> Any:

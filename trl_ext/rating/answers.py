@@ -60,13 +60,14 @@ def written(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def read_answers(file: str | Path) -> list[Answer]:
-    """The answers in a file as `trl-ext sample` writes it: `completion`, and where they are known `prompt`, `policy`,
-    `id` and `tokens`. An answer may be empty: a policy may say nothing.
+def read_answers(file: str | Path) -> tuple[list[Answer], list[str]]:
+    """The answers in a file as `trl-ext sample` writes it, and the columns that nobody reads. Answers have
+    `completion`, and where they are known `prompt`, `policy`, `id` and `tokens`. One may be empty: a policy may say
+    nothing.
 
     Raises:
         FileNotFoundError: no such file.
-        FeedbackError: no answers, a row that is none, or prompts in a column that nobody reads.
+        FeedbackError: no answers, a row that is none, two with one id, or prompts in a column that nobody reads.
     """
     path = Path(file)
     if not path.is_file():
@@ -74,6 +75,7 @@ def read_answers(file: str | Path) -> list[Answer]:
     answers: list[Answer] = []
     first: Record | None = None
     unread: dict[str, str] = {}
+    lines: dict[str, int] = {}  # by id
     for line, row in numbered_rows(str(path), str(file)):
         try:
             if isinstance(row, Unusable):
@@ -91,11 +93,14 @@ def read_answers(file: str | Path) -> list[Answer]:
             check_same(record, first)
             about = {column: _text(row, column) for column in ("id", "policy", "tokens")}
             tokens = None if about["tokens"] is None else _tokens(about["tokens"])
+            name = about["id"] or str(len(answers) + 1)
+            if (before := lines.setdefault(name, line)) != line:
+                raise Unusable("id", f"{name!r:.60} is that of line {before} too: give each answer one of its own")
         except Unusable as bad:
             raise FeedbackError(f"{file}: {Problem(line, bad.column, bad.reason)}.") from bad
         answers.append(
             Answer(
-                about["id"] or str(len(answers) + 1),
+                name,
                 record.prompt,
                 "" if says_nothing else record.completion,
                 about["policy"],
@@ -106,7 +111,7 @@ def read_answers(file: str | Path) -> list[Answer]:
         raise FeedbackError(f"{file} holds no answers.")
     if not any(answer.prompt for answer in answers) and isinstance(answers[0].completion, str):
         check_prompt_is_read(str(file), unread)
-    return answers
+    return answers, sorted(unread.values())
 
 
 def _text(row: Row, column: str) -> str | None:

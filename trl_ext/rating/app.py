@@ -32,7 +32,7 @@ from trl_ext.rating.records import Annotation, Progress, Shown
 from trl_ext.rating.store import LONGEST_NAME, Store
 
 T = TypeVar("T")
-LONGEST_FORM = 64 * 1024  # bytes
+LONGEST_FORM, MOST_FIELDS = 64 * 1024, 100  # bytes
 A_YEAR = 365 * 24 * 3600
 DIFFERENCES = 10  # shown at the end
 NOTICES = {  # above the page that follows, by the query of its address
@@ -55,6 +55,7 @@ PAGES = Environment(
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
+    auto_reload=False,  # six looks at the disk a page
 )
 
 
@@ -207,13 +208,13 @@ class RatingPage:
         rater = self.store.rater(named)
         return self.store.next(rater), self._stand(rater)
 
-    def _stand(self, named: str) -> tuple[str, Shown | None, Progress]:
-        rater = self.store.rater(named)
+    def _stand(self, rater: str) -> tuple[str, Shown | None, Progress]:
         return rater, self.store.last(rater), self.store.progress(rater)
 
     async def figures(self, request: Request) -> Response:
         """What the rater agreed on so far."""
-        rater, last, progress = await self.do(self._stand, self._known_rater(request))
+        named = self._known_rater(request)
+        rater, last, progress = await self.do(lambda: self._stand(self.store.rater(named)))
         page = {"rater": rater, "mode": self.store.mode, "progress": progress, "last": last, "said": self._said(last)}
         return self._html("end.html", finished=False, notice="", **page, **await self._figures(rater))
 
@@ -231,8 +232,9 @@ class RatingPage:
         comment = form.get("comment", "").replace("\r\n", "\n").strip()  # forms send lines so
         if not self.store.judge(self.store.rater(rater), token, state, verdict, comment):
             return "/?late"
-        kept = self.store.shown(token)
-        return "/" if kept and (kept.state, kept.verdict, kept.comment) == (state, verdict, comment) else "/?before"
+        if shown is None or shown.state == "open":
+            return "/"
+        return "/" if (shown.state, shown.verdict, shown.comment) == (state, verdict, comment) else "/?before"
 
     async def undo(self, request: Request) -> Response:
         rater, form = self._known_rater(request), await _form(request)
@@ -313,7 +315,10 @@ async def _form(request: Request) -> dict[str, str]:
         body += part
         if len(body) > LONGEST_FORM:
             raise HTTPException(413, f"The form is longer than {LONGEST_FORM // 1024} KiB: shorten the comment.")
-    return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=100))
+    try:
+        return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=MOST_FIELDS))
+    except ValueError as error:
+        raise HTTPException(400, f"The form has more than {MOST_FIELDS} fields: use the one on the page.") from error
 
 
 async def _told(_: Request, error: Exception) -> Response:

@@ -85,6 +85,7 @@ class Store:
     attention: int = 0  # whose verdict is known
     done: int = 0  # judgements of new items
     needed: int = 0  # how many these will be; where --per-item was greater before, some items have more than it says
+    unread: list[str] = field(default_factory=list)  # columns of the answers, where nothing says who wrote these
 
     # Opening ---------------------------------------------------------------------------------------------------------
 
@@ -148,11 +149,12 @@ class Store:
         is_new = not path.exists() or path.stat().st_size == 0
         if is_new and answers is None:
             raise StoreError(f"The store {str(path)!r} does not exist: name the file of answers that it is for.")
-        rows = read_answers(answers) if answers is not None else []
+        rows, unread = read_answers(answers) if answers is not None else ([], [])
         if is_new and attention is not None:  # no store is made where it cannot be used
             read_attention(attention, MODES[mode or "stars"])
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         store = cls(path, connection, lock)
+        store.unread = unread if all(row.policy is None for row in rows) else []
         try:
             if not is_new:
                 store._recognise()
@@ -558,17 +560,11 @@ class Store:
 
     def _read(self, numbers: Sequence[int]) -> tuple[int, Any, tuple[Answer, ...]]:
         """The prompt's number and the prompt of these answers, and the answers."""
-        prompt, text = self._one(
-            "SELECT prompts.number, text FROM answers JOIN prompts ON prompts.number = prompt WHERE answers.number = ?",
-            numbers[0],
-        )
-        asked, answers = json.loads(text), []
-        for number in numbers:
-            id_, completion, policy, tokens = self._one(
-                "SELECT id, completion, policy, tokens FROM answers WHERE number = ?", number
-            )
-            answers.append(Answer(id_, asked, json.loads(completion), policy, tokens))
-        return prompt, asked, tuple(answers)
+        query = """SELECT prompts.number, text, id, completion, policy, tokens
+            FROM answers JOIN prompts ON prompts.number = prompt WHERE answers.number = ?"""
+        rows = [self._one(query, number) for number in numbers]
+        prompt, asked = rows[0][0], json.loads(rows[0][1])
+        return prompt, asked, tuple(Answer(id_, asked, json.loads(said), *who) for _, _, id_, said, *who in rows)
 
     def _number(self, name: str) -> int:
         return int(self._one("SELECT number FROM raters WHERE name = ?", name)[0])

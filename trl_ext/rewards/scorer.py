@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import math
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import count
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from trl_ext.rewards.loop import Loop
 from trl_ext.rewards.protocol import RewardFunction, arguments_of, check_functions, name_of
 from trl_ext.tokens import check_loaded
 from trl_ext.types import Rollout
@@ -57,7 +58,7 @@ class Scorer:
             if isinstance(function, (str, nn.Module)):
                 function = self._model_function(function, tokenizer, device, trust_remote_code)
             self._functions.append(function)
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop = Loop()
 
     def __call__(self, rollout: Rollout, columns: dict[str, list[Any]], **context: Any) -> Tensor:
         """Score every completion of `rollout`: (batch, functions), NaN where a function returned None.
@@ -85,7 +86,7 @@ class Scorer:
                 results.append(self._call(function, taken))
         waiting = {i: result for i, result in enumerate(results) if inspect.isawaitable(result)}
         if waiting:
-            finished = self._run(_gather(list(waiting.values()), self.timeout))
+            finished = self._loop.run(_gather(list(waiting.values()), self.timeout))
             for i, result in zip(waiting, finished, strict=True):
                 with _reported_as(self.names[i], self.timeout):
                     if isinstance(result, BaseException):
@@ -109,13 +110,6 @@ class Scorer:
 
         threading.Thread(target=work, name="trl_ext-reward", daemon=True).start()
         return future.result(self.timeout)
-
-    def _run(self, coroutine: Coroutine[Any, Any, list[Any]]) -> list[Any]:
-        # One loop for the whole run: a client that an async function keeps open belongs to the loop it was made in.
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="trl_ext-rewards", daemon=True).start()
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def _model_function(self, model: Any, tokenizer: Any, device: Any, trust_remote_code: bool) -> Callable[..., Any]:
         if isinstance(model, str):
