@@ -94,6 +94,8 @@ def show(rows: Sequence[Line]) -> None:
         ["" if row[name] is None else format(row[name], how) for name, (_, how) in columns.items()] for row in rows
     ]
     show_table("The circle", [heading for heading, _ in columns.values()], cells)
+    if rows and rows[0]["exam_before"] is not None:
+        print(f"Exam: {rows[0]['exam_before']:.1%} right before, {rows[-1]['exam']:.1%} after.", flush=True)
 
 
 def write(out: Path, rows: Sequence[Line]) -> None:
