@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from tests.parity.tiny import config_of, save_base
 from trl_ext import PPOConfig, PPOTrainer, feedback, loop
 from trl_ext.loop import overview, raters, stages
 from trl_ext.loop.picking import NothingNew, chosen, known_of
-from trl_ext.rating import Store
+from trl_ext.rating import Store, serving
 
 HERE = "tests.unit.test_loop"
 PROMPTS = [{"prompt": f"w{3 + i} w{10 + i}"} for i in range(12)]
@@ -42,6 +43,10 @@ def gone(**_: Any) -> list[float]:
 
 def silent(completions: list[str], **_: Any) -> list[float | None]:
     return [None] * len(completions)
+
+
+def needs_a_colour(completions: list[str], colour: list[str], **_: Any) -> list[float]:
+    return [1.0] * len(completions)
 
 
 @pytest.fixture(scope="session")
@@ -353,6 +358,27 @@ def test_people_who_skip_everything(base: Path, tmp_path: Path, monkeypatch: pyt
     assert outcome.rows == [] and outcome.ended.endswith("nobody could tell anything about its answers.")
 
 
+def test_a_port_in_use(base: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port} .*name another with --port"):
+            loop.run(circle_of(base, tmp_path / "out", rater="page", port=port, browser=False))
+
+
+def test_the_page_closes_by_itself(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where what was judged last is taken back, and judged again."""
+    monkeypatch.setattr(serving, "POLL", 0.01)
+    monkeypatch.setattr(serving, "LAST_LOOK", 0.01)
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"prompt": "p", "completion": "c"}\n', encoding="utf-8")
+    verdicts, said = iter([False, True, False, True, True, True]), []
+    with Store.open(tmp_path / "store.sqlite", answers) as store:
+        serving.serve(store, port=0, browser=False, say=said.append, until=lambda: next(verdicts))
+    assert len(said) == 1 and said[0].startswith("http://127.0.0.1:") and list(verdicts) == [True]
+
+
 # Wrong input ---------------------------------------------------------------------------------------------------------
 
 
@@ -398,12 +424,15 @@ def test_settings_that_make_no_sense(base: Path, tmp_path: Path, changes: dict[s
     [
         ({"reward": {"epochs": 3}}, "reward has the setting 'epochs'"),
         ({"rater": "page", "patience": 1}, "patience goes by who wins"),
+        ({"rater": "reward:nowhere"}, "nowhere"),
+        ({"rater": f"{HERE}.needs_a_colour"}, "colour"),
+        ({"judge": "reward:nowhere"}, "nowhere"),
     ],
 )
 def test_what_the_circle_refuses_before_it_begins(
     base: Path, tmp_path: Path, changes: dict[str, Any], why: str
 ) -> None:
-    with pytest.raises(ValueError, match=why):
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=why):
         loop.run(circle_of(base, tmp_path / "out", **changes))
     assert not (tmp_path / "out/settings.json").exists()
 

@@ -17,6 +17,7 @@ from trl import ModelConfig, get_quantization_config
 
 from trl_ext import demo, launch
 from trl_ext.evaluation import Cast, Spec
+from trl_ext.evaluation.sampling import check_columns
 from trl_ext.loop import overview, stages
 from trl_ext.loop.picking import NothingNew
 from trl_ext.loop.rounds import Round
@@ -26,6 +27,8 @@ from trl_ext.roles import SharedBase
 from trl_ext.roles.adapters import Named
 
 ROUND_OF_SEEDS = 1000  # rounds and seeds do not meet: round 2 of seed 1 draws nothing that round 1 of seed 2 draws
+
+TRUTH = Spec("function", "trl_ext.demo.rate", function=demo.rate)  # about the embedded default
 
 
 @dataclass(frozen=True)
@@ -60,21 +63,22 @@ class Circle:
         return self.cast({"base": self.policy(Round(self.out, 0))}).tokenizer()
 
     @cached_property
+    def rater(self) -> Spec | None:
+        """Who judges, where it is no person."""
+        named = self.script.rater
+        if named in ("page", "file"):
+            return None
+        if named == "demo":
+            return TRUTH
+        kind = "reward" if named.startswith("reward:") else "function"
+        return _imported(Spec(kind, named.removeprefix("reward:")))
+
+    @cached_property
     def judge(self) -> Spec | None:
         """Who compares policies; None: the round's own reward model."""
-        rater = self.script.rater
         if self.script.judge is not None:
-            spec = Spec.of(self.script.judge)
-        elif rater in ("page", "file") and self.script.dataset != "demo":
-            return None
-        elif rater in ("demo", "page", "file"):
-            return Spec("function", "trl_ext.demo.rate", function=demo.rate)
-        else:
-            kind = "reward" if rater.startswith("reward:") else "function"
-            spec = Spec(kind, rater.removeprefix("reward:"))
-        if spec.kind == "function":
-            spec = replace(spec, function=launch.import_functions([spec.value])[0])
-        return spec
+            return _imported(Spec.of(self.script.judge))
+        return TRUTH if self.rater is None and self.script.dataset == "demo" else self.rater
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -115,17 +119,28 @@ class Circle:
         """Refuse what would fail later, before anything is made.
 
         Raises:
-            ValueError: settings contradict each other, or those that the folder was made with.
+            FileNotFoundError: there is no such reward adapter.
+        TypeError: a function asks for a column that the prompts do not have.
+        ValueError: settings contradict each other, or those that the folder was made with.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("The loop's stages run in one process each: start it by `python`, not on several GPUs.")
         if self.script.patience is not None and self.judge is None:
             raise ValueError("patience goes by who wins against the round before, which a judge says: give --judge.")
+        for spec, prompts in ((self.rater, self.train), (self.judge, self.test)):
+            if spec is not None and spec.kind == "reward":
+                self.cast({}).with_reward(spec.value)
+            elif spec is not None and spec.kind == "function":
+                check_columns(prompts, [spec.function])
         reward_config(self.script, self.args, self.out / "reward", self.args.seed)
         ppo_config(self.args, self.out / "ppo", self.args.seed)
         settings = record(self.script, self.args, self.model_args, self.train, self.test)
         self.out.mkdir(parents=True, exist_ok=True)
         check_record(self.out / "settings.json", settings)
+
+
+def _imported(spec: Spec) -> Spec:
+    return replace(spec, function=launch.import_functions([spec.value])[0]) if spec.kind == "function" else spec
 
 
 @dataclass(frozen=True)

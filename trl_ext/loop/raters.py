@@ -130,7 +130,8 @@ def rate_on_page(round_: Round, mode: str, budget: int, port: int, browser: bool
             )
         if not any(said.verdict is not None for said in store.annotations()):
             raise NothingNew("nobody could tell anything about its answers.")
-        print(export(store, round_.feedback))
+        exported = export(store, round_.feedback)
+        print(exported, end="\n" if str(exported) else "", flush=True)
 
 
 def _is_judged(file: Path, wanted: int) -> bool:

@@ -64,18 +64,17 @@ def rate_answers(circle: Circle, round_: Round) -> None:
         return
     if script.rater == "file":
         wait_for_file(round_)
-    elif script.rater == "page":
+    elif circle.rater is None:
         rate_on_page(round_, script.mode, script.ratings, script.port, script.browser)
     else:
-        function, name = _rater(circle)
-        scorer = Scorer([function])
+        scorer = Scorer([_rater(circle, circle.rater)])
 
         def ask(rows: Sequence[Row]) -> list[float | None]:
             asked = [{**row} for row in rows]
             add_scores(asked, rollout_of(asked, circle.tokenizer), scorer)
             return [row["score"] for row in asked]
 
-        rate_by_numbers(round_, script.mode, script.ratings, ask, name)
+        rate_by_numbers(round_, script.mode, script.ratings, ask, script.rater)
 
 
 def train_reward(circle: Circle, round_: Round) -> None:
@@ -110,8 +109,10 @@ def train_policy(circle: Circle, round_: Round) -> None:
         roles |= {"policy": before.ppo, "value": before.ppo / "value", "reference": _reference(circle, before)}
     set_seed(args.seed)  # new adapters and heads are drawn
     base = circle.shared_base(trust_remote_code=args.trust_remote_code, **roles)
-    rows = Dataset.from_list([dict(row) for row in circle.train])
-    trainer = PPOTrainer(base, None, args, rows, processing_class=circle.tokenizer, callbacks=[DiagnosticsCallback()])
+    rows, held_out = (Dataset.from_list([dict(row) for row in part]) for part in (circle.train, circle.test))
+    trainer = PPOTrainer(
+        base, None, args, rows, held_out, processing_class=circle.tokenizer, callbacks=[DiagnosticsCallback()]
+    )
     launch.show_progress(trainer)
     trainer.train(resume_from_checkpoint=last_checkpoint(draft))
     trainer.save_model()
@@ -159,16 +160,13 @@ def _sampling(circle: Circle, number: int, per_prompt: int) -> Sampling:
     )
 
 
-def _rater(circle: Circle) -> tuple[Any, str]:
-    """A reward function, and what to call it."""
-    rater = circle.script.rater
-    if rater == "demo":
-        return demo.rate, "demo"
-    if not rater.startswith("reward:"):
-        return launch.import_functions([rater])[0], rater
-    cast, _ = circle.cast({"base": None}).with_reward(rater.removeprefix("reward:"))
+def _rater(circle: Circle, spec: Spec) -> Any:
+    """A reward function."""
+    if spec.kind == "function":
+        return spec.function
+    cast, _ = circle.cast({"base": None}).with_reward(spec.value)
     [function] = cast.loaded(circle.tokenizer, **circle.loading).rewards.values()
-    return function, rater
+    return function
 
 
 def _read(circle: Circle, round_: Round) -> feedback.Feedback:
