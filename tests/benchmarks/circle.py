@@ -1,10 +1,10 @@
 """One round against four with the same number of judgements: whether the circle closes the gap.
 
-python tests/benchmarks/circle.py --work FOLDER            # the embedded default, 1,200 judgements, three seeds
+python tests/benchmarks/circle.py --work FOLDER            # the embedded default; writes docs/recipes/loop.md
 python tests/benchmarks/circle.py --work FOLDER --real --base MODEL --ratings RATINGS.tsv [--gold FOLDER]
 
-Embedded: one round of 1,200 judgements at kl_coef 0.05, four of 300 at 0.05, and one of 1,200 at 0.4; PPO sees the same
-number of completions in all.
+Embedded, three seeds: one round of 1,200 judgements at kl_coef 0.05, four of 300 at 0.05, and one of 1,200 at 0.4. PPO
+sees the same number of completions in all.
 
 --real: a reward adapter over MODEL that is trained on all of RATINGS.tsv (or found in FOLDER) plays the person (Gao et
 al. 2023, arXiv:2210.10760). The loop's own reward models learn from 200 of its judgements in all: one round of 200, or
@@ -29,6 +29,8 @@ from trl_ext.launch import load_prompts
 from trl_ext.loop import Round
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "recipes" / "loop.md"
+START, END = "<!-- circle: begin -->", "<!-- circle: end -->"
 EMBEDDED: dict[str, list[str]] = {
     "one round, kl_coef 0.05": ["--rounds", "1", "--ratings", "1200", "--kl_coef", "0.05", "--total_episodes", "3200"],
     "four rounds, kl_coef 0.05": ["--rounds", "4", "--ratings", "300", "--kl_coef", "0.05", "--total_episodes", "800"],
@@ -180,7 +182,11 @@ def main() -> None:
     results = {
         name: [loop(chosen.work, name, seed, [*common, *variants[name], *quick]) for seed in seeds] for name in names
     }
-    print(table(results))
+    made = table(results)
+    print(made)
+    if not chosen.real and not quick and names == list(EMBEDDED):
+        before, rest = PAGE.read_text(encoding="utf-8").split(START)
+        PAGE.write_text(f"{before}{START}\n{made}\n{END}{rest.split(END)[1]}", encoding="utf-8")
     if chosen.real:
         curves = {name: [along(chosen.work, name, seed, chosen, gold) for seed in seeds] for name in names}
         (chosen.work / "curves.json").write_text(json.dumps(curves, indent=1), encoding="utf-8")
