@@ -96,7 +96,10 @@ class LoopArguments(RewardArguments):
                 "judge is 'people', who are asked by trl-ext evaluate: give another judge, or leave it out."
             )
         if isinstance(self.reward, str):
-            self.reward = json.loads(self.reward)
+            try:
+                self.reward = json.loads(self.reward)
+            except ValueError as error:
+                raise ValueError(f"reward is {self.reward!r:.80}, which is no JSON: {error}.") from error
         if not isinstance(self.reward, dict | None):
             raise ValueError(f"reward is {self.reward!r:.80}: give settings of FeedbackRewardConfig, as JSON or YAML.")
 
