@@ -56,8 +56,8 @@ def judge_all(capitals: dict[str, str]) -> Callable[..., None]:
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     capitals: dict[str, str] = {}
-    for file, split in (("prompts.jsonl", "train"), ("held_out.jsonl", "test")):
-        rows = demo.load("prompts", split).to_list()[:24]
+    for file, split, count in (("prompts.jsonl", "train", 72), ("held_out.jsonl", "test", 16)):
+        rows = demo.load("prompts", split).to_list()[:count]
         capitals |= {row["prompt"][0]["content"]: row["capital"] for row in rows}
         text = "".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows)
         Path(file).write_text(text, encoding="utf-8")

@@ -210,6 +210,9 @@ def _nth(name: str, owner: Any, count: int, after: bool = True) -> Callable[[], 
     return arrange
 
 
+OFTEN = ("rating", "reward, round 2", "ppo, round 2")  # the others take minutes together
+
+
 def kill_points() -> dict[str, Callable[[], None]]:
     from trl_ext import FeedbackRewardTrainer
     from trl_ext.evaluation import evaluating, sampling
@@ -231,7 +234,9 @@ def kill_points() -> dict[str, Callable[[], None]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", kill_points())
+@pytest.mark.parametrize(
+    "point", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.long) for name in kill_points()]
+)
 def test_killed_in_a_stage(base: Path, whole: Path, tmp_path: Path, point: str) -> None:
     """SIGKILL, the same command again, and every trained weight is the same."""
 
