@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _add_demo(rooms: Any) -> None:
     demo = rooms.add_parser("demo", help="judge a tiny model's answers in the browser, and see what it learns of you")
-    demo.add_argument("--ratings", type=int, default=60, metavar="N", help="answers to judge")
+    demo.add_argument("--ratings", type=int, default=60, metavar="N", help="pairs of answers to judge")
     demo.add_argument("--out", default="runs/demo", metavar="DIR", help="the folder; what is there is gone on with")
     demo.add_argument("--port", type=int, default=8765, help="0 takes a free one")
     demo.add_argument("--no-browser", action="store_true", help="only print the link")

@@ -1,4 +1,4 @@
-"""`trl-ext demo` with a Chromium that rates by the truth: the exam rises."""
+"""`trl-ext demo` with a Chromium that judges by the truth: the exam rises."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from trl_ext import demo
 from trl_ext.demo.grading import rating
 from trl_ext.demo.world import COUNTRIES
 
-RATINGS = 60
+PAIRS = 60
 
 
 def capital_asked_for(prompt: str) -> str:
@@ -26,7 +26,7 @@ def capital_asked_for(prompt: str) -> str:
 
 @pytest.mark.browser
 @pytest.mark.long
-def test_the_exam_rises_with_true_ratings(fresh: Any, tmp_path: Path) -> None:
+def test_the_exam_rises_with_true_judgements(fresh: Any, tmp_path: Path) -> None:
     demo.model_path()  # another test's time
     command = [sys.executable, "-m", "trl_ext.cli", "demo", "--out", str(tmp_path / "demo"), "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -36,13 +36,14 @@ def test_the_exam_rises_with_true_ratings(fresh: Any, tmp_path: Path) -> None:
         assert process.stdout is not None
         fresh.get(next(line.strip() for line in process.stdout if line.startswith("http://")))
         first = time.monotonic() - started
-        for number in range(1, RATINGS + 1):
-            texts = [
-                fresh.find_element("css selector", f"{part} .text").get_attribute("textContent")
-                for part in (".prompt", ".answer")
-            ]
-            press(fresh, str(rating(texts[1], capital_asked_for(texts[0]))))
-            wait_for(fresh, f"{number} by you" if number < RATINGS else "Everything is judged")
+        for number in range(1, PAIRS + 1):
+            prompt, *answers = (
+                element.get_attribute("textContent")
+                for element in fresh.find_elements("css selector", ".prompt .text, .answer .text")
+            )
+            a, b = (rating(answer, capital_asked_for(prompt)) for answer in answers)
+            press(fresh, "a" if a > b else "b" if b > a else "t")
+            wait_for(fresh, f"{number} by you" if number < PAIRS else "Everything is judged")
         rated = time.monotonic()
         said, _ = process.communicate(timeout=900)
         print(f"first item after {first:.0f} s, exam {time.monotonic() - rated:.0f} s after the last rating")

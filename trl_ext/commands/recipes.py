@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-# One round is enough where few answers are judged; a firmer hold on the first policy keeps it from the reward model's
-# mistakes, of which 60 judgements leave many. One answer to each of so many prompts, so that most countries are judged.
-DEMO = ["--rater", "page", "--rounds", "1", "--per_prompt", "1", "--kl_coef", "0.4", "--total_episodes", "1600"]
+# Of so few judgements, pairs teach most: in each, what was right stands beside what was not. A firmer hold on the first
+# policy keeps it from the reward model's mistakes, of which they leave many.
+REWARD = (
+    '{"num_train_epochs": 20, "per_device_train_batch_size": 8, "learning_rate": 2e-3, "lr_scheduler_type": "cosine"}'
+)
+DEMO = ["--rater", "page", "--mode", "pairs", "--rounds", "1", "--kl_coef", "0.4", "--total_episodes", "1280"]
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
@@ -32,4 +35,4 @@ def demo(chosen: Namespace) -> int:
         str(chosen.port),
         *(["--browser", "false"] if chosen.no_browser else []),
     ]
-    return run("rlhf_loop", [*DEMO, *count, *page, "--disable_tqdm", "true"])
+    return run("rlhf_loop", [*DEMO, "--reward", REWARD, *count, *page, "--disable_tqdm", "true"])
