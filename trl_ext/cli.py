@@ -5,25 +5,30 @@ from __future__ import annotations
 
 import argparse
 import os
-import runpy
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-RECIPES = {"ppo": "PPO with LoRA", "reward": "train a reward model", "dpo": "DPO with LoRA"}
+RECIPES = {
+    "ppo": ("ppo_lora", "PPO with LoRA"),
+    "reward": ("reward_lora", "train a reward model"),
+    "dpo": ("dpo_lora", "DPO with LoRA"),
+    "loop": ("rlhf_loop", "judge, learn, improve, and again"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (None: this process's) and give back the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in RECIPES:
-        return _recipe(arguments[0], arguments[1:])
+        return int(import_module("trl_ext.commands.recipes").run(RECIPES[arguments[0]][0], arguments[1:]))
     parser = argparse.ArgumentParser(prog="trl-ext", description="RLHF with PPO on one GPU.")
     rooms = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, what in RECIPES.items():
-        rooms.add_parser(name, help=f"{what}: the recipe {name}_lora.py, with its options")
+    for name, (recipe, what) in RECIPES.items():
+        rooms.add_parser(name, help=f"{what}: the recipe {recipe}.py, with its options")
+    _add_demo(rooms)
     _add_feedback(rooms)
     _add_rate(rooms)
     _add_doctor(rooms)
@@ -53,13 +58,13 @@ def _is_of_user(error: Exception) -> bool:
     return isinstance(error, USER_ERRORS)
 
 
-def _recipe(name: str, arguments: Sequence[str]) -> int:
-    """As `python recipes/NAME_lora.py`. A wheel has the recipes inside the package, a clone beside it."""
-    package = Path(__file__).parent
-    folder = next(path for path in (package / "recipes", package.parent / "recipes") if path.is_dir())
-    sys.argv = [str(folder / f"{name}_lora.py"), *arguments]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-    return 0
+def _add_demo(rooms: Any) -> None:
+    demo = rooms.add_parser("demo", help="judge a tiny model's answers in the browser, and see what it learns of you")
+    demo.add_argument("--ratings", type=int, default=60, metavar="N", help="pairs of answers to judge")
+    demo.add_argument("--out", default="runs/demo", metavar="DIR", help="the folder; what is there is gone on with")
+    demo.add_argument("--port", type=int, default=8765, help="0 takes a free one")
+    demo.add_argument("--no-browser", action="store_true", help="only print the link")
+    demo.set_defaults(run=("recipes", "demo"))
 
 
 def _add_feedback(rooms: Any) -> None:

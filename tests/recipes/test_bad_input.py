@@ -22,6 +22,7 @@ from trl_ext import SharedBase, cli, demo
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "errors.md"
+NAMES = {name: f"{name}_lora.py" for name in ("ppo", "reward", "dpo")} | {"loop": "rlhf_loop.py", "trl-ext": "trl-ext"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Row:
 
     Attributes:
         what: in words.
-        entry: a recipe ("ppo", "reward", "dpo"), or "trl-ext".
+        entry: a recipe ("ppo", "reward", "dpo", "loop"), or "trl-ext".
         arguments: of the command line; files are those of `files`.
         says: part of the sentence.
     """
@@ -172,6 +173,18 @@ ROWS = [
     Row("the same for DPO", "dpo", "--output_dir run", "output_dir 'run' holds a run already"),
     Row("no checkpoint to go on from", "ppo", "--resume_from_checkpoint true", "holds no checkpoint to go on from"),
     Row("a checkpoint that is none", "ppo", "--resume_from_checkpoint empty", "'empty' is no checkpoint"),
+    # The circle
+    Row("an unknown rater", "loop", "--rater nobody", "rater is 'nobody': give demo, page, file, reward:FOLDER or a function's dotted path."),
+    Row("the demo's truth about other data", "loop", "--dataset prompts.jsonl", "rater 'demo' knows the truth about the embedded default only"),
+    Row("a rater that cannot be imported", "loop", "--rater bad_rewards.nobody", "cannot be imported"),
+    Row("a rater that is no adapter", "loop", "--rater reward:empty", "empty"),
+    Row("an unknown way to judge", "loop", "--mode hearts", "mode is 'hearts': choose one of stars, pairs, ranking, labels."),
+    Row("the disagreement of one reward model", "loop", "--pick disagreement", "set ensemble to 2 or more."),
+    Row("pairs of one answer", "loop", "--mode pairs --per_prompt 1", "set per_prompt to 2 or more."),
+    Row("no round", "loop", "--rounds 0", "rounds is 0: give at least 1."),
+    Row("a misspelt setting of the reward model", "loop", '--reward {"epochs":3}', "reward has the setting 'epochs', which FeedbackRewardConfig does not have."),
+    Row("settings of the reward model that are no JSON", "loop", "--reward {bad", "reward is '{bad', which is no JSON"),
+    Row("people who compare within the loop", "loop", "--judge people", "judge is 'people', who are asked by trl-ext evaluate"),
     # The command
     Row("a run that is not there", "trl-ext", "doctor missing", "The run folder 'missing' does not exist."),
     Row("a folder without a run", "trl-ext", "doctor empty", "has no trainer_state.json"),
@@ -259,7 +272,7 @@ def said_by(row: Row) -> tuple[int | str | None, str]:
     arguments = row.arguments.split()
     if row.entry == "trl-ext":
         return cli.main(arguments), ""
-    script = ROOT / "recipes" / f"{row.entry}_lora.py"
+    script = ROOT / "recipes" / NAMES[row.entry]
     given = [] if "--output_dir" in arguments else ["--output_dir", "out"]
     sys.argv = [str(script), *arguments, *given, *FLAGS, "--disable_tqdm", "true"]
     try:
@@ -283,7 +296,7 @@ def test_wrong_input_gets_its_sentence(
     assert row.says in said, said
     assert "Traceback" not in said and "Traceback" not in errors
     if sentence:
-        assert "\n" not in sentence and sentence.startswith(f"{row.entry}_lora.py: error: ")
+        assert "\n" not in sentence and sentence.startswith(f"{NAMES[row.entry]}: error: ")
     assert contents(files) == before, "something was written over"
 
 
@@ -310,10 +323,9 @@ def page() -> str:
 
 
 def given(row: Row | Environment) -> str:
-    names = {"ppo": "ppo_lora.py", "reward": "reward_lora.py", "dpo": "dpo_lora.py", "trl-ext": "trl-ext"}
     variables = getattr(row, "variables", {})
     return " ".join(
-        [*(f"{name}={value}" for name, value in variables.items()), names[row.entry], row.arguments]
+        [*(f"{name}={value}" for name, value in variables.items()), NAMES[row.entry], row.arguments]
     ).strip()
 
 

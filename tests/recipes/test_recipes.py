@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from trl import DPOConfig, ModelConfig
 
 from tests.helpers import FLAGS
-from trl_ext import FeedbackRewardConfig, PPOConfig, SharedBase, demo, launch
+from trl_ext import FeedbackRewardConfig, PPOConfig, SharedBase, demo, launch, loop
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPTS = {"ppo": RECIPES / "ppo_lora.py", "reward": RECIPES / "reward_lora.py", "dpo": RECIPES / "dpo_lora.py"}
+SCRIPTS["rlhf"] = RECIPES / "rlhf_loop.py"
 YAMLS = sorted([*RECIPES.glob("*.yaml"), *(RECIPES / "configs").glob("*.yaml")])
 QUICK = {
     "ppo": ["--total_episodes", "16", "--per_device_train_batch_size", "8"],
@@ -30,6 +31,8 @@ QUICK = {
 
 
 def types_of(recipe: str) -> tuple[Any, ...]:
+    if recipe == "rlhf":
+        return (loop.LoopArguments, PPOConfig, ModelConfig)
     if recipe == "ppo":
         return (runpy.run_path(str(SCRIPTS["ppo"]))["PPOArguments"], PPOConfig, ModelConfig)
     return (launch.DataArguments, {"reward": FeedbackRewardConfig, "dpo": DPOConfig}[recipe], ModelConfig)

@@ -34,7 +34,8 @@ def test_who_asks_the_doctor_does_not_wait_for_what_trains(name: str, status: in
 def test_the_recipes_run_under_their_names(recipe: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # not from the clone
     monkeypatch.setattr(sys, "argv", sys.argv)
-    with pytest.raises(SystemExit, match=rf"^{recipe}_lora\.py: error: The model 'nobody/nothing' cannot be loaded"):
+    said = rf"^{RECIPES[recipe][0]}\.py: error: The model 'nobody/nothing' cannot be loaded"
+    with pytest.raises(SystemExit, match=said):
         main([recipe, "--model_name_or_path", "nobody/nothing", "--report_to", "none"])
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
+import time
 import webbrowser
 from collections.abc import Callable
 
@@ -14,6 +16,7 @@ from trl_ext.rating.app import app_for, is_loopback
 from trl_ext.rating.store import Store
 
 PORT = 8765
+POLL, LAST_LOOK = 0.5, 3.0  # seconds
 
 
 def serve(
@@ -22,6 +25,7 @@ def serve(
     port: int = PORT,
     browser: bool = True,
     say: Callable[[str], None] = lambda line: print(line, flush=True),
+    until: Callable[[], bool] | None = None,
 ) -> None:
     """Serve the page until the process is interrupted, and print its link once it can be opened.
 
@@ -29,6 +33,8 @@ def serve(
         host: an address of this machine. Where others reach it, the link has a token.
         port: 0 takes a free one.
         browser: open the link in the browser of this machine.
+        until: serve only until this says True, and still does when the rater has seen that all is judged. It is
+            called in a thread of its own.
 
     Raises:
         OSError: the port is taken, or the address is none of this machine's.
@@ -49,10 +55,22 @@ def serve(
         say(link)
         if browser and (sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)):
             webbrowser.open(link)
+        server = uvicorn.Server(config)
+        if until is not None:
+            threading.Thread(target=_stop, args=(server, until), name="trl_ext-until", daemon=True).start()
         try:
-            uvicorn.Server(config).run(sockets=[listener])
+            server.run(sockets=[listener])
         except KeyboardInterrupt:
             say(f"Stopped. Every judgement is in {store.path}; the same command goes on.")
+
+
+def _stop(server: uvicorn.Server, until: Callable[[], bool]) -> None:
+    """End the server once `until` says so. What was judged last may be taken back meanwhile."""
+    while not server.should_exit:
+        time.sleep(POLL)
+        if until():
+            time.sleep(LAST_LOOK)
+            server.should_exit = until()
 
 
 def listening(host: str, port: int) -> socket.socket:

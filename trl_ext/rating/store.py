@@ -505,6 +505,14 @@ class Store:
         )
         return Progress(self.done, self.needed, mine, held)
 
+    def untouched(self) -> int:
+        """How many items to be asked about nobody has judged or skipped."""
+        (count,) = self._one(
+            """SELECT count(*) FROM items WHERE kind = 'ask' AND done = 0
+            AND number NOT IN (SELECT item FROM asked WHERE state = 'skipped')"""
+        )
+        return int(count)
+
     def answers(self) -> list[Answer]:
         """All of them, those of attention items too, whose id is "attention"."""
         rows = self.connection.execute(

@@ -1,0 +1,39 @@
+"""The whole circle: answers are sampled and judged, a reward model learns, PPO improves the policy, and again.
+
+python recipes/rlhf_loop.py                                # the embedded default, see rlhf_loop.yaml
+python recipes/rlhf_loop.py --rater page --output_dir OUT  # you judge, in a browser
+python recipes/rlhf_loop.py --rounds 1 --ratings 1200      # all judgements at once
+"""
+
+from trl import ModelConfig
+
+from trl_ext import PPOConfig, launch, loop
+
+
+def main() -> None:
+    script, args, model_args = launch.parse(__file__, loop.LoopArguments, PPOConfig, ModelConfig)
+    train, test = launch.load_rows(script, "prompts")
+    circle = loop.Circle(script, args, model_args, train.to_list(), test.to_list())
+    launch.check_run(args, train, test, circle.tokenizer, [], circle.model.base, None)
+    launch.show(
+        "The circle",
+        {
+            "model": launch.described(model_args),
+            "rounds": f"{script.rounds} of at most {script.ratings} judgements ({script.mode}, {script.pick})",
+            "rater": script.rater,
+            "reward models": f"{script.ensemble}, {script.reward_from}; reference: {script.reference}",
+            "data": f"{len(train)} prompts of {script.dataset!r}, {len(test)} held out{script.read_as}",
+        },
+    )
+    outcome = loop.run(circle)
+    loop.show(outcome.rows)
+    print(outcome.ended)
+    if outcome.last is not None:
+        print(
+            f"The policy is in {outcome.last.ppo}; {circle.out / 'rounds.json'} has the figures, rounds.svg draws them."
+        )
+
+
+if __name__ == "__main__":
+    with launch.user_errors():
+        main()

@@ -1,0 +1,238 @@
+"""The five stages of a round, in their order. Each reads the files of those before, and makes its own where it is not
+there yet: what a stage is killed over is either gone on with or made anew from the same random numbers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import set_seed
+from datasets import Dataset
+from transformers.trainer import TRAINER_STATE_NAME
+
+from trl_ext import demo, feedback, launch
+from trl_ext.callbacks import DiagnosticsCallback
+from trl_ext.evaluation import Row, Sampling, Spec, evaluate, sample, write_rows
+from trl_ext.evaluation.sampling import add_scores, rollout_of, write_whole
+from trl_ext.launch.data import CONVERTERS
+from trl_ext.launch.resuming import last_checkpoint
+from trl_ext.loop import overview
+from trl_ext.loop.picking import chosen, known_of
+from trl_ext.loop.raters import rate_by_numbers, rate_on_page, wait_for_file
+from trl_ext.loop.rounds import Round, unfinished
+from trl_ext.loop.settings import ppo_config, reward_config
+from trl_ext.ppo import PPOTrainer
+from trl_ext.reward_models import FeedbackRewardTrainer
+from trl_ext.rewards import Scorer, name_of
+
+if TYPE_CHECKING:
+    from trl_ext.loop.circle import Circle
+
+Stage = Callable[["Circle", Round], None]
+ACCURACY = "accuracy.json"
+# Of each form of feedback, the objective whose rows say as much as it does.
+AS_GIVEN = {"ratings": "regression", "labels": "binary", "rankings": "ranking", "pairs": "pairwise"}
+
+
+def sample_answers(circle: Circle, round_: Round) -> None:
+    """answers.jsonl: what the last policy says, as much of it as is to be judged."""
+    if round_.answers.is_file():
+        return
+    script, before = circle.script, round_.before
+    way = script.pick if before.number else "random"  # before the first round there is no reward model to ask
+    rewards = circle.rewards(before) if way != "random" else []
+    rows = sample(
+        circle.cast({before.name: circle.policy(before)}, rewards),
+        circle.prompts_of(round_.number),
+        round_.sampled,
+        _sampling(circle, round_.number, script.per_prompt),
+        loading=circle.loading,
+    )
+    known = known_of(_records(circle, before))
+    seed = circle.seed(round_.number)
+    write_rows(round_.answers, chosen(rows, script.mode, way, script.ratings, known, seed))
+
+
+def rate_answers(circle: Circle, round_: Round) -> None:
+    """feedback.jsonl: what the rater says about them."""
+    script = circle.script
+    if round_.feedback.is_file():
+        return
+    if script.rater == "file":
+        wait_for_file(round_)
+    elif circle.rater is None:
+        rate_on_page(round_, script.mode, script.ratings, script.port, script.browser)
+    else:
+        scorer = Scorer([_rater(circle, circle.rater)])
+
+        def ask(rows: Sequence[Row]) -> list[float | None]:
+            asked = [{**row} for row in rows]
+            add_scores(asked, rollout_of(asked, circle.tokenizer), scorer)
+            return [row["score"] for row in asked]
+
+        rate_by_numbers(round_, script.mode, script.ratings, ask, script.rater)
+
+
+def train_reward(circle: Circle, round_: Round) -> None:
+    """reward/: the reward models, of all feedback so far; how well they and those before order this round's answers."""
+    if round_.reward.is_dir():
+        return
+    draft, script = unfinished(round_.reward), circle.script
+    objective = reward_config(script, circle.args, draft, 0).objective
+    rows = CONVERTERS[objective](_read(circle, round_))
+    folders = [draft / folder.relative_to(round_.reward) for folder in circle.rewards(round_)]
+    last = circle.rewards(round_.before) if script.reward_from == "last" else []
+    for i, folder in enumerate(folders):
+        if not (folder / TRAINER_STATE_NAME).is_file():
+            _train_one(circle, rows, folder, circle.seed(round_.number) + 100 * i, last[i] if last else None)
+    new = feedback.read(str(round_.feedback))
+    accuracy = {
+        "before": _accuracy(circle, new, circle.rewards(round_.before)),
+        "after": _accuracy(circle, new, folders),
+    }
+    write_whole(draft / ACCURACY, json.dumps({"judgements": len(new.records), **accuracy}, indent=2) + "\n")
+    _move(draft, round_.reward)
+
+
+def train_policy(circle: Circle, round_: Round) -> None:
+    """ppo/: policy and value role, trained further from the round before."""
+    if round_.ppo.is_dir():
+        return
+    draft, script, before = unfinished(round_.ppo), circle.script, round_.before
+    args = ppo_config(circle.args, draft, circle.seed(round_.number))
+    roles: dict[str, Any] = {"value": script.value, "reward": circle.rewards(round_)}
+    if before.number:
+        roles |= {"policy": before.ppo, "value": before.ppo / "value", "reference": _reference(circle, before)}
+    set_seed(args.seed)  # new adapters and heads are drawn
+    base = circle.shared_base(trust_remote_code=args.trust_remote_code, **roles)
+    rows, held_out = (Dataset.from_list([dict(row) for row in part]) for part in (circle.train, circle.test))
+    trainer = PPOTrainer(
+        base, None, args, rows, held_out, processing_class=circle.tokenizer, callbacks=[DiagnosticsCallback()]
+    )
+    launch.show_progress(trainer)
+    trainer.train(resume_from_checkpoint=last_checkpoint(draft))
+    trainer.save_model()
+    trainer.save_state()
+    del trainer, base
+    launch.free_memory()
+    _move(draft, round_.ppo)
+
+
+def evaluate_policy(circle: Circle, round_: Round) -> None:
+    """evaluation.json: the policy beside the one before it and the first, on held-out prompts."""
+    if round_.evaluation.is_file():
+        return
+    first, before, script = Round(circle.out, 0), round_.before, circle.script
+    policies = {one.name: circle.policy(one) for one in (round_, before, first)}
+    own = circle.rewards(round_)
+    judge = circle.judge or Spec("reward", str(own[0]))
+    result = evaluate(
+        circle.cast(policies, own),
+        circle.test[: script.held_out],
+        round_.compared,
+        judge,
+        _sampling(circle, 0, 1),
+        loading=circle.loading,
+    )
+    score = f"score/{name_of(judge.function)}" if judge.kind == "function" else None
+    exams = {one.name: _exam(circle, one) for one in (round_, before)} if script.dataset == "demo" else {}
+    accuracy = json.loads((round_.reward / ACCURACY).read_text(encoding="utf-8"))
+    line = overview.line(round_, result, accuracy, exams, score, _spent(circle, round_))
+    write_whole(round_.evaluation, json.dumps({**result, "round": line}, indent=2, ensure_ascii=False) + "\n")
+    launch.free_memory()
+
+
+ALL: tuple[Stage, ...] = (sample_answers, rate_answers, train_reward, train_policy, evaluate_policy)
+
+
+# Sampling and rating -------------------------------------------------------------------------------------------------
+
+
+def _sampling(circle: Circle, number: int, per_prompt: int) -> Sampling:
+    args = circle.args
+    return Sampling(
+        *(per_prompt, args.max_completion_length, args.temperature, circle.seed(number)),
+        batch_size=args.local_rollout_forward_batch_size,
+    )
+
+
+def _rater(circle: Circle, spec: Spec) -> Any:
+    """A reward function."""
+    if spec.kind == "function":
+        return spec.function
+    cast, _ = circle.cast({"base": None}).with_reward(spec.value)
+    [function] = cast.loaded(circle.tokenizer, **circle.loading).rewards.values()
+    return function
+
+
+def _read(circle: Circle, round_: Round) -> feedback.Feedback:
+    """All feedback up to this round."""
+    files = [str(Round(circle.out, number).feedback) for number in range(1, round_.number + 1)]
+    return feedback.read(files if len(files) > 1 else files[0], on_error=circle.script.on_error)
+
+
+def _records(circle: Circle, round_: Round) -> list[Any]:
+    return _read(circle, round_).records if round_.number else []
+
+
+def _spent(circle: Circle, round_: Round) -> int:
+    """Judgements so far."""
+    accuracies = (Round(circle.out, number).reward / ACCURACY for number in range(1, round_.number + 1))
+    return sum(json.loads(file.read_text(encoding="utf-8"))["judgements"] for file in accuracies)
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def _train_one(circle: Circle, rows: Dataset, folder: Path, seed: int, start: Path | None) -> None:
+    args = reward_config(circle.script, circle.args, folder, seed)
+    model_args = replace(circle.model_args, lora_task_type="SEQ_CLS")
+    set_seed(seed)  # LoRA and head are drawn before the trainer sets it
+    given = launch.model_for_trl(model_args, args)
+    if start is not None:
+        given |= {"model": str(start), "peft_config": None}
+    trainer = FeedbackRewardTrainer(args=args, train_dataset=rows, callbacks=[DiagnosticsCallback()], **given)
+    launch.show_progress(trainer)
+    launch.match_precision(trainer, model_args)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    trainer.save_model()
+    trainer.save_state()  # last: by it the model counts as whole
+    del trainer
+    launch.free_memory()
+
+
+def _accuracy(circle: Circle, new: feedback.Feedback, folders: Sequence[Path]) -> float | None:
+    """Of pairs of this round's answers to one prompt that were judged unlike, the share that the reward models put in
+    that order; None where there is no model or no pair."""
+    if not folders:
+        return None
+    rows = CONVERTERS[AS_GIVEN[new.form]](new)
+    base = circle.shared_base(value="head", reward=[str(folder) for folder in folders])
+    answers = launch.scored_answers(base, circle.tokenizer, rows, circle.args.local_rollout_forward_batch_size)
+    judgement = feedback.judge(answers) if len(answers) > 1 else None
+    del base
+    launch.free_memory()
+    return judgement.pair_accuracy if judgement is not None and judgement.pairs else None
+
+
+def _reference(circle: Circle, before: Round) -> str | Path | None:
+    if circle.script.reference == "last":
+        return before.ppo
+    return circle.model.adapter
+
+
+def _move(draft: Path, final: Path) -> None:
+    """The folder appears whole; what it was to be gone on from is not needed any more."""
+    for checkpoint in draft.rglob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    draft.replace(final)
+
+
+def _exam(circle: Circle, round_: Round) -> float:
+    """Share of right answers of the embedded exam."""
+    base = circle.shared_base(value="head", **({"policy": circle.policy(round_)} if circle.policy(round_) else {}))
+    return demo.run_exam(base, circle.tokenizer).covered
