@@ -133,7 +133,7 @@ def along(work: Path, name: str, seed: int, chosen: argparse.Namespace, gold: Pa
     policies: dict[str, Path | None] = {"base": None}
     policies |= {f"round_{n}": Round(folder, n).ppo for n in range(1, number + 1)}
     how = Sampling(2, 24, batch_size=32)
-    prompts = load_prompts(str(chosen.prompts[1]))
+    prompts, _ = load_prompts(str(chosen.prompts[1]))
     result = evaluate(Cast(str(chosen.base), policies, (gold,)), prompts, folder / "gold", None, how)
     metrics = [policy["metrics"] for policy in result["policies"].values()]
     return [(one["kl"]["mean"], one[f"score/{gold.name}"]["mean"]) for one in metrics]

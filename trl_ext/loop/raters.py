@@ -42,7 +42,7 @@ def rate_by_numbers(round_: Round, mode_name: str, budget: int, ask: Ask, name: 
         RaterError: it failed, or its numbers are no stars; what it said before is kept.
         NothingNew: it said nothing that makes feedback.
     """
-    mode, answers = MODES[mode_name], read_answers(round_.answers)
+    mode, (answers, _) = MODES[mode_name], read_answers(round_.answers)
     rows = list(read_rows(round_.answers).values())
     items = [item for item in items_of(answers, mode, fingerprint(answers)) if item.kind == "ask"][:budget]
     wanted = [rows[number] for number in dict.fromkeys(number for item in items for number in item.answers)]
