@@ -210,7 +210,7 @@ def _nth(name: str, owner: Any, count: int, after: bool = True) -> Callable[[], 
     return arrange
 
 
-OFTEN = ("rating", "reward, round 2", "ppo, round 2")  # the others take minutes together
+OFTEN = ("rating", "reward, round 2", "ppo begins", "ppo, round 2")  # the others take minutes together
 
 
 def kill_points() -> dict[str, Callable[[], None]]:
@@ -225,6 +225,7 @@ def kill_points() -> dict[str, Callable[[], None]]:
         "reward": _nth("training_step", FeedbackRewardTrainer, 3),
         "reward, round 2": _nth("training_step", FeedbackRewardTrainer, 7),
         "reward is moved": _nth("_move", stages, 1, after=False),
+        "ppo begins": _nth("training_step", PPOTrainer, 1, after=False),  # the roles are drawn, and not saved yet
         "ppo": _nth("training_step", PPOTrainer, 3),
         "ppo, round 2": _nth("training_step", PPOTrainer, 6),
         "ppo is moved": _nth("_move", stages, 2, after=False),
@@ -354,6 +355,17 @@ def test_people_on_the_page(base: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("trl_ext.rating.serving.serve", serve_some(100))
     assert len(loop.run(circle).rows) == 1
     assert len(feedback.read(str(tmp_path / "out/round_1/feedback.jsonl")).records) == 8
+
+
+def test_the_page_closes_when_the_budget_is_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is more to judge."""
+    round_ = loop.Round(tmp_path, 1)
+    round_.folder.mkdir()
+    rows = [{"id": str(i), "prompt": f"p {i}", "completion": f"w{i}"} for i in range(3)]
+    round_.answers.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    monkeypatch.setattr("trl_ext.rating.serving.serve", serve_some(100))
+    raters.rate_on_page(round_, "stars", 2, 0, False)
+    assert len(feedback.read(str(round_.feedback)).records) == 2
 
 
 def test_people_who_skip_everything(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
