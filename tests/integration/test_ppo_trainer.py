@@ -134,7 +134,7 @@ def test_a_run_learns_what_is_rewarded_and_logs_trls_names(tmp_path: Path) -> No
     assert logs[-1]["episode"] == 30 * 32
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(
     DEVICE.type != "cpu" and not any(map(shutil.which, ("cc", "gcc", "clang"))),
     reason="Triton, which compiles for a GPU, needs a C compiler",

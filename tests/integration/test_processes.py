@@ -79,7 +79,7 @@ def test_two_processes_share_a_stream(folder: Path, model: str) -> None:
     assert_equal(run(model, folder / "one_stream", 1, "stream"), run(model, folder / "two_stream", 2, "stream"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_bad_row_of_a_stream_ends_both_processes_after_a_checkpoint(folder: Path, model: str) -> None:
     done = start(model, folder / "bad", 2, "bad")
     assert done.returncode != 0
@@ -101,7 +101,7 @@ def assert_equal(one_process: Run, two_processes: Run) -> None:
         torch.testing.assert_close(both[name], weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_go_on_in_a_later_epoch_as_if_never_interrupted(folder: Path, model: str, two: Run) -> None:
     """The second epoch has an order of its own, which a resumed run must know too: step 10 is in its first rollout."""
     whole, its_logs = two

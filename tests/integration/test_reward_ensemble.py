@@ -22,7 +22,9 @@ def base_with(tmp_path: Path, members: int) -> SharedBase:
 
 
 def trainer_of(tmp_path: Path, members: int = 2, reward: Any = None, **changes: Any) -> PPOTrainer:
-    settings = {"score_normalization": "reference", "normalization_samples": 16, **changes}
+    settings = {"score_normalization": "reference", **changes}
+    if settings["score_normalization"] == "reference":
+        settings["normalization_samples"] = 16
     args, data = config(tmp_path / "out", **settings), prompt_dataset(32)
     return PPOTrainer(base_with(tmp_path, members), reward, args, data, processing_class=word_tokenizer())
 

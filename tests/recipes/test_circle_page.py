@@ -52,7 +52,7 @@ def judge_all(capitals: dict[str, str]) -> Callable[..., None]:
     return serve
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     capitals: dict[str, str] = {}

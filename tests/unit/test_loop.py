@@ -134,6 +134,7 @@ def test_a_loop_that_is_done_changes_nothing(base: Path, whole: Path) -> None:
     assert before == {file: file.stat().st_mtime_ns for file in files} and len(outcome.rows) == 2
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("reference", ["first", "last"])
 def test_where_a_round_begins(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str) -> None:
     """Round 2 starts at the policy and the value role of round 1, with its own reward model."""
@@ -166,6 +167,7 @@ def test_where_a_round_begins(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert not torch.equal(*(next(iter(one["policy"].values())) for one in begun))
 
 
+@pytest.mark.slow
 def test_the_reward_model_learns_from_all_feedback(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[tuple[int, Any]] = []
     train_one = stages._train_one
@@ -210,7 +212,7 @@ def _nth(name: str, owner: Any, count: int, after: bool = True) -> Callable[[], 
     return arrange
 
 
-OFTEN = ("rating", "reward, round 2", "ppo begins", "ppo, round 2")  # the others take minutes together
+OFTEN = ("rating", "ppo, round 2")  # the others take minutes together
 
 
 def kill_points() -> dict[str, Callable[[], None]]:
