@@ -24,6 +24,7 @@ from trl_ext.loop import overview, raters, stages
 from trl_ext.loop.picking import NothingNew, chosen, known_of
 from trl_ext.rating import Store, serving
 
+pytestmark = pytest.mark.slow  # rounds of a tiny loop, some seconds each
 HERE = "tests.unit.test_loop"
 PROMPTS = [{"prompt": f"w{3 + i} w{10 + i}"} for i in range(12)]
 
@@ -167,7 +168,6 @@ def test_where_a_round_begins(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert not torch.equal(*(next(iter(one["policy"].values())) for one in begun))
 
 
-@pytest.mark.slow
 def test_the_reward_model_learns_from_all_feedback(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[tuple[int, Any]] = []
     train_one = stages._train_one
@@ -236,7 +236,6 @@ def kill_points() -> dict[str, Callable[[], None]]:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "point", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.long) for name in kill_points()]
 )
