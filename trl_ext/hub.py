@@ -122,16 +122,7 @@ def write_card(
         library_name="peft",
         pipeline_tag="text-classification" if kind == "reward" else "text-generation",
         model_name=name or repo.split("/")[-1],
-        tags=sorted(
-            {
-                *([tags] if isinstance(tags, str) else tags or ()),
-                "trl",
-                "trl-ext",
-                "lora",
-                kind,
-                *([f"base_model:adapter:{base}"] if on_hub else []),
-            }
-        ),
+        tags=sorted({*tags, "trl", "trl-ext", "lora", kind, *([f"base_model:adapter:{base}"] if on_hub else [])}),
     )
     settings = {name: log.config.get(name) for name in SETTINGS}
     card = ModelCard.from_template(

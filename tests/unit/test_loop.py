@@ -15,6 +15,7 @@ import torch
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import TrainingArguments
 from trl import ModelConfig
 
 from tests.helpers import PLACE
@@ -22,6 +23,7 @@ from tests.parity.tiny import config_of, save_base
 from trl_ext import PPOConfig, PPOTrainer, feedback, loop
 from trl_ext.loop import overview, raters, stages
 from trl_ext.loop.picking import NothingNew, chosen, known_of
+from trl_ext.loop.settings import SEEN
 from trl_ext.rating import Store, serving
 
 pytestmark = pytest.mark.slow  # rounds of a tiny loop, some seconds each
@@ -405,8 +407,15 @@ def test_other_settings_are_refused(base: Path, whole: Path) -> None:
         loop.run(circle_of(base, whole, ppo={"kl_coef": 0.4}))
     with pytest.raises(ValueError, match="was made with ratings 8, and not with 9"):
         loop.run(circle_of(base, whole, ratings=9))
+    with pytest.raises(ValueError, match="was made with disable_dropout True, and not with False"):
+        loop.run(circle_of(base, whole, ppo={"disable_dropout": False}))
     with pytest.raises(ValueError, match="was made with train_prompts 12"):
         loop.run(replace(circle_of(base, whole), train=PROMPTS[:5]))
+
+
+def test_of_ppos_own_settings_none_may_change_but_what_is_seen_of_a_run() -> None:
+    own = PPOConfig.__dataclass_fields__.keys() - TrainingArguments.__dataclass_fields__.keys()
+    assert {name for name in own if name.startswith(SEEN)} == {"log_completions"}
 
 
 def test_two_starts_on_one_folder(base: Path, tmp_path: Path) -> None:

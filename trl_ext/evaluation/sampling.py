@@ -343,10 +343,18 @@ def _check_settings(out: Path, settings: Row) -> None:
     if not out.exists() or not out.stat().st_size:
         write_whole(beside, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         return
-    before = json.loads(beside.read_text(encoding="utf-8"))
+    refuse_others(out, json.loads(beside.read_text(encoding="utf-8")), settings, "another file")
+
+
+def refuse_others(made: Path, before: Mapping[str, Any], settings: Mapping[str, Any], instead: str) -> None:
+    """Refuse to go on with what was made with other settings.
+
+    Raises:
+        ValueError: names the first setting that differs.
+    """
     for name, value in settings.items():
         if before.get(name) != value:
             raise ValueError(
-                f"{out} was made with {name} {before.get(name)}, and not with {value}: give the same settings to go "
-                "on with it, or name another file."
+                f"{made} was made with {name} {before.get(name)}, and not with {value}: give the same settings to go "
+                f"on with it, or name {instead}."
             )

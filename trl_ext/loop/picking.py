@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable, Sequence, Set
 
 from trl_ext.evaluation import Row, pick
+from trl_ext.evaluation.comparisons import grouped
 from trl_ext.feedback.records import Record, answers_of, key_of
 from trl_ext.types import as_text
 
@@ -45,10 +46,8 @@ def chosen(rows: Sequence[Row], mode: str, way: str, items: int, known: Known, s
         fresh = [row for key, row in unlike.items() if key not in known]
         picked = pick(fresh, way, items, "answers", seed) if fresh else []
     else:
-        groups: dict[str, list[Row]] = {}
-        for (prompt, _), row in unlike.items():
-            groups.setdefault(prompt, []).append(row)
-        several = [group for group in groups.values() if len(group) > 1]
+        groups = grouped((prompt, row) for (prompt, _), row in unlike.items())
+        several = [group for group in groups if len(group) > 1]
         ranked = mode == "ranking"
         picked = _rankings(several, items, seed) if ranked else _pairs(several, way, items, seed)
     if not picked:

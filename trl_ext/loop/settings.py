@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from trl import ModelConfig
 
 from trl_ext.evaluation import WAYS, Spec
-from trl_ext.evaluation.sampling import write_whole
+from trl_ext.evaluation.sampling import refuse_others, write_whole
 from trl_ext.launch.ensembles import RewardArguments
 from trl_ext.ppo import PPOConfig
 from trl_ext.rating import MODES
@@ -23,7 +23,10 @@ from trl_ext.reward_models import FeedbackRewardConfig
 OBJECTIVES = {"stars": "regression", "pairs": "pairwise", "ranking": "ranking", "labels": "binary"}
 # What may differ when a loop is gone on with: how far it goes, and what is seen of it.
 FREE = ("rounds", "patience", "port", "browser", "on_error", "read_as")
-SEEN = ("output_dir", "log", "report", "disable", "save", "run_name", "project", "trackio", "hub", "push", "resume")
+SEEN = (
+    *("output_dir", "log", "report", "disable_tqdm", "save", "run_name"),
+    *("project", "trackio", "hub", "push", "resume"),
+)
 SAME_PLACE = ("use_cpu", "dataloader_pin_memory", "bf16", "fp16", "report_to", "disable_tqdm", "gradient_checkpointing")
 
 
@@ -165,13 +168,7 @@ def check_record(file: Path, settings: Mapping[str, Any]) -> None:
     if not file.exists():
         write_whole(file, json.dumps(settings, indent=2, sort_keys=True) + "\n")
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise ValueError(
-                f"{file.parent} was made with {name} {before.get(name)}, and not with {value}: give the same settings "
-                "to go on with it, or name another output_dir."
-            )
+    refuse_others(file.parent, json.loads(file.read_text(encoding="utf-8")), settings, "another output_dir")
 
 
 def _shown(args: TrainingArguments) -> dict[str, Any]:
