@@ -29,9 +29,9 @@ def main() -> None:
     loop.show(outcome.rows)
     print(outcome.ended)
     if outcome.last is not None:
-        print(
-            f"The policy is in {outcome.last.ppo}; {circle.out / 'rounds.json'} has the figures, rounds.svg draws them."
-        )
+        drawn = (circle.out / "rounds.svg").is_file()
+        picture = "rounds.svg draws them." if drawn else "pip install 'trl-ext[feedback]' to have them drawn."
+        print(f"The policy is in {outcome.last.ppo}. {circle.out / 'rounds.json'} has the figures; {picture}")
 
 
 if __name__ == "__main__":
