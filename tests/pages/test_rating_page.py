@@ -62,9 +62,12 @@ def controls(browser: Any) -> dict[str, Any]:
 
 
 def wait_for(browser: Any, text: str) -> None:
+    from selenium.common.exceptions import StaleElementReferenceException
     from selenium.webdriver.support.ui import WebDriverWait
 
-    WebDriverWait(browser, 20).until(lambda b: text in b.find_element("css selector", "body").text)
+    # A page that goes while it is read is not the one that is waited for.
+    patient = WebDriverWait(browser, 20, ignored_exceptions=[StaleElementReferenceException])
+    patient.until(lambda b: text in b.find_element("css selector", "body").text)
 
 
 @pytest.fixture

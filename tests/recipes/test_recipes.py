@@ -38,6 +38,12 @@ def types_of(recipe: str) -> tuple[Any, ...]:
     return (launch.DataArguments, {"reward": FeedbackRewardConfig, "dpo": DPOConfig}[recipe], ModelConfig)
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where nobody has runs of their own, as there are in a clone in which the recipes were tried."""
+    monkeypatch.chdir(tmp_path)
+
+
 def run(monkeypatch: pytest.MonkeyPatch, recipe: str, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", [str(SCRIPTS[recipe]), *arguments, *FLAGS, "--disable_tqdm", "true"])
     runpy.run_path(str(SCRIPTS[recipe]), run_name="__main__")
