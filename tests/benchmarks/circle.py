@@ -70,15 +70,16 @@ def loop(work: Path, name: str, seed: int, arguments: list[str]) -> list[Line]:
 
 def table(results: dict[str, list[list[Line]]]) -> str:
     """The last round of each run, seed by seed, and how the reward model did on new answers."""
-    text = [head("", "exam", "score", "KL, nats", "new answers, before and after", "seconds")]
+    text = [head("", "judgements", "exam", "score", "KL, nats", "new answers, before and after", "seconds")]
     for name, runs in results.items():
         last = [lines[-1] for lines in runs]
+        spent = ", ".join(f"{one['ratings']:,}" for one in last)
         exam = ", ".join(f"{one['exam']:.1%}" for one in last if one["exam"] is not None)
         cells = [", ".join(f"{one[key]:.2f}" for one in last) for key in ("score", "kl")]
         gaps = [(one["accuracy_before"], one["accuracy_after"]) for lines in runs for one in lines[1:]]
         known = [gap for gap in gaps if None not in gap]
         gap = f"{fmean(b for b, _ in known):.1%}, {fmean(a for _, a in known):.1%}" if known else ""
-        text.append(row(name, exam, *cells, gap, ", ".join(f"{one['seconds']:.0f}" for one in last)))
+        text.append(row(name, spent, exam, *cells, gap, ", ".join(f"{one['seconds']:.0f}" for one in last)))
     return "\n".join(text)
 
 
