@@ -173,7 +173,9 @@ def _add_evaluation(rooms: Any) -> None:
         _add_columns(command)
         command.set_defaults(run=("policies", name))
     sample.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, .jsonl")
-    sample.add_argument("--pick", choices=("disagreement", "closeness", "random"), help="keep what is worth rating")
+    sample.add_argument(
+        "--pick", choices=("disagreement", "closeness", "likelihood", "random"), help="keep what is worth rating"
+    )
     sample.add_argument("--of", choices=("pairs", "answers"), help="what is picked; without it pairs")
     sample.add_argument("--items", type=int, metavar="N", help="how many are picked")
     evaluate.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")

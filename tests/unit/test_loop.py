@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -360,6 +361,68 @@ def test_people_on_the_page(base: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert len(feedback.read(str(tmp_path / "out/round_1/feedback.jsonl")).records) == 8
 
 
+def prefer_by_alphabet(count: int, asked: list[str]) -> Callable[..., None]:
+    """Compares `count` pairs on the page."""
+
+    def serve(store: Store, until: Callable[[], bool], **_: Any) -> None:
+        name = store.rater("ada")
+        for _ in range(count):
+            if until() or (shown := store.next(name)) is None:
+                return
+            a, b = shown.completions
+            asked.append(str(shown.prompt))
+            store.judge(name, shown.token, "judged", (1, 2) if a < b else (2, 1))
+
+    return serve
+
+
+def test_people_compare_the_policies(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round's policy beside the one before it; what was said stays, and is not asked again."""
+    asked: list[str] = []
+    circle = circle_of(base, tmp_path / "out", rounds=1, judge="people", comparisons=3)
+    monkeypatch.setattr("trl_ext.rating.serving.serve", prefer_by_alphabet(1, asked))
+    with pytest.raises(loop.Waiting, match="Round 1 has 1 of 3 judgements, which are kept"):
+        loop.run(circle)
+    monkeypatch.setattr("trl_ext.rating.serving.serve", prefer_by_alphabet(100, asked))
+    [row] = loop.run(circle).rows
+    assert len(asked) == len(set(asked)) == len(PROMPTS[:3])
+    said: dict[str, dict[str, str]] = {}
+    for line in (tmp_path / "out/round_1/to_compare.jsonl").read_text(encoding="utf-8").splitlines():
+        answer = json.loads(line)
+        said.setdefault(answer["prompt"], {})[answer["policy"]] = answer["completion"]
+    assert row["win_rate"] == sum(two["round_1"] < two["base"] for two in said.values()) / 3
+
+
+def test_policies_that_say_the_same_are_not_compared(base: Path, tmp_path: Path) -> None:
+    """Nobody is asked, and the loop ends with a sentence."""
+    circle = circle_of(base, tmp_path / "out", judge="people")
+    outcome = loop.run(replace(circle, args=replace(circle.args, learning_rate=1e-12)))
+    assert outcome.rows == [] and outcome.ended.endswith(
+        "its policy says what the one before said, to every held-out prompt."
+    )
+
+
+def test_the_page_that_is_not_installed(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said before anything is sampled."""
+    monkeypatch.setitem(sys.modules, "trl_ext.rating.serving", None)
+    for changes in ({"rater": "page"}, {"judge": "people"}):
+        with pytest.raises(ImportError, match=r"pip install 'trl-ext\[rate\]'"):
+            loop.run(circle_of(base, tmp_path / "out", **changes))
+    assert not (tmp_path / "out/round_1/answers.all.jsonl").exists()
+
+
+def test_people_who_contradict_each_other(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    circle = circle_of(base, tmp_path / "out", rater="file", rounds=1)
+    with pytest.raises(loop.Waiting):
+        loop.run(circle)
+    folder = tmp_path / "out/round_1"
+    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    both = [{**row, "ratings": [1 + i % 5, 5 - i % 3]} for i, row in enumerate(rows)]
+    (folder / "feedback.jsonl").write_text("".join(json.dumps(row) + "\n" for row in both), encoding="utf-8")
+    loop.run(circle)
+    assert "Feedback so far: Raters hardly agree (alpha" in capsys.readouterr().out
+
+
 def test_the_page_closes_when_the_budget_is_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where there is more to judge."""
     round_ = loop.Round(tmp_path, 1)
@@ -437,7 +500,8 @@ def test_two_starts_on_one_folder(base: Path, tmp_path: Path) -> None:
         ({"pick": "closeness"}, "set mode to pairs"),
         ({"rounds": 0}, "rounds is 0"),
         ({"mode": "pairs", "per_prompt": 1}, "set per_prompt to 2"),
-        ({"judge": "people"}, "judge is 'people'"),
+        ({"judge": "peopel"}, "must be reward:FOLDER"),
+        ({"judge": "people", "comparisons": 0}, "comparisons is 0"),
         ({"reward": "3"}, "give settings of FeedbackRewardConfig"),
     ],
 )
@@ -490,6 +554,15 @@ def test_one_pair_a_prompt_the_closest() -> None:
     assert len(chosen(rows, "pairs", "closeness", 1, frozenset(), seed=0)) == 2
     with pytest.raises(NothingNew, match="no two answers to a prompt differ"):
         chosen(rows[-2:], "pairs", "random", 9, frozenset(), seed=0)
+
+
+def test_what_the_policy_says_most_is_judged_first() -> None:
+    said = {"a": -3.0, "b": -1.0, "c": -9.0, "d": -2.0}
+    rows = [{**row, "logprob": said[row["completion"]]} for row in rows_of("a", "b", "a", "c", "d")]
+    picked = chosen(rows, "pairs", "likelihood", 1, frozenset(), seed=0)
+    assert {row["completion"] for row in picked} == {"b", "d"}
+    picked = chosen(rows, "stars", "likelihood", 2, frozenset({("p", "b")}), seed=0)
+    assert [row["completion"] for row in picked] == ["d", "a"]
 
 
 def test_rankings_have_all_answers_to_a_prompt() -> None:

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-# Of so few judgements, pairs teach most: in each, what was right stands beside what was not. A firmer hold on the first
-# policy keeps it from the reward model's mistakes, of which they leave many.
+# Of so few judgements, pairs of what the policy says most teach most: in each, what is right stands beside what is not.
+# A firmer hold on the first policy keeps it from the reward model's mistakes, of which they leave many.
 REWARD = (
     '{"num_train_epochs": 20, "per_device_train_batch_size": 8, "learning_rate": 2e-3, "lr_scheduler_type": "cosine"}'
 )
-DEMO = ["--rater", "page", "--mode", "pairs", "--rounds", "1", "--kl_coef", "0.4", "--total_episodes", "1280"]
+DEMO = [
+    *("--rater", "page", "--mode", "pairs", "--rounds", "1", "--per_prompt", "8", "--pick", "likelihood"),
+    *("--kl_coef", "0.4", "--total_episodes", "1280"),
+]
 
 
 def run(name: str, arguments: Sequence[str]) -> int:

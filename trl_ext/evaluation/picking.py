@@ -11,7 +11,8 @@ from trl_ext.evaluation.comparisons import grouped
 from trl_ext.evaluation.sampling import Row
 from trl_ext.feedback.records import key_of
 
-WAYS = ("disagreement", "closeness", "random")
+WAYS = ("disagreement", "closeness", "likelihood", "random")
+BY_SCORES = WAYS[:2]  # those that ask reward models
 KINDS = ("pairs", "answers")  # of items
 
 
@@ -46,6 +47,8 @@ def pick(rows: Sequence[Row], way: str, items: int, of: str = "pairs", seed: int
     - closeness: the pairs whose scores are closest, of which the model knows least: by Bradley-Terry, the chance that
       one is preferred is nearest 1/2 (uncertainty sampling, Lewis and Gale 1994). The mean of the scores, each brought
       to standard deviation 1.
+    - likelihood: the answers that the policy is likeliest to give, or pairs of them (the log-probabilities are summed):
+      what is learned about them moves most of what it says. For short answers; of long ones it takes the shortest.
     - random.
 
     Args:
@@ -62,12 +65,14 @@ def pick(rows: Sequence[Row], way: str, items: int, of: str = "pairs", seed: int
     scores = _standardised(rows) if rows else []
     rng = random.Random(seed)
     candidates = [(i,) for i in range(len(rows))] if of == "answers" else _pairs(rows)
-    candidates = [c for c in candidates if way == "random" or all(scores[i] for i in c)]
+    candidates = [c for c in candidates if way not in BY_SCORES or all(scores[i] for i in c)]
     rng.shuffle(candidates)  # equals stay in random order
 
     def worth(item: tuple[int, ...]) -> float:
         if way == "random":
             return 0.0
+        if way == "likelihood":
+            return float(sum(rows[i]["logprob"] for i in item))
         margins = [x - y for x, y in zip(scores[item[0]], scores[item[-1]], strict=True)]
         if way == "closeness":
             return -abs(fmean(margins))

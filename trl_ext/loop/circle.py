@@ -20,6 +20,7 @@ from trl_ext.evaluation import Cast, Spec
 from trl_ext.evaluation.sampling import check_columns
 from trl_ext.loop import overview, stages
 from trl_ext.loop.picking import NothingNew
+from trl_ext.loop.raters import page
 from trl_ext.loop.rounds import Round
 from trl_ext.loop.settings import LoopArguments, check_record, ppo_config, record, reward_config
 from trl_ext.ppo import PPOConfig
@@ -120,8 +121,9 @@ class Circle:
 
         Raises:
             FileNotFoundError: there is no such reward adapter.
-        TypeError: a function asks for a column that the prompts do not have.
-        ValueError: settings contradict each other, or those that the folder was made with.
+            ImportError: people are asked, and the page's packages are missing.
+            TypeError: a function asks for a column that the prompts do not have.
+            ValueError: settings contradict each other, or those that the folder was made with.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("The loop's stages run in one process each: start it by `python`, not on several GPUs.")
@@ -132,6 +134,8 @@ class Circle:
                 self.cast({}).with_reward(spec.value)
             elif spec is not None and spec.kind == "function":
                 check_columns(prompts, [spec.function])
+        if self.script.rater == "page" or (self.judge is not None and self.judge.kind == "people"):
+            page()
         reward_config(self.script, self.args, self.out / "reward", self.args.seed)
         ppo_config(self.args, self.out / "ppo", self.args.seed)
         settings = record(self.script, self.args, self.model_args, self.train, self.test)

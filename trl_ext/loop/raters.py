@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from trl_ext import evaluation
 from trl_ext.evaluation import Row, read_rows, write_rows
+from trl_ext.evaluation.judges import pairs_of
 from trl_ext.evaluation.sampling import append
 from trl_ext.loop.picking import NothingNew
 from trl_ext.loop.rounds import Round
@@ -106,32 +109,77 @@ def rate_on_page(round_: Round, mode: str, budget: int, port: int, browser: bool
     """Serve the page until as many items are judged as the budget has, and write the round's feedback.
 
     Raises:
-        Waiting: it was stopped before.
         NothingNew: nothing that was said makes feedback.
+        Waiting, OSError, StoreError, ImportError: as `asked_on_page`.
+    """
+    with asked_on_page(round_, round_.store, round_.answers, mode, budget, port, browser) as store:
+        if not any(said.verdict is not None for said in store.annotations()):
+            raise NothingNew("nobody could tell anything about its answers.")
+        exported = export(store, round_.feedback)
+        print(exported, end="\n" if str(exported) else "", flush=True)
+
+
+def compare_on_page(
+    round_: Round, rows: Sequence[Row], budget: int, port: int, browser: bool
+) -> list[evaluation.Comparison]:
+    """What people say about this policy's answers beside those of the one before.
+
+    Args:
+        rows: answers to the same prompts, as `evaluation.evaluate` gives them.
+        budget: most pairs.
+
+    Raises:
+        NothingNew: the two say the same to every prompt.
+        Waiting, OSError, StoreError, ImportError: as `asked_on_page`.
+    """
+    two = [row for row in rows if row["policy"] in (round_.name, round_.before.name)]
+    if all(a["completion"] == b["completion"] for a, b in pairs_of(two, (round_.before.name, round_.name))):
+        raise NothingNew("its policy says what the one before said, to every held-out prompt.")
+    if not round_.to_compare.is_file():
+        write_rows(round_.to_compare, two)
+    with asked_on_page(round_, round_.compared_store, round_.to_compare, "pairs", budget, port, browser) as store:
+        return evaluation.by_people(((c.id_a, c.id_b, c.outcome, c.rater) for c in store.comparisons()), two)
+
+
+@contextmanager
+def asked_on_page(
+    round_: Round, file: Path, answers: Path, mode: str, budget: int, port: int, browser: bool
+) -> Iterator[Store]:
+    """The store, once as many items are judged as the budget has; until then the page is served.
+
+    Raises:
+        Waiting: it was stopped before.
         OSError: the port is taken.
         StoreError: another process serves the same store.
+        ImportError: the extra `rate` is not installed.
+    """
+    serve = page()
+    with Store.open(file, answers, mode) as store:
+        wanted = min(budget, store.items)
+        if not _is_judged(file, wanted):
+            print(f"Round {round_.number}: {wanted - store.done:,} judgements to go, on this page:", flush=True)
+            serve(store, port=port, browser=browser, until=lambda: _is_judged(file, wanted))
+        if not _is_judged(file, wanted):
+            with Store.read(file) as read:
+                done = read.done
+            raise Waiting(
+                f"Round {round_.number} has {done:,} of {wanted:,} judgements, which are kept: give the same command "
+                "again to go on."
+            )
+        yield store
+
+
+def page() -> Callable[..., None]:
+    """What serves it.
+
+    Raises:
         ImportError: the extra `rate` is not installed.
     """
     try:
         from trl_ext.rating.serving import serve
     except ImportError as error:
         raise ImportError(f"The page needs {error.name}: pip install 'trl-ext[rate]'.") from error
-    with Store.open(round_.store, round_.answers, mode) as store:
-        wanted = min(budget, store.items)
-        if not _is_judged(round_.store, wanted):
-            print(f"Round {round_.number}: {wanted - store.done:,} judgements to go, on this page:", flush=True)
-            serve(store, port=port, browser=browser, until=lambda: _is_judged(round_.store, wanted))
-        if not _is_judged(round_.store, wanted):
-            with Store.read(round_.store) as read:
-                done = read.done
-            raise Waiting(
-                f"Round {round_.number} has {done:,} of {wanted:,} judgements, which are kept: give the same command "
-                "again to go on."
-            )
-        if not any(said.verdict is not None for said in store.annotations()):
-            raise NothingNew("nobody could tell anything about its answers.")
-        exported = export(store, round_.feedback)
-        print(exported, end="\n" if str(exported) else "", flush=True)
+    return serve
 
 
 def _is_judged(file: Path, wanted: int) -> bool:

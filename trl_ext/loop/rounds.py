@@ -72,6 +72,16 @@ class Round:
         return self.folder / "evaluation"
 
     @property
+    def to_compare(self) -> Path:
+        """Answers of this policy and the one before, where people compare them."""
+        return self.folder / "to_compare.jsonl"
+
+    @property
+    def compared_store(self) -> Path:
+        """What they said, as they say it."""
+        return self.folder / "compared.sqlite"
+
+    @property
     def evaluation(self) -> Path:
         return self.folder / "evaluation.json"
 

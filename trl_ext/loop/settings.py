@@ -62,10 +62,11 @@ class LoopArguments(RewardArguments):
     judge: str | None = field(
         default=None,
         metadata={
-            "help": "Who compares policies: reward:FOLDER, function:PATH, url:MODEL@URL. None: the rater; where people "
-            "rate, the round's reward model."
+            "help": "Who compares policies: people (on the page), reward:FOLDER, function:PATH, url:MODEL@URL. None: "
+            "the rater; where people rate, the round's reward model."
         },
     )
+    comparisons: int = field(default=40, metadata={"help": "Of judge 'people': most pairs a round."})
     held_out: int | None = field(
         default=None, metadata={"help": "Prompts on which policies are compared, of those held out; None: all."}
     )
@@ -77,7 +78,7 @@ class LoopArguments(RewardArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rounds", "ratings", "per_prompt", "prompts", "held_out", "patience"):
+        for name in ("rounds", "ratings", "per_prompt", "prompts", "held_out", "patience", "comparisons"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}: give at least 1.")
         choices = {"mode": (*MODES,), "pick": WAYS, "reward_from": ("new", "last"), "reference": ("first", "last")}
@@ -94,10 +95,8 @@ class LoopArguments(RewardArguments):
                 f"rater is {self.rater!r}: give demo, page, file, reward:FOLDER or a function's dotted path."
             )
         self._check_pick()
-        if self.judge is not None and Spec.of(self.judge).kind == "people":
-            raise ValueError(
-                "judge is 'people', who are asked by trl-ext evaluate: give another judge, or leave it out."
-            )
+        if self.judge is not None:
+            Spec.of(self.judge)
         if isinstance(self.reward, str):
             try:
                 self.reward = json.loads(self.reward)

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from trl_ext import demo, feedback, launch
 from trl_ext.callbacks import DiagnosticsCallback
-from trl_ext.evaluation import Row, Sampling, Spec, evaluate, sample, write_rows
+from trl_ext.evaluation import BY_SCORES, Row, Sampling, Spec, evaluate, sample, write_rows
 from trl_ext.evaluation.sampling import add_scores, rollout_of, write_whole
 from trl_ext.launch.data import CONVERTERS
 from trl_ext.launch.resuming import last_checkpoint
 from trl_ext.loop import overview
 from trl_ext.loop.picking import chosen, known_of
-from trl_ext.loop.raters import rate_by_numbers, rate_on_page, wait_for_file
+from trl_ext.loop.raters import compare_on_page, rate_by_numbers, rate_on_page, wait_for_file
 from trl_ext.loop.rounds import Round, unfinished
 from trl_ext.loop.settings import ppo_config, reward_config
 from trl_ext.ppo import PPOTrainer
@@ -43,8 +44,11 @@ def sample_answers(circle: Circle, round_: Round) -> None:
     if round_.answers.is_file():
         return
     script, before = circle.script, round_.before
-    way = script.pick if before.number else "random"  # before the first round there is no reward model to ask
-    rewards = circle.rewards(before) if way != "random" else []
+    asks = script.pick in BY_SCORES
+    way = (
+        script.pick if before.number or not asks else "random"
+    )  # before the first round there is no reward model to ask
+    rewards = circle.rewards(before) if before.number and asks else []
     rows = sample(
         circle.cast({before.name: circle.policy(before)}, rewards),
         circle.prompts_of(round_.number),
@@ -83,7 +87,11 @@ def train_reward(circle: Circle, round_: Round) -> None:
         return
     draft, script = unfinished(round_.reward), circle.script
     objective = reward_config(script, circle.args, draft, 0).objective
-    rows = CONVERTERS[objective](_read(circle, round_))
+    judged = _read(circle, round_)
+    rows = CONVERTERS[objective](judged)
+    if circle.rater is None:  # people, who may contradict each other and themselves
+        for advice in feedback.check(judged).advice:
+            print(f"Feedback so far: {advice}", flush=True)
     folders = [draft / folder.relative_to(round_.reward) for folder in circle.rewards(round_)]
     last = circle.rewards(round_.before) if script.reward_from == "last" else []
     for i, folder in enumerate(folders):
@@ -130,6 +138,7 @@ def evaluate_policy(circle: Circle, round_: Round) -> None:
     policies = {one.name: circle.policy(one) for one in (round_, before, first)}
     own = circle.rewards(round_)
     judge = circle.judge or Spec("reward", str(own[0]))
+    compare = partial(compare_on_page, round_, budget=script.comparisons, port=script.port, browser=script.browser)
     result = evaluate(
         circle.cast(policies, own),
         circle.test[: script.held_out],
@@ -137,6 +146,7 @@ def evaluate_policy(circle: Circle, round_: Round) -> None:
         judge,
         _sampling(circle, 0, 1),
         loading=circle.loading,
+        people=compare if judge.kind == "people" else None,
     )
     score = f"score/{name_of(judge.function)}" if judge.kind == "function" else None
     exams = {one.name: _exam(circle, one) for one in (round_, before)} if script.dataset == "demo" else {}
