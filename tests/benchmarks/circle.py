@@ -8,7 +8,8 @@ sees the same number of completions in all.
 
 --real: a reward adapter over MODEL that is trained on all of RATINGS.tsv (or found in FOLDER) plays the person (Gao et
 al. 2023, arXiv:2210.10760). The loop's own reward models learn from 200 of its judgements in all: one round of 200, or
-four of 50. Drawn is the gold score over the KL, for both, at the end of each round.
+four of 50. Drawn is the gold score over the KL for both, a point a rollout: what the policy said in training is kept
+(`log_completions`), and scored by the gold model afterwards.
 
 Each run is a folder below FOLDER, which a second call goes on with. `--quick` takes a few steps of everything.
 """
@@ -18,14 +19,18 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import pandas as pd
 from timing import head, panels, row, save
+from transformers import AutoTokenizer
 
-from trl_ext.evaluation import Cast, Sampling, evaluate
-from trl_ext.launch import load_prompts
+from trl_ext import SharedBase
+from trl_ext.launch.judging import scores_of
 from trl_ext.loop import Round
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +50,7 @@ WORDS, PROMPTS, HELD_OUT = 5, 640, 128  # words of a prompt; prompts; those of t
 QUICK = ["--total_episodes", "64", "--ratings", "16", "--held_out", "8"]
 
 Line = dict[str, Any]
+Point = tuple[float, float]
 
 
 def recipe(name: str, arguments: list[str]) -> None:
@@ -90,12 +96,14 @@ def gold_of(chosen: argparse.Namespace, quick: list[str]) -> Path:
     """The rater who knows better: a reward adapter that is trained on all ratings."""
     folder = chosen.gold or chosen.work / "gold"
     if not (folder / "result.json").is_file():
+        again = any(folder.glob("checkpoint-*"))  # hours on a CPU: it goes on where it stopped
         recipe(
             "reward_lora",
             [
                 *("--model_name_or_path", str(chosen.base), "--dtype", "float32", "--objective", "regression"),
-                *("--dataset", str(chosen.ratings), "--columns", "text=completion", "--num_train_epochs", "2"),
-                *("--per_device_train_batch_size", "16", "--learning_rate", "2e-4", "--save_strategy", "no"),
+                *("--dataset", str(chosen.ratings), "--columns", "text=completion", "--num_train_epochs", "1"),
+                *("--per_device_train_batch_size", "16", "--learning_rate", "2e-4", "--save_steps", "25"),
+                *("--save_total_limit", "1", *(["--resume_from_checkpoint", "true"] if again else [])),
                 *("--gradient_checkpointing", "false", "--output_dir", str(folder), "--disable_tqdm", "true"),
                 *quick,
             ],
@@ -123,24 +131,30 @@ def of_a_real_model(chosen: argparse.Namespace, gold: Path) -> list[str]:
         *("--rater", f"reward:{gold}", "--mode", "pairs", "--pick", "random", "--prompts", "256"),
         *("--reward", json.dumps(reward), "--max_completion_length", "24", "--learning_rate", "1e-4"),
         *("--per_device_train_batch_size", "16", "--num_mini_batches", "4", "--score_normalization", "reference"),
-        *("--kl_coef", "0.01", "--save_strategy", "no", "--gradient_checkpointing", "false", "--report_to", "none"),
+        *("--kl_coef", "0.01", "--save_steps", "16", "--save_total_limit", "1", "--gradient_checkpointing", "false"),
+        *("--log_completions", "true", "--num_completions_to_print", "0", "--report_to", "none"),
     ]
 
 
-def along(work: Path, name: str, seed: int, chosen: argparse.Namespace, gold: Path) -> list[tuple[float, float]]:
-    """(KL, gold score) of the base and of the policy after each round, on held-out prompts."""
+def along(work: Path, name: str, seed: int, gold: Callable[[list[tuple[str, str]]], list[float]]) -> list[Point]:
+    """(KL, gold score) of every rollout, in order."""
     folder = work / f"{name.replace(' ', '-')}-{seed}"
-    number = len(json.loads((folder / "rounds.json").read_text(encoding="utf-8")))
-    policies: dict[str, Path | None] = {"base": None}
-    policies |= {f"round_{n}": Round(folder, n).ppo for n in range(1, number + 1)}
-    how = Sampling(2, 24, batch_size=32)
-    prompts, _ = load_prompts(str(chosen.prompts[1]))
-    result = evaluate(Cast(str(chosen.base), policies, (gold,)), prompts, folder / "gold", None, how)
-    metrics = [policy["metrics"] for policy in result["policies"].values()]
-    return [(one["kl"]["mean"], one[f"score/{gold.name}"]["mean"]) for one in metrics]
+    points = []
+    for number in range(1, len(json.loads((folder / "rounds.json").read_text(encoding="utf-8"))) + 1):
+        for file in sorted((Round(folder, number).ppo / "completions").glob("*.parquet")):
+            said = pd.read_parquet(file)
+            scores = gold(list(zip(said["prompt"], said["completion"], strict=True)))
+            points.append((float(said["kl"].mean()), fmean(scores)))
+    return points
 
 
-def draw(curves: dict[str, list[list[tuple[float, float]]]], picture: Path) -> None:
+def gold_score(base: Path, gold: Path) -> Callable[[list[tuple[str, str]]], list[float]]:
+    """What the gold model says of (prompt, completion)s."""
+    shared = SharedBase.from_pretrained(str(base), value="head", reward=str(gold), dtype="float32")
+    return partial(scores_of, shared, AutoTokenizer.from_pretrained(base))
+
+
+def draw(curves: dict[str, list[list[Point]]], picture: Path) -> None:
     """Gold score over KL, a line a seed."""
     figure, axes = panels(1, 1, figsize=(6, 4))
     [axis] = axes.flat
@@ -148,7 +162,7 @@ def draw(curves: dict[str, list[list[tuple[float, float]]]], picture: Path) -> N
         for i, points in enumerate(runs):
             label = name if i == 0 else None
             axis.plot(
-                *zip(*points, strict=True), color=COLOURS[name], label=label, marker="o", ls=["-", "--", ":"][i % 3]
+                *zip(*points, strict=True), color=COLOURS[name], label=label, marker=".", ls=["-", "--", ":"][i % 3]
             )
     axis.set_xlabel("KL, nats per completion")
     axis.set_ylabel("gold score")
@@ -189,7 +203,8 @@ def main() -> None:
         before, rest = PAGE.read_text(encoding="utf-8").split(START)
         PAGE.write_text(f"{before}{START}\n{made}\n{END}{rest.split(END)[1]}", encoding="utf-8")
     if chosen.real:
-        curves = {name: [along(chosen.work, name, seed, chosen, gold) for seed in seeds] for name in names}
+        score = gold_score(chosen.base, gold)
+        curves = {name: [along(chosen.work, name, seed, score) for seed in seeds] for name in names}
         (chosen.work / "curves.json").write_text(json.dumps(curves, indent=1), encoding="utf-8")
         draw(curves, chosen.picture or chosen.work / "circle.svg")
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainingArguments
 from trl import ModelConfig
@@ -474,6 +475,23 @@ def test_other_settings_are_refused(base: Path, whole: Path) -> None:
         loop.run(circle_of(base, whole, ppo={"disable_dropout": False}))
     with pytest.raises(ValueError, match="was made with train_prompts 12"):
         loop.run(replace(circle_of(base, whole), train=PROMPTS[:5]))
+
+
+@pytest.mark.parametrize("what", ["model", "judge"])
+def test_models_that_were_trained_further_in_their_place_are_refused(
+    what: str, base: Path, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(base, tmp_path / "model")
+    shutil.copytree(whole / "round_1/reward", tmp_path / "judge")
+    config = tmp_path / "judge/adapter_config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace(str(base), str(tmp_path / "model")), encoding="utf-8")
+    circle = circle_of(tmp_path / "model", tmp_path / "out", judge=f"reward:{tmp_path / 'judge'}")
+    circle.check()
+    circle.check()
+    [file] = (tmp_path / what).glob("*.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"was made with files of the {what} .*, and not with"):
+        circle_of(tmp_path / "model", tmp_path / "out", judge=f"reward:{tmp_path / 'judge'}").check()
 
 
 def test_of_ppos_own_settings_none_may_change_but_what_is_seen_of_a_run() -> None:

@@ -138,9 +138,16 @@ class Circle:
             page()
         reward_config(self.script, self.args, self.out / "reward", self.args.seed)
         ppo_config(self.args, self.out / "ppo", self.args.seed)
-        settings = record(self.script, self.args, self.model_args, self.train, self.test)
+        settings = record(self.script, self.args, self.model_args, self.train, self.test, self._folders())
         self.out.mkdir(parents=True, exist_ok=True)
         check_record(self.out / "settings.json", settings)
+
+    def _folders(self) -> dict[str, Path]:
+        """What must stay as it is from round to round, where it lies on this machine."""
+        judges = {"rater": self.rater, "judge": self.judge}
+        named = {name: spec.value for name, spec in judges.items() if spec is not None and spec.kind == "reward"}
+        every = {"model": self.model.base, "first policy": self.model.adapter, **named}
+        return {name: Path(str(where)) for name, where in every.items() if where and Path(str(where)).is_dir()}
 
 
 def _imported(spec: Spec) -> Spec:

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from trl import ModelConfig
 
 from trl_ext.evaluation import WAYS, Spec
+from trl_ext.evaluation.policies import fingerprint
 from trl_ext.evaluation.sampling import refuse_others, write_whole
 from trl_ext.launch.ensembles import RewardArguments
 from trl_ext.ppo import PPOConfig
@@ -142,9 +143,18 @@ def ppo_config(args: PPOConfig, folder: Path, seed: int) -> PPOConfig:
 
 
 def record(
-    script: LoopArguments, args: PPOConfig, model_args: ModelConfig, train: Sequence[Mapping[str, Any]], test: Any
+    script: LoopArguments,
+    args: PPOConfig,
+    model_args: ModelConfig,
+    train: Sequence[Mapping[str, Any]],
+    test: Any,
+    folders: Mapping[str, Path],
 ) -> dict[str, Any]:
-    """All settings by which the end of a loop is decided, in what JSON can hold."""
+    """All by which the end of a loop is decided, in what JSON can hold.
+
+    Args:
+        folders: of models and adapters, by what they are to the loop: they may be trained further in their place.
+    """
     of_ppo = {name: value for name, value in _shown(args).items() if not name.startswith(SEEN)}
     of_loop = {name: value for name, value in vars(script).items() if name not in FREE}
     made_with = {
@@ -153,6 +163,7 @@ def record(
         **of_loop,
         "train_prompts": _digest(train),
         "test_prompts": _digest(test),
+        **{f"files of the {name}": fingerprint(folder) for name, folder in folders.items()},
     }
     plain: dict[str, Any] = json.loads(json.dumps(made_with, default=str, sort_keys=True))
     return plain

@@ -149,7 +149,7 @@ def evaluate_policy(circle: Circle, round_: Round) -> None:
         people=compare if judge.kind == "people" else None,
     )
     score = f"score/{name_of(judge.function)}" if judge.kind == "function" else None
-    exams = {one.name: _exam(circle, one) for one in (round_, before)} if script.dataset == "demo" else {}
+    exams = _exams(circle, round_) if script.dataset == "demo" else {}
     accuracy = json.loads((round_.reward / ACCURACY).read_text(encoding="utf-8"))
     line = overview.line(round_, result, accuracy, exams, score, _spent(circle, round_))
     write_whole(round_.evaluation, json.dumps({**result, "round": line}, indent=2, ensure_ascii=False) + "\n")
@@ -240,6 +240,16 @@ def _move(draft: Path, final: Path) -> None:
     for checkpoint in draft.rglob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     draft.replace(final)
+
+
+def _exams(circle: Circle, round_: Round) -> dict[str, float]:
+    """Share of right answers of the embedded exam, by this round's policy and by the one before it."""
+    before = round_.before
+    known = json.loads(before.evaluation.read_text(encoding="utf-8"))["round"]["exam"] if before.number else None
+    return {
+        round_.name: _exam(circle, round_),
+        before.name: _exam(circle, before) if known is None else known,
+    }
 
 
 def _exam(circle: Circle, round_: Round) -> float:
