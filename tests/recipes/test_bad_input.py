@@ -184,7 +184,7 @@ ROWS = [
     Row("no round", "loop", "--rounds 0", "rounds is 0: give at least 1."),
     Row("a misspelt setting of the reward model", "loop", '--reward {"epochs":3}', "reward has the setting 'epochs', which FeedbackRewardConfig does not have."),
     Row("settings of the reward model that are no JSON", "loop", "--reward {bad", "reward is '{bad', which is no JSON"),
-    Row("people who compare within the loop", "loop", "--judge people", "judge is 'people', who are asked by trl-ext evaluate"),
+    Row("a loop whose people compare nothing", "loop", "--judge people --comparisons 0", "comparisons is 0: give at least 1."),
     # The command
     Row("a run that is not there", "trl-ext", "doctor missing", "The run folder 'missing' does not exist."),
     Row("a folder without a run", "trl-ext", "doctor empty", "has no trainer_state.json"),
