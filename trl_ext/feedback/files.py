@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 
 Row = dict[str, Any]
 
@@ -40,7 +40,13 @@ def numbered_rows(source: Source, name: str, split: str | None = None) -> Iterat
     if isinstance(source, Path):
         yield from READERS[source.suffix](source)
         return
+    classes = {
+        column: kind for column, kind in (getattr(source, "features", None) or {}).items() if isinstance(kind, ClassLabel)
+    }
     for number, row in enumerate(source, start=1):
+        for column, kind in classes.items():  # which number means what is theirs to say
+            if isinstance(row.get(column), int) and row[column] >= 0:
+                row[column] = kind.int2str(row[column])
         yield number, row if isinstance(row, dict) else Unusable("", f"{type(row).__name__} instead of a record")
 
 
@@ -75,6 +81,7 @@ def opened(source: Source, split: str | None = None, name: str = "") -> Path | D
     if hasattr(source, "to_dicts"):  # polars
         return list(source.to_dicts())
     if hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas
+        source = source.reset_index() if any(source.index.names) else source
         return [{str(key): _plain(value) for key, value in row.items()} for row in source.to_dict(orient="records")]
     raise TypeError(
         f"Rows cannot be read from {type(source).__name__}: give a file, a folder of save_to_disk, the name of a data "
@@ -144,6 +151,9 @@ def _of_the_hub(name: str, split: str, shown: str) -> Any:
 
 def _lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str | Unusable]]:
     with path.open("rb") as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise FeedbackError(f"{path} is UTF-16, which Excel calls Unicode text: save it as CSV UTF-8.")
+        file.seek(0)
         for number, line in enumerate(file, start=1):
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 and encoding == "utf-8" else encoding)

@@ -85,7 +85,15 @@ def _label(row: Row) -> Record:
 
 def _prompt_and_answers(row: Row, *columns: str, items: Sequence[Any] | None = None) -> tuple[Any, list[Any]]:
     """The prompt and what follows it in each of `columns` (or `items`), whoever laid them out: conversations may begin
-    with the prompt, which may have a column of its own too, as messages or as the text of one of its turns."""
+    with the prompt, which may have a column of its own too, as messages or as the text of one of its turns. What a
+    column `system` says comes before messages that have no system's of their own."""
+    prompt, answers = _parted(row, columns, items)
+    if isinstance(prompt, list) and prompt[0]["role"] != "system" and isinstance(row.get("system"), str):
+        prompt = [*([{"role": "system", "content": row["system"]}] if row["system"].strip() else []), *prompt]
+    return prompt, answers
+
+
+def _parted(row: Row, columns: Sequence[str], items: Sequence[Any] | None) -> tuple[Any, list[Any]]:
     prompt = _text_or_messages(row, "prompt")
     values = [row.get(column) for column in columns] if items is None else items
     answers = [_text_or_messages({column: item}, column) for column, item in zip(columns, values, strict=True)]
