@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+    load_from_disk,
+)
 
 Row = dict[str, Any]
 
@@ -41,7 +49,9 @@ def numbered_rows(source: Source, name: str, split: str | None = None) -> Iterat
         yield from READERS[source.suffix](source)
         return
     classes = {
-        column: kind for column, kind in (getattr(source, "features", None) or {}).items() if isinstance(kind, ClassLabel)
+        column: kind
+        for column, kind in (getattr(source, "features", None) or {}).items()
+        if isinstance(kind, ClassLabel)
     }
     for number, row in enumerate(source, start=1):
         for column, kind in classes.items():  # which number means what is theirs to say

@@ -198,6 +198,10 @@ def read_prompts(
     return Prompts(Dataset.from_list(each, on_mixed_types="use_json"), read_as, rows.unused, dropped)
 
 
+def _goes_on_from(prompt: Any, answer: str) -> bool:
+    return isinstance(prompt, str) and answer.startswith(prompt) and answer != prompt
+
+
 def _begin_with_one_line(pair: Pair) -> bool:
     lines = [answer.strip().partition("\n") for answer in (pair.chosen, pair.rejected)]
     return pair.chosen != pair.rejected and lines[0][0] == lines[1][0] and all(rest for _, _, rest in lines)
@@ -393,7 +397,7 @@ class Rows:
         if not isinstance(answers_of(first[0])[0], str):
             return
         if all(record.prompt for record in first):
-            if all(answer.startswith(record.prompt) for record in first for answer in answers_of(record)):
+            if all(_goes_on_from(record.prompt, answer) for record in first for answer in answers_of(record)):
                 raise FeedbackError(
                     f"{self.name} repeats the prompt at the beginning of every answer: cut it off there, or what is "
                     "trained learns to repeat it."
