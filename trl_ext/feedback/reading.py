@@ -202,7 +202,9 @@ def _goes_on_from(prompt: Any, answer: str) -> bool:
     return isinstance(prompt, str) and answer.startswith(prompt) and answer != prompt
 
 
-def _begin_with_one_line(pair: Pair) -> bool:
+def _begin_with_one_line(pair: Record) -> bool:
+    if not isinstance(pair, Pair):
+        return False
     lines = [answer.strip().partition("\n") for answer in (pair.chosen, pair.rejected)]
     return pair.chosen != pair.rejected and lines[0][0] == lines[1][0] and all(rest for _, _, rest in lines)
 
@@ -220,7 +222,9 @@ def says_how_to_prompt(source: Source, columns: Mapping[str, str] | None = None,
 def _spelt_as_ours(name: str) -> str:
     """A column of a table, whose writer may begin it with a capital, as a form or a layout has it."""
     lower = re.sub(r"\W+", "_", name.strip().lower())
-    known = {column for kind in (*LAYOUTS, *FORMS.values()) for columns in kind.columns for column in columns}
+    sets = [columns for layout in LAYOUTS for columns in layout.columns]
+    sets += [columns for form in FORMS.values() for columns in form.columns]
+    known = set().union(*sets)
     return next((column for column in known if column.lower() == lower), lower)
 
 
@@ -404,7 +408,7 @@ class Rows:
                 )
         elif not any(record.prompt for record in first):
             check_prompt_is_read(self.name, unread)
-            if isinstance(first[0], Pair) and all(map(_begin_with_one_line, first)):
+            if all(map(_begin_with_one_line, first)):
                 raise FeedbackError(
                     f"{self.name} has no prompts, and in each row both answers begin with the same line, as if the "
                     "prompt stood in them: give it in a column 'prompt', and leave it out of 'chosen' and 'rejected'."
