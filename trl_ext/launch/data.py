@@ -82,6 +82,7 @@ def load_rows(data: DataArguments, name: str) -> tuple[Dataset, Dataset]:
     Raises:
         FileNotFoundError, ValueError: there is no such file, split or column, or too few rows.
     """
+    _check_read(data)
     if data.dataset == "demo":
         return demo.load(name, "train"), demo.load(name, "test")
     rows = _prompts(data, data.dataset, data.train_split)
@@ -252,6 +253,27 @@ def _held_out_source(data: DataArguments) -> tuple[str, str] | None:
     return data.dataset, data.eval_split
 
 
+def _check_read(data: DataArguments) -> None:
+    """Refuse settings that would change nothing.
+
+    Raises:
+        ValueError: names one.
+    """
+    if data.dataset == "demo":
+        names, why = (
+            ("train_split", "eval_split", "eval_rows", "columns"),
+            "the demo has rows of its own for everything",
+        )
+    elif all(map(_is_file, _sources(data.dataset))):
+        names, why = ("train_split",), f"the file {data.dataset!r} has no splits"
+    else:
+        return
+    usual = DataArguments()
+    for name in names:
+        if getattr(data, name) != getattr(usual, name):
+            raise ValueError(f"{name} is {getattr(data, name)!r}, but {why}: leave it out.")
+
+
 def _check_size(data: DataArguments, count: int, what: str) -> None:
     if count <= data.eval_rows:
         raise ValueError(
@@ -347,6 +369,7 @@ def check_written(
 
 def _read_feedback(data: DataArguments, name: str) -> tuple[feedback.Feedback, feedback.Feedback]:
     """Feedback to train on and to evaluate on; of the demo, that of its data set `name`."""
+    _check_read(data)
     if data.dataset == "demo":
         train, held_out = (feedback.read(demo.load(name, split), name=f"demo {name}") for split in ("train", "test"))
         return train, held_out
