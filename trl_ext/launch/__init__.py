@@ -16,6 +16,7 @@ from trl_ext.launch.judging import reference_scores, scored_answers
 from trl_ext.launch.progress import show_progress
 from trl_ext.launch.screen import (
     answers,
+    before_and_after,
     distinct_prompts,
     kl_to_reference,
     megabytes,
@@ -45,6 +46,7 @@ __all__ = [
     "DataArguments",
     "RewardArguments",
     "answers",
+    "before_and_after",
     "check_run",
     "check_written",
     "described",

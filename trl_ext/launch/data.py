@@ -262,7 +262,7 @@ def _check_read(data: DataArguments) -> None:
     if data.dataset == "demo":
         names, why = (
             ("train_split", "eval_split", "eval_rows", "columns"),
-            "the demo has rows of its own for everything",
+            "the demo has rows of its own",
         )
     elif all(map(_is_file, _sources(data.dataset))):
         names, why = ("train_split",), f"the file {data.dataset!r} has no splits"

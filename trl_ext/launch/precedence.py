@@ -108,9 +108,7 @@ def settled(levels: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
         settings = level | settings
     for name, other in NEEDS.items():
         if _says(settings, name) and not _says(settings, other):
-            raise ValueError(
-                f"{name} is {settings[name]}, but nothing reads it without {other}: give both, or neither."
-            )
+            raise ValueError(f"{name} is {settings[name]}, but nothing reads it without {other}: give both or none.")
     return settings
 
 
