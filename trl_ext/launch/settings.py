@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -58,8 +57,6 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
         ValueError: settings contradict each other, report_to names a tracker that is not installed, or push_to_hub is
             set and nothing could be pushed.
     """
-    if not sys.warnoptions:  # TRL's and PEFT's words about a name that both still use
-        warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     path, arguments = split_config(sys.argv[1:])
     given = given_on(arguments, types)
     levels = [("The command line", given)]
