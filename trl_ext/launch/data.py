@@ -259,14 +259,10 @@ def _check_read(data: DataArguments) -> None:
     Raises:
         ValueError: names one.
     """
+    names, why = ["train_split"], f"the file {data.dataset!r} has no splits"
     if data.dataset == "demo":
-        names, why = (
-            ("train_split", "eval_split", "eval_rows", "columns"),
-            "the demo has rows of its own",
-        )
-    elif all(map(_is_file, _sources(data.dataset))):
-        names, why = ("train_split",), f"the file {data.dataset!r} has no splits"
-    else:
+        names, why = [*names, "eval_split", "eval_rows", "columns"], "the demo has rows of its own"
+    elif not all(map(_is_file, _sources(data.dataset))):
         return
     usual = DataArguments()
     for name in names:
