@@ -16,6 +16,7 @@ from datasets import (
     DatasetDict,
     IterableDataset,
     IterableDatasetDict,
+    concatenate_datasets,
     load_dataset,
     load_from_disk,
 )
@@ -100,14 +101,26 @@ def opened(source: Source, split: str | None = None, name: str = "") -> Path | D
 
 
 def as_dataset(rows: Any, name: str, several: bool = False) -> Any:
-    """What trainers take: a list of rows or a DataFrame as a Dataset, the only split of several; all else as it is.
+    """What trainers take: the rows of a file, a saved folder or a name on the Hub, a list of rows or a DataFrame as a
+    Dataset; several of these as one; the only split of several; all else as it is.
 
     Args:
         several: whether a trainer takes several data sets by name, as it does for evaluation.
 
     Raises:
-        ValueError: several splits, where one is needed.
+        FileNotFoundError, FeedbackError: no such file or data set, or a line that is no row.
+        ValueError: several splits, where one is needed; data sets of unlike columns.
     """
+    if isinstance(rows, (str, Path)):
+        return _named_rows(rows, name, evaluated=name.startswith("eval"))
+    if isinstance(rows, (list, tuple)) and rows and all(map(_names_rows, rows)):
+        parts = [as_dataset(part, f"{name}[{place}]") for place, part in enumerate(rows)]
+        if not all(isinstance(part, Dataset) for part in parts):
+            return rows
+        if len({tuple(sorted(part.column_names)) for part in parts}) > 1:
+            listed = "; ".join(", ".join(sorted(part.column_names)) for part in parts)
+            raise ValueError(f"{name} has data sets of unlike columns ({listed}): keep those that all of them have.")
+        return concatenate_datasets(parts)
     if isinstance(rows, (DatasetDict, IterableDatasetDict)) and not several:
         if len(rows) > 1:
             listed = ", ".join(map(repr, rows))
@@ -122,12 +135,46 @@ def as_dataset(rows: Any, name: str, several: bool = False) -> Any:
     return rows
 
 
+def decoded(value: Any) -> Any:
+    """Messages, where a text is their JSON: the cells of a table are texts."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            messages = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        if isinstance(messages, list) and messages and all(isinstance(m, dict) and m.get("role") for m in messages):
+            return messages
+    return value
+
+
 def _plain(value: Any) -> Any:
     """A cell of a DataFrame: an array as a list; what is missing, which pandas writes as NaN, as None."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, list):
         return [item.tolist() if hasattr(item, "tolist") else item for item in value]
     return None if value is not None and value != value else value
+
+
+def _names_rows(part: Any) -> bool:
+    """Whether it is a source of rows, and no row or text."""
+    if isinstance(part, str):
+        return Path(part).exists() or Path(part).suffix in READERS or bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", part))
+    return not isinstance(part, Mapping)
+
+
+def _named_rows(source: str | Path, name: str, evaluated: bool) -> Dataset:
+    """The rows of a file, a saved folder or a name on the Hub, of which training takes the split "train"."""
+    if evaluated and not Path(source).exists() and Path(source).suffix not in READERS:
+        raise ValueError(f"{name} is {str(source)!r}, which does not say its split: give load_dataset(..., split=...).")
+    found: Any = opened(source, None, str(source))
+    if not isinstance(found, Path):
+        return found
+    rows, in_cells = [], found.suffix in (".csv", ".tsv")
+    for line, row in numbered_rows(found, str(source)):
+        if isinstance(row, Unusable):
+            raise FeedbackError(f"{source}: line {line}: {row.reason}.")
+        rows.append({column: decoded(value) for column, value in row.items()} if in_cells else row)
+    return Dataset.from_list(rows, on_mixed_types="use_json")
 
 
 def _saved(path: Path, name: str) -> Any:

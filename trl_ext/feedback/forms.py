@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl_ext.feedback.files import Row, Unusable
+from trl_ext.feedback.files import Row, Unusable, decoded
 from trl_ext.feedback.records import Label, Pair, Ranking, Rating, Record, without_nan
 from trl_ext.types import fault_of_messages
 
@@ -145,18 +145,6 @@ def _text_or_messages(row: Row, column: str) -> Any:
     shown = "missing" if value is None else "empty" if value in ("", []) or not str(value).strip() else f"{value!r:.60}"
     shown = fault if fault.startswith("the content") else shown
     raise Unusable(column, f"{shown}: give a text, or a list of messages with role and content")
-
-
-def decoded(value: Any) -> Any:
-    """Messages, where a text is their JSON: the cells of a table are texts."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            messages = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-        if isinstance(messages, list) and messages and all(isinstance(m, dict) and m.get("role") for m in messages):
-            return messages
-    return value
 
 
 def has_half_a_character(value: Any) -> bool:

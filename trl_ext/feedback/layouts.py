@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from trl_ext.feedback.files import Row, Unusable
-from trl_ext.feedback.forms import BAD, FORMS, GOOD, decoded, number_of, shared_messages
+from trl_ext.feedback.files import Row, Unusable, decoded
+from trl_ext.feedback.forms import BAD, FORMS, GOOD, number_of, shared_messages
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_ext import demo, feedback
 from trl_ext.feedback.converting import middle_of_scale
-from trl_ext.feedback.files import READERS, Unusable, numbered_rows, opened
-from trl_ext.feedback.forms import decoded, has_half_a_character
+from trl_ext.feedback.files import READERS, Unusable, decoded, numbered_rows, opened
+from trl_ext.feedback.forms import has_half_a_character
 from trl_ext.feedback.reading import check_on_error, converting_lines, renaming, says_how_to_prompt
 from trl_ext.feedback.records import Problem, key_of
 from trl_ext.ppo.checks import check_column, check_prompts
