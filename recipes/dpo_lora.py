@@ -59,7 +59,7 @@ def main() -> None:
         outcome["exam after"] = demo.run_exam(trained, tokenizer)
     kl = launch.kl_to_reference(trained, tokenizer, prompts, **how)
     outcome |= {
-        "held-out loss": " before, ".join(f"{measured['eval_loss']:.3f}" for measured in held_out) + " after",
+        "held-out loss": launch.before_and_after(held_out, "eval_loss"),
         "held-out pair accuracy": f"{held_out[-1]['eval_rewards/accuracies']:.1%}",
         "KL to the reference": f"{kl:.2f} nats per completion",
         "memory": launch.megabytes(trained),

@@ -58,8 +58,7 @@ def main() -> None:
     base = launch.load_shared_base(model_args, trust_remote_code=args.trust_remote_code, **roles)
     callbacks = [DiagnosticsCallback()]
     if script.kl_target is not None:
-        controller = AdaptiveKLController(args.kl_coef, script.kl_target, script.kl_horizon)
-        callbacks.append(AdaptiveKLCallback(controller))
+        callbacks += [AdaptiveKLCallback(AdaptiveKLController(args.kl_coef, script.kl_target, script.kl_horizon))]
     trainer = PPOTrainer(
         base, functions, args, train, test, processing_class=tokenizer, callbacks=callbacks, ptx_dataset=texts
     )
@@ -80,7 +79,9 @@ def main() -> None:
     if script.dataset == "demo":
         outcome["exam before"] = demo.run_exam(base, tokenizer)
     launch.show_progress(trainer)
+    held_out = [trainer.evaluate()]
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    held_out += [trainer.evaluate()]
     trainer.save_model()
     trainer.save_state()
 
@@ -88,7 +89,8 @@ def main() -> None:
     if script.dataset == "demo":
         outcome["exam after"] = demo.run_exam(base, tokenizer)
     kl = launch.kl_to_reference(base, tokenizer, prompts, **how)
-    outcome |= {"KL to the reference": f"{kl:.2f} nats per completion"}
+    outcome["KL to the reference"] = f"{kl:.2f} nats per completion"
+    outcome["held-out score"] = launch.before_and_after(held_out, "eval_objective/scores")
     launch.report("Result", outcome, args, script)
 
 

@@ -33,7 +33,7 @@ TEMPLATE = """---
 {{ card_data }}
 ---
 
-# {{ card_data.model_name }}
+# {{ model_name }}
 
 A LoRA adapter over {{ base }}, trained with {{ method }} by trl_ext on
 [TRL](https://github.com/huggingface/trl){% if dataset %}, on the data set {{ dataset }}{% endif %}.

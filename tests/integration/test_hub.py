@@ -74,7 +74,7 @@ def test_the_card_of_a_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     }
     settings = table_of(card, "Settings")
     assert settings["`learning_rate`"] == ["0.002"] and settings["`rollout_batch_size`"] == ["4"]
-    assert "Scored by: `cats`." in card.text
+    assert "Scored by: `cats`." in card.text and card.text.strip().startswith("# out\n")
     assert card.data.library_name == "peft" and {"ppo", "trl", "trl-ext"} <= set(card.data.tags)
     assert str(tmp_path) not in card.content  # though the base lies there
 
@@ -101,6 +101,8 @@ def test_the_card_of_a_reward_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             [values[0], values[-1]], rel=1e-3
         )
     assert {"reward", "trl", "trl-ext"} <= set(card.data.tags) and str(tmp_path) not in card.content
+    trainer.create_model_card("Captain")
+    assert ModelCard.load(tmp_path / "out" / "README.md").text.strip().startswith("# Captain\n")
     model = loaded_as_the_card_says(card, tmp_path, monkeypatch)["model"]
     head = trainer.model.state_dict()["base_model.model.score.modules_to_save.default.weight"]
     torch.testing.assert_close(model.state_dict()["base_model.model.score.modules_to_save.default.weight"], head)

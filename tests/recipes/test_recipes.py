@@ -94,7 +94,7 @@ def test_a_recipe_runs_end_to_end(
     card, result = (out / "README.md").read_text(encoding="utf-8"), json.loads((out / "result.json").read_text("utf-8"))
     measured = {
         "reward": ["held-out pair accuracy"],
-        "ppo": ["exam before", "exam after"],
+        "ppo": ["exam before", "exam after", "held-out score"],
         "dpo": ["exam after", "held-out loss"],
     }
     assert all(f"| {name} | {result[name]} |" in card for name in measured[recipe])
@@ -110,6 +110,9 @@ def test_a_recipe_runs_end_to_end(
         assert "exam after" in said
         assert "KL to the reference" in said
         assert AutoPeftModelForCausalLM.from_pretrained(out) is not None
+    if recipe == "ppo":
+        assert re.fullmatch(r"-?[0-9.]+ before, -?[0-9.]+ after", result["held-out score"])
+        assert result["held-out score"] in " ".join(said.split())
     if recipe == "dpo":
         before, after = re.findall(r"[0-9.]+", result["held-out loss"])
         assert float(after) < float(before)

@@ -317,3 +317,19 @@ def test_feedback_without_a_prompt_is_counted_where_ppo_wants_prompts(tmp_path: 
     assert [str(problem) for problem in read.dropped] == ["line 2, column 'prompt': there is no prompt to answer"]
     with pytest.raises(ValueError, match="on_error is 'dorp'"):
         feedback.read_prompts(jsonl(tmp_path / "more.jsonl", rows), on_error="dorp")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "setting", "sentence"),
+    [
+        ("demo", {"train_split": "test"}, "train_split is 'test', but the demo has rows of its own"),
+        ("demo", {"eval_split": "test"}, "eval_split is 'test', but the demo has rows of its own"),
+        ("demo", {"eval_rows": 4}, "eval_rows is 4, but the demo has rows of its own"),
+        ("demo", {"columns": ["a=b"]}, "columns is ['a=b'], but the demo has rows of its own"),
+        ("rows.jsonl,more.csv", {"train_split": "dev"}, "train_split is 'dev', but the file 'rows.jsonl,more.csv' has"),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused(dataset: str, setting: dict[str, Any], sentence: str) -> None:
+    for load in (lambda data: load_rows(data, "prompts"), load_pairs, lambda data: load_feedback(data, "pairwise")):
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            load(DataArguments(dataset, **setting))

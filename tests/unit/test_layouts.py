@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,11 +74,20 @@ SHOWN: dict[str, tuple[Rows, list[Any], list[str], int]] = {
                 "messages": [user("Name a knot."), bot("Bowline.")],
                 "score_chosen": 8.5,
                 "score_rejected": 4.0,
-            }
+            },
+            {
+                "prompt": "Name a sail.",
+                "prompt_id": "8a",
+                "chosen": [user("Name a sail."), bot("Jib.")],
+                "rejected": [user("Name a sail."), bot("Genoa.")],
+                "messages": [user("Name a sail."), bot("Jib.")],
+                "score_chosen": 7.0,
+                "score_rejected": 7.0,
+            },
         ],
         [Pair([user("Name a knot.")], [bot("Bowline.")], [bot("Bow.")], None)],
-        ["prompt_id", "messages", "score_chosen", "score_rejected"],
-        0,
+        ["prompt_id", "messages"],
+        1,
     ),
     "UltraFeedback": (
         [
@@ -261,6 +270,30 @@ SHOWN: dict[str, tuple[Rows, list[Any], list[str], int]] = {
         [
             Pair([system("Be brief."), user("Why?")], [bot("Wind.")], [bot("Because.")], None),
             Pair([user("How?")], [bot("Slowly.")], [bot("So.")], None),
+        ],
+        [],
+        0,
+    ),
+    "Alpaca pairs": (
+        [
+            {
+                "instruction": "Say it in French.",
+                "input": "boat",
+                "chosen": "bateau",
+                "rejected": "bottine",
+                "system": "Be brief.",
+                "history": [["Ahoy", "Hello"]],
+            },
+            {"instruction": "Why?", "input": "", "chosen": "Wind.", "rejected": "No.", "system": "", "history": []},
+        ],
+        [
+            Pair(
+                [system("Be brief."), user("Ahoy"), bot("Hello"), user("Say it in French.\nboat")],
+                [bot("bateau")],
+                [bot("bottine")],
+                None,
+            ),
+            Pair([user("Why?")], [bot("Wind.")], [bot("No.")], None),
         ],
         [],
         0,
@@ -511,6 +544,86 @@ def test_a_transcript_that_does_not_fit_is_refused(rejected: Any, message: str) 
         feedback.read([good, {"chosen": "\n\nHuman: Hi\n\nAssistant: Yes?", "rejected": rejected}])
 
 
+def test_transcripts_with_the_line_ends_of_windows() -> None:
+    gap = "\r\n\r\n"
+    asked = f"{gap}Human: Why?{gap}Assistant:"
+    read = feedback.read([{"chosen": f"{asked} Wind.", "rejected": f"{asked} Wind and sea."}])
+    assert read.layout == "hh-rlhf" and read.records == [Pair(asked, " Wind.", " Wind and sea.", None)]
+
+
+# Rows of the same layouts that are easily misread ---------------------------------------------------------------------
+
+
+def reply(name: str, role: str, text: str, rank: int | None = None, *replies: Any) -> dict[str, Any]:
+    return {"message_id": name, "role": role, "text": text, "rank": rank, "replies": list(replies)}
+
+
+def test_trees_may_be_nested(tmp_path: Path) -> None:
+    follow_up = reply(
+        "e", "prompter", "And then?", None, reply("f", "assistant", "2."), reply("g", "assistant", "II", 0)
+    )
+    replies = reply("b", "assistant", "Uno.", 1), reply("c", "assistant", "One.", 0, follow_up)
+    rows = [{"message_tree_id": "a", "tree_state": "ready", "prompt": reply("a", "prompter", "Count.", None, *replies)}]
+    read = feedback.read(jsonl(tmp_path, rows))
+    assert read.read_as == "rankings, oasst1 trees layout"
+    assert read.records == [Ranking([user("Count.")], ([bot("Uno.")], [bot("One.")]), (2, 1))]
+    file = str(jsonl(tmp_path, rows))
+    train, _ = load_rows(DataArguments(file, eval_split=file), "prompts")
+    assert train["prompt"][:] == [[user("Count.")], [user("Count."), bot("One."), user("And then?")]]
+
+
+def test_a_battle_is_judged_up_to_its_turn() -> None:
+    """As in MT-bench's human judgements: both turns are in the row, the verdict is about one or both."""
+    row = SHOWN["arena battles"][0][0]
+    first = feedback.read([row | {"turn": 1}]).records
+    assert first == [Pair([user("A?")], [bot("a")], [bot("b")], None)]
+    assert feedback.read([row | {"turn": 2}]).records == feedback.read([row]).records
+
+
+def test_a_tie_of_distilabel_prefers_nothing() -> None:
+    rows = [row | {"status": status} for row, status in zip(SHOWN["orca pairs"][0], ["tie", "swapped"], strict=True)]
+    read = feedback.read(rows)
+    assert (read.undecided, read.records) == (1, SHOWN["orca pairs"][1][1:])
+
+
+@pytest.mark.parametrize("asked", ["instruction", "question"])
+def test_an_input_is_no_question_of_its_own(asked: str) -> None:
+    row = {"system": "Be brief.", asked: "Translate.", "input": "boat", "chosen": "bateau", "rejected": "bottine"}
+    if asked == "instruction":
+        assert feedback.read([row]).records[0].prompt == [system("Be brief."), user("Translate.\nboat")]
+    else:
+        with pytest.raises(FeedbackError, match="line 1, column 'input': asks beside 'question'"):
+            feedback.read([row])
+
+
+def test_what_the_system_says_comes_before_messages() -> None:
+    row = {"system": "Be brief.", "chosen": [user("Why?"), bot("Wind.")], "rejected": [user("Why?"), bot("No.")]}
+    pair = Pair([system("Be brief."), user("Why?")], [bot("Wind.")], [bot("No.")], None)
+    read = feedback.read([row, row | {"prompt": [user("Why?")]}])
+    assert read.records == [pair, pair] and read.unused == []
+    rated = {"system": "Be brief.", "prompt": [user("Why?")], "completion": [bot("Wind.")], "rating": 4}
+    assert feedback.read([rated]).records == [Rating(pair.prompt, [bot("Wind.")], (4.0,))]
+    own = rated | {"prompt": [system("Be long."), user("Why?")]}
+    assert feedback.read([own]).records[0].prompt == own["prompt"]
+
+
+def test_capital_letters_of_a_layout_may_be_written_otherwise() -> None:
+    rows = [{name.title(): value for name, value in row.items()} for row in SHOWN["SHP"][0]]
+    assert set(rows[0]) == {"History", "Human_Ref_A", "Human_Ref_B", "Labels", "Score_A"}
+    assert feedback.read(rows).records == SHOWN["SHP"][1]
+
+
+@pytest.mark.parametrize("names", [["neg", "pos"], ["pos", "neg"]])
+def test_the_names_of_classes_say_what_their_numbers_mean(names: list[str], tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"text": ["Fine.", "Dull."], "label": [names.index("pos"), names.index("neg")]})
+    rows = rows.cast_column("label", ClassLabel(names=names))
+    rows.save_to_disk(tmp_path / "saved")
+    for source in (rows, str(tmp_path / "saved"), rows.to_iterable_dataset()):
+        assert feedback.read(source).records == [Label("", "Fine.", True), Label("", "Dull.", False)]
+    with pytest.raises(FeedbackError, match=r"'(spam|ham)' is none of 1, 0, pos"):
+        feedback.read(rows.cast_column("label", ClassLabel(names=["spam", "ham"])), "imdb")
+
+
 # Rows that do not fit ------------------------------------------------------------------------------------------------
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
@@ -532,6 +645,17 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("arena table", {"response_a": '["a"]'}, "'response_a': 1 answers to 2 prompts"),
     ("arena table", {"winner_model_a": 1}, "'winner_model_b': both models are said to have won"),
     ("UltraFeedback", {"completions": [{"response": "Jib."}]}, "'completions': the answer 'Jib.' has no rating"),
+    (
+        "ultrafeedback_binarized",
+        {"score_chosen": 1.0},
+        "'score_chosen': 1.0 is below score_rejected 4.0: the pair is the wrong way round",
+    ),
+    (
+        "UltraFeedback",
+        {"completions": [{"response": "Jib.", "annotations": "good"}]},
+        "'completions': the annotations 'good' are no record",
+    ),
+    ("Alpaca pairs", {"history": ["Ahoy"]}, "'history': 'Ahoy' is not a question with its answer"),
     ("UltraFeedback", {"completions": "none"}, "'completions': 'none' is not a list"),
     ("summarize_from_feedback comparisons", {"choice": 2}, "'choice': 2 is none of 0, 1"),
     ("summarize_from_feedback comparisons", {"summaries": [{"text": "a"}]}, "'summaries': 1 where two are compared"),
@@ -573,6 +697,38 @@ def test_a_label_beside_pairs_renamed_by_hand_is_seen(tmp_path: Path) -> None:
             load(DataArguments(str(jsonl(tmp_path, renamed)), eval_rows=1))
     always = [row | {"labels": 1} for row in renamed]
     assert len(feedback.read(always).records) == 2, "a label that never changes turns nothing round"
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        ("preferred", ("response_a", "response_b")),
+        ("winner", ("A wins", "B wins")),
+        ("vote", ("left", "right")),
+        ("choice", (-1, 1)),
+        ("label", ("1", "2")),
+        ("overall_preference", (-3, 2)),
+        ("preference_strength", (1, -1)),
+        ("safer_response_id", (0, 1)),
+    ],
+)
+def test_a_verdict_beside_pairs_is_seen_however_it_is_written(column: str, said: tuple[Any, Any]) -> None:
+    rows = [{"prompt": f"{n}?", "chosen": "a", "rejected": "b", column: word} for n, word in enumerate(said)]
+    with pytest.raises(FeedbackError, match=f"a column '{column}' that says now one and now the other"):
+        feedback.read(rows)
+    named = [row | {column: name} for row, name in zip(rows, ("llama", "qwen"), strict=True)]
+    assert len(feedback.read(named).records) == 2, "names of models turn nothing round"
+
+
+def test_answers_that_hold_their_prompt_are_seen() -> None:
+    rows = [{"prompt": f"Port {n}?", "chosen": f"Port {n}? Left.", "rejected": f"Port {n}? Right."} for n in range(3)]
+    with pytest.raises(FeedbackError, match="repeats the prompt at the beginning of every answer"):
+        feedback.read(rows)
+    assert len(feedback.read([*rows, rows[0] | {"chosen": "Left."}]).records) == 4, "an answer may quote the question"
+    without = [{"chosen": f"User: {n}?\nBot: Left.", "rejected": f"User: {n}?\nBot: Right."} for n in range(3)]
+    with pytest.raises(FeedbackError, match="has no prompts, and in each row both answers begin with the same line"):
+        feedback.read(without)
+    assert len(feedback.read([*without, {"chosen": "Left.\nSo.", "rejected": "Right.\nSo."}]).records) == 4
 
 
 def test_a_prompt_that_nobody_would_read_is_seen() -> None:

@@ -40,3 +40,6 @@ def test_peak_memory_without_resource(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "resource", None)
     monkeypatch.setattr(psutil, "Process", lambda: known)
     assert peak_memory(torch.device("cpu")) == 123
+    elsewhere = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=45))
+    monkeypatch.setattr(psutil, "Process", lambda: elsewhere)
+    assert peak_memory(torch.device("cpu")) == 45, "a figure stops no run"

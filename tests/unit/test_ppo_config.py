@@ -4,6 +4,7 @@ import ast
 import json
 import sys
 import threading
+import warnings
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -430,3 +431,11 @@ def test_one_way_of_sampling_is_not_given_twice() -> None:
     with pytest.raises(ValueError, match=r"^top_p is 0\.8, and generation_kwargs has top_p 0\.9: leave one"):
         make(top_p=0.8, generation_kwargs={"top_p": 0.9})
     make(top_p=0.8, generation_kwargs={"top_p": 0.8, "top_k": 5})
+
+
+@pytest.mark.parametrize("asked", [{}, {"gradient_checkpointing": False}, {"gradient_checkpointing": True}])
+def test_the_older_name_of_activation_checkpointing_works_without_a_warning(asked: dict[str, bool]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        args = make(**asked)
+    assert args.gradient_checkpointing is asked.get("gradient_checkpointing", True)

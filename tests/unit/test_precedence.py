@@ -179,3 +179,10 @@ def test_the_precision_of_accelerate_launch_is_not_contradicted(
 def test_a_setting_that_extends_is_only_there_where_it_is_said() -> None:
     assert given_on(["--columns", "a=b", "--column", "c=d"], (launch.DataArguments,)) == {"columns": ["a=b", "c=d"]}
     assert given_on(["--eval_rows", "3"], (launch.DataArguments,)) == {"eval_rows": 3}
+
+
+def test_a_setting_that_is_read_beside_another_only() -> None:
+    with pytest.raises(ValueError, match="kl_horizon is 400, but nothing reads it without kl_target"):
+        settled([("The command line", {"kl_horizon": 400}), ("The recipe", {})])
+    both = [("The command line", {"kl_horizon": 400}), ("The recipe", {"kl_target": 3.0})]
+    assert settled(both) == {"kl_horizon": 400, "kl_target": 3.0}

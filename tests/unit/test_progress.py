@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from trl_ext import PPOConfig
+from trl_ext.callbacks.progress import shown
 from trl_ext.launch.progress import steps_in_words
 
 
@@ -30,3 +31,13 @@ from trl_ext.launch.progress import steps_in_words
 )
 def test_steps_in_words(settings: dict[str, int], steps: int, words: str, tmp_path: Path) -> None:
     assert steps_in_words(PPOConfig(str(tmp_path), use_cpu=True, **settings), steps) == words
+
+
+def test_a_step_of_ppo_shows_no_sum_of_losses() -> None:
+    """Neither with the figures of its rollout, nor, at logging_steps=1, without them."""
+    assert shown({"loss": 64.4, "policy/entropy_avg": 1.0, "policy/clipfrac_avg": 0.25}) == {
+        "entropy": "1",
+        "clipped": "0.25",
+    }
+    assert "loss" not in shown({"loss": 64.4, "policy/entropy_avg": 1.0, "objective/kl": 0.5})
+    assert shown({"loss": 0.5}) == {"loss": "0.5"}

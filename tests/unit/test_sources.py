@@ -244,3 +244,16 @@ def test_recipes_say_how_to_do_without_a_bad_row(tmp_path: Path) -> None:
         data = DataArguments(str(file), eval_split=str(file), on_error="drop")
         assert load(data)
         assert "1 rows dropped, the first for line 4, column 'labels'" in data.read_as
+
+
+def test_an_index_with_a_name_is_a_column() -> None:
+    frame = pd.DataFrame(PAIRS)
+    assert feedback.read(frame.set_index("prompt")).records == feedback.read(frame).records
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_unicode_text_of_excel_is_told(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows.{kind}"
+    path.write_bytes("Prompt\tChosen\tRejected\r\nq\ta\tb\r\n".encode("utf-16"))
+    with pytest.raises(FeedbackError, match=f"rows.{kind} is UTF-16, which Excel calls Unicode text: save it as CSV"):
+        feedback.read(path)

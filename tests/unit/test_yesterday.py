@@ -28,6 +28,9 @@ DOCS = Path(__file__).parents[2] / "docs"
         ("epsilon", 0.2, "PPOConfig has no 'epsilon': it is cliprange here."),
         ("loss_type", "dr_grpo", "PPOConfig has no 'loss_type': it is objective here."),
         ("init_kl_coef", 0.2, "PPOConfig has no 'init_kl_coef': it is kl_coef here."),
+        ("exp_name", "mine", "PPOConfig has no 'exp_name': it is run_name here."),
+        ("rloo_k", 2, "PPOConfig has no 'rloo_k': it is num_generations here."),
+        ("sync_ref_model", True, "PPOConfig has no 'sync_ref_model': there is nothing of the kind; leave it out."),
     ],
 )
 def test_a_setting_of_yesterday(old: str, value: Any, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:

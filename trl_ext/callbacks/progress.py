@@ -26,7 +26,7 @@ SHOWN = {
 def shown(logs: dict[str, Any]) -> dict[str, str]:
     """What of `SHOWN` is in a log; PPO's own sum of losses says nothing, so it is left out there."""
     numbers = {name.removeprefix("eval_"): value for name, value in logs.items()}
-    hidden = {"loss"} if "objective/kl" in numbers else set()
+    hidden = {"loss"} if "policy/entropy_avg" in numbers else set()
     return {label: f"{float(numbers[n]):.3g}" for n, label in SHOWN.items() if n in numbers and n not in hidden}
 
 

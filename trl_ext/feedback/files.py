@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 
 Row = dict[str, Any]
 
@@ -40,7 +49,15 @@ def numbered_rows(source: Source, name: str, split: str | None = None) -> Iterat
     if isinstance(source, Path):
         yield from READERS[source.suffix](source)
         return
+    classes = {
+        column: kind
+        for column, kind in (getattr(source, "features", None) or {}).items()
+        if isinstance(kind, ClassLabel)
+    }
     for number, row in enumerate(source, start=1):
+        for column, kind in classes.items():  # which number means what is theirs to say
+            if isinstance(row.get(column), int) and row[column] >= 0:
+                row[column] = kind.int2str(row[column])
         yield number, row if isinstance(row, dict) else Unusable("", f"{type(row).__name__} instead of a record")
 
 
@@ -75,6 +92,7 @@ def opened(source: Source, split: str | None = None, name: str = "") -> Path | D
     if hasattr(source, "to_dicts"):  # polars
         return list(source.to_dicts())
     if hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas
+        source = source.reset_index() if any(source.index.names) else source
         return [{str(key): _plain(value) for key, value in row.items()} for row in source.to_dict(orient="records")]
     raise TypeError(
         f"Rows cannot be read from {type(source).__name__}: give a file, a folder of save_to_disk, the name of a data "
@@ -83,14 +101,26 @@ def opened(source: Source, split: str | None = None, name: str = "") -> Path | D
 
 
 def as_dataset(rows: Any, name: str, several: bool = False) -> Any:
-    """What trainers take: a list of rows or a DataFrame as a Dataset, the only split of several; all else as it is.
+    """What trainers take: the rows of a file, a saved folder or a name on the Hub, a list of rows or a DataFrame as a
+    Dataset; several of these as one; the only split of several; all else as it is.
 
     Args:
         several: whether a trainer takes several data sets by name, as it does for evaluation.
 
     Raises:
-        ValueError: several splits, where one is needed.
+        FileNotFoundError, FeedbackError: no such file or data set, or a line that is no row.
+        ValueError: several splits, where one is needed; data sets of unlike columns.
     """
+    if isinstance(rows, (str, Path)):
+        return _named_rows(rows, name, evaluated=name.startswith("eval"))
+    if isinstance(rows, (list, tuple)) and rows and all(map(_names_rows, rows)):
+        parts = [as_dataset(part, f"{name}[{place}]") for place, part in enumerate(rows)]
+        if not all(isinstance(part, Dataset) for part in parts):
+            return rows
+        if len({tuple(sorted(part.column_names)) for part in parts}) > 1:
+            listed = "; ".join(", ".join(sorted(part.column_names)) for part in parts)
+            raise ValueError(f"{name} has data sets of unlike columns ({listed}): keep those that all of them have.")
+        return concatenate_datasets(parts)
     if isinstance(rows, (DatasetDict, IterableDatasetDict)) and not several:
         if len(rows) > 1:
             listed = ", ".join(map(repr, rows))
@@ -105,12 +135,46 @@ def as_dataset(rows: Any, name: str, several: bool = False) -> Any:
     return rows
 
 
+def decoded(value: Any) -> Any:
+    """Messages, where a text is their JSON: the cells of a table are texts."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            messages = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        if isinstance(messages, list) and messages and all(isinstance(m, dict) and m.get("role") for m in messages):
+            return messages
+    return value
+
+
 def _plain(value: Any) -> Any:
     """A cell of a DataFrame: an array as a list; what is missing, which pandas writes as NaN, as None."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, list):
         return [item.tolist() if hasattr(item, "tolist") else item for item in value]
     return None if value is not None and value != value else value
+
+
+def _names_rows(part: Any) -> bool:
+    """Whether it is a source of rows, and no row or text."""
+    if isinstance(part, str):
+        return Path(part).exists() or Path(part).suffix in READERS or bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", part))
+    return not isinstance(part, Mapping)
+
+
+def _named_rows(source: str | Path, name: str, evaluated: bool) -> Dataset:
+    """The rows of a file, a saved folder or a name on the Hub, of which training takes the split "train"."""
+    if evaluated and not Path(source).exists() and Path(source).suffix not in READERS:
+        raise ValueError(f"{name} is {str(source)!r}, which does not say its split: give load_dataset(..., split=...).")
+    found: Any = opened(source, None, str(source))
+    if not isinstance(found, Path):
+        return found
+    rows, in_cells = [], found.suffix in (".csv", ".tsv")
+    for line, row in numbered_rows(found, str(source)):
+        if isinstance(row, Unusable):
+            raise FeedbackError(f"{source}: line {line}: {row.reason}.")
+        rows.append({column: decoded(value) for column, value in row.items()} if in_cells else row)
+    return Dataset.from_list(rows, on_mixed_types="use_json")
 
 
 def _saved(path: Path, name: str) -> Any:
@@ -144,6 +208,9 @@ def _of_the_hub(name: str, split: str, shown: str) -> Any:
 
 def _lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str | Unusable]]:
     with path.open("rb") as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise FeedbackError(f"{path} is UTF-16, which Excel calls Unicode text: save it as CSV UTF-8.")
+        file.seek(0)
         for number, line in enumerate(file, start=1):
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 and encoding == "utf-8" else encoding)

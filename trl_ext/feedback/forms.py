@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl_ext.feedback.files import Row, Unusable
+from trl_ext.feedback.files import Row, Unusable, decoded
 from trl_ext.feedback.records import Label, Pair, Ranking, Rating, Record, without_nan
 from trl_ext.types import fault_of_messages
 
@@ -85,7 +85,15 @@ def _label(row: Row) -> Record:
 
 def _prompt_and_answers(row: Row, *columns: str, items: Sequence[Any] | None = None) -> tuple[Any, list[Any]]:
     """The prompt and what follows it in each of `columns` (or `items`), whoever laid them out: conversations may begin
-    with the prompt, which may have a column of its own too, as messages or as the text of one of its turns."""
+    with the prompt, which may have a column of its own too, as messages or as the text of one of its turns. What a
+    column `system` says comes before messages that have no system's of their own."""
+    prompt, answers = _parted(row, columns, items)
+    if isinstance(prompt, list) and prompt[0]["role"] != "system" and isinstance(row.get("system"), str):
+        prompt = [*([{"role": "system", "content": row["system"]}] if row["system"].strip() else []), *prompt]
+    return prompt, answers
+
+
+def _parted(row: Row, columns: Sequence[str], items: Sequence[Any] | None) -> tuple[Any, list[Any]]:
     prompt = _text_or_messages(row, "prompt")
     values = [row.get(column) for column in columns] if items is None else items
     answers = [_text_or_messages({column: item}, column) for column, item in zip(columns, values, strict=True)]
@@ -137,18 +145,6 @@ def _text_or_messages(row: Row, column: str) -> Any:
     shown = "missing" if value is None else "empty" if value in ("", []) or not str(value).strip() else f"{value!r:.60}"
     shown = fault if fault.startswith("the content") else shown
     raise Unusable(column, f"{shown}: give a text, or a list of messages with role and content")
-
-
-def decoded(value: Any) -> Any:
-    """Messages, where a text is their JSON: the cells of a table are texts."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            messages = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-        if isinstance(messages, list) and messages and all(isinstance(m, dict) and m.get("role") for m in messages):
-            return messages
-    return value
 
 
 def has_half_a_character(value: Any) -> bool:

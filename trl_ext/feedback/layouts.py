@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from trl_ext.feedback.files import Row, Unusable
-from trl_ext.feedback.forms import BAD, GOOD, decoded, number_of, shared_messages
+from trl_ext.feedback.files import Row, Unusable, decoded
+from trl_ext.feedback.forms import BAD, FORMS, GOOD, number_of, shared_messages
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,15 @@ def _columns_compared(row: Row, prompt: str, first: str, second: str, better: in
 
 # hh-rlhf -------------------------------------------------------------------------------------------------------------
 
-TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+TURN = re.compile(r"(?:^|(?:\r?\n){2})(Human|Assistant):")  # Excel ends lines with \r\n
 
 
 def _is_transcript(text: Any) -> bool:
-    return isinstance(text, str) and bool(TURN.match(text)) and "\n\nAssistant:" in text
+    return isinstance(text, str) and bool(TURN.match(text)) and any(map(_is_of_assistant, TURN.finditer(text)))
+
+
+def _is_of_assistant(turn: re.Match[str]) -> bool:
+    return turn.start() > 0 and turn[1] == "Assistant"
 
 
 def _turns(row: Row, column: str) -> list[str]:
@@ -163,11 +167,13 @@ def _transcripts(row: Row) -> list[Made]:
     common = 0
     while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
         common += 1
-    while common and not all(turns[common].startswith("\n\nAssistant:") for turns in (chosen, rejected)):
+    names = [TURN.match(turns[common]) for turns in (chosen, rejected)]
+    while common and not all(name and name[1] == "Assistant" for name in names):
         common -= 1
-    if common == 0:
+        names = [TURN.match(turns[common]) for turns in (chosen, rejected)]
+    if common == 0 or names[0] is None:
         raise Unusable("rejected", "shares no turn with 'chosen' before an 'Assistant:', so no prompt can be told")
-    prompt = "".join(chosen[:common]) + "\n\nAssistant:"
+    prompt = "".join(chosen[:common]) + names[0][0]
     answers = [(name, "".join(turns)[len(prompt) :]) for name, turns in (("chosen", chosen), ("rejected", rejected))]
     return _compared(prompt, "chosen", answers, better=0)
 
@@ -175,8 +181,15 @@ def _transcripts(row: Row) -> list[Made]:
 # One row, one comparison ----------------------------------------------------------------------------------------------
 
 
-def _conversations(row: Row) -> list[Made]:
-    return [Made({name: row.get(name) for name in ("prompt", "chosen", "rejected")})]
+def _scored_conversations(row: Row) -> list[Made]:
+    pair = {name: row.get(name) for name in ("prompt", "chosen", "rejected")}
+    better, worse = (row.get(name) for name in ("score_chosen", "score_rejected"))
+    if better in (None, "") or worse in (None, ""):
+        return [Made(pair)]
+    lead = number_of(better, "score_chosen") - number_of(worse, "score_rejected")
+    if lead < 0:
+        raise Unusable("score_chosen", f"{better} is below score_rejected {worse}: the pair is the wrong way round")
+    return [Made(pair if lead else {"prompt": FORMS["pairs"].record(pair).prompt})]
 
 
 def _shp(row: Row) -> list[Made]:
@@ -221,7 +234,17 @@ def _battle(answers: Sequence[tuple[str, list[Row]]], better: int | None) -> lis
 def _arena(row: Row) -> list[Made]:
     ties = dict.fromkeys(("tie", "tie (bothbad)", "both_bad", "bothbad"))
     better = _one_of(row, "winner", {"model_a": 0, "model_b": 1, **ties})
-    return _battle([(column, _messages(row, column)) for column in ("conversation_a", "conversation_b")], better)
+    battle = [(column, _messages(row, column)) for column in ("conversation_a", "conversation_b")]
+    if row.get("turn") is not None:
+        turns = int(number_of(row["turn"], "turn"))
+        battle = [(column, _until_turn(conversation, turns)) for column, conversation in battle]
+    return _battle(battle, better)
+
+
+def _until_turn(conversation: list[Row], turns: int) -> list[Row]:
+    """What was judged: so many questions with what answers them."""
+    asked = [place for place, message in enumerate(conversation) if message["role"] == "user"]
+    return conversation[: asked[turns]] if 0 < turns < len(asked) else conversation
 
 
 def _arena_table(row: Row) -> list[Made]:
@@ -242,11 +265,30 @@ def _arena_table(row: Row) -> list[Made]:
 
 
 def _orca(row: Row) -> list[Made]:
-    asked = next(name for name in ("question", "input", "prompt") if name in row)
-    system = row.get("system")
-    prompt = [*(_said("system", _text(row, "system")) if system else []), *_said("user", _text(row, asked))]
+    asked = [name for name in ("question", "input", "prompt") if row.get(name)] or ["question"]
+    if len(asked) > 1:
+        raise Unusable(asked[1], f"asks beside {asked[0]!r}: make one of the two, or drop the one that is not asked")
+    tie = str(row.get("status")).lower() == "tie"  # as distilabel marks it
+    return _asked_and_answered(row, asked[0], _text(row, asked[0]), [], None if tie else 0)
+
+
+def _asked_and_answered(row: Row, asked: str, text: str, history: list[Row], better: int | None = 0) -> list[Made]:
+    """A pair of messages, with what the row has as system."""
+    system = _said("system", _text(row, "system")) if row.get("system") else []
     answers = [(column, _said("assistant", _text(row, column))) for column in ("chosen", "rejected")]
-    return _compared(prompt, asked, answers, better=0)
+    return _compared([*system, *history, *_said("user", text)], asked, answers, better)
+
+
+def _alpaca(row: Row) -> list[Made]:
+    """The input follows the instruction on a line of its own, as LLaMA-Factory has it."""
+    history = []
+    for turn in _structure(row, "history", list) if row.get("history") else []:
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise Unusable("history", f"{turn!r:.60} is not a question with its answer")
+        history += [*_said("user", turn[0]), *_said("assistant", turn[1])]
+    given = _text(row, "input") if row.get("input") else ""
+    text = "\n".join(part for part in (_text(row, "instruction"), given) if part)
+    return _asked_and_answered(row, "instruction", text, history)
 
 
 # Posts and their summaries --------------------------------------------------------------------------------------------
@@ -290,7 +332,10 @@ def _ultrafeedback(row: Row) -> list[Made]:
     for answer in map(_parsed, _structure(row, "completions", list)):
         if not isinstance(answer, dict):
             raise Unusable("completions", f"{answer!r:.60} is not a record with 'response'")
-        aspects = [aspect for aspect in (answer.get("annotations") or {}).values() if isinstance(aspect, dict)]
+        annotations = _parsed(answer.get("annotations")) or {}
+        if not isinstance(annotations, dict):
+            raise Unusable("completions", f"the annotations {annotations!r:.40} are no record of aspects")
+        aspects = [aspect for aspect in annotations.values() if isinstance(aspect, dict)]
         given = [aspect.get("Rating") for aspect in aspects]
         ratings = [number_of(rating, "completions") for rating in given if rating not in (None, "", "N/A")]
         fallback = next((answer[name] for name in ("fine-grained_score", "overall_score") if answer.get(name)), None)
@@ -375,7 +420,7 @@ def _gathered_trees(rows: Numbered) -> Iterator[tuple[int, Row | Unusable]]:
     """A row for each message of a prompter: its conversation, with the replies that were ranked. Messages may come in
     any order, as in the data set's files."""
     messages: dict[str, tuple[int, Row]] = {}
-    for line, row in rows:
+    for line, row in _flattened_trees(rows):
         if isinstance(row, Unusable):
             yield line, row
         elif not isinstance(row.get("message_id"), str) or row["message_id"] in messages:
@@ -397,6 +442,23 @@ def _gathered_trees(rows: Numbered) -> Iterator[tuple[int, Row | Unusable]]:
                 yield line, {"path": _path_to(name, messages), "replies": replies.get(name, [])}
             except Unusable as bad:
                 yield line, bad
+
+
+def _flattened_trees(rows: Numbered) -> Iterator[tuple[int, Row | Unusable]]:
+    """Each message of trees that are nested, as in the data set's files `...trees.jsonl`; other rows as they are."""
+    for line, row in rows:
+        if isinstance(row, Unusable) or "message_id" in row:
+            yield line, row
+            continue
+        waiting = [(None, _parsed(row.get("prompt")))]
+        while waiting:
+            parent, message = waiting.pop()
+            if not isinstance(message, dict):
+                yield line, Unusable("prompt", f"{message!r:.60} is no message with its replies")
+                continue
+            yield line, {**message, "parent_id": parent}
+            replies = reversed(message.get("replies") or [])
+            waiting += [(message.get("message_id"), reply) for reply in replies]
 
 
 def _path_to(name: str, messages: Mapping[str, tuple[int, Row]]) -> list[Row]:
@@ -549,9 +611,9 @@ LAYOUTS: list[Layout] = [
         "ultrafeedback_binarized",
         "pairs",
         [{"chosen", "rejected", "score_chosen", "score_rejected"}],
-        _conversations,
+        _scored_conversations,
         "HuggingFaceH4/ultrafeedback_binarized, trl-lib/ultrafeedback_binarized",
-        "the prompt is the messages that both begin with",
+        "the prompt is the messages that both begin with; equal scores prefer neither",
         lambda row: all(isinstance(decoded(row.get(name)), list) for name in ("chosen", "rejected")),
     ),
     Layout(
@@ -609,7 +671,7 @@ LAYOUTS: list[Layout] = [
         [{"conversation_a", "conversation_b", "winner"}],
         _arena,
         "lmsys/chatbot_arena_conversations, lmarena-ai/arena-human-preference-100k",
-        "by `winner`; the prompt is the messages that both begin with",
+        "by `winner`; the prompt is the messages that both begin with, the answers go to `turn`, where there is one",
     ),
     Layout(
         "arena table",
@@ -639,7 +701,7 @@ LAYOUTS: list[Layout] = [
     Layout(
         "oasst1 trees",
         "rankings",
-        [{"message_id", "parent_id", "text", "role", "rank"}],
+        [{"message_id", "parent_id", "text", "role", "rank"}, {"message_tree_id", "tree_state", "prompt"}],
         _ranked_replies,
         "OpenAssistant/oasst1, OpenAssistant/oasst2",
         "the replies to one message by `rank`, 0 the best; the prompt is the conversation up to it",
@@ -651,8 +713,17 @@ LAYOUTS: list[Layout] = [
         [{"system", asked, "chosen", "rejected"} for asked in ("question", "input", "prompt")],
         _orca,
         "Intel/orca_dpo_pairs, argilla/distilabel-intel-orca-dpo-pairs",
-        "system and question are the messages of the prompt",
+        "system and question are the messages of the prompt; where `status` is tie, neither is preferred",
         lambda row: isinstance(row.get("chosen"), str) and not str(row["chosen"]).startswith('[{"role"'),
+    ),
+    Layout(
+        "Alpaca pairs",
+        "pairs",
+        [{"instruction", "chosen", "rejected"}, {"instruction", "input", "system", "chosen", "rejected"}],
+        _alpaca,
+        "LLaMA-Factory's preference data",
+        "system, `history` and `instruction` with `input` are the messages of the prompt",
+        lambda row: isinstance(row.get("chosen"), str) and not row.get("prompt"),
     ),
     Layout(
         "ShareGPT pairs",

@@ -23,8 +23,15 @@ KINDS: dict[type[Record], str] = {Rating: "ratings", Ranking: "rankings", Pair: 
 OWN_FORMS = tuple(FORMS)
 FIRST_ROWS = 16  # that a layout is recognised by
 # Columns that say which of two answers is better: beside `chosen` and `rejected` one of the two is wrong.
-VERDICTS = ("labels", "label", "winner", "choice", "preference", "preferred", "better_response_id", "winner_model_a")
-SIDES = {"0", "1", "2", "a", "b", "true", "false", "model_a", "model_b", "tie", "chosen", "rejected"}
+VERDICTS = (
+    *("labels", "label", "winner", "choice", "preference", "preferred", "better", "vote", "verdict", "judgment"),
+    *("better_response_id", "safer_response_id", "winner_model_a", "human_preference"),
+    *("overall_preference", "preference_strength"),
+)
+SIDE = re.compile(
+    r"((model|response|answer|completion|option|output|human_ref)[ _-]?)?([ab]|[0-3])([ _-]?(wins|is better))?|"
+    r"-[1-3]|left|right|first|second|true|false|tie|chosen|rejected"
+)
 
 
 @dataclass(frozen=True)
@@ -191,6 +198,17 @@ def read_prompts(
     return Prompts(Dataset.from_list(each, on_mixed_types="use_json"), read_as, rows.unused, dropped)
 
 
+def _goes_on_from(prompt: Any, answer: str) -> bool:
+    return isinstance(prompt, str) and answer.startswith(prompt) and answer != prompt
+
+
+def _begin_with_one_line(pair: Record) -> bool:
+    if not isinstance(pair, Pair):
+        return False
+    lines = [answer.strip().partition("\n") for answer in (pair.chosen, pair.rejected)]
+    return pair.chosen != pair.rejected and lines[0][0] == lines[1][0] and all(rest for _, _, rest in lines)
+
+
 def says_how_to_prompt(source: Source, columns: Mapping[str, str] | None = None, split: str | None = None) -> bool:
     """Whether prompts must be made of the rows (`read_prompts`): they have no column `prompt`, or one that is not the
     whole prompt, as in a layout of others."""
@@ -199,6 +217,15 @@ def says_how_to_prompt(source: Source, columns: Mapping[str, str] | None = None,
     except FeedbackError:
         return False
     return not rows.layout.plain if rows.layout else bool(rows.first_columns) and "prompt" not in rows.first_columns
+
+
+def _spelt_as_ours(name: str) -> str:
+    """A column of a table, whose writer may begin it with a capital, as a form or a layout has it."""
+    lower = re.sub(r"\W+", "_", name.strip().lower())
+    sets = [columns for layout in LAYOUTS for columns in layout.columns]
+    sets += [columns for form in FORMS.values() for columns in form.columns]
+    known = set().union(*sets)
+    return next((column for column in known if column.lower() == lower), lower)
 
 
 class _Watched(dict[str, Any]):
@@ -272,7 +299,7 @@ class Rows:
         elif self._first:
             found = self._found()
             if found is None:
-                lower = {name: re.sub(r"\W+", "_", name.strip().lower()) for row in self._first for name in row}
+                lower = {name: _spelt_as_ours(name) for row in self._first for name in row}
                 given, self._columns = self._columns, {**lower, **self._columns}
                 if (found := self._found()) is None:
                     self._columns = given
@@ -364,15 +391,28 @@ class Rows:
         unread = {self._columns.get(name, name).lower(): name for name in self.unused}
         for column in VERDICTS if isinstance(records[0], Pair) else ():
             said = self._verdicts.get(column, set())
-            if column in unread and len(said) > 1 and said <= SIDES:
+            if column in unread and len(said) > 1 and all(map(SIDE.fullmatch, said)):
                 raise FeedbackError(
                     f"{self.name} has 'chosen' and 'rejected', and a column {unread[column]!r} that says now one and "
                     f"now the other ({', '.join(sorted(said))}): if it tells which answer is better, half of the pairs "
                     "are the wrong way round. Leave the columns their own names, or drop it if it means another thing."
                 )
-        if any(record.prompt for record in records[:1000]) or not isinstance(answers_of(records[0])[0], str):
+        first = records[:1000]
+        if not isinstance(answers_of(first[0])[0], str):
             return
-        check_prompt_is_read(self.name, unread)
+        if all(record.prompt for record in first):
+            if all(_goes_on_from(record.prompt, answer) for record in first for answer in answers_of(record)):
+                raise FeedbackError(
+                    f"{self.name} repeats the prompt at the beginning of every answer: cut it off there, or what is "
+                    "trained learns to repeat it."
+                )
+        elif not any(record.prompt for record in first):
+            check_prompt_is_read(self.name, unread)
+            if all(map(_begin_with_one_line, first)):
+                raise FeedbackError(
+                    f"{self.name} has no prompts, and in each row both answers begin with the same line, as if the "
+                    "prompt stood in them: give it in a column 'prompt', and leave it out of 'chosen' and 'rejected'."
+                )
 
     def unreadable(self, what: str, why: str = "") -> FeedbackError:
         """Why these rows are no feedback; its note holds lines that would make them some."""

@@ -1,5 +1,8 @@
 """What the recipes share. A process that imports this sends no telemetry: TRL's trainers report each run to the Hub."""
 
+import sys
+import warnings
+
 from huggingface_hub import constants
 
 from trl_ext.launch.data import (
@@ -16,6 +19,7 @@ from trl_ext.launch.judging import reference_scores, scored_answers
 from trl_ext.launch.progress import show_progress
 from trl_ext.launch.screen import (
     answers,
+    before_and_after,
     distinct_prompts,
     kl_to_reference,
     megabytes,
@@ -40,11 +44,14 @@ from trl_ext.ppo.checks import check_run
 from trl_ext.reward_models.trainer import tell_left_out
 
 constants.HF_HUB_DISABLE_TELEMETRY = True  # the environment variable is read earlier, when Transformers is imported
+if not sys.warnoptions:  # TRL's and PEFT's words about a name that both still use
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
 
 __all__ = [
     "DataArguments",
     "RewardArguments",
     "answers",
+    "before_and_after",
     "check_run",
     "check_written",
     "described",

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_ext import demo, feedback
 from trl_ext.feedback.converting import middle_of_scale
-from trl_ext.feedback.files import READERS, Unusable, numbered_rows, opened
-from trl_ext.feedback.forms import decoded, has_half_a_character
+from trl_ext.feedback.files import READERS, Unusable, decoded, numbered_rows, opened
+from trl_ext.feedback.forms import has_half_a_character
 from trl_ext.feedback.reading import check_on_error, converting_lines, renaming, says_how_to_prompt
 from trl_ext.feedback.records import Problem, key_of
 from trl_ext.ppo.checks import check_column, check_prompts
@@ -82,6 +82,7 @@ def load_rows(data: DataArguments, name: str) -> tuple[Dataset, Dataset]:
     Raises:
         FileNotFoundError, ValueError: there is no such file, split or column, or too few rows.
     """
+    _check_read(data)
     if data.dataset == "demo":
         return demo.load(name, "train"), demo.load(name, "test")
     rows = _prompts(data, data.dataset, data.train_split)
@@ -252,6 +253,23 @@ def _held_out_source(data: DataArguments) -> tuple[str, str] | None:
     return data.dataset, data.eval_split
 
 
+def _check_read(data: DataArguments) -> None:
+    """Refuse settings that would change nothing.
+
+    Raises:
+        ValueError: names one.
+    """
+    names, why = ["train_split"], f"the file {data.dataset!r} has no splits"
+    if data.dataset == "demo":
+        names, why = [*names, "eval_split", "eval_rows", "columns"], "the demo has rows of its own"
+    elif not all(map(_is_file, _sources(data.dataset))):
+        return
+    usual = DataArguments()
+    for name in names:
+        if getattr(data, name) != getattr(usual, name):
+            raise ValueError(f"{name} is {getattr(data, name)!r}, but {why}: leave it out.")
+
+
 def _check_size(data: DataArguments, count: int, what: str) -> None:
     if count <= data.eval_rows:
         raise ValueError(
@@ -347,6 +365,7 @@ def check_written(
 
 def _read_feedback(data: DataArguments, name: str) -> tuple[feedback.Feedback, feedback.Feedback]:
     """Feedback to train on and to evaluate on; of the demo, that of its data set `name`."""
+    _check_read(data)
     if data.dataset == "demo":
         train, held_out = (feedback.read(demo.load(name, split), name=f"demo {name}") for split in ("train", "test"))
         return train, held_out

@@ -23,6 +23,8 @@ SAME: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("load_in_4bit",), ("load_in_8bit",)),
     (("bf16",), ("fp16",)),
 )
+# What nothing reads without another.
+NEEDS = {"kl_horizon": "kl_target"}
 
 
 def split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -90,7 +92,7 @@ def settled(levels: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
         levels: the sources, the nearest to the user first, each with its name in a sentence.
 
     Raises:
-        ValueError: one source says the same thing twice.
+        ValueError: one source says the same thing twice, or a setting is read only beside another.
     """
     settings: dict[str, Any] = {}
     for source, level in levels:
@@ -104,6 +106,9 @@ def settled(levels: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
             others = {name for names in row if nearer and names not in nearer for name in names}
             level = {name: value for name, value in level.items() if name not in others}
         settings = level | settings
+    for name, other in NEEDS.items():
+        if _says(settings, name) and not _says(settings, other):
+            raise ValueError(f"{name} is {settings[name]}, but nothing reads it without {other}: give both or none.")
     return settings
 
 

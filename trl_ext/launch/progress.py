@@ -25,7 +25,8 @@ class Progress(TrainerCallback):
         if state.is_world_process_zero and numbers:
             kind = "evaluation" if any(name.startswith("eval_") for name in logs or {}) else "step"
             line = "  ".join(f"{label} {value}" for label, value in numbers.items())
-            print(f"{kind} {state.global_step}/{state.max_steps}  {line}", flush=True)
+            step = f" {state.global_step}/{state.max_steps}" if state.max_steps else ""  # it is not known before a run
+            print(f"{kind}{step}  {line}", flush=True)
 
 
 def steps_in_words(args: PPOConfig, max_steps: int) -> str:

@@ -111,6 +111,11 @@ def show_scored_pairs(base: SharedBase, tokenizer: PreTrainedTokenizerBase, pair
     _print(table)
 
 
+def before_and_after(evaluations: Sequence[dict[str, float]], name: str) -> str:
+    """One figure of the evaluations before and after a run."""
+    return " before, ".join(f"{measured[name]:.3f}" for measured in evaluations) + " after"
+
+
 def distinct_prompts(pairs: Dataset) -> list[Any]:
     """The prompts of `pairs`, each once, in their order."""
     return list({as_text(prompt): prompt for prompt in pairs["prompt"]}.values())

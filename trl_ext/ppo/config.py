@@ -211,6 +211,8 @@ class PPOConfig(BaseConfig):
                 not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
             )
         self._check_json()
+        if getattr(self, "activation_checkpointing", False) is None:  # TRL's default has the older name, which warns
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
         self._check_length()
         self._check_generation_kwargs()

@@ -117,5 +117,6 @@ def peak_memory(device: torch.device) -> int:
     try:
         import resource
     except ImportError:  # Windows
-        return int(psutil.Process().memory_info().peak_wset)
+        now = psutil.Process().memory_info()
+        return int(now.peak_wset if hasattr(now, "peak_wset") else now.rss)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -16,6 +16,8 @@ _REWARD = "use the trainer's reward_funcs, or SharedBase.from_pretrained(reward=
 _REFERENCE = "use SharedBase.from_pretrained(reference=...), or leave it out: the model as you give it is the reference"
 _OUT = "leave it out"
 
+_NONE = "there is nothing of the kind; leave it out"
+
 # What each setting is here: a field, or what to do instead.
 SETTINGS: dict[str, str] = {
     # RLOOConfig, GRPOConfig
@@ -30,6 +32,12 @@ SETTINGS: dict[str, str] = {
     "steps_per_generation": "num_mini_batches",
     "mask_truncated_completions": "use missing_eos_penalty for completions that were cut off",
     "max_prompt_length": "leave it out: prompts are not cut",
+    "importance_sampling_level": "objective",
+    "delta": "dual_clip",
+    "sync_ref_model": _NONE,
+    "vllm_mode": _NONE,
+    "top_entropy_quantile": _NONE,
+    "rloo_k": "num_generations",
     # TRL 1.12
     "response_length": "max_completion_length",
     "stop_token": "leave it out: a completion ends at the model's EOS",
@@ -45,6 +53,7 @@ SETTINGS: dict[str, str] = {
     "local_batch_size": _SIZES,
     "local_mini_batch_size": _SIZES,
     "num_total_batches": _LENGTH,
+    "world_size": _OUT,
     "dataset_num_proc": _OUT,
     "ds3_gather_for_generation": _OUT,
     # TRL 0.11
@@ -62,6 +71,17 @@ SETTINGS: dict[str, str] = {
     "target_kl": "max_approx_kl",
     "ratio_threshold": "max_ratio",
     "backward_batch_size": _SIZES,
+    "forward_batch_size": "local_rollout_forward_batch_size",
+    "reward_model": _REWARD,
+    "query_dataset": "use the trainer's train_dataset",
+    "exp_name": "run_name",
+    "task_name": "run_name",
+    "optimize_cuda_cache": _OUT,
+    "optimize_device_cache": _OUT,
+    "is_encoder_decoder": "leave it out: models are causal language models here",
+    "project_kwargs": "output_dir",
+    "tracker_kwargs": "use report_to, and the environment variables of the tracker",
+    "accelerator_kwargs": "accelerator_config",
     "model_name": "use the trainer's model",
     "log_with": "report_to",
     "tracker_project_name": "run_name",
