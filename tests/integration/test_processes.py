@@ -133,6 +133,26 @@ def test_the_demo_s_reward_adapter_is_trained_by_one_process_for_all(folder: Pat
     assert done.stdout.count("training the demo's reward adapter") == 1
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", ["ppo", "reward", "dpo"])
+def test_processes_that_do_not_know_each_other_train_nothing(folder: Path, recipe: str) -> None:
+    """accelerate shards on GPUs alone: on a CPU it starts processes that each believe they are the only one."""
+    launcher = folder / "fsdp_on_a_cpu.yaml"
+    launcher.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nnum_machines: 1\nmachine_rank: 0\n"
+        "num_processes: 2\nmixed_precision: 'no'\nuse_cpu: true\nfsdp_config: {fsdp_version: 2}\n"
+    )
+    script, out = ROOT / "recipes" / f"{recipe}_lora.py", folder / f"{recipe}_of_strangers"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launcher), str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--output_dir", str(out)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode != 0
+    assert "error: WORLD_SIZE says that 2 processes were started, but accelerate sees this one alone" in done.stderr
+    assert not out.exists()
+
+
 @pytest.mark.slow
 def test_a_judge_that_fails_on_one_process_ends_both_after_a_checkpoint(folder: Path, model: str) -> None:
     done = start(model, folder / "out", 2, "fail")

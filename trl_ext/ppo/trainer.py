@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
-from trl_ext import hub
+from trl_ext import hub, runs
 from trl_ext._trl import BaseTrainer
 from trl_ext.callbacks import PPOControl, RolloutCallback, RolloutEvents, check_events
 from trl_ext.callbacks.progress import show_in_notebook
@@ -138,6 +138,7 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
         for callback in callbacks or []:
             check_events(callback)
         checks.check_output_dir(str(args.output_dir))
+        self._claim = runs.claimed_by(args)
         checks.check_devices(args)
         hub.check_push(args)
         functions = checks.as_list(reward_funcs)
