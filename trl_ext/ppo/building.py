@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 import sys
@@ -124,6 +125,16 @@ def args_of_gpu(device: torch.device, bf16: bool | None = None) -> dict[str, Any
     if device.type != "cuda":
         return {}
     return {"device_map": {"": device}, **({"dtype": torch.bfloat16} if bf16 else {})}
+
+
+def keep_outputs_precise(accelerator: Accelerator) -> None:
+    """Have FSDP2 compute in half precision, as accelerate tells it to, but neither round what the base returns
+    (log-probabilities, values) nor the gradients that it adds up."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
+        )
 
 
 def check_generator(generator: Any, args: PPOConfig) -> None:
