@@ -105,7 +105,7 @@ def main() -> None:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.float32,
-        bnb_4bit_quant_storage=torch.float32,
+        bnb_4bit_quant_storage=torch.float32 if SHARDED else torch.uint8,  # FSDP2 shares out floats alone
     )
     set_seed(1)
     base = SharedBase.from_pretrained(

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +74,28 @@ def two(folder: Path, model: str) -> Run:
 @pytest.mark.slow
 def test_two_processes_equal_one(folder: Path, model: str, two: Run) -> None:
     assert_equal(run(model, folder / "one", 1), two)
+
+
+@pytest.mark.long
+def test_two_machines_equal_one(folder: Path, model: str) -> None:
+    """Two nodes of torchrun, which find each other by address and port; here both are this machine."""
+    out = folder / "two_machines"
+    out.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    command += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=1", "--local_addr=127.0.0.1"]
+    command += [str(Path(__file__).with_name("worker.py")), model, str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    nodes = [subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) for _ in range(2)]
+    for node in nodes:  # what they say fits into a pipe
+        said = node.communicate(timeout=600)[0]
+        assert node.returncode == 0, said[-3000:]
+    used, logs = json.loads((out / "logs.json").read_text())
+    assert used == 2
+    assert_equal(run(model, folder / "one_machine", 1), (load_file(out / "trained.safetensors"), logs))
 
 
 @pytest.mark.slow

@@ -23,13 +23,14 @@ def model(folder: Path) -> str:
     return saved_model(folder / "model")
 
 
-def run(model: str, out: Path, sharded: bool, *words: str) -> Run:
+def run(model: str, out: Path, sharded: bool, *words: str, processes: int | None = None) -> Run:
     out.mkdir()
     script, variables = Path(__file__).with_name("sharded_worker.py"), VARIABLES if sharded else {}
-    done = launch(2 if sharded else 1, script, model, str(out), *words, **variables)
+    processes = processes or (2 if sharded else 1)
+    done = launch(processes, script, model, str(out), *words, **variables)
     assert done.returncode == 0, done.stderr[-3000:]
     used, logs = json.loads((out / "logs.json").read_text())
-    assert used == (2 if sharded else 1)
+    assert used == processes
     return load_file(out / "trained.safetensors"), logs
 
 
@@ -100,3 +101,10 @@ def test_other_runs_that_share_out_the_base_equal_one(folder: Path, model: str, 
     trained = [row for row in shared[1] if "loss" in row]
     assert sum(row.get("policy/skipped_minibatches", 0) for row in trained) == (1 if "nan" in words else 0)
     assert watched(folder / f"{name}_shared", 0)["whole"] == 1
+
+
+@pytest.mark.long
+def test_two_processes_with_a_base_of_4_bits_each_equal_one(folder: Path, model: str) -> None:
+    """DistributedDataParallel: nothing is shared out."""
+    alone = run(model, folder / "nf4_one", False, "nf4")
+    assert_equal(alone, run(model, folder / "nf4_each", False, "nf4", processes=2))

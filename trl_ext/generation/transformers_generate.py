@@ -61,11 +61,9 @@ class TransformersGenerator:
         # The longest first: what does not fit into memory shows at once. Equal prompts come to lie side by side.
         order = sorted(range(len(prompt_ids)), key=lambda row: (-len(prompt_ids[row]), prompt_ids[row]))
         # Some models shift by padding what they read: there only prompts of one length share a batch.
-        shared = [
-            list(group)
-            for _, group in itertools.groupby(order, lambda row: self.base.pads_left or len(prompt_ids[row]))
-        ]
-        batches = [part[at : at + self.batch_size] for part in shared for at in range(0, len(part), self.batch_size)]
+        shared = itertools.groupby(order, lambda row: self.base.pads_left or len(prompt_ids[row]))
+        parts = [list(group) for _, group in shared]
+        batches = [part[at : at + self.batch_size] for part in parts for at in range(0, len(part), self.batch_size)]
         if self.base.sharded:  # as many calls in each process: the last batch is answered again
             batches += batches[-1:] * (max(gather_object([len(batches)])) - len(batches))
         completions: dict[int, list[int]] = {}

@@ -251,7 +251,7 @@ def load_shared_base(model_args: ModelConfig, **roles: Any) -> SharedBase:
         if model.adapter is not None and roles.get("reference") is None:
             roles["reference"] = "copy"  # as `SharedBase.from_pretrained` has it, which is given the base's name here
     # No trainer moves what is loaded to be looked at.
-    roles = args_of_gpu(PartialState().device) | roles
+    roles = args_of_gpu(PartialState().device, quantized=quantization is not None) | roles
     return SharedBase.from_pretrained(
         model.base,
         quantization_config=quantization,
