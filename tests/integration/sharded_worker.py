@@ -101,11 +101,12 @@ def main() -> None:
         save_steps=6,
         disable_tqdm=True,
     )
+    dtype = torch.bfloat16 if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" else torch.float32
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.float32,
-        bnb_4bit_quant_storage=torch.float32 if SHARDED else torch.uint8,  # FSDP2 shares out floats alone
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if SHARDED else torch.uint8,  # FSDP2 shares out floats alone
     )
     set_seed(1)
     base = SharedBase.from_pretrained(
@@ -113,7 +114,7 @@ def main() -> None:
         quantization_config=nf4 if "nf4" in words else None,
         policy=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
         value="head" if "head" in words else "adapter",
-        dtype=torch.float32,
+        dtype=dtype,
     )
     watch, prompts = Watch(base), prompt_dataset(70)
     trainer = PPOTrainer(
@@ -126,7 +127,12 @@ def main() -> None:
     trained = {name: whole(p.detach()).clone() for name, p in trainer.base.named_parameters() if p.requires_grad}
     ids = torch.arange(5, 17).view(2, 6)
     logprobs = trainer.base.logprobs(ids, torch.ones_like(ids), 3)
-    watched = {"lengths": watch.lengths, "whole": watch.whole_at_once, "logprobs": logprobs.tolist()}
+    watched = {
+        "dtype": str(logprobs.dtype),
+        "lengths": watch.lengths,
+        "whole": watch.whole_at_once,
+        "logprobs": logprobs.tolist(),
+    }
     (out / f"watched_{trainer.args.process_index}.json").write_text(json.dumps(watched), encoding="utf-8")
     if trainer.is_world_process_zero():
         save_file(trained, out / "trained.safetensors")

@@ -131,14 +131,24 @@ def args_of_gpu(device: torch.device, bf16: bool | None = None, quantized: bool 
     return {**place, **({"dtype": torch.bfloat16} if bf16 else {})}
 
 
-def keep_outputs_precise(accelerator: Accelerator) -> None:
+def keep_outputs_precise(base: SharedBase, accelerator: Accelerator) -> None:
     """Have FSDP2 compute in half precision, as accelerate tells it to, but neither round what the base returns
-    (log-probabilities, values) nor the gradients that it adds up."""
+    (log-probabilities, values) nor the gradients that it adds up.
+
+    Raises:
+        ValueError: it would cast a 4-bit base's weights, which are no numbers of that precision.
+    """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.mixed_precision_policy is not None:
-        plugin.mixed_precision_policy = dataclasses.replace(
-            plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
+    policy = None if plugin is None else plugin.mixed_precision_policy
+    if plugin is None or policy is None:
+        return
+    storage = getattr(getattr(base.config, "quantization_config", None), "bnb_4bit_quant_storage", None)
+    if storage is not None and storage.is_floating_point and storage != policy.param_dtype:
+        raise ValueError(
+            f"The base's 4-bit weights are stored as {storage}, and FSDP2 would cast them to {policy.param_dtype}: set "
+            f"bnb_4bit_quant_storage to {str(policy.param_dtype).removeprefix('torch.')}."
         )
+    plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None, reduce_dtype=torch.float32)
 
 
 def check_generator(generator: Any, args: PPOConfig) -> None:

@@ -174,7 +174,7 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        keep_outputs_precise(self.accelerator)
+        keep_outputs_precise(self.base, self.accelerator)
         show_in_notebook(self)
         self.control = PPOControl()
         self.interrupts = Interrupts()

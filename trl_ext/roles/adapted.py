@@ -67,6 +67,12 @@ class AdaptedModel(nn.Module):
         return is_sharded(self)
 
     @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of the model's blocks, by which accelerate finds what FSDP2 gathers at a time."""
+        there = {type(module).__name__ for module in self.causal_lm.modules()}
+        return [name for name in self.causal_lm._no_split_modules or () if name in there]
+
+    @property
     def config(self) -> Any:
         """The base model's configuration."""
         return self.causal_lm.config
