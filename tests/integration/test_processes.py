@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +76,28 @@ def test_two_processes_equal_one(folder: Path, model: str, two: Run) -> None:
     assert_equal(run(model, folder / "one", 1), two)
 
 
+@pytest.mark.long
+def test_two_machines_equal_one(folder: Path, model: str) -> None:
+    """Two nodes of torchrun, which find each other by address and port; here both are this machine."""
+    out = folder / "two_machines"
+    out.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    command += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=1", "--local_addr=127.0.0.1"]
+    command += [str(Path(__file__).with_name("worker.py")), model, str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    nodes = [subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) for _ in range(2)]
+    for node in nodes:  # what they say fits into a pipe
+        said = node.communicate(timeout=600)[0]
+        assert node.returncode == 0, said[-3000:]
+    used, logs = json.loads((out / "logs.json").read_text())
+    assert used == 2
+    assert_equal(run(model, folder / "one_machine", 1), (load_file(out / "trained.safetensors"), logs))
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_stream(folder: Path, model: str) -> None:
     assert_equal(run(model, folder / "one_stream", 1, "stream"), run(model, folder / "two_stream", 2, "stream"))
@@ -87,7 +111,7 @@ def test_a_bad_row_of_a_stream_ends_both_processes_after_a_checkpoint(folder: Pa
     assert (folder / "bad" / "checkpoint-3" / "trainer_state.json").is_file()
 
 
-def assert_equal(one_process: Run, two_processes: Run) -> None:
+def assert_equal(one_process: Run, two_processes: Run, nan_ok: bool = False) -> None:
     one, its_logs = one_process
     both, their_logs = two_processes
     assert len(its_logs) == len(their_logs)
@@ -95,7 +119,8 @@ def assert_equal(one_process: Run, two_processes: Run) -> None:
         assert set(ours) == set(theirs)
         for name in ours:
             if not name.startswith(CLOCKS):
-                assert theirs[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-5), (name, ours["step"])
+                expected = pytest.approx(ours[name], rel=1e-4, abs=1e-5, nan_ok=nan_ok)
+                assert theirs[name] == expected, (name, ours["step"])
     assert any(float(ours["objective/kl_coef"]) != 0.1 for ours in its_logs if "objective/kl_coef" in ours)
     for name, weight in one.items():
         torch.testing.assert_close(both[name], weight, rtol=1e-4, atol=1e-5, msg=name)
@@ -131,6 +156,26 @@ def test_the_demo_s_reward_adapter_is_trained_by_one_process_for_all(folder: Pat
     folders = {line.removeprefix("adapter: ") for line in done.stdout.splitlines() if line.startswith("adapter: ")}
     assert len(folders) == 1 and (Path(folders.pop()) / "adapter_config.json").is_file()
     assert done.stdout.count("training the demo's reward adapter") == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", ["ppo", "reward", "dpo"])
+def test_processes_that_do_not_know_each_other_train_nothing(folder: Path, recipe: str) -> None:
+    """accelerate shards on GPUs alone: on a CPU it starts processes that each believe they are the only one."""
+    launcher = folder / "fsdp_on_a_cpu.yaml"
+    launcher.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nnum_machines: 1\nmachine_rank: 0\n"
+        "num_processes: 2\nmixed_precision: 'no'\nuse_cpu: true\nfsdp_config: {fsdp_version: 2}\n"
+    )
+    script, out = ROOT / "recipes" / f"{recipe}_lora.py", folder / f"{recipe}_of_strangers"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launcher), str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--output_dir", str(out)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode != 0
+    assert "error: WORLD_SIZE says that 2 processes were started, but accelerate sees this one alone" in done.stderr
+    assert not out.exists()
 
 
 @pytest.mark.slow

@@ -51,6 +51,7 @@ ENVIRONMENTS = [
     Environment("a push without the Hub", "reward", "--push_to_hub true", "push_to_hub is set, but HF_HUB_OFFLINE switches the Hub off: unset that, or leave it out, and upload", variables={"HF_HUB_OFFLINE": "1"}),
     Environment("a push without a token", "dpo", "--push_to_hub true", "push_to_hub is set, but there is no token for the Hub: log in with `hf auth login`, or give hub_token, or leave it out, and upload", variables={"HF_HUB_OFFLINE": "0", "HF_TOKEN": "", "HF_TOKEN_PATH": "nowhere"}),
     Environment("one of two processes alone", "ppo", "", "MASTER_ADDR", variables={"WORLD_SIZE": "2", "RANK": "1"}),
+    Environment("two processes that do not know each other", "reward", "", "SLURM_STEP_NUM_TASKS says that 2 processes were started, but accelerate sees this one alone, so each would train a run of its own", variables={"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}),
     Environment("a precision that accelerate does not know", "ppo", "", "Unknown mixed_precision mode: fp17.", variables={"ACCELERATE_MIXED_PRECISION": "fp17"}),
 ]
 # fmt: on

@@ -30,6 +30,7 @@ LOGIC = {
     "callbacks",
     "diagnostics",
     "hub",
+    "runs",
 }
 
 # room -> rooms that it may import. A room is a folder or a file directly under trl_ext/.
@@ -47,6 +48,7 @@ ARROWS: dict[str, set[str]] = {
     "roles": {"core", "tokens"},
     "diagnostics": {"core", "types"},
     "hub": {"diagnostics"},
+    "runs": set(),
     "evaluation": {"core", "diagnostics", "feedback", "generation", "rewards", "roles", "tokens", "types"},
     "callbacks": {"controllers", "core", "diagnostics", "types"},
     "reward_models": LOGIC | {"_trl"},

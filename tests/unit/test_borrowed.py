@@ -30,6 +30,7 @@ OVERRIDDEN: dict[tuple[str, str], str] = {
     (TRAINER, "_get_train_sampler"): "self, train_dataset=",
     (TRAINER, "_load_best_model"): "self",
     (TRAINER, "_load_from_checkpoint"): "self, resume_from_checkpoint, model=",
+    (TRAINER, "_load_optimizer_and_scheduler"): "self, checkpoint",
     (TRAINER, "_push_from_checkpoint"): "self, checkpoint_folder",
     (TRAINER, "_run_epoch"): "self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
     "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch",

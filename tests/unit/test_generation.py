@@ -205,7 +205,7 @@ def rollout_of(ids: list[list[int]], eos: list[int], pad: int, logprobs: Any = N
 class ScriptedPolicy:
     """Answers each prompt from a table, as Transformers' generate returns it; remembers how it was called."""
 
-    pads_left = True
+    pads_left, sharded = True, False
     device, causal_lm = torch.device("cpu"), None  # the configs below leave each batch to one generate
 
     def __init__(self, answers: dict[tuple[int, ...], list[int]], fill: int = PAD) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,7 +23,7 @@ from trl import ModelConfig
 
 from tests.helpers import PLACE
 from tests.parity.tiny import config_of, save_base
-from trl_ext import PPOConfig, PPOTrainer, feedback, loop
+from trl_ext import PPOConfig, PPOTrainer, feedback, loop, runs
 from trl_ext.loop import overview, raters, stages
 from trl_ext.loop.picking import NothingNew, chosen, known_of
 from trl_ext.loop.settings import SEEN
@@ -500,11 +501,9 @@ def test_of_ppos_own_settings_none_may_change_but_what_is_seen_of_a_run() -> Non
 
 
 def test_two_starts_on_one_folder(base: Path, tmp_path: Path) -> None:
-    from filelock import FileLock
-
     out = tmp_path / "out"
     out.mkdir()
-    with FileLock(out / "loop.lock"), pytest.raises(ValueError, match="is in use by another loop"):
+    with FileLock(out / runs.LOCK), pytest.raises(ValueError, match="is in use by another run"):
         loop.run(circle_of(base, out))
 
 

@@ -8,11 +8,11 @@ import math
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, StoppingCriteriaList
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from trl_ext.generation.rollouts import Answers, GenerationError
 from trl_ext.tokens import as_ids, padded
@@ -55,16 +55,20 @@ class TransformersGenerator:
                 f"num_return_sequences is {config.num_return_sequences}, but each prompt gets one completion: leave it "
                 "out, and set num_generations for several."
             )
-        complete = self._in_parts if can_continue(self.base.causal_lm, config) else self._at_once
+        # Where the base is shared out, each process would wait for the others' calls.
+        goes_on = not self.base.sharded and can_continue(self.base.causal_lm, config)
+        complete = self._in_parts if goes_on else self._at_once
         # The longest first: what does not fit into memory shows at once. Equal prompts come to lie side by side.
         order = sorted(range(len(prompt_ids)), key=lambda row: (-len(prompt_ids[row]), prompt_ids[row]))
-        completions: dict[int, list[int]] = {}
         # Some models shift by padding what they read: there only prompts of one length share a batch.
         shared = itertools.groupby(order, lambda row: self.base.pads_left or len(prompt_ids[row]))
-        for part in (list(group) for _, group in shared):
-            for start in range(0, len(part), self.batch_size):
-                rows = part[start : start + self.batch_size]
-                completions |= zip(rows, complete([prompt_ids[row] for row in rows], config, role), strict=True)
+        parts = [list(group) for _, group in shared]
+        batches = [part[at : at + self.batch_size] for part in parts for at in range(0, len(part), self.batch_size)]
+        if self.base.sharded:  # as many calls in each process: the last batch is answered again
+            batches += batches[-1:] * (max(gather_object([len(batches)])) - len(batches))
+        completions: dict[int, list[int]] = {}
+        for rows in batches:
+            completions |= zip(rows, complete([prompt_ids[row] for row in rows], config, role), strict=True)
         return Answers([completions[row] for row in range(len(prompt_ids))])
 
     def _at_once(self, prompts: list[list[int]], config: GenerationConfig, role: str) -> list[list[int]]:
@@ -139,7 +143,7 @@ def can_continue(model: Any, config: GenerationConfig) -> bool:
     no setting stands against it, and all that the model remembers of a row are that row's keys and values."""
     if not set(config.to_diff_dict()) <= CONTINUABLE or config.max_new_tokens is None or config.use_cache is False:
         return False
-    if is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model):
+    if is_deepspeed_zero3_enabled():
         return False  # each process would wait for the others' calls
     if model.config.is_encoder_decoder or model._is_stateful or _own_methods(type(model)):
         return False

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.utils import CONFIG_NAME, cached_file
 from trl import ModelConfig, RewardConfig, TrlParser, get_peft_config, get_quantization_config
 
-from trl_ext import demo
+from trl_ext import demo, runs
 from trl_ext._trl import train_in_float32
 from trl_ext.generation import GenerationError
 from trl_ext.hub import check_push
@@ -43,6 +43,7 @@ USER_ERRORS = (
 
 # What every recipe does unless it is told otherwise, whatever the model.
 DEFAULTS = {"use_peft": True, "lora_dropout": 0.0, "lora_target_modules": ["all-linear"], "report_to": "none"}
+_claims: list[Any] = []  # on output_dir, until the process ends
 DEMO = {"model_name_or_path": "demo", "dataset": "demo"}
 
 
@@ -54,8 +55,8 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
     Raises:
         FileExistsError: output_dir holds a run already, which is not gone on with.
         FileNotFoundError: there is no checkpoint to go on from.
-        ValueError: settings contradict each other, report_to names a tracker that is not installed, or push_to_hub is
-            set and nothing could be pushed.
+        ValueError: settings contradict each other, report_to names a tracker that is not installed, push_to_hub is set
+            and nothing could be pushed, another run writes into output_dir, or processes do not know each other.
     """
     path, arguments = split_config(sys.argv[1:])
     given = given_on(arguments, types)
@@ -90,6 +91,7 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
         if isinstance(part, TrainingArguments):
             if part.process_index == 0:
                 check_output_dir(str(part.output_dir))
+            _claims.append(runs.claimed_by(part))
             part.resume_from_checkpoint = checkpoint_of(part, ensemble)
             check_trackers(part.report_to)
             check_push(part)
@@ -249,7 +251,7 @@ def load_shared_base(model_args: ModelConfig, **roles: Any) -> SharedBase:
         if model.adapter is not None and roles.get("reference") is None:
             roles["reference"] = "copy"  # as `SharedBase.from_pretrained` has it, which is given the base's name here
     # No trainer moves what is loaded to be looked at.
-    roles = args_of_gpu(PartialState().device) | roles
+    roles = args_of_gpu(PartialState().device, quantized=quantization is not None) | roles
     return SharedBase.from_pretrained(
         model.base,
         quantization_config=quantization,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,11 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, get_quantization_config
 
-from trl_ext import demo, launch
+from trl_ext import demo, launch, runs
 from trl_ext.evaluation import Cast, Spec
 from trl_ext.evaluation.sampling import check_columns
 from trl_ext.loop import overview, stages
@@ -125,7 +123,7 @@ class Circle:
             TypeError: a function asks for a column that the prompts do not have.
             ValueError: settings contradict each other, or those that the folder was made with.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if runs.launched_as_one_of()[1] > 1:
             raise ValueError("The loop's stages run in one process each: start it by `python`, not on several GPUs.")
         if self.script.patience is not None and self.judge is None:
             raise ValueError("patience goes by who wins against the round before, which a judge says: give --judge.")
@@ -177,22 +175,8 @@ def run(circle: Circle) -> Outcome:
         RaterError: the rater is gone or makes no sense.
         ValueError: the folder was made with other settings, or is in use.
     """
-    circle.out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(circle.out / "loop.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(
-            f"{circle.out} is in use by another loop: wait for it, stop it first, or name another output_dir."
-        ) from None
-    try:
-        circle.check()
-        return _run(circle)
-    finally:
-        lock.release()
-
-
-def _run(circle: Circle) -> Outcome:
+    _claim = runs.claimed(circle.out)  # until this returns
+    circle.check()
     rows: list[dict[str, Any]] = []
     ended = f"All {circle.script.rounds} rounds are done."
     for number in range(1, circle.script.rounds + 1):

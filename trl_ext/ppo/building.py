@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
@@ -89,8 +91,9 @@ def build_base(model: Any, args: PPOConfig, quantization_config: Any | None, pef
         if given.get("quantization_config") is not None:
             raise ValueError("quantization_config is given twice, also in model_init_kwargs: leave it out there.")
         given["quantization_config"] = quantization_config
-    defaults = {"trust_remote_code": args.trust_remote_code, **args_of_gpu(args.device, args.bf16)}
-    if given.get("quantization_config") is not None or "torch_dtype" in given:
+    quantized = given.get("quantization_config") is not None
+    defaults = {"trust_remote_code": args.trust_remote_code, **args_of_gpu(args.device, args.bf16, quantized)}
+    if quantized or "torch_dtype" in given:
         defaults.pop("dtype", None)
     return SharedBase.from_pretrained(model, policy=peft_config, **{**defaults, **given})
 
@@ -118,12 +121,34 @@ def _named(model: str, args: PPOConfig) -> Named:
     return named(model, given.get("revision"))
 
 
-def args_of_gpu(device: torch.device, bf16: bool | None = None) -> dict[str, Any]:
-    """What a base that is loaded by name is loaded with on a GPU: there at once, and, where it computes in bfloat16, in
-    bfloat16: autocast would cast frozen float32 weights anew in every forward. Nothing on a CPU."""
+def args_of_gpu(device: torch.device, bf16: bool | None = None, quantized: bool = False) -> dict[str, Any]:
+    """What a base that is loaded by name is loaded with on a GPU: there at once, unless FSDP shares it out there (a
+    quantised one is made on the GPU), and, where it computes in bfloat16, in bfloat16: autocast would cast frozen
+    float32 weights anew in every forward. Nothing on a CPU."""
     if device.type != "cuda":
         return {}
-    return {"device_map": {"": device}, **({"dtype": torch.bfloat16} if bf16 else {})}
+    place = {} if parse_flag_from_env("ACCELERATE_USE_FSDP") and not quantized else {"device_map": {"": device}}
+    return {**place, **({"dtype": torch.bfloat16} if bf16 else {})}
+
+
+def keep_outputs_precise(base: SharedBase, accelerator: Accelerator) -> None:
+    """Have FSDP2 compute in half precision, as accelerate tells it to, but neither round what the base returns
+    (log-probabilities, values) nor the gradients that it adds up.
+
+    Raises:
+        ValueError: it would cast a 4-bit base's weights, which are no numbers of that precision.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    policy = None if plugin is None else plugin.mixed_precision_policy
+    if plugin is None or policy is None:
+        return
+    storage = getattr(getattr(base.config, "quantization_config", None), "bnb_4bit_quant_storage", None)
+    if storage is not None and storage.is_floating_point and storage != policy.param_dtype:
+        raise ValueError(
+            f"The base's 4-bit weights are stored as {storage}, and FSDP2 would cast them to {policy.param_dtype}: set "
+            f"bnb_4bit_quant_storage to {str(policy.param_dtype).removeprefix('torch.')}."
+        )
+    plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None, reduce_dtype=torch.float32)
 
 
 def check_generator(generator: Any, args: PPOConfig) -> None:

@@ -30,6 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.failures import FAILURES, RunError, on_all
 from trl_ext.ppo.update import Updater
+from trl_ext.roles.sharding import shared_as, whole
 from trl_ext.types import Experience, Rollout, ScorePass, Scores
 
 UNFINISHED = "unfinished"  # holds a checkpoint while it is written
@@ -51,6 +52,35 @@ class RandomState:
         torch.set_rng_state(self._cpu)
         if self._cuda:
             torch.cuda.set_rng_state_all(self._cuda)
+
+
+class WholeOptimizer:
+    """An optimizer over parameters that FSDP2 has shared out, with the state that it would have in a process alone.
+    That is gathered here: every process must make one."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer, self._state = optimizer, optimizer.state_dict()
+        of_parameters = {
+            number: {name: whole(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+            for number, state in self._state["state"].items()
+        }
+        self._state = {**self._state, "state": of_parameters}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As the optimizer's, of whole tensors."""
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave, here or elsewhere."""
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        of_parameters = {
+            number: {
+                name: shared_as(value, parameters[number]) if isinstance(value, Tensor) else value
+                for name, value in own.items()
+            }
+            for number, own in state["state"].items()
+        }
+        self._optimizer.load_state_dict({**state, "state": of_parameters})
 
 
 class Checkpoints:
@@ -77,8 +107,9 @@ class Checkpoints:
 
     def save_model(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """The policy as a plain PEFT adapter in `folder`; value/, reward/ and reference/ beside it."""
-        folder.mkdir(parents=True, exist_ok=True)
         self.updater.base.save_roles(folder, policy_folder="")
+        if not self.args.should_save:
+            return
         tokenizer.save_pretrained(str(folder))
         (folder / "ppo_config.json").write_text(self.args.to_json_string(), encoding="utf-8")
 
@@ -150,9 +181,8 @@ class Checkpoints:
 
     def met(self, write: Callable[[], None]) -> None:
         """Call `write`. Where it fails on one process it raises on all, unless they wait for each other within, as
-        those that share out the weights do."""
-        shared_out = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        write() if shared_out else on_all(write)
+        DeepSpeed's do."""
+        write() if self.accelerator.distributed_type == DistributedType.DEEPSPEED else on_all(write)
 
     def _check_written(self, failure: Exception | None, final: Path, unfinished: Path) -> None:
         if failure is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
@@ -168,6 +169,7 @@ def check_run(
     Raises:
         TypeError, ValueError: one sentence, with the row where one is at fault.
     """
+    check_sharding(args)
     stream = train_dataset if isinstance(train_dataset, PromptStream) else None
     if stream is not None:
         train_dataset = stream.first()
@@ -379,6 +381,31 @@ def check_devices(args: PPOConfig) -> None:
             "Several GPUs are visible to one process, which would replicate the base: use `accelerate launch`, or "
             "set CUDA_VISIBLE_DEVICES to one of them."
         )
+
+
+def check_sharding(args: PPOConfig) -> None:
+    """Refuse a way to share out the base in which its roles cannot be trained.
+
+    Raises:
+        ValueError: says what to set instead.
+    """
+    settings: Any = args.fsdp_plugin_args
+    if settings is None and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return
+    version = settings["fsdp_version"] if settings is not None else int(os.environ.get("FSDP_VERSION", "1"))
+    if version != 2:
+        raise ValueError(
+            f"fsdp_version is {version}, but roles share a base through FSDP2 only: set fsdp_version to 2, as "
+            "recipes/accelerate/fsdp.yaml does."
+        )
+    if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading leaves the base empty on all processes but the first, and roles are laid "
+            "on it before it is shared out: set it to false."
+        )
+    for name in ("use_vllm", "use_transformers_continuous_batching"):
+        if getattr(args, name):
+            raise ValueError(f"{name} is set, but a base that FSDP2 shares out answers by generate: leave it out.")
 
 
 def check_trackers(names: Sequence[str]) -> None:

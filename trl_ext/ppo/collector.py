@@ -111,13 +111,15 @@ class Collector:
         """
         count = min(self.args.normalization_samples, len(dataset))
         drawn = permutation(len(dataset), self.args.seed)[:count].tolist()
-        share = drawn[self.accelerator.process_index :: self.accelerator.num_processes]
-        batches = [share[i : i + self._batch] for i in range(0, len(share), self._batch)]
+        processes, index = self.accelerator.num_processes, self.accelerator.process_index
+        share = drawn[index::processes]
+        asked = share + drawn[: -(-count // processes) - len(share)]  # as many in each process
+        batches = [asked[i : i + self._batch] for i in range(0, len(asked), self._batch)]
         with self._apart(self.args.seed):
             parts = together(
                 lambda: [self._reference_scores(dataset.select(rows).to_list(), trainer_state) for rows in batches]
             )
-        self.combination.moments.update(torch.cat(gather_object(parts)))
+        self.combination.moments.update(torch.cat(gather_object([torch.cat(parts)[: len(share)]])))
 
     def _reference_scores(self, inputs: list[dict[str, Any]], trainer_state: Any) -> Tensor:
         rollout, pass_ = self._completions(inputs, "reference"), None

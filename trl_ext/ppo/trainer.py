@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
-from trl_ext import hub
+from trl_ext import hub, runs
 from trl_ext._trl import BaseTrainer
 from trl_ext.callbacks import PPOControl, RolloutCallback, RolloutEvents, check_events
 from trl_ext.callbacks.progress import show_in_notebook
@@ -36,9 +36,10 @@ from trl_ext.ppo.building import (
     check_model,
     check_peft_config,
     default_config,
+    keep_outputs_precise,
     without_dropout,
 )
-from trl_ext.ppo.checkpoints import Checkpoints
+from trl_ext.ppo.checkpoints import Checkpoints, WholeOptimizer
 from trl_ext.ppo.collector import Collector
 from trl_ext.ppo.completions import completions_table, print_completions, save_completions, track_completions
 from trl_ext.ppo.config import PPOConfig
@@ -138,6 +139,7 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
         for callback in callbacks or []:
             check_events(callback)
         checks.check_output_dir(str(args.output_dir))
+        self._claim = runs.claimed_by(args)
         checks.check_devices(args)
         hub.check_push(args)
         functions = checks.as_list(reward_funcs)
@@ -172,6 +174,7 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        keep_outputs_precise(self.base, self.accelerator)
         show_in_notebook(self)
         self.control = PPOControl()
         self.interrupts = Interrupts()
@@ -236,6 +239,8 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
             self._raise_postponed()
             return control
 
+        if event == "on_train_begin":
+            self.updater.begin()
         perhaps_alone = self.accelerator.num_processes > 1 and event in ("on_log", "on_push_begin")
         if event != "on_optimizer_step" and not perhaps_alone:
             control = on_all(tell)
@@ -327,9 +332,10 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The roles instead of the model."""
-        if self.args.should_save:
+        if self.args.should_save or self.base.sharded:  # all processes have a part of the weights
             folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
             self.checkpoints.save_model(folder, self.processing_class)
+        if self.args.should_save:
             self.save_card(folder)
 
     def card_facts(self) -> tuple[str, RunLog, str, list[str]]:
@@ -350,14 +356,33 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
             super()._save_checkpoint(self.model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Transformers'. A script may call it on one process alone, or `push_to_hub`, which calls it; for a
-        checkpoint it is called on all."""
+        """As Transformers'. A script may call it on one process alone, or `push_to_hub`, which calls it, unless FSDP2
+        shares out the base; for a checkpoint it is called on all."""
         save = partial(super().save_model, output_dir, _internal_call)
-        self.checkpoints.met(save) if self.checkpoints.unfinished is not None else save()
+        with self._as_if_whole():
+            self.checkpoints.met(save) if self.checkpoints.unfinished is not None else save()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+        with self._as_if_whole(optimizer_too=True):
+            super()._save_optimizer_and_scheduler(output_dir)
         self.checkpoints.save_state(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._as_if_whole(optimizer_too=True):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    @contextmanager
+    def _as_if_whole(self, optimizer_too: bool = False) -> Iterator[None]:
+        """Inside, Transformers writes and reads what it does where nothing is shared out: the roles alone, not all of
+        the base, and an optimizer's state that any number of processes can go on from."""
+        enabled, optimizer = self.is_fsdp_enabled, self.optimizer
+        self.is_fsdp_enabled = False
+        if enabled and optimizer_too:
+            self.optimizer = WholeOptimizer(optimizer)
+        try:
+            yield
+        finally:
+            self.is_fsdp_enabled, self.optimizer = enabled, optimizer
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.checkpoints.unfinished or super()._get_output_dir(trial))

@@ -55,6 +55,7 @@ from trl_ext.ppo.pretraining import PretrainMix
 from trl_ext.ppo.summary import summarize
 from trl_ext.rewards import RewardError
 from trl_ext.roles import Role, SharedBase
+from trl_ext.roles.sharding import settle, whole
 from trl_ext.roles.switching import frozen
 from trl_ext.types import Experience
 
@@ -166,15 +167,21 @@ class Updater:
         self._texts: list[tuple[Tensor, Tensor]] = []
         self._sums: dict[str, Tensor] = {}
         self._num_text_tokens = self._num_tokens = torch.zeros(())
-        self._parameters: dict[Role, list[nn.Parameter]] = {
-            "policy": base.trainable_parameters("policy"),
-            "value": base.trainable_parameters("value") if args.uses_value else [],
-        }
+        self._parameters: dict[Role, list[nn.Parameter]] = {}
         self._value_has_adapter = base.adapters["value"] != base.adapters["policy"]
 
     def reset(self) -> None:
         """Drop a minibatch that an earlier training left unfinished."""
         self._queue, self._sums, self._before, self._controller_before = [], {}, None, None
+
+    def begin(self) -> None:
+        """Training begins, and the base is as it will be trained: FSDP2 has put parts of the parameters in their
+        place."""
+        settle(self.base, "logprobs", "generate")
+        self._parameters = {
+            "policy": self.base.trainable_parameters("policy"),
+            "value": self.base.trainable_parameters("value") if self.args.uses_value else [],
+        }
 
     # Experience -------------------------------------------------------------------------------------------------------
 
@@ -359,7 +366,7 @@ class Updater:
         for role, parameters in self._parameters.items():
             if parameters and (role, self._warming_up) != ("policy", True):
                 gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-                norm = float(nn.utils.get_total_norm(gradients)) / scale if gradients else 0.0
+                norm = float(whole(nn.utils.get_total_norm(gradients))) / scale if gradients else 0.0
                 self.metrics.add_value(f"grad_norm/{role}", norm)
                 finite = finite and math.isfinite(norm)
         # fp16's scaler looks for overflows itself, and needs to see them to lower its scale.

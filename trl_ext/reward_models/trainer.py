@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers.trainer_utils import TrainOutput
 from trl import RewardConfig, RewardTrainer
 
-from trl_ext import hub
+from trl_ext import hub, runs
 from trl_ext.callbacks.progress import show_in_notebook
 from trl_ext.core.probe import choose_penalty, fit_probe
 from trl_ext.core.reward_losses import all_pairs_loss, binary_loss, plackett_luce_loss, regression_loss
@@ -145,6 +145,7 @@ class FeedbackRewardTrainer(hub.WritesCard, RewardTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
+        self._claim = runs.claimed_by(args)
         hub.check_push(args)
         train_dataset = as_dataset(train_dataset, "train_dataset")
         self._datasets = hub.loaded_from(train_dataset)

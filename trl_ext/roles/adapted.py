@@ -16,6 +16,7 @@ from trl_ext.roles.aligned import AlignedBatch
 from trl_ext.roles.lm_head import trunk_of
 from trl_ext.roles.lora import AdapterPath, Block, CannotMixError
 from trl_ext.roles.packing import Packing, can_pack, can_pad_left, fault_of_generate, stacked
+from trl_ext.roles.sharding import is_sharded
 from trl_ext.roles.switching import active_adapter, evaluating, keep_differentiable, under
 from trl_ext.tokens import longest_row
 
@@ -59,6 +60,17 @@ class AdaptedModel(nn.Module):
     def generate_fault(self) -> str | None:
         """Why nothing is sampled from this model; None where it can be (see `fault_of_generate`)."""
         return fault_of_generate(self.causal_lm)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether processes share out the weights (FSDP2): each forward is then one of all of them together."""
+        return is_sharded(self)
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of the model's blocks, by which accelerate finds what FSDP2 gathers at a time."""
+        there = {type(module).__name__ for module in self.causal_lm.modules()}
+        return [name for name in self.causal_lm._no_split_modules or () if name in there]
 
     @property
     def config(self) -> Any:
@@ -157,7 +169,8 @@ class AdaptedModel(nn.Module):
 
     def _mixes(self, views: dict[str | None, AlignedBatch]) -> bool:
         max_tokens = MIXED_TOKENS_QUANTISED if is_quantized(self.causal_lm) else MIXED_TOKENS
-        return self.path.mixes and all(view.ids.numel() <= max_tokens for view in views.values())
+        # Batches of unlike length in each process: all must decide alike.
+        return not self.sharded and self.path.mixes and all(view.ids.numel() <= max_tokens for view in views.values())
 
     def _mixed_trunks(self, views: dict[str | None, AlignedBatch]) -> dict[str | None, Tensor]:
         packings = [self._packing(view) for view in views.values()]

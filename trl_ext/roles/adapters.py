@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 from transformers.utils import CONFIG_NAME, find_adapter_config_file
 
 from trl_ext.roles import sharing
+from trl_ext.roles.sharding import gathered, shared_as
 from trl_ext.roles.switching import belongs_to
 
 WEIGHTS = "adapter_model.safetensors"
@@ -313,7 +314,7 @@ def put_lora(model: PeftModel, state: dict[str, Tensor], name: str) -> tuple[lis
     for key, tensor in state.items():
         if own[key].shape != tensor.shape:
             raise ValueError(f"size mismatch for {key}: {tuple(tensor.shape)} and {tuple(own[key].shape)}")
-        own[key].copy_(tensor)
+        own[key].copy_(shared_as(tensor, own[key]))
     return [], []
 
 
@@ -402,11 +403,26 @@ def scalar_head(size: int, device: torch.device, bias: bool = False) -> nn.Linea
     return head
 
 
-def save_plain_adapter(model: PeftModel, name: str, folder: Path) -> None:
-    """Save an adapter as PEFT would: `folder` loads with AutoPeftModelForCausalLM."""
+def weights_of(model: PeftModel, name: str | None, head: nn.Module | None = None) -> dict[str, Tensor] | None:
+    """The weights of an adapter (None: of none) and of the scalar head on it, as they are saved. All processes among
+    which they are shared out must call it; it is None on those that write nothing."""
+    state = {} if name is None else get_peft_model_state_dict(model, adapter_name=name)
+    if head is not None:
+        prefix = "score." if name is None else SCORE
+        state = state | {prefix + key: tensor for key, tensor in head.state_dict().items()}
+    return gathered(state)
+
+
+def save_head(state: dict[str, Tensor], folder: Path) -> None:
+    """Save a scalar head that lies on another role's adapter."""
+    folder.mkdir(exist_ok=True)
+    save_file(state, folder / HEAD)
+
+
+def save_plain_adapter(model: PeftModel, name: str, state: dict[str, Tensor], folder: Path) -> None:
+    """Save an adapter, whose weights are `state`, as PEFT would: `folder` loads with AutoPeftModelForCausalLM."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(model, adapter_name=name)
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / WEIGHTS, {"format": "pt"})
+    save_file(state, folder / WEIGHTS, {"format": "pt"})
     config, base = model.peft_config[name], model.get_base_model()
     before = config.inference_mode, config.base_model_name_or_path
     config.inference_mode, config.base_model_name_or_path = True, base.config.name_or_path
@@ -415,13 +431,11 @@ def save_plain_adapter(model: PeftModel, name: str, folder: Path) -> None:
     write_note(folder, base)
 
 
-def save_scored_adapter(model: PeftModel, name: str, head: nn.Linear, folder: Path, **more: Any) -> None:
-    """Save an adapter and its scalar head as TRL's RewardTrainer would: a PEFT SEQ_CLS adapter with its `score`. `more`
-    goes into its note."""
+def save_scored_adapter(model: PeftModel, name: str, state: dict[str, Tensor], folder: Path, **more: Any) -> None:
+    """Save an adapter and its scalar head, whose weights are `state`, as TRL's RewardTrainer would: a PEFT SEQ_CLS
+    adapter with its `score`. `more` goes into its note."""
     folder.mkdir(exist_ok=True)
-    state = get_peft_model_state_dict(model, adapter_name=name)
-    state.update({SCORE + key: tensor for key, tensor in head.state_dict().items()})
-    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS)
+    save_file(state, folder / WEIGHTS)
     config = as_sequence_classifier(model.peft_config[name])
     config.inference_mode = True
     config.modules_to_save = ["score"]

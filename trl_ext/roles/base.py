@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from trl_ext.core import mean_score
 from trl_ext.roles import adapters as files
@@ -20,6 +21,7 @@ from trl_ext.roles.adapted import AdaptedModel
 from trl_ext.roles.aligned import AlignedBatch
 from trl_ext.roles.lm_head import head_of, trunk_of
 from trl_ext.roles.memory import memory_by_role
+from trl_ext.roles.sharding import settle, shared_as
 from trl_ext.roles.switching import activate, belongs_to, restored, under
 from trl_ext.roles.trl_views import RoleView
 
@@ -334,19 +336,21 @@ class SharedBase(AdaptedModel):
 
     def _read_head(self, name: str, hidden: Tensor) -> Tensor:
         head: Any = self.heads[name]
+        bias = None if head.bias is None else head.bias.float()  # FSDP2 may gather a head in half precision
         with torch.autocast(hidden.device.type, enabled=False):
-            return head(hidden.to(head.weight.device, torch.float32)).squeeze(-1)
+            return linear(hidden.to(head.weight.device, torch.float32), head.weight.float(), bias).squeeze(-1)
 
     def check_generates(self) -> None:
-        """Refuse a model whose completions would be another policy's.
+        """Refuse a model whose completions would be another policy's. What is tried out for that is tried once: before
+        the base is shared out.
 
         Raises:
             ValueError: its `generate` fails, or samples otherwise than its own forward reads.
         """
-        if self.generate_fault is not None:
+        fault, _ = self.generate_fault, self.pads_left
+        if fault is not None:
             raise ValueError(
-                f"{type(self.causal_lm).__name__} cannot be trained on its own samples: {self.generate_fault}; take "
-                "another model."
+                f"{type(self.causal_lm).__name__} cannot be trained on its own samples: {fault}; take another model."
             )
 
     @torch.no_grad()
@@ -367,6 +371,8 @@ class SharedBase(AdaptedModel):
                 "length at a time."
             )
         own = self.causal_lm.generation_config
+        if self.sharded:
+            kwargs["synced_gpus"] = True  # a layer is gathered for all: who is done goes along to the last one's end
         with self.use(role or self.role), self.path.constant():
             self.model.eval()
             try:
@@ -383,7 +389,8 @@ class SharedBase(AdaptedModel):
         return memory_by_role(self.model, self.adapters, self.heads)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write each role's adapter and head: policy/ loads with AutoPeftModelForCausalLM; value/, reward/ (of several
+        """Write each role's adapter and head. All processes among which the base is shared out must call it; the main
+        one writes. policy/ loads with AutoPeftModelForCausalLM; value/, reward/ (of several
         reward roles reward_0/, reward_1/, ...) and reference/ beside it load with `from_pretrained` here (value/ and
         reward/ as PEFT SEQ_CLS adapters too)."""
         self.save_roles(Path(save_directory), policy_folder="policy")
@@ -391,20 +398,24 @@ class SharedBase(AdaptedModel):
     def save_roles(self, folder: Path, policy_folder: str) -> None:
         """Write every role below `folder`: the policy into `policy_folder` ("" for `folder` itself), value, reference
         and reward roles into folders of their names."""
-        files.save_plain_adapter(self.model, str(self.adapters["policy"]), folder / policy_folder)
-        value, value_head = folder / "value", cast(nn.Linear, self.heads["value"])
-        if self.adapters["value"] == self.adapters["policy"]:
-            value.mkdir(exist_ok=True)
-            state = {f"score.{key}": tensor.cpu().contiguous() for key, tensor in value_head.state_dict().items()}
-            save_file(state, value / files.HEAD)
-        else:
-            files.save_scored_adapter(self.model, str(self.adapters["value"]), value_head, value)
-        for role in self.reward_roles:
-            head, adapter = cast(nn.Linear, self.heads[role]), str(self.adapters[role])
-            pad_token_id = self.reward_pad_token_ids.get(role)
-            files.save_scored_adapter(self.model, adapter, head, folder / role, pad_token_id=pad_token_id)
-        if self.adapters["reference"] is not None:
-            files.save_plain_adapter(self.model, self.adapters["reference"], folder / "reference")
+        names = {role: None if adapter is None else str(adapter) for role, adapter in self.adapters.items()}
+        policy, value = names["policy"], names["value"]
+        if value == policy:
+            names["value"] = None  # a head alone
+        # All weights before any file: where writing fails, no process waits for another's part.
+        heads: dict[str, nn.Module] = dict(self.heads.items())
+        weights = {role: files.weights_of(self.model, name, heads.get(role)) for role, name in names.items()}
+        for role, state in weights.items():
+            name, place = names[role], folder / (policy_folder if role == "policy" else role)
+            if not state:
+                continue  # the bare base, or another process writes
+            if name is None:
+                files.save_head(state, place)
+            elif role not in heads:
+                files.save_plain_adapter(self.model, name, state, place)
+            else:
+                note = {"pad_token_id": self.reward_pad_token_ids.get(role)} if role in self.reward_roles else {}
+                files.save_scored_adapter(self.model, name, state, place, **note)
 
     @torch.no_grad()
     def load_trained_roles(self, folder: Path) -> None:
@@ -413,6 +424,7 @@ class SharedBase(AdaptedModel):
         Raises:
             FileNotFoundError: a file is missing.
         """
+        settle(self)  # or the head would go into a copy
         for role, part in (("policy", folder), ("value", folder / "value")):
             own_adapter = role == "policy" or self.adapters["value"] != self.adapters["policy"]
             file = part / (files.WEIGHTS if own_adapter else files.HEAD)
@@ -422,7 +434,9 @@ class SharedBase(AdaptedModel):
                 state = {key: tensor for key, tensor in load_file(file).items() if "lora_" in key}
                 files.put_lora(self.model, state, str(self._adapter(role)))
             if role == "value":
-                self.heads["value"].load_state_dict(files.read_score_head(part))
+                state = files.read_score_head(part)
+                for name, parameter in self.heads["value"].named_parameters():
+                    parameter.copy_(shared_as(state[name], parameter))
 
     def as_trl_models(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         """(policy, value_model, reward_model) that TRL 1.12's PPOTrainer accepts, all over this one base.

@@ -7,14 +7,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trl_ext.roles.sharding import own_part
 from trl_ext.roles.switching import belongs_to
 
 
 def storage_bytes(tensors: list[Tensor], counted: set[int]) -> int:
-    """Bytes of the storages of `tensors` that are not in `counted` (data pointers), which grows by them."""
+    """Bytes that this process holds of the storages of `tensors` that are not in `counted` (data pointers), which grows
+    by them."""
     total = 0
     for tensor in tensors:
-        storage = tensor.untyped_storage()
+        storage = own_part(tensor).untyped_storage()
         if storage.data_ptr() not in counted:
             counted.add(storage.data_ptr())
             total += storage.nbytes()

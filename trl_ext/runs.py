@@ -1,0 +1,102 @@
+"""One job writes into a folder at a time, and its processes know each other."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
+
+LOCK = "_run.lock"  # what begins with "_" Transformers leaves out where it uploads output_dir
+# What tells a process that it is one of several, and which: of torchrun and accelerate, of SLURM's srun (a batch script
+# has no STEP_NUM_TASKS), of MPI.
+LAUNCHED = (
+    ("WORLD_SIZE", "RANK"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("PMI_SIZE", "PMI_RANK"),
+    ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+)
+
+
+def launched_as_one_of() -> tuple[str, int]:
+    """How many processes the environment says that there are of this job, and the variable that says so; 1 where it
+    says nothing."""
+    for size, rank in LAUNCHED:
+        number = os.environ.get(size, "")
+        if number.isdecimal() and int(number) > 1 and rank in os.environ:
+            return size, int(number)
+    return "", 1
+
+
+def check_processes() -> None:
+    """Refuse to train alone in a process that is one of several: each would be a run of its own.
+
+    Raises:
+        ValueError: the environment speaks of several processes, and accelerate of one.
+    """
+    variable, count = launched_as_one_of()
+    if count > 1 and PartialState().num_processes == 1:
+        raise ValueError(
+            f"{variable} says that {count} processes were started, but accelerate sees this one alone, so each would "
+            "train a run of its own: on a CPU set use_cpu to true and leave out FSDP and DeepSpeed, which need GPUs; "
+            f"else start one process, or unset {variable} where they are meant to be different runs."
+        )
+
+
+def claimed(folder: str | Path) -> FileLock | None:
+    """Claim a folder for this job, for as long as what is returned lives, and no longer than the process. Whatever else
+    this process claims it for shares the claim. Every process of a job must call it; the main one holds the lock.
+
+    Returns:
+        The lock; None on other processes, and where the folder's file system has no locks.
+
+    Raises:
+        ValueError: another job holds it.
+    """
+    lock: FileLock | None = None
+    is_free = [True]
+    if PartialState().is_main_process:
+        try:
+            lock = _lock(Path(folder))
+        except Timeout:
+            is_free = [False]
+    if PartialState().num_processes > 1:
+        broadcast_object_list(is_free)
+    if not is_free[0]:
+        raise ValueError(
+            f"{str(folder)!r} is in use by another run: wait for it, stop it first, or name another output_dir."
+        )
+    return lock
+
+
+def claimed_by(args: Any) -> FileLock | None:
+    """The claim of a training with these `TrainingArguments`: see `check_processes` and `claimed`."""
+    check_processes()
+    return claimed(str(args.output_dir))
+
+
+def _lock(folder: Path) -> FileLock | None:
+    """The folder's lock, held; None where there is none to have.
+
+    Raises:
+        Timeout: somebody else holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # One object a folder in a process. It gives the lock back when nobody refers to it any more, and the system
+        # does when the process dies, of SIGKILL too.
+        lock = FileLock(folder / LOCK, timeout=0, thread_local=False, is_singleton=True)
+        lock.acquire()
+    except Timeout:
+        raise
+    except (OSError, NotImplementedError) as error:
+        logger.warning("%s cannot be locked (%s): see that no other run writes into it.", folder, error)
+        return None
+    return lock
