@@ -85,8 +85,8 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
             models, or names of such; None: the base's reward role.
         args: the settings; None: `PPOConfig` with an output folder named after the model.
         train_dataset: prompts in a `prompt` column, texts or conversations, of a Dataset, a DataFrame, a list of
-            rows, a file, a saved folder or a name on the Hub, or several of these; the reward functions get further columns. Of an IterableDataset rows are read as they are needed, in
-            its own order.
+            rows, a file, a saved folder or a name on the Hub, or several of these; the reward functions get further
+            columns. Of an IterableDataset rows are read as they are needed, in its own order.
         eval_dataset: the same, or a dict of such; an IterableDataset is read to its end first.
         processing_class: the tokenizer; None: the model's.
         reward_processing_classes: tokenizers of the models among `reward_funcs`; None: the models' own.
