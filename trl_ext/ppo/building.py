@@ -157,15 +157,15 @@ def build_generator(base: SharedBase, args: PPOConfig, accelerator: Accelerator)
     Raises:
         ValueError: the base's own samples would be another policy's.
     """
-    rows = args.local_rollout_forward_batch_size
+    rows, tell = args.local_rollout_forward_batch_size, bool(args.vllm_importance_sampling_correction)
     if args.use_vllm:
         memory, limit = args.vllm_gpu_memory_utilization, args.vllm_max_model_length
         return VLLMGenerator(base, base.config.name_or_path, memory, limit, args.seed + accelerator.process_index)
     if args.use_transformers_continuous_batching:
         settings: Any = args.transformers_continuous_batching_config
-        return ContinuousGenerator(base, rows, settings)
+        return ContinuousGenerator(base, rows, settings, tell)
     base.check_generates()
-    return TransformersGenerator(base, rows)
+    return TransformersGenerator(base, rows, tell)
 
 
 def build_scorer(functions: list[Any], tokenizers: Any, args: PPOConfig, device: torch.device) -> Scorer | None:

@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 from trl_ext._trl import BaseConfig
-from trl_ext.core import EnsembleName, KLEstimator
+from trl_ext.core import CorrectionMode, EnsembleName, KLEstimator
 from trl_ext.ppo.objectives import OBJECTIVES, Baseline, Objective, ObjectiveName
 from trl_ext.ppo.yesterday import SETTINGS, explained
 from trl_ext.tokens import as_ids
@@ -189,6 +189,20 @@ class PPOConfig(BaseConfig):
     lam_value: Share | None = _f(None, "Lambda of the returns that the value role learns; None: lam.")
     whiten_advantages: bool = _f(True, "Scale the advantages of a rollout to mean 0 and variance 1.")
 
+    # Where another sampled than is trained. TRL's names and values; they hold for every generator, not vLLM alone.
+    vllm_importance_sampling_correction: bool | None = _f(
+        None,
+        "Multiply each token's policy loss by its importance weight: its probability under the policy over the one it "
+        "was sampled with. None: where the generator is not the base itself and tells its log-probabilities.",
+    )
+    vllm_importance_sampling_mode: CorrectionMode = _f(
+        "sequence_mask",
+        "Of that weight: each token's own ('token_...') or its completion's ('sequence_...'); outside the two bounds "
+        "clamped ('..._truncate') or 0 ('..._mask').",
+    )
+    vllm_importance_sampling_clip_max: Positive | None = _f(3.0, "Upper bound of that weight; None: none.")
+    vllm_importance_sampling_clip_min: NotNegative | None = _f(None, "Lower bound of that weight; None: none.")
+
     # Guards
     max_approx_kl: Positive | None = _f(
         None, "End an update's epochs when a minibatch's approxkl (nats per token) is above."
@@ -279,6 +293,7 @@ class PPOConfig(BaseConfig):
                 f"off-policy: set num_ppo_epochs to 1, not {self.num_ppo_epochs}."
             )
         self._check_unread()
+        self._check_correction()
         if self.use_vllm and self.generation_kwargs:
             raise ValueError("generation_kwargs are Transformers' and would not reach vLLM: unset them, or use_vllm.")
         if self.use_vllm and self.use_transformers_continuous_batching:
@@ -319,10 +334,29 @@ class PPOConfig(BaseConfig):
                 ("reward_uncertainty_coef",),
                 self.reward_ensemble == "uncertainty",
             ),
+            (
+                "vllm_importance_sampling_correction False",
+                [f"vllm_importance_sampling_{name}" for name in ("mode", "clip_max", "clip_min")],
+                self.vllm_importance_sampling_correction is not False,
+            ),
         ):
             for name in names:
                 if not is_read and getattr(self, name) != self._usual(name):
                     raise ValueError(f"{name} is {getattr(self, name)!r}, but {who} does not read it: leave it out.")
+
+    def _check_correction(self) -> None:
+        """Refuse bounds of the importance weights that leave nothing, or bound nothing."""
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        if low is not None and high is not None and low >= high:
+            raise ValueError(
+                f"vllm_importance_sampling_clip_min is {low:g} and vllm_importance_sampling_clip_max is {high:g}: the "
+                "first must be less."
+            )
+        if low is None and high is None and self.vllm_importance_sampling_correction is not False:
+            raise ValueError(
+                "vllm_importance_sampling_clip_min and vllm_importance_sampling_clip_max are both None, so that one "
+                "token could outweigh all others: set one of them."
+            )
 
     @property
     def steps_of_run(self) -> int | None:
