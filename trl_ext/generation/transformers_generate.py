@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, StoppingCriteriaList
 from transformers.generation import GenerationMode
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
@@ -157,14 +157,15 @@ class TransformersGenerator:
         return ids.to(self.base.device), mask.long().to(self.base.device)
 
 
-class _Noting(StoppingCriteria):
-    """Never stops, but notes what `generate` has just sampled with: the scores after all of its processors."""
+class _Noting:
+    """A stopping criterion that never stops, but notes what `generate` has just sampled with: its scores after all of
+    its processors."""
 
     def __init__(self) -> None:
         self.columns: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """See `StoppingCriteria`."""
+        """See `transformers.StoppingCriteria`."""
         self.columns.append(scores[-1].float().log_softmax(dim=-1).gather(1, input_ids[:, -1:]))
         scores[-1].set_()  # or `generate` would hold rows x vocabulary numbers a token
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -123,9 +123,28 @@ class PPOConfig(BaseConfig):
     top_k: CountFromZero = _f(0, "Sample among so many tokens only; 0: all. See top_p.")
     min_p: Share | None = _f(None, "Least probability of a token, relative to the likeliest. See top_p.")
     repetition_penalty: Positive = _f(1.0, "Above 1: repeated tokens become less likely. See top_p.")
-    use_vllm: bool = _f(False, "Let vLLM generate, with a copy of the base of its own on this GPU.")
-    vllm_gpu_memory_utilization: PositiveShare = _f(0.3, "Share of the GPU's memory for vLLM.")
+    use_vllm: bool = _f(False, "Let vLLM generate, with a copy of the base of its own.")
+    vllm_mode: Literal["colocate", "server"] = _f(
+        "colocate", "Where vLLM runs: 'colocate', in this process and on its GPU; 'server', as `vllm serve` elsewhere."
+    )
+    vllm_gpu_memory_utilization: PositiveShare = _f(0.3, "Of 'colocate': share of the GPU's memory for vLLM.")
     vllm_max_model_length: Count | None = _f(None, "Most tokens of prompt and completion in vLLM; None: the model's.")
+    vllm_enable_sleep_mode: bool = _f(
+        False, "Of 'colocate': move vLLM's weights to the CPU and drop its cache between rollouts."
+    )
+    vllm_server_base_url: list[str] | None = _f(
+        None, "Of 'server': http://HOST:PORT of one or several, which share out a rollout; None: from host and port."
+    )
+    vllm_server_host: str = _f("0.0.0.0", "Of 'server': its host, where there is no URL.")
+    vllm_server_port: Count = _f(8000, "Of 'server': its port, where there is no URL.")
+    vllm_server_timeout: Positive = _f(240.0, "Of 'server': most seconds to wait for one that is starting.")
+    vllm_server_request_timeout: Positive = _f(600.0, "Of 'server': most seconds that one completion may take.")
+    vllm_server_adapter_dir: str | None = _f(
+        None, "Of 'server': folder for the adapters, the same on both sides; None: vllm/ in output_dir."
+    )
+    vllm_probe_tolerance: Positive = _f(
+        0.1, "Most nats that vLLM's log-prob of a token may differ from the base's own, in the median, at the start."
+    )
     use_transformers_continuous_batching: bool = _f(
         False, "Generate by Transformers' continuous batching: a completion that has ended makes room at once."
     )
@@ -217,6 +236,8 @@ class PPOConfig(BaseConfig):
     num_completions_to_print: CountFromZero = _f(4, "Rows of that table.")
 
     def __post_init__(self) -> None:
+        urls: Any = self.vllm_server_base_url
+        self.vllm_server_base_url = [urls] if isinstance(urls, str) else urls  # TRL knows one
         self._check()
         if self.logging_steps is None:
             self.logging_steps = self.steps_per_rollout
@@ -261,6 +282,12 @@ class PPOConfig(BaseConfig):
     def uses_value(self) -> bool:
         """Whether the objective has a critic."""
         return self.policy_objective.needs_critic(self)
+
+    @property
+    def vllm_server_urls(self) -> list[str]:
+        """Where the servers are."""
+        host = {"0.0.0.0": "127.0.0.1"}.get(self.vllm_server_host, self.vllm_server_host)
+        return self.vllm_server_base_url or [f"http://{host}:{self.vllm_server_port}"]
 
     @property
     def mini_batch_size(self) -> int:
@@ -308,6 +335,9 @@ class PPOConfig(BaseConfig):
                 "torch_compile cannot follow recomputation that restores a role's adapter: set gradient_checkpointing "
                 "to False, or leave torch_compile out."
             )
+        for url in self.vllm_server_base_url or []:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"vllm_server_base_url is {url!r}: it must begin with http:// or https://.")
         clip, weights = self.reward_clip_range, self.reward_weights
         if weights is not None and not _are_numbers(weights):
             raise ValueError(f"reward_weights is {weights!r}: give a list of numbers, one per reward function.")
@@ -334,6 +364,17 @@ class PPOConfig(BaseConfig):
                 ("reward_uncertainty_coef",),
                 self.reward_ensemble == "uncertainty",
             ),
+            (
+                f"vllm_mode {self.vllm_mode!r}" if self.use_vllm else "use_vllm False",
+                [f"vllm_server_{n}" for n in ("base_url", "host", "port", "timeout", "request_timeout", "adapter_dir")],
+                self.use_vllm and self.vllm_mode == "server",
+            ),
+            (
+                f"vllm_mode {self.vllm_mode!r}" if self.use_vllm else "use_vllm False",
+                ("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"),
+                self.use_vllm and self.vllm_mode == "colocate",
+            ),
+            ("use_vllm False", ("vllm_mode", "vllm_max_model_length", "vllm_probe_tolerance"), self.use_vllm),
             (
                 "vllm_importance_sampling_correction False",
                 [f"vllm_importance_sampling_{name}" for name in ("mode", "clip_max", "clip_min")],
