@@ -170,6 +170,9 @@ def _add_evaluation(rooms: Any) -> None:
         command.add_argument("--seed", type=int, default=0, help="of the random numbers")
         command.add_argument("--batch-size", type=int, default=32, metavar="N", help="answers at a time")
         command.add_argument("--load_in_4bit", action="store_true", help="hold the base in 4 bits (NF4)")
+        command.add_argument(
+            "--vllm_server_base_url", nargs="+", default=[], metavar="URL", help="vLLM servers of the base that sample"
+        )
         _add_columns(command)
         command.set_defaults(run=("policies", name))
     sample.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, .jsonl")

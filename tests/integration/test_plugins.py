@@ -203,20 +203,22 @@ def test_objectives_that_cannot_be(tmp_path: Path) -> None:
 # Who answers ---------------------------------------------------------------------------------------------------------
 
 
+class Told:
+    """Answers as the base does, and claims half a nat less a token than the policy gives."""
+
+    def __init__(self, base: SharedBase) -> None:
+        self.base, self.inner = base, TransformersGenerator(base, 8)
+
+    def answers(self, prompt_ids: Any, config: Any, role: str) -> Any:
+        ids, _ = self.inner.answers(prompt_ids, config, role)
+        batch, mask, width = side_by_side(prompt_ids, ids)
+        with torch.no_grad():
+            logprobs = self.base.logprobs(batch, mask, width) - 0.5
+        return ids, [row[: len(n)].tolist() for row, n in zip(logprobs, ids, strict=True)]
+
+
 def test_a_generator_that_tells_its_log_probs_is_compared_with_the_policy(tmp_path: Path) -> None:
     """One that claims half a nat less a token than the policy gives is half a nat off, and says so."""
-
-    class Told:
-        def __init__(self, base: SharedBase) -> None:
-            self.base, self.inner = base, TransformersGenerator(base, 8)
-
-        def answers(self, prompt_ids: Any, config: Any, role: str) -> Any:
-            ids, _ = self.inner.answers(prompt_ids, config, role)
-            batch, mask, width = side_by_side(prompt_ids, ids)
-            with torch.no_grad():
-                logprobs = self.base.logprobs(batch, mask, width) - 0.5
-            return ids, [row[: len(n)].tolist() for row, n in zip(logprobs, ids, strict=True)]
-
     base = SharedBase.from_pretrained(saved_model(tmp_path / "model"), policy=LORA)
     trainer = PPOTrainer(base, cats, config(tmp_path), prompt_dataset(32), None, word_tokenizer(), generator=Told(base))
     trainer.train()
@@ -226,6 +228,66 @@ def test_a_generator_that_tells_its_log_probs_is_compared_with_the_policy(tmp_pa
     silent = trainer_for(tmp_path / "silent")
     silent.train()
     assert not rows_with(silent, "val/sampling_kl")
+
+
+@pytest.mark.parametrize(("correction", "cut"), [(None, True), (True, True), (False, False)])
+def test_what_another_sampler_made_too_often_is_weighed(correction: bool | None, cut: bool, tmp_path: Path) -> None:
+    """Each token's ratio is e^0.5 by the sampler's word: above a bound of 1.5 all of them are cut, so that the policy
+    learns nothing, and the value learns as ever."""
+    base = SharedBase.from_pretrained(saved_model(tmp_path / "model"), policy=LORA)
+    settings: Any = {"vllm_importance_sampling_correction": correction}
+    if cut:
+        settings |= {"vllm_importance_sampling_mode": "token_mask", "vllm_importance_sampling_clip_max": 1.5}
+    args = config(tmp_path, **settings)
+    trainer = PPOTrainer(base, cats, args, prompt_dataset(32), None, word_tokenizer(), generator=Told(base))
+    before = trained_state(trainer)
+    trainer.train()
+    moved = dict.fromkeys(("policy", "value"), False)
+    for name, tensor in trained_state(trainer).items():
+        moved["policy" if ".policy." in name else "value"] |= not torch.equal(tensor, before[name])
+    assert moved == {"policy": not cut, "value": True}
+    name = "sampling/importance_sampling_ratio/"
+    for row in rows_with(trainer, "objective/scores"):
+        found = {key: value for key, value in row.items() if key.startswith("sampling/")}
+        expected = {f"{name}mean": 0.0, f"{name}min": 0.0, f"{name}max": 0.0, "sampling/weight_cut": 1.0}
+        assert found == (pytest.approx(expected) if cut else {})
+
+
+def test_a_sampler_that_is_silent_is_told_of_and_refused_where_weights_are_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Silent:
+        def answers(self, prompt_ids: Any, config: Any, role: str) -> Any:
+            return [[5, 1]] * len(prompt_ids)
+
+    base = SharedBase.from_pretrained(saved_model(tmp_path / "model"), policy=LORA)
+    for correction, told in ((None, 1), (False, 0)):
+        args = config(tmp_path, vllm_importance_sampling_correction=correction)
+        caplog.clear()
+        PPOTrainer(base, cats, args, prompt_dataset(32), None, word_tokenizer(), generator=Silent()).train()
+        assert sum("Silent tells no log-probabilities" in message for message in caplog.messages) == told
+    args = config(tmp_path, vllm_importance_sampling_correction=True)
+    trainer = PPOTrainer(base, cats, args, prompt_dataset(32), None, word_tokenizer(), generator=Silent())
+    with pytest.raises(GenerationError, match=r"^vllm_importance_sampling_correction is True, but Silent tells no"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_what_the_base_samples_from_a_part_of_its_distribution_is_weighed(continuous: bool, tmp_path: Path) -> None:
+    """Among four tokens each has more of a chance than in the whole softmax, so its ratio is below 1; a run that
+    resumes in the middle of a rollout weighs it as before."""
+    settings: dict[str, Any] = {"top_k": 4, "vllm_importance_sampling_correction": True, "num_mini_batches": 2}
+    settings |= {"vllm_importance_sampling_mode": "token_truncate", "use_transformers_continuous_batching": continuous}
+    settings |= {"total_episodes": 32, "save_strategy": "steps", "save_steps": 3}
+    whole = trainer_for(tmp_path, **settings)
+    whole.train()
+    for row in rows_with(whole, "objective/scores"):
+        assert 0 < row["sampling/importance_sampling_ratio/mean"] < row["sampling/importance_sampling_ratio/max"] < 1
+    resumed = trainer_for(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    expected = trained_state(whole)
+    for name, tensor in trained_state(resumed).items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_generators_that_cannot_be(tmp_path: Path) -> None:

@@ -56,10 +56,11 @@ def main() -> int:
                 print(f"beside {other}: skipped, the index does not have it", flush=True)
                 skipped += 1
                 continue
-            tried = run(tools / "pip", "install", "-q", "--dry-run", wheel, newest, cwd=outside)
-            checked, failed = checked + 1, failed + bool(tried.returncode)
-            why = f"FAILED\n{tried.stderr[-1500:]}" if tried.returncode else "ok"
-            print(f"beside {newest}: {why}", flush=True)
+            for extra in ("", "[vllm]") if other == "vllm" else ("",):
+                tried = run(tools / "pip", "install", "-q", "--dry-run", f"{wheel}{extra}", newest, cwd=outside)
+                checked, failed = checked + 1, failed + bool(tried.returncode)
+                why = f"FAILED\n{tried.stderr[-1500:]}" if tried.returncode else "ok"
+                print(f"trl-ext{extra} beside {newest}: {why}", flush=True)
         fresh = environment(temp / "fresh")
         pins = ROOT / "constraints.txt"
         must("install the wheel", fresh / "pip", "install", "-q", "-c", pins, wheel, cwd=outside)

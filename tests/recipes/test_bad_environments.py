@@ -43,7 +43,7 @@ class Environment:
 # fmt: off
 # ruff: noqa: E501
 ENVIRONMENTS = [
-    Environment("no vLLM", "ppo", "--use_vllm true", "use_vllm is set, but vLLM is not installed: pip install vllm, or unset it.", without="vllm"),
+    Environment("no vLLM", "ppo", "--use_vllm true", "use_vllm is set, but vLLM is not installed: pip install 'trl-ext[vllm]', or unset it.", without="vllm"),
     Environment("no bitsandbytes", "ppo", "--load_in_4bit true", "bitsandbytes", without="bitsandbytes"),
     Environment("no VADER", "ppo", "--reward_funcs trl_ext.rewards.sentiment.vader_sentiment", "The sentiment reward needs vaderSentiment: pip install 'trl-ext[sentiment]'.", without="vaderSentiment"),
     Environment("no matplotlib", "trl-ext", "feedback check rated_twice.jsonl --picture ratings.png", "Pictures need matplotlib: pip install 'trl-ext[feedback]'.", without="matplotlib"),

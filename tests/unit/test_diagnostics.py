@@ -129,6 +129,26 @@ def test_each_problem_is_named(name: str) -> None:
     json.dumps(finding.remedy.changes)  # an exact setting
 
 
+def test_sampling_that_is_corrected_for_is_a_warning_that_says_how_much_is_cut() -> None:
+    sick = {**SICK["sampling_differs"], "sampling/weight_cut": [0.1, 0.3] * 8}
+    (finding,) = [f for f in diagnose(log_of(**sick)) if f.name == "sampling_differs"]
+    assert finding.severity == "warning"
+    assert "their bounds cut 20.0% of the weight." in finding.evidence
+    assert finding.figures["weight_cut"] == pytest.approx(0.2)
+    assert finding.remedy.changes == {}
+    settings = {**CONFIG, "top_k": 5}
+    (finding,) = sampling_differs(rows(**{**HEALTHY, **sick}), settings)
+    assert finding.remedy.changes == {"top_k": 0}
+    del sick["sampling/weight_cut"]
+    (finding,) = sampling_differs(rows(**{**HEALTHY, **sick}), {**CONFIG, "vllm_importance_sampling_correction": False})
+    assert finding.severity == "problem"
+    assert finding.remedy.changes == {"vllm_importance_sampling_correction": True}
+
+
+def sampling_differs(history: list[dict[str, Any]], config: dict[str, Any]) -> list[Any]:
+    return [f for f in diagnose(RunLog.of(history, config)) if f.name == "sampling_differs"]
+
+
 @pytest.mark.parametrize(
     ("name", "config", "changes"),
     [

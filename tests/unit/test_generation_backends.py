@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import GenerationConfig
+from transformers import BitsAndBytesConfig, GenerationConfig
 
 from tests.helpers import tiny_llama, word_tokenizer
 from trl_ext import SharedBase
@@ -31,7 +31,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def generate(self, prompts: Any, sampling: Any, lora_request: Any, use_tqdm: bool) -> Any:
             files = sorted(path.name for path in Path(lora_request.path).iterdir()) if lora_request else []
             made.append((prompts, sampling, lora_request, files))
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids)]) for ids in ([7, 1], [8, 9, 10, 11, 12])]
+            written = [[[7, 1], [8, 9, 10, 11, 12]][i % 2] for i in range(len(prompts))]
+            told = [[{token: SimpleNamespace(logprob=-token / 10)} for token in ids] for ids in written]
+            pairs = zip(written, told, strict=True)
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=i, logprobs=x)]) for i, x in pairs]
+
+        def wake_up(self) -> None:
+            made.append("awake")
+
+        def sleep(self, level: int) -> None:
+            made.append(f"asleep {level}")
 
     def request(name: str, number: int, path: str) -> Any:
         return SimpleNamespace(name=name, number=number, path=path)
@@ -53,13 +62,17 @@ def test_answers_come_back_as_a_rollout(calls: list[Any], tmp_path: Path) -> Non
         "gpu_memory_utilization": 0.4,
         "max_model_len": 64,
         "seed": 3,
+        "logprobs_mode": "processed_logprobs",
+        "enable_sleep_mode": False,
     }
     for number in (1, 2):
         how = GenerationConfig(**{**CONFIG.to_diff_dict(), "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2})
         rollout = generate(generator, ["the cat", "a"], word_tokenizer(), how)
         prompts, sampling, request, files = calls[number]
         assert prompts == [{"prompt_token_ids": [7, 9]}, {"prompt_token_ids": [8]}]
-        assert sampling == {
+        seeds = [one.pop("seed") for one in sampling]
+        assert len(set(seeds)) == 2, "each completion has random numbers of its own"
+        expected = {
             "temperature": 0.7,
             "top_p": 0.9,
             "top_k": -1,
@@ -67,11 +80,16 @@ def test_answers_come_back_as_a_rollout(calls: list[Any], tmp_path: Path) -> Non
             "repetition_penalty": 1.2,
             "max_tokens": 5,
             "stop_token_ids": [1],
+            "ignore_eos": True,
+            "logprobs": 0,
         }
-        assert request.number == number and request.name == f"policy-{number}", "a new adapter each rollout"
+        assert sampling == [expected, expected]
+        assert request.number == number and request.name.startswith("policy-"), "a new adapter each rollout"
         assert "adapter_model.safetensors" in files and "adapter_config.json" in files
     assert rollout.completion_ids.tolist() == [[7, 1, 0, 0, 0], [8, 9, 10, 11, 12]]
     assert rollout.has_eos.tolist() == [True, False]
+    assert rollout.sampling_logprobs is not None
+    torch.testing.assert_close(rollout.sampling_logprobs, -rollout.completion_ids / 10)
     assert rollout.prompt_mask.tolist() == [[True, True], [False, True]]
 
 
@@ -87,6 +105,36 @@ def test_the_bare_base_needs_no_adapter(calls: list[Any]) -> None:
     generator = VLLMGenerator(SharedBase.from_model(tiny_llama()), "m", 0.3, None, 0)
     generator.answers([[5, 6], [7, 8]], CONFIG, "reference")
     assert calls[1][2] is None
+
+
+def test_vllm_sleeps_between_rollouts(calls: list[Any]) -> None:
+    generator = VLLMGenerator(SharedBase.from_model(tiny_llama()), "m", 0.3, None, 0, sleep=True)
+    assert calls[0]["enable_sleep_mode"] is True
+    for _ in range(2):
+        generator.answers([[5, 6], [7, 8]], CONFIG, "policy")
+    assert [call if isinstance(call, str) else "" for call in calls[1:]] == ["awake", "", "asleep 1"] * 2
+
+
+def test_vllm_that_speaks_for_another_model_is_refused(calls: list[Any]) -> None:
+    with pytest.raises(ValueError, match=r"^vLLM does not speak for this base: its log-probabilities of"):
+        VLLMGenerator(SharedBase.from_model(tiny_llama()), "m", 0.3, None, 0, tolerance=0.2)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "said"),
+    [
+        (BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), {"quantization": "bitsandbytes"}),
+        ({"load_in_4bit": True, "quant_method": "bitsandbytes"}, {"quantization": "bitsandbytes"}),
+        ({"quant_method": "fp8"}, {}),
+        (None, {}),
+    ],
+)
+def test_the_quantization_of_the_base_goes_along(quantization: Any, said: dict[str, str], calls: list[Any]) -> None:
+    base = SharedBase.from_model(tiny_llama())
+    if quantization is not None:
+        base.config.quantization_config = quantization
+    VLLMGenerator(base, "m", 0.3, None, 0)
+    assert {name: value for name, value in calls[0].items() if name == "quantization"} == said
 
 
 @pytest.mark.parametrize(("r", "most"), [(4, 8), (8, 8), (12, 16), (33, 64)])

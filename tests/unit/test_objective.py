@@ -1,6 +1,7 @@
 """The update's two losses as the trainer takes them, and the numbers that are watched beside them."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from tests.helpers import PLACE, rollout
 from trl_ext.ppo.config import PPOConfig
-from trl_ext.ppo.objectives import policy_loss, value_loss
+from trl_ext.ppo.objectives import Objective, policy_loss, value_loss
 from trl_ext.types import Experience, ScorePass, Scores
 
 LENGTHS = [4, 2, 3]
@@ -128,6 +129,50 @@ def test_every_other_objective(
     assert loss.item() == pytest.approx(expected, rel=1e-12)
     if "dual_clip" in settings:
         assert any(a < 0 and -a * math.exp(new - old) > -a * 1.05 for new, old, a, _ in rows), "it makes a difference"
+
+
+@pytest.mark.parametrize(
+    ("mode", "bounds", "weight"),
+    [
+        ("token_truncate", {"clip_max": 1.5}, lambda own, all_: min(own, 1.5)),
+        ("token_mask", {"clip_max": 1.5, "clip_min": 0.7}, lambda own, all_: own if 0.7 <= own <= 1.5 else 0.0),
+        ("sequence_truncate", {"clip_max": 1.5, "clip_min": 0.7}, lambda own, all_: min(max(all_, 0.7), 1.5)),
+        ("sequence_mask", {"clip_max": 1.5}, lambda own, all_: all_ if all_ <= 1.5 else 0.0),
+    ],
+)
+@pytest.mark.parametrize("objective", ["clip", "kl_penalty", "reinforce", "sequence", "own"])
+def test_every_objectives_terms_are_weighed(
+    objective: str, mode: str, bounds: dict[str, float], weight: Any, batch: Experience, said: Any, tmp_path: Path
+) -> None:
+    """Each token's term times what the token counts; a row without a score counts for nobody."""
+
+    class Own(Objective):
+        def terms(self, logprobs: Tensor, batch: Experience, args: Any, coef: float) -> Tensor:
+            return 3 * logprobs
+
+    settings: Any = {"objective": Own() if objective == "own" else objective, "num_ppo_epochs": 1}
+    settings |= {f"vllm_importance_sampling_{name}": x for name, x in {"mode": mode, **bounds}.items()}
+    args = PPOConfig(str(tmp_path), **PLACE, report_to="none", entropy_coef=0.3, **settings)
+    noise = torch.randn(3, 4, generator=torch.Generator().manual_seed(39), dtype=torch.float64)
+    told = batch.score_pass.logprobs - 0.4 * noise
+    corrected = replace(batch, rollout=replace(batch.rollout, sampling_logprobs=told))
+    num_tokens = torch.tensor(NUM_TOKENS)
+    _, plain = policy_loss(args.policy_objective, batch, said, num_tokens, args, PENALTY)
+    loss, watched = policy_loss(args.policy_objective, corrected, said, num_tokens, args, PENALTY)
+    expected, weights = [], []
+    for row in range(3):
+        mask = batch.loss_mask[row]
+        ratios = [math.exp(0.4 * x) for x in noise[row][mask].tolist()]
+        for own, term in zip(ratios, plain["loss/policy_avg"][row][mask].tolist(), strict=True):
+            weights.append(weight(own, math.prod(ratios)))
+            expected.append(weights[-1] * term)
+    assert len(weights) == 7 and len(set(weights)) > 1
+    assert watched["loss/policy_avg"][batch.loss_mask].tolist() == pytest.approx(expected, rel=1e-9)
+    bonus = 0.3 * math.fsum(said["entropy"][batch.loss_mask].tolist())
+    assert loss.item() == pytest.approx((math.fsum(expected) - bonus) / NUM_TOKENS, rel=1e-9)
+    args.vllm_importance_sampling_correction = False
+    _, off = policy_loss(args.policy_objective, corrected, said, num_tokens, args, PENALTY)
+    assert torch.equal(off["loss/policy_avg"], plain["loss/policy_avg"])
 
 
 def test_value(batch: Experience, said: dict[str, Tensor], args: PPOConfig) -> None:

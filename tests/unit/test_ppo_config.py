@@ -315,6 +315,17 @@ def test_who_has_a_critic(settings: dict[str, Any], critic: bool) -> None:
         ({"objective": "kl_penalty"}, {"cliprange": 0.1, "dual_clip": 3.0, "baseline": "value"}),
         ({}, {"penalty_coef": 2.0, "penalty_target": 0.1, "baseline": "mean", "normalization_samples": 8}),
         ({"score_normalization": "running"}, {"normalization_samples": 8}),
+        ({}, {"vllm_mode": "server", "vllm_max_model_length": 64, "vllm_server_port": 9000}),
+        ({"use_vllm": True}, {"vllm_server_base_url": ["http://host:8000"], "vllm_server_timeout": 9.0}),
+        ({"use_vllm": True, "vllm_mode": "server"}, {"vllm_enable_sleep_mode": True}),
+        (
+            {"vllm_importance_sampling_correction": False},
+            {
+                "vllm_importance_sampling_mode": "token_mask",
+                "vllm_importance_sampling_clip_max": 2.0,
+                "vllm_importance_sampling_clip_min": 0.5,
+            },
+        ),
     ],
 )
 def test_settings_that_nothing_reads_are_refused(settings: dict[str, Any], unread: dict[str, Any]) -> None:
@@ -324,6 +335,26 @@ def test_settings_that_nothing_reads_are_refused(settings: dict[str, Any], unrea
     usual = {name: PPOConfig.__dataclass_fields__[name].default for name in unread}
     make(**{**usual, **settings})
     make(**{"objective": Mine(), "num_ppo_epochs": 1, "lam": 0.9, "baseline": "value", "penalty_coef": 2.0})
+
+
+def test_where_vllm_servers_are() -> None:
+    served: Any = {"use_vllm": True, "vllm_mode": "server"}
+    assert make(**served).vllm_server_urls == ["http://127.0.0.1:8000"]
+    assert make(**served, vllm_server_host="box", vllm_server_port=9).vllm_server_urls == ["http://box:9"]
+    for url in ("http://box:9", ["http://box:9", "https://other"]):
+        assert make(**served, vllm_server_base_url=url).vllm_server_urls == ([url] if isinstance(url, str) else url)
+    with pytest.raises(
+        ValueError, match=r"^vllm_server_base_url is 'box:9': it must begin with http:// or https://\.$"
+    ):
+        make(**served, vllm_server_base_url="box:9")
+
+
+def test_bounds_of_the_importance_weights_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match=r"clip_min is 3 and vllm_importance_sampling_clip_max is 3: the first"):
+        make(vllm_importance_sampling_clip_min=3.0)
+    with pytest.raises(ValueError, match=r"clip_max are both None, so that one token could outweigh all others"):
+        make(vllm_importance_sampling_clip_max=None)
+    make(vllm_importance_sampling_clip_max=None, vllm_importance_sampling_clip_min=0.2)
 
 
 def test_settings_that_something_reads_are_taken() -> None:

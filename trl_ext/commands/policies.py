@@ -93,7 +93,9 @@ def _adapter(reward: str, chosen: Namespace) -> str:
 
 def _sampling(chosen: Namespace) -> evaluation.Sampling:
     return evaluation.Sampling(
-        *(chosen.per_prompt, chosen.max_new_tokens, chosen.temperature, chosen.seed), batch_size=chosen.batch_size
+        *(chosen.per_prompt, chosen.max_new_tokens, chosen.temperature, chosen.seed),
+        batch_size=chosen.batch_size,
+        vllm=tuple(chosen.vllm_server_base_url),
     )
 
 

@@ -23,9 +23,11 @@ from trl_ext.core.losses import (
     value_clipped,
 )
 from trl_ext.core.masking import last_true, left_align, masked_mean, masked_sum, masked_var, masked_whiten
+from trl_ext.core.sampling import CorrectionMode, importance_ratio, importance_weights, share_cut
 from trl_ext.core.shaping import penalize_missing_eos, shape_rewards
 
 __all__ = [
+    "CorrectionMode",
     "EnsembleName",
     "KLEstimator",
     "approx_kl",
@@ -35,6 +37,8 @@ __all__ = [
     "clipped_value_loss",
     "combine_members",
     "estimate_advantages",
+    "importance_ratio",
+    "importance_weights",
     "kl_penalty_policy_terms",
     "last_true",
     "left_align",
@@ -51,6 +55,7 @@ __all__ = [
     "rewards_to_go",
     "sequence_returns",
     "shape_rewards",
+    "share_cut",
     "token_logprobs",
     "token_mean",
     "uncertainty_weighted",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from trl_ext.diagnostics.finding import Finding, Remedy
 from trl_ext.diagnostics.limits import Limits
@@ -11,31 +12,35 @@ from trl_ext.diagnostics.updates import lower_rate
 
 # Sampling from the plain softmax: of all sampling settings, PPO's log-probabilities know the temperature alone.
 PLAIN_SAMPLING = {"top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None}
+CORRECTION = "vllm_importance_sampling_correction"
 
 
 def sampling_differs(log: RunLog, limits: Limits) -> Finding | None:
-    """Completions are drawn from another distribution than they are scored and trained under."""
-    z, gap = log.series("val/sampling_gap_z"), log.series("val/sampling_gap")
+    """Completions are drawn from another distribution than they are scored and trained under. Where importance weights
+    correct for it, it is worth a look only."""
+    z, gap, cut = (log.series(name) for name in ("val/sampling_gap_z", "val/sampling_gap", "sampling/weight_cut"))
     if not z:
         return None
     total = sum(z.values) / math.sqrt(len(z))
     if abs(total) < limits.sampling_gap_z or abs(gap.recent(len(gap))) < limits.sampling_gap:
         return None
+    share = cut.recent(len(cut))
+    corrected = f" Importance weights correct for it; their bounds cut {share:.1%} of the weight." if cut else ""
     return Finding(
         name="sampling_differs",
-        severity="problem",
+        severity="warning" if cut else "problem",
         title="Completions are sampled from another distribution than they are scored under",
         steps=(z.steps[0], z.steps[-1]),
         evidence=(
             f"Sampled tokens are {gap.recent(len(gap)):+.3f} nats more surprising than the policy's entropy says, "
-            f"{abs(total):.0f} standard errors from 0."
+            f"{abs(total):.0f} standard errors from 0.{corrected}"
         ),
-        figures={"gap": gap.recent(len(gap)), "z": total},
+        figures={"gap": gap.recent(len(gap)), "z": total, **({"weight_cut": share} if cut else {})},
         cause=(
             "generation settings that the log-probabilities leave out: top_k, top_p, min_p, a repetition penalty, or "
-            "generation_kwargs that forbid or force tokens."
+            "generation_kwargs that forbid or force tokens; or a generator of another precision."
         ),
-        remedy=_plain_sampling(log),
+        remedy=_closer_sampling(log) if cut else _plain_sampling(log),
         samples=log.last_samples(),
     )
 
@@ -64,11 +69,27 @@ def negative_kl(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def _plain_sampling(log: RunLog) -> Remedy:
-    changes = {k: v for k, v in PLAIN_SAMPLING.items() if k in log.config and log.config[k] != v}
+    changes = _unlike_plain(log)
+    if not changes and log.config.get(CORRECTION) is False:
+        return Remedy(text="Weigh each token by its importance.", changes={CORRECTION: True})
     return Remedy(
         text="Sample from the whole distribution, at the temperature that is scored.",
         changes=changes or PLAIN_SAMPLING,
     )
+
+
+def _closer_sampling(log: RunLog) -> Remedy:
+    return Remedy(
+        text=(
+            "While little is cut, leave it. Else bring the sampler nearer to the policy: plain sampling, the same "
+            "precision and the same quantization."
+        ),
+        changes=_unlike_plain(log),
+    )
+
+
+def _unlike_plain(log: RunLog) -> dict[str, Any]:
+    return {k: v for k, v in PLAIN_SAMPLING.items() if k in log.config and log.config[k] != v}
 
 
 def first_ratio(log: RunLog, limits: Limits) -> Finding | None:

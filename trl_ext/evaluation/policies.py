@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from trl_ext.generation import Answers, generate
+from trl_ext.generation import Answers, Generator, VLLMServers, generate
+from trl_ext.generation.rollouts import check_whole
+from trl_ext.generation.vllm_server import Adapter, request_of
 from trl_ext.rewards import reward_role
 from trl_ext.roles import SharedBase, adapters, assembly
 from trl_ext.tokens import eos_ids, padded
@@ -170,6 +173,7 @@ class Policies(SharedBase):
     ) -> None:
         super().__init__(model, {"reference": None}, {})
         self.tokenizer, self.policies = tokenizer, dict(policies)
+        self._servers: tuple[VLLMServers, dict[str, Adapter | None]] | None = None
         self.requires_grad_(False).eval()
         self.rewards = {name: reward_role(_Scoring(self, reward), tokenizer) for name, reward in rewards.items()}
         for name, function in self.rewards.items():
@@ -200,8 +204,39 @@ class Policies(SharedBase):
             eos_token_id=eos_ids(self.causal_lm, self.tokenizer),
             use_cache=True,
         )
-        generator = _Generator(self, uniforms, temperature)
+        generator: Generator = _Generator(self, uniforms, temperature)
+        if self._servers is not None:
+            servers, known = self._servers
+            generator = _Served(servers, known[policy], uniforms, temperature)
         return generate(generator, prompts, self.tokenizer, config, chat_template_kwargs, role=f"policy:{policy}")
+
+    @contextmanager
+    def served(self, urls: Sequence[str], folders: Mapping[str, Path | None], names: Collection[str]) -> Iterator[None]:
+        """Within, vLLM servers sample, of the same base, which are given the policies' adapters; the base itself where
+        there are no `urls`.
+
+        Args:
+            folders: of each policy's adapter; None is the bare base.
+            names: of the policies that are asked for.
+
+        Raises:
+            ConnectionError: a server is not up.
+            ValueError: one does not speak for a policy.
+        """
+        if not urls:
+            yield
+            return
+        servers, known = VLLMServers(urls), dict.fromkeys(names)
+        known |= {n: Adapter(f"{n}-{fingerprint(f)}", f.resolve()) for n in names if (f := folders[n]) is not None}
+        servers.wait_until_up()
+        try:
+            servers.check_same(self, {f"policy:{name}": adapter for name, adapter in known.items()})
+            self._servers = servers, known
+            yield
+        finally:
+            self._servers = None
+            for adapter in filter(None, known.values()):
+                servers.unload(adapter)
 
     @torch.no_grad()
     def logprobs_of(self, rollout: Rollout, policy: str, temperature: float = 1.0) -> tuple[list[float], list[float]]:
@@ -265,6 +300,28 @@ class Drawn(LogitsProcessor):
         cumulative = (scores.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
         token = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+class _Served:
+    """vLLM servers, each completion with a seed that belongs to its row."""
+
+    def __init__(self, servers: VLLMServers, adapter: Adapter | None, uniforms: Tensor, temperature: float) -> None:
+        self.servers, self.adapter, self.temperature = servers, adapter, temperature
+        self.seeds = (uniforms[:, 0] * 2**31).long().tolist()
+
+    def answers(self, prompt_ids: list[list[int]], config: GenerationConfig, role: Any) -> Answers:
+        """See `Generator.answers`."""
+        how = GenerationConfig(
+            max_new_tokens=config.max_new_tokens,
+            eos_token_id=config.eos_token_id,
+            do_sample=self.temperature > 0,
+            temperature=self.temperature or 1.0,
+            top_k=0,
+        )
+        requests = [request_of(ids, how, seed) for ids, seed in zip(prompt_ids, self.seeds, strict=True)]
+        ids = [ids for ids, _ in self.servers.complete(requests, self.adapter)]
+        check_whole(ids, how)
+        return Answers(ids)
 
 
 class _Generator:

@@ -46,6 +46,8 @@ class Sampling:
             number alone.
         shared_seeds: let all policies have the same random numbers.
         batch_size: answers at a time; it changes nothing but rounding.
+        vllm: URLs of vLLM servers that sample, each of the same base; none: the base itself. They have other random
+            numbers, which follow from the same things.
     """
 
     per_prompt: int = 1
@@ -54,6 +56,7 @@ class Sampling:
     seed: int = 0
     shared_seeds: bool = False
     batch_size: int = 32
+    vllm: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("per_prompt", "max_new_tokens", "batch_size"):
@@ -118,11 +121,12 @@ def sample(
         _check_read(prompts, tokenizer, config_of(cast.base), how.max_new_tokens)
         policies = load() if load is not None else cast.loaded(tokenizer, **(loading or {}))
         scorer = Scorer([*policies.rewards.values(), *functions], device=policies.device)
-        for policy, part, missing in track(todo, "Sampling", console=Console(stderr=True), transient=True):
-            rows = _batch(policies, scorer, prompts, policy, part, how)
-            fresh = [row for row in rows if row["id"] in missing]
-            append(out, fresh)
-            done |= {row["id"]: row for row in fresh}
+        with policies.served(how.vllm, cast.policies, {policy for policy, *_ in todo}):
+            for policy, part, missing in track(todo, "Sampling", console=Console(stderr=True), transient=True):
+                rows = _batch(policies, scorer, prompts, policy, part, how)
+                fresh = [row for row in rows if row["id"] in missing]
+                append(out, fresh)
+                done |= {row["id"]: row for row in fresh}
     return [done[_id(number, policy, s)] for number, s in order for policy in cast.policies]
 
 
@@ -310,6 +314,7 @@ def _settings(
         **{name: getattr(how, name) for name in ("per_prompt", "max_new_tokens", "temperature", "seed")},
         "shared_seeds": how.shared_seeds,
         "quantized": "quantization_config" in loading,
+        **({"sampled_by": "vLLM"} if how.vllm else {}),
         "rewards": [_with_digest(reward) for reward in (*rewards, *functions)],
     }
 

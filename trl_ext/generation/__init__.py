@@ -5,6 +5,7 @@ from trl_ext.generation.continuous import ContinuousGenerator
 from trl_ext.generation.rollouts import Answers, GenerationError, Generator, generate
 from trl_ext.generation.transformers_generate import TransformersGenerator
 from trl_ext.generation.vllm import VLLMGenerator
+from trl_ext.generation.vllm_server import VLLMServerGenerator, VLLMServers
 
 __all__ = [
     "Answers",
@@ -13,6 +14,8 @@ __all__ = [
     "Generator",
     "TransformersGenerator",
     "VLLMGenerator",
+    "VLLMServerGenerator",
+    "VLLMServers",
     "generate",
 ]
 

@@ -22,14 +22,16 @@ class ContinuousGenerator:
         base: the `SharedBase`.
         rows: most completions that are being written at a time.
         settings: further fields of `transformers.generation.ContinuousBatchingConfig`.
+        tell: note the log-probability that each token was sampled with.
 
     Raises:
         ValueError: a setting that it does not know, or pages of no token.
     """
 
-    def __init__(self, base: Any, rows: int, settings: dict[str, Any] | None = None) -> None:
+    def __init__(self, base: Any, rows: int, settings: dict[str, Any] | None = None, tell: bool = False) -> None:
         settings = {PAGE if name == "page_size" else name: value for name, value in (settings or {}).items()}
-        self.base, self._settings = base, {"max_requests_per_batch": rows, **settings}
+        settings |= {"return_logprobs": True} if tell else {}
+        self.base, self.tell, self._settings = base, tell, {"max_requests_per_batch": rows, **settings}
         try:
             config = ContinuousBatchingConfig(**self._settings)
         except TypeError as error:
@@ -68,7 +70,7 @@ class ContinuousGenerator:
             )
         completions = [output.generated_tokens for output in ended]
         check_whole(completions, config)
-        return Answers(completions)
+        return Answers(completions, [output.logprobs for output in ended] if self.tell else None)
 
     def _config(self, prompt_ids: list[list[int]], new_tokens: int) -> ContinuousBatchingConfig:
         config = ContinuousBatchingConfig(**self._settings)

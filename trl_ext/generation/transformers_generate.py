@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, StoppingCriteriaList
+from transformers.generation import GenerationMode
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trl_ext.generation.rollouts import Answers, GenerationError
@@ -29,6 +30,8 @@ CONTINUABLE = {
 # 5.23.
 PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 
+_Completion = tuple[list[int], list[float]]  # its ids, and the log-probability that each was sampled with
+
 
 class TransformersGenerator:
     """The roles' own base answers, as `generate` samples, in less time: prompts of like length share a batch, a prompt
@@ -39,21 +42,28 @@ class TransformersGenerator:
     Args:
         base: the `SharedBase`.
         batch_size: most prompts of one `generate`.
+        tell: note the log-probability that each token was sampled with.
     """
 
-    def __init__(self, base: Any, batch_size: int) -> None:
-        self.base, self.batch_size = base, batch_size
+    def __init__(self, base: Any, batch_size: int, tell: bool = False) -> None:
+        self.base, self.batch_size, self.tell = base, batch_size, tell
 
     def answers(self, prompt_ids: list[list[int]], config: GenerationConfig, role: str) -> Answers:
         """See `Generator.answers`.
 
         Raises:
-            GenerationError: `config` asks for several completions of each prompt.
+            GenerationError: `config` asks for several completions of each prompt, or is no sampling whose probabilities
+                could be told.
         """
         if config.num_return_sequences not in (None, 1):
             raise GenerationError(
                 f"num_return_sequences is {config.num_return_sequences}, but each prompt gets one completion: leave it "
                 "out, and set num_generations for several."
+            )
+        if self.tell and (mode := config.get_generation_mode()) != GenerationMode.SAMPLE:
+            raise GenerationError(
+                f"generation_kwargs ask for {mode.value.replace('_', ' ')}, which tells no probability that a token "
+                "was sampled with: leave them out, or vllm_importance_sampling_correction."
             )
         # Where the base is shared out, each process would wait for the others' calls.
         goes_on = not self.base.sharded and can_continue(self.base.causal_lm, config)
@@ -66,18 +76,20 @@ class TransformersGenerator:
         batches = [part[at : at + self.batch_size] for part in parts for at in range(0, len(part), self.batch_size)]
         if self.base.sharded:  # as many calls in each process: the last batch is answered again
             batches += batches[-1:] * (max(gather_object([len(batches)])) - len(batches))
-        completions: dict[int, list[int]] = {}
+        completions: dict[int, _Completion] = {}
         for rows in batches:
             completions |= zip(rows, complete([prompt_ids[row] for row in rows], config, role), strict=True)
-        return Answers([completions[row] for row in range(len(prompt_ids))])
+        written = [completions[row] for row in range(len(prompt_ids))]
+        return Answers([ids for ids, _ in written], [logprobs for _, logprobs in written] if self.tell else None)
 
-    def _at_once(self, prompts: list[list[int]], config: GenerationConfig, role: str) -> list[list[int]]:
+    def _at_once(self, prompts: list[list[int]], config: GenerationConfig, role: str) -> list[_Completion]:
         """By one call of `generate`."""
         ids, mask = self._padded(prompts, config)
-        written = self.base.generate(role=role, input_ids=ids, attention_mask=mask, generation_config=config)
-        return written[:, ids.shape[1] :].tolist()
+        output, logprobs = self._generate(role, ids, mask, copy.deepcopy(config))
+        written = output.sequences if self.tell else output
+        return list(zip(written[:, ids.shape[1] :].tolist(), logprobs, strict=True))
 
-    def _in_parts(self, prompts: list[list[int]], config: GenerationConfig, role: str) -> list[list[int]]:
+    def _in_parts(self, prompts: list[list[int]], config: GenerationConfig, role: str) -> list[_Completion]:
         """By one call of `generate` after the other: each ends once a quarter of its rows have ended, and the next goes
         on with the others from their keys and values."""
         ids, mask = self._padded(prompts, config)
@@ -93,23 +105,15 @@ class TransformersGenerator:
         config = copy.deepcopy(config)
         config.return_dict_in_generate = True  # for the cache
         cache = self._read_once(prompts, config, role)
-        completions: list[list[int]] = [[] for _ in prompts]
+        completions: list[_Completion] = [([], []) for _ in prompts]
         rows = list(range(len(prompts)))
         while rows:
             config.max_new_tokens = longest - ids.shape[1]
-            output = self.base.generate(
-                role=role,
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=cache,
-                generation_config=config,
-                stopping_criteria=StoppingCriteriaList([enough]),
-            )
+            output, logprobs = self._generate(role, ids, mask, config, enough, past_key_values=cache)
             ids, cache = output.sequences, output.past_key_values
             done = ended(ids) | (ids.shape[1] == longest)
-            for row, is_done, written in zip(rows, done.tolist(), ids[:, width:].tolist(), strict=True):
-                if is_done:
-                    completions[row] = written
+            for row, is_done, written, more in zip(rows, done.tolist(), ids[:, width:].tolist(), logprobs, strict=True):
+                completions[row] = (written if is_done else [], completions[row][1] + more)
             left = (~done).nonzero().squeeze(1).cpu()  # on the CPU it fits layers on any device
             rows = [rows[i] for i in left]
             ids, mask = ids[left], pad(mask[left], (0, ids.shape[1] - mask.shape[1]), value=1)
@@ -133,9 +137,42 @@ class TransformersGenerator:
         cache.batch_select_indices(torch.tensor([unique.index(prompt) for prompt in prompts]))
         return cache
 
+    def _generate(
+        self, role: str, ids: Tensor, mask: Tensor, config: GenerationConfig, stop: Any = None, **more: Any
+    ) -> tuple[Any, list[list[float]]]:
+        """What `generate` returns, and the log-probability of each new token of each row; none of these where nobody
+        asks."""
+        noting, criteria = _Noting(), [stop] if stop is not None else []
+        if self.tell:
+            config.return_dict_in_generate = config.output_scores = True
+            criteria.append(noting)
+        output = self.base.generate(
+            role=role,
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList(criteria),
+            **more,
+        )
+        return output, torch.cat(noting.columns, dim=1).tolist() if self.tell else [[] for _ in ids]
+
     def _padded(self, prompts: list[list[int]], config: GenerationConfig) -> tuple[Tensor, Tensor]:
         ids, mask = padded(prompts, config.pad_token_id, left=True)
         return ids.to(self.base.device), mask.long().to(self.base.device)
+
+
+class _Noting:
+    """A stopping criterion that never stops, but notes what `generate` has just sampled with: its scores after all of
+    its processors."""
+
+    def __init__(self) -> None:
+        self.columns: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """See `transformers.StoppingCriteria`."""
+        self.columns.append(scores[-1].float().log_softmax(dim=-1).gather(1, input_ids[:, -1:]))
+        scores[-1].set_()  # or `generate` would hold rows x vocabulary numbers a token
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def can_continue(model: Any, config: GenerationConfig) -> bool:

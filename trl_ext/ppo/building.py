@@ -7,6 +7,7 @@ import inspect
 import logging
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,15 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from trl_ext.generation import ContinuousGenerator, Generator, TransformersGenerator, VLLMGenerator
+from trl_ext.generation import (
+    ContinuousGenerator,
+    Generator,
+    TransformersGenerator,
+    VLLMGenerator,
+    VLLMServerGenerator,
+    VLLMServers,
+)
+from trl_ext.generation.vllm import NO_VLLM
 from trl_ext.ppo.checks import as_list
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.rewards import Scorer
@@ -160,8 +169,9 @@ def check_generator(generator: Any, args: PPOConfig) -> None:
         ValueError: `args` name another one.
     """
     if generator is None:
-        if args.use_vllm and find_spec("vllm") is None and "vllm" not in sys.modules:
-            raise ImportError("use_vllm is set, but vLLM is not installed: pip install vllm, or unset it.")
+        inside = args.use_vllm and args.vllm_mode == "colocate"
+        if inside and find_spec("vllm") is None and "vllm" not in sys.modules:
+            raise ImportError(NO_VLLM)
         return
     try:
         inspect.signature(generator.answers).bind([], None, "policy")
@@ -180,17 +190,40 @@ def build_generator(base: SharedBase, args: PPOConfig, accelerator: Accelerator)
     """Who answers, as `args` say.
 
     Raises:
-        ValueError: the base's own samples would be another policy's.
+        ConnectionError: a vLLM server is not up.
+        ValueError: the base's own samples would be another policy's, or vLLM's would.
     """
-    rows = args.local_rollout_forward_batch_size
+    rows, tell = args.local_rollout_forward_batch_size, bool(args.vllm_importance_sampling_correction)
+    if args.use_vllm and args.vllm_mode == "server":
+        return _served(base, args)
     if args.use_vllm:
-        memory, limit = args.vllm_gpu_memory_utilization, args.vllm_max_model_length
-        return VLLMGenerator(base, base.config.name_or_path, memory, limit, args.seed + accelerator.process_index)
+        return VLLMGenerator(
+            base,
+            base.config.name_or_path,
+            args.vllm_gpu_memory_utilization,
+            args.vllm_max_model_length,
+            args.seed + accelerator.process_index,
+            args.vllm_enable_sleep_mode,
+            args.vllm_probe_tolerance,
+        )
     if args.use_transformers_continuous_batching:
         settings: Any = args.transformers_continuous_batching_config
-        return ContinuousGenerator(base, rows, settings)
+        return ContinuousGenerator(base, rows, settings, tell)
     base.check_generates()
-    return TransformersGenerator(base, rows)
+    return TransformersGenerator(base, rows, tell)
+
+
+def _served(base: SharedBase, args: PPOConfig) -> VLLMServerGenerator:
+    servers = VLLMServers(args.vllm_server_urls, args.vllm_server_timeout, args.vllm_server_request_timeout)
+    folder = Path(args.vllm_server_adapter_dir or Path(str(args.output_dir)) / "vllm")
+    generator = VLLMServerGenerator(base, servers, folder, args.vllm_probe_tolerance)
+    plain = (args.temperature, args.top_p, args.top_k, args.min_p or 0.0, args.repetition_penalty) == (1, 1, 0, 0, 1)
+    if not (generator.processed or plain or args.vllm_importance_sampling_correction is False):
+        raise ValueError(
+            "The vLLM server tells raw log-probabilities, not those that it samples with at these sampling settings: "
+            "start it with --logprobs-mode processed_logprobs, or set vllm_importance_sampling_correction to False."
+        )
+    return generator
 
 
 def build_scorer(functions: list[Any], tokenizers: Any, args: PPOConfig, device: torch.device) -> Scorer | None:

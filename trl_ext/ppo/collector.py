@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl_ext.callbacks import RolloutEvents
 from trl_ext.core import combine_members
-from trl_ext.generation import Generator, generate
+from trl_ext.generation import ContinuousGenerator, GenerationError, Generator, TransformersGenerator, generate
 from trl_ext.ppo.batches import permutation
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.failures import together
@@ -28,6 +29,8 @@ from trl_ext.rewards import Combination, RewardError, Scorer
 from trl_ext.roles import Role, SharedBase
 from trl_ext.tokens import as_ids, eos_ids, reward_suffix
 from trl_ext.types import Rollout, ScoredRollout, ScorePass, Scores, concatenate
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -73,6 +76,7 @@ class Collector:
         )
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.log = RewardLog()
+        self._told = False
 
     def __call__(self, inputs: list[dict[str, Any]], trainer_state: Any) -> ScoredRollout:
         """Answer this process's prompts and score the completions, for training.
@@ -131,7 +135,7 @@ class Collector:
     def _completions(self, inputs: list[dict[str, Any]], role: Role = "policy") -> Rollout:
         """This process's rollout."""
         with self.timed("generate"), self.accelerator.autocast():
-            return generate(
+            rollout = generate(
                 self.generator,
                 [row["prompt"] for row in inputs],
                 self.tokenizer,
@@ -140,6 +144,27 @@ class Collector:
                 role=role,
                 vocab_size=self.base.config.get_text_config().vocab_size,
             )
+        if role == "policy" and rollout.sampling_logprobs is None:
+            self._check_correction()
+        return rollout
+
+    def _check_correction(self) -> None:
+        """Refuse, or tell once, that the generator's log-probs are not known and cannot be corrected by.
+
+        Raises:
+            GenerationError: the correction was asked for.
+        """
+        name, asked = type(self.generator).__name__, self.args.vllm_importance_sampling_correction
+        missing = f"{name} tells no log-probabilities of its completions, so no importance weight can be taken"
+        if asked:
+            raise GenerationError(
+                f"vllm_importance_sampling_correction is True, but {missing}: return Answers(ids, logprobs), or leave "
+                "the setting out."
+            )
+        own = isinstance(self.generator, (ContinuousGenerator, TransformersGenerator))
+        if asked is None and not own and not self._told:
+            logger.warning("%s; val/sampling_gap says whether it samples as the policy would.", missing)
+        self._told = True
 
     def _scored(
         self, inputs: list[dict[str, Any]], trainer_state: Any, log: RewardLog, listen: bool = False

@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 from trl_ext._trl import BaseConfig
-from trl_ext.core import EnsembleName, KLEstimator
+from trl_ext.core import CorrectionMode, EnsembleName, KLEstimator
 from trl_ext.ppo.objectives import OBJECTIVES, Baseline, Objective, ObjectiveName
 from trl_ext.ppo.yesterday import SETTINGS, explained
 from trl_ext.tokens import as_ids
@@ -123,9 +123,28 @@ class PPOConfig(BaseConfig):
     top_k: CountFromZero = _f(0, "Sample among so many tokens only; 0: all. See top_p.")
     min_p: Share | None = _f(None, "Least probability of a token, relative to the likeliest. See top_p.")
     repetition_penalty: Positive = _f(1.0, "Above 1: repeated tokens become less likely. See top_p.")
-    use_vllm: bool = _f(False, "Let vLLM generate, with a copy of the base of its own on this GPU.")
-    vllm_gpu_memory_utilization: PositiveShare = _f(0.3, "Share of the GPU's memory for vLLM.")
+    use_vllm: bool = _f(False, "Let vLLM generate, with a copy of the base of its own.")
+    vllm_mode: Literal["colocate", "server"] = _f(
+        "colocate", "Where vLLM runs: 'colocate', in this process and on its GPU; 'server', as `vllm serve` elsewhere."
+    )
+    vllm_gpu_memory_utilization: PositiveShare = _f(0.3, "Of 'colocate': share of the GPU's memory for vLLM.")
     vllm_max_model_length: Count | None = _f(None, "Most tokens of prompt and completion in vLLM; None: the model's.")
+    vllm_enable_sleep_mode: bool = _f(
+        False, "Of 'colocate': move vLLM's weights to the CPU and drop its cache between rollouts."
+    )
+    vllm_server_base_url: list[str] | None = _f(
+        None, "Of 'server': http://HOST:PORT of one or several, which share out a rollout; None: from host and port."
+    )
+    vllm_server_host: str = _f("0.0.0.0", "Of 'server': its host, where there is no URL.")
+    vllm_server_port: Count = _f(8000, "Of 'server': its port, where there is no URL.")
+    vllm_server_timeout: Positive = _f(240.0, "Of 'server': most seconds to wait for one that is starting.")
+    vllm_server_request_timeout: Positive = _f(600.0, "Of 'server': most seconds that one completion may take.")
+    vllm_server_adapter_dir: str | None = _f(
+        None, "Of 'server': folder for the adapters, the same on both sides; None: vllm/ in output_dir."
+    )
+    vllm_probe_tolerance: Positive = _f(
+        0.1, "Most nats that vLLM's log-prob of a token may differ from the base's own, in the median, at the start."
+    )
     use_transformers_continuous_batching: bool = _f(
         False, "Generate by Transformers' continuous batching: a completion that has ended makes room at once."
     )
@@ -189,6 +208,20 @@ class PPOConfig(BaseConfig):
     lam_value: Share | None = _f(None, "Lambda of the returns that the value role learns; None: lam.")
     whiten_advantages: bool = _f(True, "Scale the advantages of a rollout to mean 0 and variance 1.")
 
+    # Where another sampled than is trained. TRL's names and values; they hold for every generator, not vLLM alone.
+    vllm_importance_sampling_correction: bool | None = _f(
+        None,
+        "Multiply each token's policy loss by its importance weight: its probability under the policy over the one it "
+        "was sampled with. None: where the generator is not the base itself and tells its log-probabilities.",
+    )
+    vllm_importance_sampling_mode: CorrectionMode = _f(
+        "sequence_mask",
+        "Of that weight: each token's own ('token_...') or its completion's ('sequence_...'); outside the two bounds "
+        "clamped ('..._truncate') or 0 ('..._mask').",
+    )
+    vllm_importance_sampling_clip_max: Positive | None = _f(3.0, "Upper bound of that weight; None: none.")
+    vllm_importance_sampling_clip_min: NotNegative | None = _f(None, "Lower bound of that weight; None: none.")
+
     # Guards
     max_approx_kl: Positive | None = _f(
         None, "End an update's epochs when a minibatch's approxkl (nats per token) is above."
@@ -203,6 +236,8 @@ class PPOConfig(BaseConfig):
     num_completions_to_print: CountFromZero = _f(4, "Rows of that table.")
 
     def __post_init__(self) -> None:
+        urls: Any = self.vllm_server_base_url
+        self.vllm_server_base_url = [urls] if isinstance(urls, str) else urls  # TRL knows one
         self._check()
         if self.logging_steps is None:
             self.logging_steps = self.steps_per_rollout
@@ -251,6 +286,12 @@ class PPOConfig(BaseConfig):
         return self.policy_objective.needs_critic(self)
 
     @property
+    def vllm_server_urls(self) -> list[str]:
+        """Where the servers are."""
+        host = {"0.0.0.0": "127.0.0.1"}.get(self.vllm_server_host, self.vllm_server_host)
+        return self.vllm_server_base_url or [f"http://{host}:{self.vllm_server_port}"]
+
+    @property
     def mini_batch_size(self) -> int:
         """Completions of one optimizer step, over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
@@ -281,6 +322,7 @@ class PPOConfig(BaseConfig):
                 f"off-policy: set num_ppo_epochs to 1, not {self.num_ppo_epochs}."
             )
         self._check_unread()
+        self._check_correction()
         if self.use_vllm and self.generation_kwargs:
             raise ValueError("generation_kwargs are Transformers' and would not reach vLLM: unset them, or use_vllm.")
         if self.use_vllm and self.use_transformers_continuous_batching:
@@ -295,6 +337,9 @@ class PPOConfig(BaseConfig):
                 "torch_compile cannot follow recomputation that restores a role's adapter: set gradient_checkpointing "
                 "to False, or leave torch_compile out."
             )
+        for url in self.vllm_server_base_url or []:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"vllm_server_base_url is {url!r}: it must begin with http:// or https://.")
         clip, weights = self.reward_clip_range, self.reward_weights
         if weights is not None and not _are_numbers(weights):
             raise ValueError(f"reward_weights is {weights!r}: give a list of numbers, one per reward function.")
@@ -321,10 +366,40 @@ class PPOConfig(BaseConfig):
                 ("reward_uncertainty_coef",),
                 self.reward_ensemble == "uncertainty",
             ),
+            (
+                f"vllm_mode {self.vllm_mode!r}" if self.use_vllm else "use_vllm False",
+                [f"vllm_server_{n}" for n in ("base_url", "host", "port", "timeout", "request_timeout", "adapter_dir")],
+                self.use_vllm and self.vllm_mode == "server",
+            ),
+            (
+                f"vllm_mode {self.vllm_mode!r}" if self.use_vllm else "use_vllm False",
+                ("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"),
+                self.use_vllm and self.vllm_mode == "colocate",
+            ),
+            ("use_vllm False", ("vllm_mode", "vllm_max_model_length", "vllm_probe_tolerance"), self.use_vllm),
+            (
+                "vllm_importance_sampling_correction False",
+                [f"vllm_importance_sampling_{name}" for name in ("mode", "clip_max", "clip_min")],
+                self.vllm_importance_sampling_correction is not False,
+            ),
         ):
             for name in names:
                 if not is_read and getattr(self, name) != self._usual(name):
                     raise ValueError(f"{name} is {getattr(self, name)!r}, but {who} does not read it: leave it out.")
+
+    def _check_correction(self) -> None:
+        """Refuse bounds of the importance weights that leave nothing, or bound nothing."""
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        if low is not None and high is not None and low >= high:
+            raise ValueError(
+                f"vllm_importance_sampling_clip_min is {low:g} and vllm_importance_sampling_clip_max is {high:g}: the "
+                "first must be less."
+            )
+        if low is None and high is None and self.vllm_importance_sampling_correction is not False:
+            raise ValueError(
+                "vllm_importance_sampling_clip_min and vllm_importance_sampling_clip_max are both None, so that one "
+                "token could outweigh all others: set one of them."
+            )
 
     @property
     def steps_of_run(self) -> int | None:

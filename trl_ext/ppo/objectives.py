@@ -14,11 +14,13 @@ from torch import Tensor
 
 from trl_ext.controllers import FixedKLController, KLController, PenaltyController
 from trl_ext.core import (
+    CorrectionMode,
     approx_kl,
     batch_baseline,
     clipped_policy_terms,
     clipped_value_loss,
     estimate_advantages,
+    importance_weights,
     kl_penalty_policy_terms,
     masked_whiten,
     policy_clipped,
@@ -51,6 +53,10 @@ class Settings(Protocol):
     penalty_coef: float
     penalty_target: float
     vf_coef: float
+    vllm_importance_sampling_clip_max: float | None
+    vllm_importance_sampling_clip_min: float | None
+    vllm_importance_sampling_correction: bool | None
+    vllm_importance_sampling_mode: CorrectionMode
     whiten_advantages: bool
 
 
@@ -79,7 +85,8 @@ class Objective:
 
         Args:
             logprobs: (batch, tokens) under the policy in training, nats; carries the gradient.
-            batch: the micro-batch; `batch.score_pass.logprobs` are those of the policy that sampled.
+            batch: the micro-batch; `batch.score_pass.logprobs` are those of the policy before its first step on the
+                rollout. Where another distribution sampled, each term is multiplied by its importance weight later.
             coef: the value of `controller`.
         """
         raise NotImplementedError
@@ -276,9 +283,10 @@ def policy_loss(
 ) -> tuple[Tensor, TokenMetrics]:
     """The policy's share of the minibatch loss, a scalar, and (batch, tokens) tensors by metric name.
 
-        loss = mean_t (objective_t - entropy_coef * H_t)
+        loss = mean_t (w_t * objective_t - entropy_coef * H_t)
 
-    Source of the entropy bonus: Schulman et al. 2017, arXiv:1707.06347, equation 9.
+    w_t is 1, or that of `sampling_weights` where another distribution sampled than the one that is trained. Source of
+    the entropy bonus: Schulman et al. 2017, arXiv:1707.06347, equation 9.
 
     Args:
         batch: the micro-batch.
@@ -287,7 +295,9 @@ def policy_loss(
         coef: the value of the objective's controller.
     """
     new, old, mask = outputs["logprobs"], batch.score_pass.logprobs, batch.loss_mask
-    terms = objective.terms(new, batch, args, coef)
+    terms, weights = objective.terms(new, batch, args, coef), sampling_weights(batch, args)
+    if weights is not None:
+        terms = terms * weights
     metrics = {
         "policy/approxkl_avg": approx_kl(new.detach(), old, "k2"),
         "policy/clipfrac_avg": objective.clipped(new.detach(), batch, args),
@@ -298,6 +308,21 @@ def policy_loss(
     if args.entropy_coef:
         terms = terms - args.entropy_coef * outputs["entropy"]
     return token_mean(terms, mask, num_tokens), metrics
+
+
+def sampling_weights(batch: Experience, args: Settings) -> Tensor | None:
+    """See `trl_ext.core.importance_weights`; None where nothing is corrected."""
+    told = batch.rollout.sampling_logprobs
+    if told is None or args.vllm_importance_sampling_correction is False:
+        return None
+    return importance_weights(
+        batch.score_pass.logprobs,
+        told,
+        batch.loss_mask,
+        args.vllm_importance_sampling_mode,
+        args.vllm_importance_sampling_clip_max,
+        args.vllm_importance_sampling_clip_min,
+    )
 
 
 def value_loss(

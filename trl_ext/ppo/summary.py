@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trl_ext.core import masked_mean, masked_sum, penalize_missing_eos
+from trl_ext.core import importance_ratio, masked_mean, masked_sum, penalize_missing_eos, share_cut
 from trl_ext.ppo.config import PPOConfig
+from trl_ext.ppo.objectives import sampling_weights
 from trl_ext.rewards import correlations
 from trl_ext.types import Experience, Rollout, ScorePass, as_text
 
@@ -67,6 +68,7 @@ def summarize(experience: Experience, args: PPOConfig, names: list[str]) -> dict
     if rollout.sampling_logprobs is not None:
         # The mean of log q - log p over tokens drawn from q estimates KL(q || p): 0 where the generator is the policy.
         metrics["val/sampling_kl"] = masked_mean(rollout.sampling_logprobs - pass_.logprobs, mask)
+    metrics |= correction(experience, args)
     for pair, r in correlations(experience.scores.by_function, names).items():
         metrics[f"rewards/correlation/{pair}"] = r
     return {key: float(value) for key, value in metrics.items()}
@@ -100,6 +102,21 @@ def sampling_gap(pass_: ScorePass, mask: Tensor) -> dict[str, float]:
     return {
         "val/sampling_gap": float(gap.sum() / mask.sum().clamp(min=1)),
         "val/sampling_gap_z": float(gap.sum()) / spread if spread > 0 else 0.0,
+    }
+
+
+def correction(experience: Experience, args: PPOConfig) -> dict[str, float]:
+    """Of the importance weights that correct for another sampler, over the tokens that are trained on: mean, least and
+    greatest, under TRL's names, and the share of the ratios that their bounds cut. Empty where nothing is corrected."""
+    weights, mask, told = sampling_weights(experience, args), experience.loss_mask, experience.rollout.sampling_logprobs
+    if weights is None or told is None or not bool(mask.any()):
+        return {}
+    by_sequence = args.vllm_importance_sampling_mode.startswith("sequence")
+    ratio = importance_ratio(experience.score_pass.logprobs, told, mask, by_sequence)
+    figures = {"mean": masked_mean(weights, mask), "min": weights[mask].min(), "max": weights[mask].max()}
+    return {
+        **{f"sampling/importance_sampling_ratio/{name}": float(figure) for name, figure in figures.items()},
+        "sampling/weight_cut": float(share_cut(weights, ratio, mask)),
     }
 
 

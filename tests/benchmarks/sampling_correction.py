@@ -1,0 +1,110 @@
+"""What importance weights are good for where another distribution samples than the one that is trained, on the embedded
+default, whose sampler is off on purpose: it computes in bfloat16, and a fixed noise of 0.1 nats lies on its logits.
+
+python tests/benchmarks/sampling_correction.py            # prints the table and writes it into docs/vllm.md
+python tests/benchmarks/sampling_correction.py --quick    # two short rollouts, one seed; prints alone
+
+The table has medians over the seeds. "The base itself" samples as it is trained.
+"""
+
+import argparse
+import copy
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from doctor import ALWAYS, USUAL
+from peft import LoraConfig
+from transformers import AutoTokenizer, GenerationConfig
+
+from trl_ext import PPOConfig, PPOTrainer, SharedBase, demo
+from trl_ext.generation import Answers, TransformersGenerator
+
+PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
+START, END = "<!-- sampling correction: begin -->", "<!-- sampling correction: end -->"
+NOISE = 0.1  # nats
+CORRECTED = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+HEAD = (
+    "sampler, correction",
+    "exam (each seed)",
+    "KL, nats per completion",
+    "sampling_kl, nats per token",
+    "weight cut",
+)
+
+
+class Off:
+    """The base as its own sampler, in bfloat16 and with a fixed noise on its logits."""
+
+    def __init__(self, base: SharedBase, batch_size: int) -> None:
+        self.inner = TransformersGenerator(base, batch_size, tell=True)
+        words = base.config.get_text_config().vocab_size
+        noise = NOISE * torch.randn(words, generator=torch.Generator().manual_seed(0))
+        self.bias = {(i,): x for i, x in enumerate(noise.tolist())}
+
+    def answers(self, prompt_ids: list[list[int]], config: GenerationConfig, role: str) -> Answers:
+        """See `trl_ext.generation.Generator.answers`."""
+        config = copy.deepcopy(config)
+        config.sequence_bias = self.bias
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.inner.answers(prompt_ids, config, role)
+
+
+def run(off: bool, mode: str | None, seed: int, further: dict[str, Any]) -> dict[str, float]:
+    """Exam (share right), KL, sampling_kl and share of weight cut of one run."""
+    tokenizer = AutoTokenizer.from_pretrained(demo.model_path())
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    base = SharedBase.from_pretrained(demo.model_path(), policy=lora, reward=demo.reward_adapter(), dtype="float32")
+    correction: dict[str, Any] = {"vllm_importance_sampling_correction": mode is not None}
+    if mode is not None:
+        correction["vllm_importance_sampling_mode"] = mode
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {**ALWAYS, **USUAL["ppo"], **correction, **further}
+        args = PPOConfig(folder, seed=seed, **settings)
+        generator = Off(base, args.local_rollout_forward_batch_size) if off else None
+        prompts = demo.load("prompts", "train")
+        trainer = PPOTrainer(base, None, args, prompts, processing_class=tokenizer, generator=generator)
+        trainer.train()
+    rows = [row for row in trainer.state.log_history if "objective/kl" in row]
+    last = rows[-4:]
+    return {
+        "exam": 100 * demo.run_exam(base, tokenizer).covered,
+        "KL": statistics.fmean(row["objective/kl"] for row in last),
+        "sampling_kl": statistics.fmean(row.get("val/sampling_kl", 0.0) for row in rows),
+        "cut": statistics.fmean(row.get("sampling/weight_cut", 0.0) for row in rows),
+    }
+
+
+def table(seeds: list[int], further: dict[str, Any]) -> str:
+    """Medians over `seeds` as a Markdown table."""
+    lines = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
+    print("\n".join(lines))
+    for off, mode in [(False, None), (True, None), *((True, mode) for mode in CORRECTED)]:
+        runs = [run(off, mode, seed, further) for seed in seeds]
+        exams = ", ".join(f"{one['exam']:.1f}%" for one in runs)
+        medians = {key: statistics.median(one[key] for one in runs) for key in runs[0]}
+        name = f"off, {f'`{mode}`' if mode else 'none'}" if off else "the base itself, none"
+        cells = [name, f"{medians['exam']:.1f}% ({exams})", f"{medians['KL']:.2f}"]
+        cells += [f"{medians['sampling_kl']:.4f}" if off else "", f"{medians['cut']:.2%}" if mode else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--quick", action="store_true")
+    chosen = parser.parse_args()
+    if chosen.quick:
+        table(chosen.seeds[:1], {"total_episodes": 128})
+        return
+    made = table(chosen.seeds, {})
+    before, rest = PAGE.read_text(encoding="utf-8").split(START)
+    PAGE.write_text(f"{before}{START}\n{made}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
