@@ -20,6 +20,7 @@ from trl_ext.callbacks.rollout import RolloutCallback
 from trl_ext.core import masked_sum
 from trl_ext.diagnostics import Edge, Finding, Limits, Rule, RunLog, Sample, diagnose
 from trl_ext.diagnostics.graph import cause_of
+from trl_ext.diagnostics.trial import scale_learning_rate
 from trl_ext.types import Experience, as_text
 
 logger = logging.getLogger(__name__)
@@ -179,7 +180,7 @@ class DiagnosticsCallback(RolloutCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            content = {"settings": self._config, "versions": versions()}
+            content = {"settings": self._config, "versions": versions(), "recipe": getattr(args, "recipe", None)}
             (folder / "run.json").write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
 
     def _write(self, args: Any, state: TrainerState) -> None:
@@ -248,14 +249,6 @@ def samples_of(experience: Experience, step: int, count: int, watched: bool = Fa
         )
         for prompt, completion, score, nats, length in rows
     ]
-
-
-def scale_learning_rate(optimizer: Any, scheduler: Any, factor: float) -> None:
-    """Multiply the learning rate, now and in the rest of its schedule."""
-    schedule = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
-    schedule.base_lrs = [rate * factor for rate in schedule.base_lrs]
-    for group in optimizer.param_groups:
-        group["lr"] *= factor
 
 
 def versions() -> dict[str, str]:

@@ -28,8 +28,21 @@ def doctor(chosen: Namespace) -> int:
         print(json.dumps([_plain(root) for root in diagnostics.roots(findings)], indent=2))
     else:
         _print_findings(log, findings)
+    if chosen.trial:
+        _try(chosen, log, findings)
     problems = any(finding.severity == "problem" for finding in findings)
     return 2 if chosen.strict and problems else 0
+
+
+def _try(chosen: Namespace, log: diagnostics.RunLog, findings: Sequence[diagnostics.Finding]) -> None:
+    from trl_ext.launch.remaking import trainer_maker  # imports what trains, which takes seconds
+
+    run = Path(chosen.run_dir).resolve()
+    folder = chosen.out if chosen.out is not None else run.with_name(f"{run.name}-try")
+    trials = diagnostics.try_remedies(trainer_maker(run), findings, folder, log, run, chosen.logs)
+    for trial in trials:
+        print(trial)
+    print("Nothing was tried: no finding has a remedy that is a setting." if not trials else folder / "trial.html")
 
 
 def explain(chosen: Namespace) -> int:

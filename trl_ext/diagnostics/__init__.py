@@ -7,6 +7,7 @@ from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog, Sample
 from trl_ext.diagnostics.reading import read_run
 from trl_ext.diagnostics.report import Report, write_report
+from trl_ext.diagnostics.trial import Trial, try_remedies
 
 __all__ = [
     "EDGES",
@@ -21,8 +22,10 @@ __all__ = [
     "RunLog",
     "Sample",
     "Suspect",
+    "Trial",
     "diagnose",
     "read_run",
     "roots",
+    "try_remedies",
     "write_report",
 ]

@@ -91,6 +91,8 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
             if part.process_index == 0:
                 check_output_dir(str(part.output_dir))
             part.resume_from_checkpoint = checkpoint_of(part, ensemble)
+            # For run.json: from it `trl-ext doctor --try` makes the trainer anew.
+            part.recipe = {"name": Path(script).stem, "folder": os.getcwd(), "settings": settings}
             check_trackers(part.report_to)
             check_push(part)
     return parsed
