@@ -16,7 +16,7 @@ LENGTH = 40
 
 
 class Pretender:
-    """Logs what the settings would make: small steps below a rate of 1e-4, completions that are cut above 1, death above 10."""
+    """Logs what the settings would make: small steps below a rate of 1e-4, cut completions above 1, death above 10."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings, self.callbacks, self.began_at = settings, [], 0
