@@ -32,7 +32,13 @@ class Remedy:
 
     def __str__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.changes.items())
-        return " ".join(part for part in (self.text, settings and f"Set {settings}.", self.code) if part)
+        return " ".join(part for part in (self.text, settings and f"Set {settings}.", self.code, self.aim) if part)
+
+    @property
+    def aim(self) -> str:
+        """What it moves, as a sentence; empty where nobody said."""
+        verb = {"up": "raise", "down": "lower"}.get(self.direction)
+        return f"This should {verb} {self.moves.rstrip('/')}." if verb else ""
 
 
 @dataclass(frozen=True, kw_only=True)
