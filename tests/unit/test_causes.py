@@ -79,7 +79,7 @@ def test_a_penalty_s_spread_is_not_normalised_away() -> None:
     """The log says who makes the spread: the penalty."""
     found = diagnose(sick_log("penalty_dominates"))
     assert names(roots(found)) == [["penalty_dominates", "score_scale"]]
-    top, below = found[0], next(one for one in found if one.name == "score_scale")
+    top, below = (one.finding for one in roots(found)[0])
     # Functions make 4% of the variance of rewards with a standard deviation of 5: sqrt(0.04) * 5 = 1.
     assert top.remedy.changes == {"missing_eos_penalty": 1.0}
     assert below.remedy.changes == {} and "penalties are not normalised" in below.remedy.text
