@@ -11,7 +11,7 @@ import torch
 from tests.helpers import DEVICE, prompt_dataset, saved_model, word_tokenizer
 from tests.integration.test_ppo_trainer import LORA, cats, config, rows_with, trained_state, trainer_for
 from trl_ext import PPOConfig, PPOTrainer, RolloutCallback, SharedBase
-from trl_ext.core import clipped_policy_loss
+from trl_ext.core import clipped_policy_loss, estimate_advantages
 from trl_ext.ppo.evidence import ROWS, TWINS, Schedule
 
 
@@ -194,3 +194,34 @@ def test_as_often_as_a_hundredth_of_an_update_allows() -> None:
     completions 16."""
     args = PPOConfig("out", use_cpu=True, per_device_train_batch_size=32, num_mini_batches=2, max_completion_length=16)
     assert Schedule.of(args, 2) == Schedule(gradients=4, twins=28)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"whiten_rewards": True}, {"whiten_advantages": False}, {"objective": "sequence"}],
+    ids=["plain", "whitened rewards", "raw advantages", "no critic"],
+)
+def test_the_advantages_are_the_sum_of_their_parts(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Against the experience that was trained on, with a KL and values that are not 0 any more."""
+    trainer = trainer_for(tmp_path, total_episodes=32, kl_coef=0.5, missing_eos_penalty=1.0, **changes)
+    trainer.train()
+    experience, measuring = trainer.experience, trainer.updater.evidence
+    assert experience is not None and measuring is not None
+    parts = measuring._advantages_by_part(experience)
+    kept = experience.loss_mask
+    assert all(float(parts[name][kept].abs().max()) > 1e-4 for name in ("score", "kl"))
+    assert bool(parts["baseline"][kept].abs().max() > 1e-4) is (changes.get("objective") != "sequence")
+    torch.testing.assert_close(sum(parts.values())[kept], experience.advantages[kept], rtol=1e-4, atol=1e-4)
+    if not {"objective", "whiten_rewards"} & set(
+        changes
+    ):  # what is left is what values alone make, on one scale with the rest
+        values = experience.score_pass.values
+        alone = estimate_advantages(torch.zeros_like(values), values, kept, 1.0, 0.95)[0][kept]
+        left = parts["baseline"][kept]
+        together = torch.stack([left, alone]).double()
+        centred = together - together.mean(dim=1, keepdim=True)
+        slope = (centred[0] @ centred[1]) / (centred[1] @ centred[1])
+        torch.testing.assert_close(centred[0], slope * centred[1], rtol=1e-3, atol=1e-4)
+        assert float(slope) > 0 and (float(slope) == pytest.approx(1.0, rel=1e-3)) is (
+            changes.get("whiten_advantages") is False
+        )

@@ -297,7 +297,7 @@ class Evidence:
 
     def _advantages_by_part(self, experience: Experience) -> dict[str, Tensor]:
         """Advantages that the score makes, the KL, and what is left: the values, or what is not linear in rewards. They
-        add up to the experience's own, but for a mean that whitening takes off each."""
+        add up to the experience's own."""
         args, mask = self.args, experience.rollout.completion_mask
         plain = copy.copy(args)
         plain.whiten_advantages = False
@@ -318,12 +318,15 @@ class Evidence:
             name: self.objective.advantages(replace(experience, rewards=scale * part, score_pass=pass_), plain)[0]
             for name, part in rewards.items()
         }
-        whole = self.objective.advantages(experience, plain)[0]
-        parts["baseline"] = whole - parts["score"] - parts["kl"]
-        if not args.whiten_advantages or int(kept.sum()) < 2:
-            return parts
-        spread = math.sqrt(float(whole[kept].double().var()) + 1e-8)
-        return {name: torch.where(kept, (part - part[kept].mean()) / spread, 0.0) for name, part in parts.items()}
+        if args.whiten_advantages and int(kept.sum()) > 1:
+            # Whitening is affine: each part loses its own mean, which without a critic is one over completions.
+            whole = self.objective.advantages(experience, plain)[0][kept].double()
+            factor = float(experience.advantages[kept].double().std()) / max(float(whole.std()), 1e-12)
+            weights = kept / (1 if args.uses_value else kept.sum(dim=1, keepdim=True).clamp(min=1))
+            means = {name: (weights * part).sum() / weights.sum() for name, part in parts.items()}
+            parts = {name: torch.where(kept, factor * (part - means[name]), 0.0) for name, part in parts.items()}
+        parts["baseline"] = torch.where(kept, experience.advantages - parts["score"] - parts["kl"], 0.0)
+        return parts
 
 
 def within_prompts(experience: Experience) -> dict[str, float]:
