@@ -66,6 +66,18 @@ HEALTHY: dict[str, Any] = {
     "grad_norm/value": 0.2,
     "rewards/judge/mean": lambda t: t,
     "rewards/judge/std": 1.0,
+    "evidence/score/within_prompt": 0.5,
+    "evidence/score/repeats": 16.0,
+    "evidence/noise/judge": 0.0,
+    "evidence/share_of/judge": 1.0,
+    "evidence/share/missing_eos_penalty": 0.01,
+    "evidence/share/kl": 0.0,
+    "evidence/reward_std": 1.0,
+    "evidence/credit/mean": 0.8,
+    "evidence/gradient/score": 0.2,
+    "evidence/gradient/kl": 0.1,
+    "evidence/gradient/entropy": 0.01,
+    "evidence/lost_to_rounding": 1e-12,
 }
 CONFIG = {"learning_rate": 1e-3, "max_completion_length": 16, "rollout_batch_size": 64, "kl_coef": 0.4}
 
@@ -101,6 +113,18 @@ SICK: dict[str, dict[str, Any]] = {
         "rewards/other/std": 1.0,
         "rewards/correlation/judge~other": -0.8,
     },
+    "score_ignores_completion": {"evidence/score/within_prompt": 0.0, "objective/scores": 0.1},
+    "score_not_repeatable": {"evidence/noise/judge": 0.9, "val/explained_variance": 0.0},
+    "penalty_dominates": {
+        "evidence/share/missing_eos_penalty": 0.95,
+        "evidence/share_of/judge": 0.04,
+        "evidence/reward_std": 5.0,
+        "objective/scores_std": 50.0,
+    },
+    "credit_fades": {"evidence/credit/mean": 0.2, "objective/scores": 0.1},
+    "lost_to_rounding": {"evidence/lost_to_rounding": 0.8, "policy/approxkl_avg": 1e-8, "objective/scores": 0.1},
+    "term_drowns_score": {"evidence/gradient/entropy": 4.0, "evidence/cosine/score~entropy": -0.2},
+    "held_out_differs": {"eval_evidence/held_out/score_gap": 2.0, "eval_evidence/held_out/score_gap_z": 9.0},
     "prompts_truncated": {
         "prompts/at_max_length": 0.9,
         "prompts/min_length": [9.0, 14.0] * 8,
@@ -109,8 +133,26 @@ SICK: dict[str, dict[str, Any]] = {
 }
 
 
+# What makes the problem beside what it looks like.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "credit_fades": {"gamma": 0.5},
+    "penalty_dominates": {"missing_eos_penalty": 100.0},
+    "term_drowns_score": {"entropy_coef": 1.0},
+}
+
+
 def log_of(**changes: Any) -> RunLog:
     return RunLog.of(rows(**{**HEALTHY, **changes}), CONFIG)
+
+
+def sick_log(name: str) -> RunLog:
+    """Evaluations have logs of their own."""
+    history = []
+    for row in rows(**{**HEALTHY, **SICK[name]}):
+        evaluated = {key: value for key, value in row.items() if key.startswith("eval_")}
+        history.append({key: value for key, value in row.items() if key not in evaluated})
+        history += [{"step": row["step"], **evaluated}] if evaluated else []
+    return RunLog.of(history, {**CONFIG, **SETTINGS.get(name, {})})
 
 
 def test_a_healthy_run_has_no_finding() -> None:
@@ -119,7 +161,7 @@ def test_a_healthy_run_has_no_finding() -> None:
 
 @pytest.mark.parametrize("name", SICK)
 def test_each_problem_is_named(name: str) -> None:
-    findings = diagnose(log_of(**SICK[name]))
+    findings = diagnose(sick_log(name))
     names = [finding.name for finding in findings]
     assert name in names[:2], names
     finding = findings[names.index(name)]

@@ -18,7 +18,9 @@ from transformers import TrainerState
 
 from trl_ext.callbacks.rollout import RolloutCallback
 from trl_ext.core import masked_sum
-from trl_ext.diagnostics import Finding, Limits, Rule, RunLog, Sample, diagnose
+from trl_ext.diagnostics import Edge, Finding, Limits, Rule, RunLog, Sample, diagnose
+from trl_ext.diagnostics.graph import cause_of
+from trl_ext.diagnostics.trial import scale_learning_rate
 from trl_ext.types import Experience, as_text
 
 logger = logging.getLogger(__name__)
@@ -154,14 +156,17 @@ class DiagnosticsCallback(RolloutCallback):
                 row.update(measured)
             self._state["measured"].clear()
         names = {finding.name for finding in self.findings}
-        for finding in diagnose(self.log_of(state), self.limits, self.rules):
+        present = diagnose(self.log_of(state), self.limits, self.rules)
+        for finding in present:
             if finding.name not in names:
                 self.findings.append(finding)
                 if finding.name not in self._state["named"]:
                     self._state["named"].append(finding.name)
+                    edge = cause_of(finding, present)
                     if state.is_world_process_zero:
-                        logger.warning("%s", finding)
-                    if finding.severity == "problem":
+                        logger.warning("%s", finding if edge is None else _as_consequence(finding, edge))
+                    explained = edge is not None and _is_problem(edge.cause, present)
+                    if finding.severity == "problem" and not explained:
                         self._respond(finding, args, control, kwargs)
 
     def _note_functions(self, args: Any, state: TrainerState, logs: dict[str, Any]) -> None:
@@ -175,7 +180,7 @@ class DiagnosticsCallback(RolloutCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            content = {"settings": self._config, "versions": versions()}
+            content = {"settings": self._config, "versions": versions(), "recipe": getattr(args, "recipe", None)}
             (folder / "run.json").write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
 
     def _write(self, args: Any, state: TrainerState) -> None:
@@ -200,6 +205,15 @@ class DiagnosticsCallback(RolloutCallback):
                 elif name == "learning_rate" and kwargs.get("lr_scheduler") is not None:
                     scale_learning_rate(kwargs["optimizer"], kwargs["lr_scheduler"], value / args.learning_rate)
                     logger.warning("%s: learning_rate is multiplied by %.3g.", finding.name, value / args.learning_rate)
+
+
+def _is_problem(name: str, findings: Sequence[Finding]) -> bool:
+    return any(finding.name == name and finding.severity == "problem" for finding in findings)
+
+
+def _as_consequence(finding: Finding, edge: Edge) -> str:
+    """A finding that another one explains: there is no remedy of its own to follow."""
+    return f"{finding.title}. {finding.evidence} It follows from {edge.cause}: {edge.mechanism}"
 
 
 def _initial_state() -> dict[str, Any]:
@@ -235,14 +249,6 @@ def samples_of(experience: Experience, step: int, count: int, watched: bool = Fa
         )
         for prompt, completion, score, nats, length in rows
     ]
-
-
-def scale_learning_rate(optimizer: Any, scheduler: Any, factor: float) -> None:
-    """Multiply the learning rate, now and in the rest of its schedule."""
-    schedule = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
-    schedule.base_lrs = [rate * factor for rate in schedule.base_lrs]
-    for group in optimizer.param_groups:
-        group["lr"] *= factor
 
 
 def versions() -> dict[str, str]:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from trl_ext.diagnostics import distributions, preferences, samples, scores, updates
+from trl_ext.diagnostics import distributions, preferences, samples, scores, signal, updates
 from trl_ext.diagnostics.finding import SEVERITIES, Finding, Rule
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
+from trl_ext.diagnostics.remedies import bearing
 
 GRADIENTS: tuple[Rule, ...] = (updates.gradients_not_finite, updates.gradients_absent, updates.gradients_explode)
+SIGNAL: tuple[Rule, ...] = (
+    signal.score_ignores_completion,
+    signal.score_not_repeatable,
+    signal.lost_to_rounding,
+    signal.term_drowns_score,
+    signal.credit_fades,
+    signal.held_out_differs,
+)
 ON_SAMPLES: tuple[Rule, ...] = (
     *GRADIENTS,
     distributions.sampling_differs,
     distributions.negative_kl,
     distributions.first_ratio,
     scores.constant_scores,
+    *SIGNAL,
     samples.prompts_truncated,
     updates.clipping_saturated,
     updates.steps_too_small,
@@ -26,6 +35,7 @@ ON_SAMPLES: tuple[Rule, ...] = (
     samples.length_exploitation,
     samples.mode_collapse,
     samples.truncation,
+    signal.penalty_dominates,
     scores.over_optimisation,
     distributions.kl_drowns_score,
     updates.value_loss_explodes,
@@ -55,15 +65,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
 }
 
 
-def _within_reach(finding: Finding, log: RunLog) -> Finding:
-    """The finding with only those changes that the trainer has a setting for. Without run.json no setting is known, and
-    all changes stay."""
-    if "output_dir" not in log.config:
-        return finding
-    changes = {name: value for name, value in finding.remedy.changes.items() if name in log.config}
-    return replace(finding, remedy=replace(finding.remedy, changes=changes))
-
-
 def diagnose(log: RunLog, limits: Limits | None = None, rules: Sequence[Rule] | None = None) -> list[Finding]:
     """What is wrong with a run, problems before warnings, causes before symptoms.
 
@@ -74,7 +75,7 @@ def diagnose(log: RunLog, limits: Limits | None = None, rules: Sequence[Rule] | 
     """
     limits = limits if limits is not None else Limits()
     results = [rule(log, limits) for rule in (rules if rules is not None else RULES[log.kind])]
-    findings = [_within_reach(finding, log) for finding in results if finding is not None]
+    findings = [bearing(finding, log) for finding in results if finding is not None]
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
 
 

@@ -20,15 +20,44 @@ class Remedy:
         text: one or two sentences.
         changes: config fields and their new values, exact; empty where the cure is not a setting.
         code: lines of code, where the cure is not a setting.
+        moves: the logged metric that it moves; empty where nobody said.
+        direction: where to, "up" or "down".
     """
 
     text: str
     changes: dict[str, Any] = field(default_factory=dict)
     code: str = ""
+    moves: str = ""
+    direction: str = ""
 
     def __str__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.changes.items())
-        return " ".join(part for part in (self.text, settings and f"Set {settings}.", self.code) if part)
+        return " ".join(part for part in (self.text, settings and f"Set {settings}.", self.code, self.aim) if part)
+
+    @property
+    def aim(self) -> str:
+        """What it moves, as a sentence; empty where nobody said."""
+        verb = {"up": "raise", "down": "lower"}.get(self.direction)
+        return f"This should {verb} {self.moves.rstrip('/')}." if verb else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suspect:
+    """One of several causes that the log cannot tell apart.
+
+    Attributes:
+        cause: what it may be.
+        experiment: what to try or to look at, and what it shows if this is the cause.
+        changes: the settings of that experiment; empty where it is not one of settings.
+    """
+
+    cause: str
+    experiment: str
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.changes.items())
+        return f"{self.cause}: {f'with {settings}, ' if settings else ''}{self.experiment}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +74,7 @@ class Finding:
         samples: completions, where they tell more.
         cause: the likely one.
         remedy: what cures it.
+        suspects: the likeliest causes, where the log cannot tell which it is; the remedy then has no settings.
     """
 
     name: str
@@ -56,6 +86,7 @@ class Finding:
     cause: str
     remedy: Remedy
     samples: list[Sample] = field(default_factory=list)
+    suspects: tuple[Suspect, ...] = ()
 
     @property
     def page(self) -> str:
@@ -65,7 +96,8 @@ class Finding:
     def __str__(self) -> str:
         return (
             f"{self.severity}: {self.title} (steps {self.steps[0]} to {self.steps[1]}). {self.evidence} "
-            f"Likely cause: {self.cause} Remedy: {self.remedy} More: trl-ext explain {self.name}."
+            f"Likely cause: {self.cause} Remedy: {self.remedy} "
+            f"{''.join(f'Perhaps {suspect} ' for suspect in self.suspects)}More: trl-ext explain {self.name}."
         )
 
 

@@ -24,12 +24,22 @@ class Limits:
         budget: upper bound of that budget, nats per completion; chosen, below the 40 at which Ziegler et al. 2019 lost
             the language.
         stays: share of that budget up to which the policy has not moved.
-        drowned: times the suggested kl_coef from which the score no longer counts beside the penalty.
+        drowned: times the suggested kl_coef from which the score no longer counts beside the penalty; and times the
+            score's gradient that another term's may have.
         entropy: nats per token below which every completion is certain; healthy runs here end above 0.1 (measured).
         temperature: sampling below it explains a low entropy.
         clipfrac: share of tokens; PPO's papers and TRL's docs see 0.1 to 0.3 in healthy runs.
         huge_approxkl: nats per token that an update moves the policy; healthy updates stay below 0.3 (measured).
         tiny_approxkl: nats per token that an update moves the policy; healthy updates make 1e-4 and more (measured).
+        repeats: second completions of prompts from which the variance within prompts is judged.
+        within_prompt: share of the scores' variance within prompts below which the score ignores the completion: 0 in
+            theory, above it for rounding; healthy runs here begin above 0.4 (measured).
+        noise: share of a function's variance that does not repeat, a mean of several measurements.
+        noise_alone: the same from which one measurement is enough, and from which it is a problem.
+        penalty_share: share of the whole reward's variance that a penalty may make.
+        half_life: tokens over which a score at the end loses half of its weight; lambda 0.95 has 13.
+        rounding: share of a step, by squares, that rounding takes: in float32 1e-12 (measured).
+        held_out_gap: standard deviations between the scores of training and held-out prompts.
         score_std: spread of scores beyond which values, which start at 0, take long to arrive.
         score_drift: factor by which that spread may grow.
         explained_variance: below it the value role explains little; a useful one reaches 0.5 and more.
@@ -84,6 +94,14 @@ class Limits:
     clipfrac: float = 0.4
     huge_approxkl: float = 1.0
     tiny_approxkl: float = 2e-5
+    repeats: int = 12
+    within_prompt: float = 0.02
+    noise: float = 0.2
+    noise_alone: float = 0.5
+    penalty_share: float = 0.5
+    half_life: float = 5.0
+    rounding: float = 0.3
+    held_out_gap: float = 0.8
     score_std: float = 10.0
     score_drift: float = 5.0
     explained_variance: float = 0.05

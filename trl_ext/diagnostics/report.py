@@ -12,6 +12,7 @@ from markupsafe import Markup, escape
 
 from trl_ext.diagnostics.catalogue import all_clear, diagnose
 from trl_ext.diagnostics.charts import Line, line_chart, number, scatter
+from trl_ext.diagnostics.graph import roots
 from trl_ext.diagnostics.log import RunLog, Sample
 from trl_ext.diagnostics.reading import read_run, read_versions
 
@@ -128,7 +129,7 @@ def render(runs: Sequence[Run], sections: Sequence[Markup] = ()) -> str:
     environment.filters["number"] = number
     return environment.get_template("report.html").render(
         runs=runs,
-        findings_by_run=[(run, diagnose(run.log)) for run in runs],
+        roots_by_run=[(run, roots(diagnose(run.log))) for run in runs],
         all_clear=all_clear,
         charts=[chart for chart in _charts(runs) if chart["svg"]],
         samples_by_run=[(run, _shown(run.log.samples)) for run in runs],
@@ -141,6 +142,7 @@ def _charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     log = runs[0].log
     specified = list(CHARTS.get(log.kind, OTHER))
     functions = [name for run in runs for name in run.log.names("rewards/", "/mean")]
+    specified += _evidence_charts(runs)
     if functions:
         metrics = tuple((name, f"rewards/{name}/mean", False) for name in dict.fromkeys(functions))
         specified.insert(1, ("Reward functions", "means", metrics))
@@ -159,6 +161,24 @@ def _charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     ]
     caption = "score against KL, later points stronger"
     charts.insert(1, _entry("Frontier", caption, frontier, scatter(frontier, caption)))
+    return charts
+
+
+def _evidence_charts(runs: Sequence[Run]) -> list[Chart]:
+    """What was measured beside training, where it was."""
+    groups = (
+        ("Who makes the reward", "share of the reward's variance", ("evidence/share_of/", "evidence/share/")),
+        ("Gradient by term", "norm of the policy's gradient", ("evidence/gradient/",)),
+        ("Within prompts", "share of the score's variance", ("evidence/score/within_",)),
+        ("Noise", "share of a score that does not repeat", ("evidence/noise/",)),
+    )
+    hidden = {"evidence/gradient/signal", "evidence/gradient/noise"}
+    charts: list[Chart] = []
+    for title, unit, prefixes in groups:
+        found = dict.fromkeys((p, name) for run in runs for p in prefixes for name in run.log.names(p))
+        metrics = tuple((name.replace("_", " "), p + name, False) for p, name in found if p + name not in hidden)
+        if metrics:
+            charts.append((title, unit, metrics))
     return charts
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from statistics import median
+from typing import Any
 
-from trl_ext.diagnostics.finding import Finding, Remedy
+from trl_ext.diagnostics.finding import Finding, Remedy, Suspect
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog, Series
+from trl_ext.diagnostics.remedies import value_weight_is_idle
+from trl_ext.diagnostics.signal import noise_of
 
 
 def gradients_not_finite(log: RunLog, limits: Limits) -> Finding | None:
@@ -172,18 +175,65 @@ def value_not_learning(log: RunLog, limits: Limits) -> Finding | None:
             f"{explained.start():.0%} at the start."
         ),
         figures={"explained_variance": explained.recent()},
-        cause="its loss has no weight, its steps are too small, or scores are far from 0, where it starts.",
-        remedy=Remedy(
-            text=(
-                "Give it a weight and an adapter of its own; scores at mean 0 and standard deviation 1 are learned "
-                "sooner."
-            ),
-            changes={
-                "vf_coef": 0.1 if float(log.setting("vf_coef", 0.1)) < 0.1 else 1.0,
-                "score_normalization": "running",
-            },
-        ),
+        **_why_values_do_not_learn(log, limits),
     )
+
+
+def _why_values_do_not_learn(log: RunLog, limits: Limits) -> dict[str, Any]:
+    """Cause, remedy and suspects: the first cause that the log shows, or, where it shows none, how to find out."""
+    weight = {"vf_coef": 0.1 if float(log.setting("vf_coef", 0.1)) < 0.1 else 1.0}
+    if value_weight_is_idle(log, weight["vf_coef"]) is None:
+        return {
+            "cause": "its loss has no weight, its steps are too small, or scores are far from 0, where it starts.",
+            "remedy": Remedy(
+                text=(
+                    "Give it a weight and an adapter of its own; scores at mean 0 and standard deviation 1 are learned "
+                    "sooner."
+                ),
+                changes={**weight, "score_normalization": "running"},
+            ),
+        }
+    reach = float(log.setting("cliprange_value", 0.2)) * max(len(log.rows), 1)
+    spread, mean = log.series("score_std").recent(), abs(log.series("score").recent())
+    if max(spread, mean) > reach:
+        return {
+            "cause": (
+                f"scores lie up to {max(spread, mean):.3g} from 0, where values start, and cliprange_value lets values "
+                f"move by {reach:.3g} in {len(log.rows)} updates."
+            ),
+            "remedy": Remedy(
+                text="Bring the scores to a few units, or let values move further.",
+                changes={"score_normalization": "running", "cliprange_value": float(f"{max(spread, mean):.1g}")},
+            ),
+        }
+    measured = noise_of(log)
+    repeats = bool(measured) and max(share for share, _ in measured.values()) < limits.noise
+    unpredictable = Suspect(
+        cause="the returns cannot be predicted, because the score is noise or is given for what comes late",
+        experiment="score the same completions twice: what differs no value role can learn.",
+    )
+    return {
+        "cause": "I cannot tell: its gradient is not small, and scores are within its reach.",
+        "remedy": Remedy(text="Try these, one at a time: each tells one cause from the others."),
+        "suspects": (
+            *([] if repeats else [unpredictable]),
+            Suspect(
+                cause="the value role's steps are too small",
+                experiment="val/explained_variance rises within ten rollouts if this is it.",
+                changes=_faster(log, 5),
+            ),
+            Suspect(
+                cause="the policy changes faster than values follow",
+                experiment="val/explained_variance rises during the warm-up if this is it.",
+                changes={"value_warmup_rollouts": 10},
+            ),
+        ),
+    }
+
+
+def _faster(log: RunLog, times: float) -> dict[str, float]:
+    rate = log.setting("learning_rate")
+    return {"learning_rate": float(f"{times * float(rate):.1g}")} if rate else {}
 
 
 def value_loss_explodes(log: RunLog, limits: Limits) -> Finding | None:

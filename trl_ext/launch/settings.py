@@ -93,6 +93,8 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
                 check_output_dir(str(part.output_dir))
             _claims.append(runs.claimed_by(part))
             part.resume_from_checkpoint = checkpoint_of(part, ensemble)
+            # For run.json: from it `trl-ext doctor --try` makes the trainer anew.
+            part.recipe = {"name": Path(script).stem, "folder": os.getcwd(), "settings": settings}
             check_trackers(part.report_to)
             check_push(part)
     return parsed

@@ -8,7 +8,6 @@ order of prompts and minibatches follows from seed and step.
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
@@ -29,6 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.failures import FAILURES, RunError, on_all
+from trl_ext.ppo.random_state import RandomState
 from trl_ext.ppo.update import Updater
 from trl_ext.roles.sharding import shared_as, whole
 from trl_ext.types import Experience, Rollout, ScorePass, Scores
@@ -36,22 +35,6 @@ from trl_ext.types import Experience, Rollout, ScorePass, Scores
 UNFINISHED = "unfinished"  # holds a checkpoint while it is written
 TENSORS, TEXTS, NUMBERS = "rollout.safetensors", "rollout.json", "ppo_state.json"
 RECORDS = {"rollout": Rollout, "scores": Scores, "score_pass": ScorePass}
-
-
-class RandomState:
-    """The random numbers to come, of Python, NumPy and torch, as they were when this was made."""
-
-    def __init__(self) -> None:
-        self._python, self._numpy, self._cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-    def restore(self) -> None:
-        """Go back to them."""
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        torch.set_rng_state(self._cpu)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
 
 
 class WholeOptimizer:

@@ -126,14 +126,14 @@ class Collector:
         self.combination.moments.update(torch.cat(gather_object([torch.cat(parts)[: len(share)]])))
 
     def _reference_scores(self, inputs: list[dict[str, Any]], trainer_state: Any) -> Tensor:
-        rollout, pass_ = self._completions(inputs, "reference"), None
+        rollout, pass_ = self.answered(inputs, "reference"), None
         if self.scorer is None:
             with self.accelerator.autocast():
                 pass_ = self.score_pass(rollout, roles=["reward"])
         return self.score(rollout, pass_, inputs, trainer_state, RewardLog())
 
-    def _completions(self, inputs: list[dict[str, Any]], role: Role = "policy") -> Rollout:
-        """This process's rollout."""
+    def answered(self, inputs: list[dict[str, Any]], role: Role = "policy") -> Rollout:
+        """One completion of each of this process's prompts."""
         with self.timed("generate"), self.accelerator.autocast():
             rollout = generate(
                 self.generator,
@@ -170,7 +170,7 @@ class Collector:
         self, inputs: list[dict[str, Any]], trainer_state: Any, log: RewardLog, listen: bool = False
     ) -> tuple[Rollout, Tensor, ScorePass]:
         """This process's rollout, its scores by function, its score pass."""
-        rollout = self._completions(inputs)
+        rollout = self.answered(inputs)
         if listen:
             rollout = self.events.on_rollout_end(rollout)
         with self.timed("roles"), self.accelerator.autocast():
@@ -239,13 +239,15 @@ class Collector:
         inputs: list[dict[str, Any]],
         trainer_state: Any,
         log: RewardLog,
+        measured: bool = False,
     ) -> Tensor:
         """Scores (batch, functions) of this process's completions, from the reward functions, or else those of the
-        reward roles in `pass_`."""
+        reward roles in `pass_`. `measured`: training does not need them, see `Scorer.once_more`."""
         if self.scorer is None:
             assert pass_ is not None
             return pass_.reward_scores
-        return self.scorer(
+        call = self.scorer.once_more if measured else self.scorer
+        return call(
             rollout,
             {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"},
             trainer_state=trainer_state,

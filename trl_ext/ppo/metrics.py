@@ -20,7 +20,8 @@ OF_THE_TRAINER = {
     *("loss/policy_avg", "loss/value_avg", "loss/ptx", "val/ratio", "val/clipfrac_avg"),
     *("policy/approxkl_avg", "policy/first_approxkl", "policy/clipfrac_avg", "policy/entropy_avg"),
     *("policy/skipped_minibatches", "grad_norm/policy", "grad_norm/value"),
-    *("time/generate", "time/roles", "time/score", "time/train"),
+    *("evidence/gradient/signal", "evidence/gradient/noise", "evidence/lost_to_rounding"),
+    *("time/generate", "time/roles", "time/score", "time/evidence", "time/train"),
 }
 
 

@@ -256,7 +256,7 @@ def without_critic(shaped: ShapedRollout, args: Settings, leave_one_out: bool = 
     mask = shaped.loss_mask
     scored = mask.any(dim=1)
     returns = sequence_returns(shaped.rewards, mask)
-    groups = _same_prompt(shaped) if args.num_generations > 1 else None
+    groups = same_prompt(shaped.rollout.prompt_tokens) if args.num_generations > 1 else None
     advantages = returns - batch_baseline(returns, scored, leave_one_out, groups)
     if args.whiten_advantages:
         advantages = masked_whiten(advantages, scored)
@@ -264,10 +264,10 @@ def without_critic(shaped: ShapedRollout, args: Settings, leave_one_out: bool = 
     return by_token, by_token
 
 
-def _same_prompt(shaped: ShapedRollout) -> Tensor:
+def same_prompt(prompt_ids: list[list[int]]) -> Tensor:
     """A number per row, (batch,), the same for completions of the same prompt."""
     numbers: dict[tuple[int, ...], int] = {}
-    return torch.tensor([numbers.setdefault(tuple(ids), len(numbers)) for ids in shaped.rollout.prompt_tokens])
+    return torch.tensor([numbers.setdefault(tuple(ids), len(numbers)) for ids in prompt_ids])
 
 
 # The losses of a micro-batch -----------------------------------------------------------------------------------------

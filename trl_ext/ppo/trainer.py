@@ -43,6 +43,7 @@ from trl_ext.ppo.checkpoints import Checkpoints, WholeOptimizer
 from trl_ext.ppo.collector import Collector
 from trl_ext.ppo.completions import completions_table, print_completions, save_completions, track_completions
 from trl_ext.ppo.config import PPOConfig
+from trl_ext.ppo.evidence import held_out_gap
 from trl_ext.ppo.experience import make_experience
 from trl_ext.ppo.failures import on_all, together
 from trl_ext.ppo.interrupts import Interrupts
@@ -305,6 +306,7 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
         """Close the step, and the epoch and the update that end with it; take in a signal."""
         self.checkpoints.note_step_end()
         with self._saved_on_failure():
+            self.updater.note_rounding(getattr(self.optimizer, "optimizer", self.optimizer))
             self.updater.end_step(self.state, self.control)
             on_all(self._raise_postponed)
         if any(gather_object([self.interrupts.received is not None])):
@@ -484,6 +486,8 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
             scored, logged = self.collector.all_of(dataloader, self.state)
             experience = together(lambda: make_experience(scored, self.args))
             metrics = together(lambda: summarize(experience, self.args, self.collector.score_names)) | logged
+            if self.args.evidence:
+                metrics |= held_out_gap(self.experience, experience)
             metrics["completions/eos_rate"] = 1.0 - metrics["completions/clipped_ratio"]
             self.events.on_evaluation_end(experience, metrics)
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}

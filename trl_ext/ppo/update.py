@@ -44,9 +44,11 @@ from transformers import TrainerState
 
 from trl_ext.callbacks import EpochStats, PPOControl, RolloutEvents
 from trl_ext.core import token_mean
+from trl_ext.core.evidence import signal_and_noise
 from trl_ext.ppo.batches import micro_batches, mini_batch
 from trl_ext.ppo.collector import Collector
 from trl_ext.ppo.config import PPOConfig
+from trl_ext.ppo.evidence import Evidence, rounding_of, sampled
 from trl_ext.ppo.experience import estimate, shape
 from trl_ext.ppo.failures import RunError, on_all, together
 from trl_ext.ppo.metrics import Metrics, name_taken
@@ -108,16 +110,29 @@ class EpochProgress:
         skipped: minibatches of the epoch under way that a guard refused; those after an early stop do not count.
         last_kl: approxkl of the last epoch that ended, nats per token; NaN before.
         sums: of the epoch under way, each metric's sum over real tokens of all processes, and their number.
+        gradient_sum, gradient_squares, gradients: of some numbers of the policy's gradients in the first epoch, their
+            sum, the sum of their squared norms, and how many there were.
     """
 
     stopped: bool = False
     skipped: int = 0
     last_kl: float = float("nan")
     sums: dict[str, list[float]] = field(default_factory=dict)
+    gradient_sum: list[float] = field(default_factory=list)
+    gradient_squares: float = 0.0
+    gradients: int = 0
 
     def add(self, totals: dict[str, list[float]]) -> None:
         """Take in a minibatch's sums and counts."""
         _add_up(self.sums, totals)
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Take in one more of the policy's gradients."""
+        self.gradient_sum = (
+            torch.tensor(self.gradient_sum, dtype=torch.float64) + gradient if self.gradients else gradient
+        ).tolist()
+        self.gradient_squares += float(gradient.pow(2).sum())
+        self.gradients += 1
 
     def mean(self, metric: str) -> float:
         """Mean of a metric over the epoch so far; NaN where there is none."""
@@ -169,10 +184,23 @@ class Updater:
         self._num_text_tokens = self._num_tokens = torch.zeros(())
         self._parameters: dict[Role, list[nn.Parameter]] = {}
         self._value_has_adapter = base.adapters["value"] != base.adapters["policy"]
+        self.evidence: Evidence | None = None
+        if args.evidence:
+            self.evidence = Evidence(
+                collector,
+                args,
+                accelerator,
+                self.objective,
+                self._parameters["policy"],
+                not self._value_has_adapter,
+                pretrain_mix,
+            )
+        self._gradient_before: Tensor | None = None  # of the micro-batches of the minibatch so far
 
     def reset(self) -> None:
         """Drop a minibatch that an earlier training left unfinished."""
         self._queue, self._sums, self._before, self._controller_before = [], {}, None, None
+        self._gradient_before = None
 
     def begin(self) -> None:
         """Training begins, and the base is as it will be trained: FSDP2 has put parts of the parameters in their
@@ -209,6 +237,9 @@ class Updater:
         self.experience = experience = self.events.on_advantages(together(lambda: estimate(shaped, self.args)))
         self.metrics.take_in(self.collector.log.metrics)
         self.rollout_metrics = together(lambda: self._described(experience))
+        if self.evidence is not None:
+            number, trains = self.position.rollout, not self._warming_up
+            self.rollout_metrics |= self.evidence(experience, prompts, state, number, trains)
         self.metrics.add_rollout(self.rollout_metrics)
         if earlier:  # at the end of a rollout a run that resumes would not repeat it, if it failed
             together(self._update_controller)
@@ -241,6 +272,8 @@ class Updater:
         loss = torch.zeros((), device=self.accelerator.device)
         if not self.progress.stopped:
             loss = self._train_on(model, self.experience.rows(rows).to(self.base.device))
+            if self.accelerator.num_processes == 1 and self._queue:
+                self._note_gradient()
         # Transformers' own sum of losses since the last log is lost with an interrupted run.
         self.metrics.add_value("loss", loss * self.args.gradient_accumulation_steps)
         if loss.is_cuda:
@@ -341,6 +374,8 @@ class Updater:
         it after a minibatch's last micro-batch."""
         if self.progress.stopped:
             return False
+        self._note_gradient()
+        self._gradient_before = None
         finite = self._gradients_finite()
         self._finite.add(finite)
         totals: dict[str, list[float]] = {}
@@ -372,6 +407,32 @@ class Updater:
         # fp16's scaler looks for overflows itself, and needs to see them to lower its scale.
         return finite or scaler is not None
 
+    def _note_gradient(self) -> None:
+        """Take in what the policy's gradient has grown by: a micro-batch, or, of several processes, a minibatch. In the
+        first epoch alone, where each completion counts once."""
+        if self.evidence is None or self.position.epoch or self._warming_up or not self.evidence.sees_whole_gradients:
+            return
+        whole = sampled(self._parameters["policy"])
+        self.progress.add_gradient(whole if self._gradient_before is None else whole - self._gradient_before)
+        self._gradient_before = whole
+
+    def _log_gradients(self) -> None:
+        """What the gradients of the epoch that has ended had in common, and what not."""
+        progress = self.progress
+        if progress.gradients > 1:
+            total = torch.tensor(progress.gradient_sum, dtype=torch.float64)
+            signal, noise = signal_and_noise(total, progress.gradient_squares, progress.gradients)
+            self.metrics.add_value("evidence/gradient/signal", signal)
+            self.metrics.add_value("evidence/gradient/noise", noise)
+
+    def note_rounding(self, optimizer: Any) -> None:
+        """Log what rounding took of the policy's step just taken, at a rollout's first step now and then."""
+        at = self.position
+        if self.evidence is not None and at.first and at.rollout % self.evidence.schedule.gradients == 0:
+            share = rounding_of(optimizer, self._parameters["policy"])
+            if math.isfinite(share) and not self.progress.skipped:
+                self.metrics.add_value("evidence/lost_to_rounding", share)
+
     def undo_step(self) -> None:
         """Forget what the step under way, if there is one, has added to the numbers: it failed, and a run that resumes
         takes it again."""
@@ -392,6 +453,7 @@ class Updater:
             self.metrics.add_value("policy/skipped_minibatches", self.progress.skipped)
             means = {key: self.progress.mean(name) for key, name in EPOCH_METRICS.items()}
             stats = EpochStats(epoch=at.epoch, skipped=self.progress.skipped, **means)
+            self._log_gradients()
             self.progress = EpochProgress(stopped=self.progress.stopped, last_kl=stats.approxkl)
         if at.last:
             self._check_gradients()

@@ -103,15 +103,21 @@ class Combination:
         """
         if self.normalization == "running" and training:
             self.moments.update(by_function)
-        by_function = self._scaled(by_function)
-        if self.combine is not None:
-            by_function = self.combine(by_function).unsqueeze(1)
-        total = weighted_total(by_function, self.weights)
+        total = weighted_total(self._each(by_function), self.weights)
         return total if self.clip_range is None else total.clamp(*self.clip_range)
+
+    def parts(self, by_function: Tensor) -> Tensor:
+        """What each function adds to the total before it is clipped, (batch, functions), 0 for None; several reward
+        roles count as one function."""
+        return (self._each(by_function) * self.weights).nan_to_num(0.0)
 
     def spread(self, by_function: Tensor) -> Tensor | None:
         """How far the members' normalised scores disagree about each completion, (batch,); None without members."""
         return None if self.combine is None else member_spread(self._scaled(by_function))
+
+    def _each(self, by_function: Tensor) -> Tensor:
+        scaled = self._scaled(by_function)
+        return scaled if self.combine is None else self.combine(scaled).unsqueeze(1)
 
     def _scaled(self, by_function: Tensor) -> Tensor:
         return by_function if self.normalization == "none" else self.moments.normalize(by_function)

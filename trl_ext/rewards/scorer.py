@@ -58,6 +58,7 @@ class Scorer:
             if isinstance(function, (str, nn.Module)):
                 function = self._model_function(function, tokenizer, device, trust_remote_code)
             self._functions.append(function)
+        self.repeatable = [_is_repeatable(function) for function in functions]
         self._loop = Loop()
 
     def __call__(self, rollout: Rollout, columns: dict[str, list[Any]], **context: Any) -> Tensor:
@@ -71,6 +72,16 @@ class Scorer:
             RewardError: a function raised, took too long, or returned the wrong number of values or something that is
                 no number.
         """
+        return self._scores(rollout, columns, context, [True] * len(self.names))
+
+    def once_more(self, rollout: Rollout, columns: dict[str, list[Any]], **context: Any) -> Tensor:
+        """As a call, for a measurement that training does not need: those that are not `repeatable` are not called, and
+        have NaN."""
+        return self._scores(rollout, columns, context, self.repeatable)
+
+    def _scores(
+        self, rollout: Rollout, columns: dict[str, list[Any]], context: dict[str, Any], called: Sequence[bool]
+    ) -> Tensor:
         arguments = {
             **columns,
             **context,
@@ -80,7 +91,11 @@ class Scorer:
             "prompt_ids": rollout.prompt_tokens,
         }
         results: list[Any] = []
-        for name, function in zip(self.names, self._functions, strict=True):
+        count = len(rollout.completions)
+        for name, function, is_called in zip(self.names, self._functions, called, strict=True):
+            if not is_called:
+                results.append([None] * count)
+                continue
             with _reported_as(name, self.timeout):
                 taken = {argument: arguments[argument] for argument in arguments_of(function, arguments)}
                 results.append(self._call(function, taken))
@@ -92,7 +107,6 @@ class Scorer:
                     if isinstance(result, BaseException):
                         raise result
                     results[i] = _listed(result)
-        count = len(rollout.completions)
         checked = [_checked(result, name, count) for result, name in zip(results, self.names, strict=True)]
         return torch.stack(checked, dim=1)
 
@@ -152,6 +166,13 @@ class Scorer:
             return scores
 
         return score
+
+
+def _is_repeatable(function: Any) -> bool:
+    """Whether a measurement may call it once more: what its attribute `repeatable` says; without one, whether it is
+    synchronous. What is awaited mostly asks a server, which costs money or time."""
+    awaited = any(inspect.iscoroutinefunction(one) for one in (function, type(function).__call__))
+    return bool(getattr(function, "repeatable", not awaited))
 
 
 async def _gather(awaitables: list[Any], timeout: float | None) -> list[Any]:

@@ -1,0 +1,227 @@
+"""What a run measures beside its training: the right numbers, and nothing of the training moved."""
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import DEVICE, prompt_dataset, saved_model, word_tokenizer
+from tests.integration.test_ppo_trainer import LORA, cats, config, rows_with, trained_state, trainer_for
+from trl_ext import PPOConfig, PPOTrainer, RolloutCallback, SharedBase
+from trl_ext.core import clipped_policy_loss, estimate_advantages
+from trl_ext.ppo.evidence import ROWS, TWINS, Schedule
+
+
+def rewarding(kind: str) -> Any:
+    """A reward function and the list of how many completions each of its calls had."""
+    calls: list[int] = []
+
+    def of_the_prompt(prompts: list[str], **_: Any) -> list[float]:
+        calls.append(len(prompts))
+        return [float(len(prompt)) for prompt in prompts]
+
+    def noise(prompts: list[str], **_: Any) -> list[float]:
+        calls.append(len(prompts))
+        return [random.gauss(0, 1) for _ in prompts]
+
+    async def awaited(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        calls.append(len(prompts))
+        return cats(completions)
+
+    def once_only(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        calls.append(len(prompts))
+        return cats(completions)
+
+    once_only.repeatable = False  # type: ignore[attr-defined]
+    made = {"of_the_prompt": of_the_prompt, "noise": noise, "awaited": awaited, "once_only": once_only}[kind]
+    return made, calls
+
+
+def measured(trainer: PPOTrainer, name: str) -> list[float]:
+    return [row[f"evidence/{name}"] for row in rows_with(trainer, f"evidence/{name}")]
+
+
+@pytest.mark.parametrize("value", ["adapter", "head"])
+def test_measuring_changes_nothing_of_the_training(value: str, tmp_path: Path) -> None:
+    noisy, _ = rewarding("noise")
+    changes = {"total_episodes": 96, "per_device_train_batch_size": 16, "disable_dropout": False, "entropy_coef": 0.01}
+    runs = []
+    for evidence in (True, False):
+        torch.manual_seed(0)
+        base = SharedBase.from_pretrained(saved_model(tmp_path / "model"), policy=LORA, value=value)
+        trainer = trainer_for(tmp_path / str(evidence), noisy, model=base, evidence=evidence, **changes)
+        trainer.train()
+        runs.append(trainer)
+    assert measured(runs[0], "gradient/score") and not rows_with(runs[1], "evidence/gradient/score")
+    for before, after in zip(*(trained_state(run).values() for run in runs), strict=True):
+        torch.testing.assert_close(before, after, rtol=0, atol=0)
+    theirs = ("evidence/", "time/", "eps", "memory/", "train_")
+    for with_, without in zip(*(run.state.log_history for run in runs), strict=True):
+        assert {k: v for k, v in with_.items() if not k.startswith(theirs)} == {
+            k: v for k, v in without.items() if not k.startswith(theirs)
+        }
+
+
+def test_a_run_that_resumes_measures_what_an_unbroken_one_measures(tmp_path: Path) -> None:
+    changes = {"total_episodes": 64, "num_mini_batches": 2, "per_device_train_batch_size": 8, "save_strategy": "steps"}
+    whole = trainer_for(tmp_path / "whole", **changes, save_steps=1)
+    whole.train()
+    for step in (1, 6):  # within the first epoch of a rollout, and in the second
+        broken = trainer_for(tmp_path / f"from{step}", **changes, save_steps=100)
+        broken.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / f"checkpoint-{step}"))
+        for one, other in zip(whole.state.log_history[:-1], broken.state.log_history[:-1], strict=True):
+            names = [name for name in one if name.startswith("evidence/")]
+            assert names and {name: one[name] for name in names} == {name: other[name] for name in names}
+
+
+def test_a_score_of_the_prompt_alone_has_no_variance_within_prompts(tmp_path: Path) -> None:
+    function, calls = rewarding("of_the_prompt")
+    trainer = trainer_for(tmp_path, function, per_device_train_batch_size=32, total_episodes=32)
+    trainer.train()
+    assert measured(trainer, "score/within_prompt") == [0.0]
+    assert measured(trainer, "noise/of_the_prompt") == [0.0]
+    assert calls == [32, 2 * TWINS], "once for the rollout, once for all that is scored anew"
+
+
+def test_noise_does_not_repeat(tmp_path: Path) -> None:
+    function, _ = rewarding("noise")
+    trainer = trainer_for(tmp_path, function, per_device_train_batch_size=32, total_episodes=32 * 4)
+    trainer.train()
+    found = measured(trainer, "noise/noise")
+    assert sum(found) / len(found) > 0.5
+    assert measured(trainer_for(tmp_path / "cats", total_episodes=8), "noise/cats") == []
+
+
+@pytest.mark.parametrize("kind", ["awaited", "once_only"])
+def test_a_function_that_may_be_costly_is_not_called_for_a_measurement(kind: str, tmp_path: Path) -> None:
+    function, calls = rewarding(kind)
+    trainer = trainer_for(tmp_path, function, total_episodes=16)
+    trainer.train()
+    assert calls == [8, 8]
+    assert not measured(trainer, f"noise/{kind}")
+    function.repeatable = True
+    trainer = trainer_for(tmp_path / "again", function, total_episodes=8)
+    trainer.train()
+    assert calls == [8, 8, 8, 16] and measured(trainer, f"noise/{kind}") == [0.0]
+
+
+def test_repeated_prompts_of_a_rollout_need_no_second_completions(tmp_path: Path) -> None:
+    function, calls = rewarding("of_the_prompt")
+    trainer = trainer_for(
+        tmp_path, function, per_device_train_batch_size=16, num_generations=4, total_episodes=32, num_ppo_epochs=8
+    )
+    trainer.train()
+    assert measured(trainer, "score/within_prompt") == [0.0, 0.0]
+    assert max(calls) == 16
+
+
+def test_a_function_that_fails_the_second_time_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[int] = []
+
+    def once(completions: list[str], **_: Any) -> list[float]:
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError("gone")
+        return cats(completions)
+
+    trainer = trainer_for(tmp_path, once, total_episodes=16)
+    trainer.train()
+    assert "is left out" in caplog.text and len(rows_with(trainer, "objective/scores")) == 2
+
+
+def test_shares_are_of_the_whole_reward(tmp_path: Path) -> None:
+    """A penalty that dwarfs the score makes nearly all of the variance."""
+
+    def tiny(completions: list[str], **_: Any) -> list[float]:
+        return [1e-3 * n for n in cats(completions)]
+
+    trainer = trainer_for(tmp_path, tiny, per_device_train_batch_size=32, total_episodes=32, missing_eos_penalty=50.0)
+    trainer.train()
+    (row,) = rows_with(trainer, "evidence/share/missing_eos_penalty")
+    assert row["evidence/share/missing_eos_penalty"] == pytest.approx(1.0, abs=0.01)
+    shares = [value for name, value in row.items() if name.startswith("evidence/share")]
+    assert sum(shares) == pytest.approx(1.0)
+    cut = row["completions/clipped_ratio"]
+    assert row["evidence/reward_std"] == pytest.approx(50 * math.sqrt(cut * (1 - cut)), rel=0.01)
+
+
+class Terms(RolloutCallback):
+    """Gradients of PPO's own loss on the rows that are measured, at the start of a rollout."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+        self.trainer: Any = None
+
+    def on_advantages(self, experience: Any) -> None:
+        base, updater = self.trainer.base, self.trainer.updater
+        batch = experience.rows(torch.arange(ROWS)).to(base.device)
+        rollout = batch.rollout
+        with torch.enable_grad():
+            new = base.logprobs(rollout.input_ids, rollout.attention_mask, rollout.completion_ids.shape[1])
+            loss = clipped_policy_loss(new, batch.score_pass.logprobs, batch.advantages, batch.loss_mask, 0.2)
+        gradients = torch.autograd.grad(loss, updater._parameters["policy"])
+        self.norms.append(math.sqrt(sum(float(g.double().pow(2).sum()) for g in gradients)))
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="compares to six digits")
+def test_the_terms_add_up_to_the_policys_gradient(tmp_path: Path) -> None:
+    """From norms and cosines of score, KL and values alone that of their sum follows only with all cosines; with a
+    kl_coef of 0 and no values yet the score's is the whole."""
+    terms = Terms()
+    trainer = PPOTrainer(
+        saved_model(tmp_path / "model"),
+        cats,
+        config(tmp_path / "out", kl_coef=0.0, total_episodes=8),
+        prompt_dataset(32),
+        processing_class=word_tokenizer(),
+        peft_config=LORA,
+        callbacks=[terms],
+    )
+    terms.trainer = trainer
+    trainer.train()
+    assert measured(trainer, "gradient/kl") == [0.0] and measured(trainer, "gradient/baseline")[0] == pytest.approx(
+        0, abs=1e-6
+    )
+    assert measured(trainer, "gradient/score")[0] == pytest.approx(terms.norms[0], rel=1e-5)
+
+
+def test_as_often_as_a_hundredth_of_an_update_allows() -> None:
+    """The demo's settings by hand: an update is 16 decoding steps and 4 x 2 micro-batches, each a forward and a
+    backward (3) of two roles: 64. The gradients of three terms over 8 of 32 rows cost 9 / 4 of a forward, and
+    completions 16."""
+    args = PPOConfig("out", use_cpu=True, per_device_train_batch_size=32, num_mini_batches=2, max_completion_length=16)
+    assert Schedule.of(args, 2) == Schedule(gradients=4, twins=28)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"whiten_rewards": True}, {"whiten_advantages": False}, {"objective": "sequence"}],
+    ids=["plain", "whitened rewards", "raw advantages", "no critic"],
+)
+def test_the_advantages_are_the_sum_of_their_parts(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Against the experience that was trained on, with a KL and values that are not 0 any more."""
+    trainer = trainer_for(tmp_path, total_episodes=32, kl_coef=0.5, missing_eos_penalty=1.0, **changes)
+    trainer.train()
+    experience, measuring = trainer.experience, trainer.updater.evidence
+    assert experience is not None and measuring is not None
+    parts = measuring._advantages_by_part(experience)
+    kept = experience.loss_mask
+    assert all(float(parts[name][kept].abs().max()) > 1e-4 for name in ("score", "kl"))
+    assert bool(parts["baseline"][kept].abs().max() > 1e-4) is (changes.get("objective") != "sequence")
+    torch.testing.assert_close(sum(parts.values())[kept], experience.advantages[kept], rtol=1e-4, atol=1e-4)
+    if not {"objective", "whiten_rewards"} & set(
+        changes
+    ):  # what is left is what values alone make, on one scale with the rest
+        values = experience.score_pass.values
+        alone = estimate_advantages(torch.zeros_like(values), values, kept, 1.0, 0.95)[0][kept]
+        left = parts["baseline"][kept]
+        together = torch.stack([left, alone]).double()
+        centred = together - together.mean(dim=1, keepdim=True)
+        slope = (centred[0] @ centred[1]) / (centred[1] @ centred[1])
+        torch.testing.assert_close(centred[0], slope * centred[1], rtol=1e-3, atol=1e-4)
+        assert float(slope) > 0 and (float(slope) == pytest.approx(1.0, rel=1e-3)) is (
+            changes.get("whiten_advantages") is False
+        )

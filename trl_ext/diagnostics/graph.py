@@ -1,0 +1,272 @@
+"""Which problem follows from which: causes and consequences, each edge with its mechanism and its source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from trl_ext.diagnostics.finding import SEVERITIES, Finding
+
+PPO_PAPER = "Schulman et al. 2017, arXiv:1707.06347, section 3"
+GAE = "Schulman et al. 2016, arXiv:1506.02438, section 3"
+ZIEGLER = "Ziegler et al. 2019, arXiv:1909.08593"
+N_PLUS = "Huang et al. 2024, arXiv:2403.17031"
+GAO = "Gao, Schulman and Hilton 2023, arXiv:2210.10760"
+HACKING = "Skalse et al. 2022, arXiv:2209.13085"
+ADAM = "Kingma and Ba 2015, arXiv:1412.6980, section 2"
+WILLIAMS = "Williams 1992, Machine Learning 8"
+BFLOAT = "Kalamkar et al. 2019, arXiv:1905.12322"
+DISPLACEMENT = "Razin et al. 2024, arXiv:2410.08847"
+
+
+def _always(cause: Finding, consequence: Finding) -> bool:
+    return True
+
+
+def _of_value(cause: Finding, consequence: Finding) -> bool:
+    return "value" in cause.title
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Where both are found, the second is explained by the first.
+
+    Attributes:
+        cause, consequence: names of findings.
+        mechanism: how the one makes the other, a sentence.
+        source: where that is written.
+        holds: a condition on the two findings.
+    """
+
+    cause: str
+    consequence: str
+    mechanism: str
+    source: str
+    holds: Callable[[Finding, Finding], bool] = _always
+
+
+def _edges(
+    cause: str, source: str, holds: Callable[[Finding, Finding], bool] = _always, **mechanisms: str
+) -> list[Edge]:
+    return [Edge(cause, name, mechanism, source, holds) for name, mechanism in mechanisms.items()]
+
+
+# Of several causes of a finding the first one here counts: what lies nearer to the settings comes first.
+EDGES: tuple[Edge, ...] = (
+    *_edges(
+        "gradients_not_finite",
+        ADAM,
+        gradients_explode="Weights that blow up give large gradients before they give none.",
+        clipping_saturated="After a step that ruins the weights every ratio lies outside the clip range.",
+        steps_too_small="Steps on gradients that are not finite are skipped, so the policy stays.",
+        truncation="A policy with ruined weights writes noise, in which EOS is as rare as any token.",
+        kl_runs_away="A policy with ruined weights is far from the reference.",
+        entropy_collapse="Ruined weights may give one token all probability.",
+        mode_collapse="Ruined weights write the same whatever the prompt is.",
+        value_loss_explodes="The value role's weights are ruined too.",
+        value_not_learning="Steps on gradients that are not finite are skipped, for the value role too.",
+        chance_level="A model with ruined weights orders nothing.",
+    ),
+    *_edges(
+        "lost_to_rounding",
+        BFLOAT,
+        steps_too_small="What rounds to nothing moves no weight.",
+        value_not_learning="The value role's adapter is rounded as the policy's is.",
+        chance_level="What rounds to nothing moves no weight.",
+    ),
+    *_edges(
+        "score_not_repeatable",
+        GAE,
+        value_not_learning="No value role can predict what is noise: it explains at most the share that repeats.",
+        steps_too_small="Advantages that are noise point nowhere, so steps cancel and the score does not rise.",
+        functions_at_odds="A noisy function has the largest spread, and correlates with nothing.",
+    ),
+    *_edges(
+        "score_ignores_completion",
+        WILLIAMS,
+        steps_too_small="Where the score is the same for every completion the policy's gradient is 0 but for noise.",
+        kl_drowns_score="A score that no completion changes pulls nowhere, and any penalty is stronger.",
+        entropy_collapse="Steps on noise alone make likely what happened to be sampled.",
+        kl_runs_away="Steps on noise alone drift away from the reference.",
+    ),
+    *_edges(
+        "sampling_differs",
+        f"{N_PLUS}, on the log-probabilities that PPO compares",
+        negative_kl="Tokens that the policy would not sample make the estimate of the KL wrong.",
+        first_ratio="The sampling policy is another one than the scored one.",
+        truncation="An EOS that generation forbids or delays is not written.",
+        repetition_exploitation="Tokens that are forced after the end of an answer repeat it.",
+    ),
+    *_edges(
+        "first_ratio",
+        PPO_PAPER,
+        clipping_saturated="A ratio that is off before the first step is clipped though nothing has moved.",
+        negative_kl="Log-probabilities that differ from forward to forward bias the KL.",
+    ),
+    *_edges(
+        "functions_at_odds",
+        HACKING,
+        score_scale="The function that drowns the others gives the sum its scale.",
+        length_exploitation="The function that drowns the others counts what is written.",
+        repetition_exploitation="The function that drowns the others counts what can be repeated.",
+        truncation="The function that drowns the others counts what is written.",
+        over_optimisation="Only the function that drowns the others is followed.",
+        kl_runs_away="The penalty suits the scale of the functions that are drowned.",
+        value_not_learning="The sum has the scale of the function that drowns the others, far from where values start.",
+    ),
+    *_edges(
+        "penalty_dominates",
+        f"{N_PLUS}, the EOS trick",
+        value_not_learning="Returns are 0 or the penalty, far apart, and values move by cliprange_value an update.",
+        score_scale="The penalty, not the score, makes the spread.",
+        kl_runs_away="The penalty pays for any KL.",
+        over_optimisation="Completions are written to end, not to be good.",
+    ),
+    *_edges(
+        "score_scale",
+        f"{N_PLUS}, detail 6; {ZIEGLER}, section 2.1",
+        gradients_explode="The value role's gradient grows with its error, which has the scale of the scores.",
+        value_loss_explodes="A squared error grows with the square of the scale.",
+        value_not_learning="Values start at 0 and move by at most cliprange_value an update.",
+        kl_runs_away="A penalty chosen for scores of a few units does not count beside these.",
+        clipping_saturated="Advantages of another scale make other steps where they are not whitened.",
+    ),
+    *_edges(
+        "gradients_absent",
+        WILLIAMS,
+        _of_value,
+        value_not_learning="Without a gradient nothing is learned.",
+    ),
+    *_edges(
+        "term_drowns_score",
+        "Yu et al. 2020, arXiv:2001.06782, section 2",
+        kl_runs_away="The larger gradient moves the policy where it likes, away from the reference.",
+        truncation="An entropy bonus that outweighs the score makes every token likely, and EOS rare.",
+        steps_too_small="Clipped to one norm with the larger gradient, the score's step is small.",
+        over_optimisation="The policy follows the other term.",
+    ),
+    *_edges(
+        "gradients_explode",
+        ADAM,
+        value_loss_explodes="Steps along such gradients overshoot.",
+        value_not_learning="Steps along such gradients overshoot.",
+        clipping_saturated="Steps along such gradients leave the clip range at once.",
+    ),
+    *_edges(
+        "clipping_saturated",
+        PPO_PAPER,
+        kl_runs_away="Beyond the clip range nothing holds a step back.",
+        entropy_collapse="Large steps make certain what happened to be sampled first.",
+        mode_collapse="Large steps overshoot to one completion for every prompt.",
+        value_loss_explodes="The value role takes steps as large.",
+        value_not_learning="Returns change faster than values can follow.",
+        over_optimisation="Large steps reach completions that the reward model has never seen.",
+    ),
+    *_edges(
+        "entropy_collapse",
+        WILLIAMS,
+        steps_too_small="The gradient of a certain policy is 0.",
+        constant_scores="One completion has one score.",
+    ),
+    *_edges(
+        "kl_drowns_score",
+        f"{ZIEGLER}, section 2.1",
+        steps_too_small="Each step is pulled back to the reference, where the penalty is 0.",
+    ),
+    *_edges(
+        "credit_fades",
+        GAE,
+        steps_too_small="Tokens that get no credit get no gradient.",
+        value_not_learning="Discounted returns of early tokens hardly vary.",
+    ),
+    *_edges(
+        "steps_too_small",
+        "Hu et al. 2021, arXiv:2106.09685, appendix D (rates for LoRA)",
+        value_not_learning="The value role takes steps as small.",
+    ),
+    *_edges(
+        "length_exploitation",
+        "Singhal et al. 2023, arXiv:2310.03716",
+        truncation="Completions grow to the limit.",
+        over_optimisation="What grows is length, not what the score stands for.",
+        kl_runs_away="Each further token adds to a completion's KL.",
+    ),
+    *_edges(
+        "repetition_exploitation",
+        HACKING,
+        truncation="Who repeats does not end.",
+        over_optimisation="What is repeated raises the score, not what it stands for.",
+        kl_runs_away="Repetition is unlikely under the reference.",
+        entropy_collapse="What is repeated is certain.",
+    ),
+    *_edges(
+        "truncation",
+        f"{N_PLUS}, the EOS trick",
+        penalty_dominates="Where many completions are cut, the penalty varies more than the score.",
+        kl_runs_away="To be short is worth more than to stay near the reference.",
+    ),
+    *_edges(
+        "value_loss_explodes",
+        GAE,
+        value_not_learning="Values that far off explain nothing.",
+    ),
+    *_edges(
+        "kl_runs_away",
+        GAO,
+        over_optimisation="The further from the reference, the less a reward model knows of what it scores.",
+        entropy_collapse="Without a penalty the best is one completion, with certainty.",
+    ),
+    *_edges(
+        "margins_explode",
+        DISPLACEMENT,
+        likelihood_displacement="Margins beyond what the pairs ask for are made by pushing both answers down.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A finding and those that follow from it.
+
+    Attributes:
+        finding: the cause.
+        because: the edge by which it follows from another one; None: it is a root.
+        follows: its consequences, each with what follows from it in turn.
+    """
+
+    finding: Finding
+    because: Edge | None
+    follows: tuple[Explained, ...]
+
+    def __iter__(self) -> Iterator[Explained]:
+        """Itself and all that follows."""
+        yield self
+        for one in self.follows:
+            yield from one
+
+    @property
+    def severity(self) -> str:
+        """The worst of its own and of what follows."""
+        return min((one.finding.severity for one in self), key=SEVERITIES.index)
+
+
+def cause_of(finding: Finding, findings: Sequence[Finding], edges: Sequence[Edge] = EDGES) -> Edge | None:
+    """The first edge by which one of `findings` explains `finding`; None where none does."""
+    by_name = {one.name: one for one in findings}
+    for edge in edges:
+        if edge.consequence == finding.name and edge.cause in by_name and edge.holds(by_name[edge.cause], finding):
+            return edge
+    return None
+
+
+def roots(findings: Sequence[Finding], edges: Sequence[Edge] = EDGES) -> list[Explained]:
+    """Findings that no other one explains, in the given order but those with a problem in them first; each with what
+    follows from it below it."""
+    causes = {finding.name: cause_of(finding, findings, edges) for finding in findings}
+
+    def explained(finding: Finding) -> Explained:
+        below = [one for one in findings if (edge := causes[one.name]) is not None and edge.cause == finding.name]
+        return Explained(finding, causes[finding.name], tuple(explained(one) for one in below))
+
+    tops = [explained(finding) for finding in findings if causes[finding.name] is None]
+    return sorted(tops, key=lambda top: SEVERITIES.index(top.severity))

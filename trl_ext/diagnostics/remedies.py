@@ -1,0 +1,125 @@
+"""Which quantity each remedy moves, and whether a setting can move it in this run at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from trl_ext.diagnostics.finding import Finding
+from trl_ext.diagnostics.log import RunLog
+from trl_ext.diagnostics.signal import share_of_functions
+
+# By finding: the doctor's or the logged name of the metric that its remedy moves, and where to.
+MOVES: dict[str, tuple[str, str]] = {
+    "chance_level": ("accuracy", "up"),
+    "clipping_saturated": ("clipfrac", "down"),
+    "constant_scores": ("score_std", "up"),
+    "credit_fades": ("evidence/credit/mean", "up"),
+    "entropy_collapse": ("entropy", "up"),
+    "first_ratio": ("policy/first_approxkl", "down"),
+    "functions_at_odds": ("score_std", "down"),
+    "gradients_absent": ("grad_norm/value", "up"),
+    "gradients_explode": ("grad_norm", "down"),
+    "gradients_not_finite": ("grad_norm", "down"),
+    "held_out_differs": ("evidence/held_out/score_gap", "down"),
+    "kl_drowns_score": ("kl", "up"),
+    "kl_runs_away": ("kl", "down"),
+    "length_bias": ("data/longer_chosen", "down"),
+    "length_exploitation": ("length", "down"),
+    "likelihood_displacement": ("logps/chosen", "up"),
+    "lost_to_rounding": ("evidence/lost_to_rounding", "down"),
+    "margins_explode": ("margin", "down"),
+    "mode_collapse": ("completions/distinct", "up"),
+    "negative_kl": ("kl", "up"),
+    "over_optimisation": ("kl", "down"),
+    "overfit": ("loss", "down"),
+    "penalty_dominates": ("evidence/share/missing_eos_penalty", "down"),
+    "prompts_truncated": ("prompts/at_max_length", "down"),
+    "reference_mismatch": ("rewards/chosen", "down"),
+    "repetition_exploitation": ("completions/repetition", "down"),
+    "sampling_differs": ("val/sampling_gap_z", "down"),
+    "saturated": ("margin", "down"),
+    "score_ignores_completion": ("evidence/score/within_prompt", "up"),
+    "score_not_repeatable": ("evidence/noise/", "down"),
+    "score_scale": ("score_std", "down"),
+    "steps_too_small": ("approxkl", "up"),
+    "term_drowns_score": ("evidence/gradient/", "down"),
+    "truncation": ("truncated", "down"),
+    "uncentred": ("mean_reward", "down"),
+    "value_loss_explodes": ("value_loss", "down"),
+    "value_not_learning": ("val/explained_variance", "up"),
+}
+
+
+def normalisation_is_idle(log: RunLog, value: Any) -> str | None:
+    """Why normalising the functions' scores would not move the spread; None where it would."""
+    if log.setting("score_normalization", "none") != "none":
+        return "the scores are normalised already"
+    share = share_of_functions(log)
+    if share < 0.5:  # NaN, where nothing was measured, is not
+        return f"the reward functions make {max(share, 0.0):.0%} of the reward's variance; penalties are not normalised"
+    return None
+
+
+def value_weight_is_idle(log: RunLog, value: Any) -> str | None:
+    """Why a larger vf_coef would not make the value role learn; None where it would.
+
+    AdamW divides a gradient by its size, so a weight alone changes no step. It counts where that size nears Adam's
+    epsilon, or where the policy's larger gradient takes the common norm to which both are clipped.
+    """
+    own, policy = log.series("grad_norm/value").recent(), log.series("grad_norm/policy").recent()
+    if not own >= 0.1 * policy:  # also where either is unknown
+        return None
+    return f"the value role's gradient ({own:.2g}) is not small beside the policy's ({policy:.2g})"
+
+
+def eos_penalty_is_idle(log: RunLog, value: Any) -> str | None:
+    """Why a penalty on a missing EOS would move nothing."""
+    cut = log.series("truncated")
+    return "no completion is cut off" if cut and max(cut.values) == 0.0 else None
+
+
+def clipping_is_idle(log: RunLog, value: Any) -> str | None:
+    """Why clipping gradients would move nothing."""
+    norms = log.series("grad_norm")
+    highest = max((x for x in norms.values if math.isfinite(x)), default=math.inf)
+    return f"no gradient is larger than {value}" if highest < float(value) else None
+
+
+# Settings that may be idle in a run: from its log and the new value, the reason; None where the setting bears.
+IDLE: dict[str, Callable[[RunLog, Any], str | None]] = {
+    "score_normalization": normalisation_is_idle,
+    "vf_coef": value_weight_is_idle,
+    "missing_eos_penalty": eos_penalty_is_idle,
+    "max_grad_norm": clipping_is_idle,
+}
+
+
+def why_idle(log: RunLog, name: str, value: Any) -> str | None:
+    """Why setting `name` to `value` would move nothing in this run; None where it may."""
+    if "output_dir" in log.config and name not in log.config:
+        return "this trainer has no such setting"
+    return IDLE[name](log, value) if name in IDLE else None
+
+
+def bearing(finding: Finding, log: RunLog) -> Finding:
+    """The finding with only those settings in its remedy and its suspects that can move its evidence in this run, and
+    with the quantity that the remedy moves."""
+    moves, direction = MOVES.get(finding.name, ("", ""))
+    remedy = finding.remedy
+    changes = {name: value for name, value in remedy.changes.items() if why_idle(log, name, value) is None}
+    if all(name in log.config and log.config[name] == value for name, value in changes.items()):
+        changes = {}  # it is so already
+    idle = {name: why for name, value in remedy.changes.items() if name in IDLE and (why := IDLE[name](log, value))}
+    if idle and not changes:
+        told = "; ".join(f"{name} would not help: {why}" for name, why in idle.items())
+        remedy = replace(remedy, text=f"I know no setting that moves this here ({told}).")
+    remedy = replace(remedy, changes=changes, moves=remedy.moves or moves, direction=remedy.direction or direction)
+    suspects = tuple(
+        suspect
+        for suspect in finding.suspects
+        if not suspect.changes or all(why_idle(log, name, value) is None for name, value in suspect.changes.items())
+    )
+    return replace(finding, remedy=remedy, suspects=suspects)

@@ -1,0 +1,225 @@
+"""Rules about the signal that training follows, from what a run measured beside its training."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean
+
+from trl_ext.diagnostics.finding import Finding, Remedy
+from trl_ext.diagnostics.limits import Limits
+from trl_ext.diagnostics.log import RunLog
+
+
+def within_prompt(log: RunLog) -> tuple[float, float]:
+    """The share of the scores' variance that lies within a prompt while completions still differ, and the repeats that
+    it is known from; NaN and 0 where it is not known.
+
+    Once the policy is certain, both completions of a prompt are the same whatever the score looks at: only the first
+    measurements count, and only of a policy that was not certain from the start.
+    """
+    share, repeats = log.series("evidence/score/within_prompt"), log.series("evidence/score/repeats")
+    if not share or not log.series("entropy").start() > 0.1:
+        return math.nan, 0.0
+    first = list(zip(share.values, repeats.values, strict=False))[:3]
+    known = sum(count for _, count in first)
+    return (sum(value * count for value, count in first) / known, known) if known else (math.nan, 0.0)
+
+
+def noise_of(log: RunLog) -> dict[str, tuple[float, int]]:
+    """Of each reward function the share of its variance that does not repeat, a mean, and how often it was measured."""
+    series = {name: log.series(f"evidence/noise/{name}") for name in log.names("evidence/noise/")}
+    return {name: (fmean(of_one.values), len(of_one)) for name, of_one in series.items()}
+
+
+def share_of_functions(log: RunLog) -> float:
+    """The share of the whole reward's variance that the reward functions make; NaN where it is not known."""
+    shares = [log.series(f"evidence/share_of/{name}").recent() for name in log.names("evidence/share_of/")]
+    return sum(shares) if shares else math.nan
+
+
+def score_ignores_completion(log: RunLog, limits: Limits) -> Finding | None:
+    """Two completions of one prompt get the same score."""
+    share, repeats = within_prompt(log)
+    if repeats < limits.repeats or share > limits.within_prompt:
+        return None
+    return Finding(
+        name="score_ignores_completion",
+        severity="problem",
+        title="The score does not depend on the completion",
+        steps=log.steps,
+        evidence=(
+            f"Of the scores' variance {share:.1%} lies between completions of the same prompt ({repeats:.0f} repeats), "
+            "all the rest between prompts."
+        ),
+        figures={"within_prompt": share, "repeats": repeats},
+        cause="the reward function reads the prompt, a column or the row's place, but not what was written.",
+        remedy=Remedy(
+            text="Let it read the completion, and try it on two different ones.",
+            code="print(reward_func(prompts=[p, p], completions=[good, bad]))",
+        ),
+        samples=log.last_samples(),
+    )
+
+
+def score_not_repeatable(log: RunLog, limits: Limits) -> Finding | None:
+    """The same completion gets another score the second time."""
+    noisy = {name: found for name, found in noise_of(log).items() if found[0] > limits.noise}
+    if not noisy:
+        return None
+    name = max(noisy, key=lambda one: noisy[one][0])
+    share, count = noisy[name]
+    if count < 2 and share < limits.noise_alone:
+        return None
+    return Finding(
+        name="score_not_repeatable",
+        severity="problem" if share > limits.noise_alone else "warning",
+        title=f"{name} scores the same completion differently the second time",
+        steps=log.steps,
+        evidence=f"{share:.0%} of its variance is not there again when completions are scored once more.",
+        figures={"noise": share, "measurements": float(count)},
+        cause="it draws random numbers, keeps a state between calls, or compares each row with those beside it.",
+        remedy=Remedy(
+            text=(
+                "Make it repeat itself: a judge at temperature 0, no state between calls, no ranks within a batch; or "
+                "let it take a mean over several verdicts."
+            ),
+            code="print(reward_func(**row), reward_func(**row))",
+        ),
+    )
+
+
+def penalty_dominates(log: RunLog, limits: Limits) -> Finding | None:
+    """Whether a completion ended counts for more than what it says."""
+    share, spread = log.series("evidence/share/missing_eos_penalty"), log.series("evidence/reward_std")
+    if len(share) < 3 or share.recent() < limits.penalty_share:
+        return None
+    penalty = float(log.setting("missing_eos_penalty", 0.0))
+    of_functions = max(share_of_functions(log), 0.0)
+    lower = math.sqrt(of_functions) * spread.recent() if math.isfinite(of_functions) else 0.0
+    weaker = {"missing_eos_penalty": float(f"{lower:.1g}")} if 0 < lower < penalty / 2 else {}
+    return Finding(
+        name="penalty_dominates",
+        severity="problem",
+        title="The penalty for a missing EOS outweighs the score",
+        steps=log.steps,
+        evidence=(
+            f"{share.recent():.0%} of the reward's variance is the penalty of {penalty:g}; the reward functions make "
+            f"{of_functions:.0%}."
+        ),
+        figures={"penalty_share": share.recent(), "functions_share": of_functions},
+        cause="a penalty far larger than the spread of the scores, or a length limit that many completions reach.",
+        remedy=Remedy(
+            text="Let the penalty be about the spread of the scores.",
+            changes=weaker,
+            code="" if weaker else "max_completion_length: longer than what a completion needs",
+        ),
+    )
+
+
+def credit_fades(log: RunLog, limits: Limits) -> Finding | None:
+    """The score of a completion hardly reaches the tokens that earned it."""
+    mean, decay = log.series("evidence/credit/mean"), float(log.setting("gamma", 1.0)) * float(log.setting("lam", 0.95))
+    if len(mean) < limits.least_rows or decay >= 1.0 or log.series("score").rise()[1] > limits.noticeable:
+        return None
+    half_life = math.log(0.5) / math.log(decay) if decay > 0 else 0.0
+    length = log.series("length").recent()
+    if half_life > limits.half_life or not half_life < length / 2:
+        return None
+    changes = {name: usual for name, usual in (("gamma", 1.0), ("lam", 0.95)) if log.setting(name, usual) < usual}
+    return Finding(
+        name="credit_fades",
+        severity="problem",
+        title="The score does not reach the tokens that earned it",
+        steps=log.steps,
+        evidence=(
+            f"gamma * lam is {decay:.3g}: a score at the end counts half {half_life:.1f} tokens earlier, and "
+            f"completions have {length:.0f}. A token gets {mean.recent():.0%} of it on average, and the score does not "
+            "rise."
+        ),
+        figures={"credit": mean.recent(), "half_life": half_life},
+        cause="a discount or a lambda for tasks that are rewarded at every step.",
+        remedy=Remedy(text="Do not discount within a completion, and let lambda be 0.95 or more.", changes=changes),
+    )
+
+
+def lost_to_rounding(log: RunLog, limits: Limits) -> Finding | None:
+    """Steps are smaller than what the adapters' numbers can tell apart."""
+    lost = log.series("evidence/lost_to_rounding")
+    if not lost or lost.recent() < limits.rounding:
+        return None
+    return Finding(
+        name="lost_to_rounding",
+        severity="problem",
+        title="Steps are lost to rounding",
+        steps=(lost.steps[0], lost.steps[-1]),
+        evidence=f"Rounding takes {lost.recent():.0%} of a step (by squares) in the adapters' precision.",
+        figures={"lost": lost.recent()},
+        cause="adapters in half precision: bfloat16 has three digits, and a step of a thousandth of a weight is none.",
+        remedy=Remedy(
+            text="Keep the adapters in float32, over a base of any precision.",
+            code="for p in trainer.base.trainable_parameters('policy'): p.data = p.data.float()",
+        ),
+    )
+
+
+# A term of the loss, what it is called, and the setting that weighs it.
+TERMS = {
+    "entropy": ("the entropy bonus", "entropy_coef"),
+    "value": ("the value loss on the shared trunk", "vf_coef"),
+    "ptx": ("the pretraining term", "ptx_coef"),
+}
+
+
+def term_drowns_score(log: RunLog, limits: Limits) -> Finding | None:
+    """The policy's gradient is mostly another term's than the score's."""
+    score = log.series("evidence/gradient/score")
+    if not score or fmean(score.values) == 0.0:
+        return None
+    sizes = {
+        name: fmean(series.values) / fmean(score.values)
+        for name in TERMS
+        if (series := log.series(f"evidence/gradient/{name}"))
+    }
+    if not sizes or max(sizes.values()) < limits.drowned:
+        return None
+    name = max(sizes, key=sizes.__getitem__)
+    called, setting = TERMS[name]
+    cosine = log.series(f"evidence/cosine/score~{name}")
+    apart = f", at a cosine of {fmean(cosine.values):.2f}" if cosine else ""
+    now = float(log.setting(setting, 0.0))
+    return Finding(
+        name="term_drowns_score",
+        severity="problem",
+        title=f"{called[0].upper()}{called[1:]} drowns the score",
+        steps=(score.steps[0], score.steps[-1]),
+        evidence=f"Its gradient is {sizes[name]:.1f} times as large as that of the score{apart}.",
+        figures={"times": sizes[name]},
+        cause=f"{setting} is too large for the scale of this run's advantages.",
+        remedy=Remedy(
+            text="Weigh it so that its gradient is well below the score's.",
+            changes={setting: float(f"{now / (3 * sizes[name]):.1g}")} if now else {},
+        ),
+    )
+
+
+def held_out_differs(log: RunLog, limits: Limits) -> Finding | None:
+    """Prompts that are held out score otherwise than those that are trained on."""
+    gap, z = (log.series(f"evidence/held_out/{name}", evals=True) for name in ("score_gap", "score_gap_z"))
+    if len(gap) < 2 or min(map(abs, gap.values[-2:])) < limits.held_out_gap:
+        return None
+    if min(map(abs, z.values[-2:])) < limits.sampling_gap_z or gap.values[-1] * gap.values[-2] < 0:
+        return None
+    less = "lower" if gap.recent(2) > 0 else "higher"
+    return Finding(
+        name="held_out_differs",
+        severity="warning",
+        title="Held-out prompts are of another kind than those trained on",
+        steps=(gap.steps[-2], gap.steps[-1]),
+        evidence=(
+            f"Held-out prompts score {abs(gap.recent(2)):.1f} standard deviations {less} than the training prompts of "
+            f"the same step ({abs(z.recent(2)):.0f} standard errors)."
+        ),
+        figures={"gap": gap.recent(2), "z": z.recent(2)},
+        cause="two sources, two templates, or training prompts so few that the policy knows them by heart.",
+        remedy=Remedy(text="Draw both from one set.", code="split = dataset.train_test_split(test_size=0.1, seed=0)"),
+    )

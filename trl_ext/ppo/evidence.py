@@ -1,0 +1,382 @@
+"""What a run measures beside its training to tell causes apart: cheaply, on few rows, and without changing anything.
+
+Nothing here moves a weight, a random number of the run or a running mean; a run with `PPOConfig(evidence=False)` takes
+the same steps. docs/diagnostics/evidence.md explains each number.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor, nn
+
+from trl_ext.core import evidence, masked_sum, penalize_missing_eos, shape_rewards, token_mean
+from trl_ext.generation import GenerationError, TransformersGenerator
+from trl_ext.ppo.collector import Collector, RewardLog
+from trl_ext.ppo.config import PPOConfig
+from trl_ext.ppo.objectives import CheckedObjective, same_prompt, value_loss
+from trl_ext.ppo.pretraining import PretrainMix
+from trl_ext.ppo.random_state import RandomState
+from trl_ext.rewards import RewardError
+from trl_ext.roles import Role
+from trl_ext.types import Experience, concatenate
+
+logger = logging.getLogger(__name__)
+
+ROWS = 8  # whose gradient is taken apart, and which are scored again
+TWINS = 16  # prompts that are answered a second time
+SHARE = 0.01  # of an update that gradients may take, and second completions, each over the whole run
+TENSORS, NUMBERS = 32, 64  # so many numbers of so many parameters stand for the policy's gradient
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Every how many rollouts something is measured: as often as `SHARE` allows, by settings alone, so that a run that
+    resumes measures where it would have.
+
+    The unit is a forward of one micro-batch. A decoding step counts as much, which is its most; a backward counts two.
+
+    Attributes:
+        gradients: the policy's gradient by term, and scoring again.
+        twins: second completions; a multiple of the former.
+    """
+
+    gradients: int
+    twins: int
+
+    @classmethod
+    def of(cls, args: PPOConfig, trained_forwards: int) -> Schedule:
+        """For `trained_forwards` forwards of each micro-batch: 2 where the value role has a forward of its own."""
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.num_mini_batches
+        generations = -(-rows // args.local_rollout_forward_batch_size)
+        micro_batches = args.num_ppo_epochs * args.num_mini_batches * args.gradient_accumulation_steps
+        update = generations * args.max_completion_length + 3 * micro_batches * trained_forwards
+        terms = 3 + bool(args.entropy_coef) + bool(args.ptx_coef) + (trained_forwards == 1)
+        few = min(ROWS / args.per_device_train_batch_size, 1.0)
+        gradients = math.ceil(3 * terms * few / (SHARE * update))
+        twins = math.ceil(args.max_completion_length / (SHARE * update))
+        return cls(gradients, -(-twins // gradients) * gradients)
+
+
+class Evidence:
+    """Measures a rollout once it is experience, and before it is trained on.
+
+    Args:
+        collector: answers and scores once more.
+        args: settings.
+        accelerator: for autocast, and to gather over processes.
+        objective: whose advantages are taken apart.
+        policy: the policy's trained parameters.
+        value_on_trunk: the value role is a head on the policy's trunk.
+        pretrain_mix: gives the PTX loss's texts; None: no such loss.
+    """
+
+    def __init__(
+        self,
+        collector: Collector,
+        args: PPOConfig,
+        accelerator: Accelerator,
+        objective: CheckedObjective,
+        policy: list[nn.Parameter],
+        value_on_trunk: bool,
+        pretrain_mix: PretrainMix | None,
+    ) -> None:
+        self.collector, self.args, self.accelerator = collector, args, accelerator
+        self.objective, self.policy, self.pretrain_mix = objective, policy, pretrain_mix
+        self.value_on_trunk = value_on_trunk and args.uses_value
+        self.schedule = Schedule.of(args, 2 if args.uses_value and not value_on_trunk else 1)
+        self._told = False
+
+    def __call__(
+        self,
+        experience: Experience,
+        inputs: list[dict[str, Any]],
+        trainer_state: Any,
+        rollout: int,
+        policy_trains: bool,
+    ) -> dict[str, float]:
+        """What is logged of a rollout. Every process must call it.
+
+        Args:
+            inputs: this process's rows of the dataset, as the rollout was made from.
+            rollout: its number, from 0.
+            policy_trains: False while the value role alone is trained.
+        """
+        with self._apart(rollout):
+            metrics = {**self._shares(experience), **self._credit(experience), **within_prompts(experience)}
+            if rollout % self.schedule.gradients == 0:
+                metrics |= self._scored_again(experience, inputs, trainer_state, rollout)
+                if policy_trains and self.sees_whole_gradients:
+                    step = trainer_state.global_step
+                    metrics |= self._attempt(lambda: self._gradients(experience, step)) or {}
+        return {f"evidence/{name}": value for name, value in metrics.items() if math.isfinite(value)}
+
+    @property
+    def sees_whole_gradients(self) -> bool:
+        """Not where processes share out the weights, nor where gradients need a scale to survive."""
+        shared_out = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        return not (shared_out or self.args.fp16)
+
+    @contextmanager
+    def _apart(self, rollout: int) -> Iterator[None]:
+        """Leave all random numbers as they were, and count the seconds by themselves."""
+        state, seconds, started = RandomState(), dict(self.collector.seconds), time.perf_counter()
+        torch.manual_seed((self.args.seed + 1) * 1_000_003 + rollout * 1_009 + self.accelerator.process_index)
+        try:
+            yield
+        finally:
+            state.restore()
+            self.collector.seconds.clear()
+            self.collector.seconds.update(seconds)
+            self.collector.seconds["evidence"] += time.perf_counter() - started
+
+    def _attempt(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns; None where it fails here. Training does not need it, so nothing ends for its sake."""
+        try:
+            return work()
+        except (RewardError, GenerationError, torch.OutOfMemoryError) as error:
+            if not self._told:
+                logger.warning("A measurement beside training is left out (%s). evidence=False turns them off.", error)
+            self._told = True
+            return None
+
+    # From what is there -----------------------------------------------------------------------------------------------
+
+    def _shares(self, experience: Experience) -> dict[str, float]:
+        """What of the variance of a completion's whole reward each function makes, the penalty for a missing EOS, the
+        KL, and what else changed a score."""
+        args, scores, rollout = self.args, experience.scores, experience.rollout
+        scored = ~scores.total.isnan()
+        if int(scored.sum()) < 2:
+            return {}
+        columns = self.collector.combination.parts(scores.by_function)
+        names = self.collector.score_names if columns.shape[1] == len(self.collector.score_names) else ["reward_roles"]
+        parts = {f"share_of/{name}": columns[:, i] for i, name in enumerate(names)}
+        zeros = torch.zeros_like(scores.total)
+        parts["share/other"] = scores.total - columns.sum(dim=1)
+        parts["share/missing_eos_penalty"] = penalize_missing_eos(zeros, rollout.has_eos, args.missing_eos_penalty)
+        parts["share/kl"] = -args.kl_coef * masked_sum(experience.kl, rollout.completion_mask, dim=1)
+        parts = {name: part[scored] for name, part in parts.items()}
+        whole = torch.stack(list(parts.values())).sum(dim=0)
+        return {**evidence.shares_of_variance(parts), "reward_std": float(whole.std(unbiased=False))}
+
+    def _credit(self, experience: Experience) -> dict[str, float]:
+        """How far back a score at the end reaches."""
+        decay = {"clip": self.args.gamma * self.args.lam, "kl_penalty": self.args.gamma * self.args.lam}
+        if self.args.objective == "reinforce" and self.args.uses_value:
+            decay["reinforce"] = self.args.gamma
+        if self.args.objective_name not in decay or not isinstance(self.args.objective, str):
+            return {}
+        first, mean = evidence.credit_reach(experience.rollout.completion_mask, decay[self.args.objective_name])
+        return {"credit/first_token": first, "credit/mean": mean}
+
+    # A second look ----------------------------------------------------------------------------------------------------
+
+    def _scored_again(
+        self, experience: Experience, inputs: list[dict[str, Any]], trainer_state: Any, rollout: int
+    ) -> dict[str, float]:
+        collector, processes = self.collector, self.accelerator.num_processes
+        twins = rollout % self.schedule.twins == 0 and self._can_answer_again and self.args.num_generations == 1
+        repeatable = [True] if collector.scorer is None else collector.scorer.repeatable
+        if not any(repeatable) or (collector.scorer is None and not twins):
+            return {}
+        count = min(-(-(TWINS if twins else ROWS) // processes), len(inputs))
+        rows = torch.arange(count) + self.accelerator.process_index * len(inputs)
+        part = self._attempt(lambda: self._second_scores(experience.rows(rows), inputs[:count], trainer_state, twins))
+        parts = gather_object([part])
+        if any(one is None for one in parts):
+            return {}
+        first, again, other = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        metrics: dict[str, float] = {}
+        if collector.scorer is not None:
+            for i, name in enumerate(collector.score_names):
+                column = experience.scores.by_function[:, i]
+                variance = column[~column.isnan()].double().var(unbiased=False)
+                metrics[f"noise/{name}"] = evidence.noise_share(first[:, i], again[:, i], float(variance))
+        if len(other) and all(repeatable):
+            totals = torch.cat([collector.combination(one, training=False) for one in (again, other)])
+            groups = torch.arange(len(again)).repeat(2)
+            metrics |= _within(totals, groups)
+        return metrics
+
+    @property
+    def _can_answer_again(self) -> bool:
+        """Whether a second completion leaves what the generator will sample next as it is, and scores can be had."""
+        scorer = self.collector.scorer
+        return isinstance(self.collector.generator, TransformersGenerator) and (
+            scorer is None or all(scorer.repeatable)
+        )
+
+    def _second_scores(
+        self, before: Experience, inputs: list[dict[str, Any]], trainer_state: Any, twins: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores by function of the same completions, as they were and once more, and of second completions of their
+        prompts (none of these where there are no `twins`). All that is scored anew is scored in one call."""
+        collector, rollout = self.collector, before.rollout
+        if twins:
+            pad = int(collector.generation_config.pad_token_id)
+            rollout = concatenate([replace(rollout, sampling_logprobs=None), collector.answered(inputs)], pad)
+        pass_ = None
+        if collector.scorer is None:
+            with self.accelerator.autocast():
+                pass_ = collector.score_pass(rollout, roles=["reward"])
+        anew = inputs * (2 if twins else 1)
+        scores = collector.score(rollout, pass_, anew, trainer_state, RewardLog(), measured=True)
+        return before.scores.by_function, scores[: len(inputs)], scores[len(inputs) :]
+
+    # The policy's gradient by term ------------------------------------------------------------------------------------
+
+    def _gradients(self, experience: Experience, global_step: int) -> dict[str, float]:
+        """Norm of the policy's gradient from each term of its loss, on few rows before the first step, and the cosine
+        of each with that from the score. One forward a term, so that memory needs no more than in training, and
+        gradient checkpointing has one backward for each forward."""
+        args = self.args
+        rows = torch.arange(min(ROWS, args.per_device_train_batch_size, len(experience.kl)))
+        batch = experience.rows(rows).to(self.collector.base.device)
+        mask, tokens = batch.loss_mask, batch.loss_mask.sum().clamp(min=1)
+
+        def policy(part: Tensor) -> Tensor:
+            # Before the first step the ratio is 1, where the gradient of every surrogate is that of A log pi.
+            return -token_mean(part[rows].to(mask.device) * self._outputs(batch)["logprobs"], mask, tokens)
+
+        terms: dict[str, Callable[[], Tensor]] = {
+            name: partial(policy, part) for name, part in self._advantages_by_part(experience).items()
+        }
+        if args.entropy_coef:
+            terms["entropy"] = lambda: -args.entropy_coef * token_mean(self._outputs(batch)["entropy"], mask, tokens)
+        if self.value_on_trunk:
+            terms["value"] = lambda: value_loss(batch, self._outputs(batch, "value"), tokens, args)[0]
+        if self.pretrain_mix is not None:
+            terms["ptx"] = lambda: self._pretraining_loss(len(rows), global_step)
+        if not self.collector.base.training:
+            self.collector.base.train()
+        gradients = {name: self._gradient_of(term) for name, term in terms.items()}
+        norms = {f"gradient/{name}": evidence.norm(gradient) for name, gradient in gradients.items()}
+        cosines = {
+            f"cosine/score~{name}": evidence.cosine(gradients["score"], gradient)
+            for name, gradient in gradients.items()
+            if name != "score" and norms[f"gradient/{name}"] > 0
+        }
+        return norms | cosines
+
+    def _outputs(self, batch: Experience, role: Role = "policy") -> dict[str, Tensor]:
+        rollout, args = batch.rollout, self.args
+        return self.collector.base(
+            rollout.input_ids,
+            rollout.attention_mask,
+            rollout.completion_ids.shape[1],
+            roles=(role,),
+            temperature=args.temperature,
+            entropy_grad=bool(args.entropy_coef),
+        )
+
+    def _pretraining_loss(self, rows: int, global_step: int) -> Tensor:
+        assert self.pretrain_mix is not None
+        base = self.collector.base
+        ids, mask = (x.to(base.device) for x in self.pretrain_mix(rows, global_step))
+        terms = -base(ids, mask, ids.shape[1], roles=("policy",))["logprobs"][:, 1:]
+        return self.args.ptx_coef * token_mean(terms, mask[:, 1:], mask[:, 1:].sum())
+
+    def _gradient_of(self, term: Callable[[], Tensor]) -> list[Tensor]:
+        parameters = [parameter for parameter in self.policy if parameter.requires_grad]
+        with torch.enable_grad(), self.accelerator.autocast():
+            loss = term()
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+    def _advantages_by_part(self, experience: Experience) -> dict[str, Tensor]:
+        """Advantages that the score makes, the KL, and what is left: the values, or what is not linear in rewards. They
+        add up to the experience's own."""
+        args, mask = self.args, experience.rollout.completion_mask
+        plain = copy.copy(args)
+        plain.whiten_advantages = False
+        pass_ = replace(experience.score_pass, values=torch.zeros_like(experience.score_pass.values))
+        final = penalize_missing_eos(
+            experience.scores.total.nan_to_num(0.0), experience.rollout.has_eos, args.missing_eos_penalty
+        )
+        rewards = {
+            "score": shape_rewards(final, torch.zeros_like(experience.kl), 0.0, mask),
+            "kl": torch.where(mask, -args.kl_coef * experience.kl, 0.0),
+        }
+        kept = experience.loss_mask
+        scale = 1.0
+        if args.whiten_rewards:
+            whole = (rewards["score"] + rewards["kl"])[kept].double()
+            scale = 1 / math.sqrt(float(whole.var()) + 1e-8) if len(whole) > 1 else 1.0
+        parts = {
+            name: self.objective.advantages(replace(experience, rewards=scale * part, score_pass=pass_), plain)[0]
+            for name, part in rewards.items()
+        }
+        if args.whiten_advantages and int(kept.sum()) > 1:
+            # Whitening is affine: each part loses its own mean, which without a critic is one over completions.
+            whole = self.objective.advantages(experience, plain)[0][kept].double()
+            factor = float(experience.advantages[kept].double().std()) / max(float(whole.std()), 1e-12)
+            weights = kept / (1 if args.uses_value else kept.sum(dim=1, keepdim=True).clamp(min=1))
+            means = {name: (weights * part).sum() / weights.sum() for name, part in parts.items()}
+            parts = {name: torch.where(kept, factor * (part - means[name]), 0.0) for name, part in parts.items()}
+        parts["baseline"] = torch.where(kept, experience.advantages - parts["score"] - parts["kl"], 0.0)
+        return parts
+
+
+def within_prompts(experience: Experience) -> dict[str, float]:
+    """The share of the scores' variance that lies within a prompt, where the rollout has prompts more than once."""
+    scored = ~experience.scores.total.isnan()
+    return _within(experience.scores.total[scored], same_prompt(experience.rollout.prompt_tokens)[scored])
+
+
+def _within(scores: Tensor, groups: Tensor) -> dict[str, float]:
+    within, between, freedom = evidence.variance_components(scores, groups)
+    if freedom < 4 or within + between == 0.0:  # of fewer nothing can be told
+        return {}
+    return {"score/within_prompt": within / (within + between), "score/repeats": float(freedom)}
+
+
+def held_out_gap(trained: Experience | None, held_out: Experience) -> dict[str, float]:
+    """How far the scores of held-out prompts lie below those of the training prompts of the rollout in use."""
+    if trained is None:
+        return {}
+    kept = [one.scores.total[~one.scores.total.isnan()] for one in (trained, held_out)]
+    gap, z = evidence.score_gap(*kept)
+    found = {"evidence/held_out/score_gap": gap, "evidence/held_out/score_gap_z": z}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def sampled(parameters: Sequence[nn.Parameter], scale: float = 1.0) -> Tensor:
+    """Some numbers of the gradient, the same ones every time: (numbers,) float64 on the CPU."""
+    kept = parameters[:: max(1, len(parameters) // TENSORS)]
+    parts = []
+    for parameter in kept:
+        stride = max(1, parameter.numel() // NUMBERS)
+        whole = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+        parts.append(whole.detach().flatten()[::stride][:NUMBERS].double())
+    return torch.cat(parts).cpu() / scale if parts else torch.zeros(0, dtype=torch.float64)
+
+
+def rounding_of(optimizer: Any, parameters: Sequence[nn.Parameter]) -> float:
+    """Share of Adam's step just taken that rounding took away, by squares, over some of the policy's parameters; NaN
+    where the optimizer keeps no moments."""
+    of_policy = {id(parameter) for parameter in parameters[:: max(1, len(parameters) // TENSORS)]}
+    lost = size = 0.0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            moments = optimizer.state.get(parameter, {})
+            if id(parameter) not in of_policy or not {"exp_avg", "exp_avg_sq", "step"} <= set(moments):
+                continue
+            step, (beta1, beta2) = float(moments["step"]), group["betas"]
+            mean = moments["exp_avg"].flatten()[:NUMBERS].double() / (1 - beta1**step)
+            square = moments["exp_avg_sq"].flatten()[:NUMBERS].double() / (1 - beta2**step)
+            meant = -group["lr"] * mean / (square.sqrt() + group["eps"])
+            of_one = evidence.lost_to_rounding(parameter.detach().flatten()[:NUMBERS], meant)
+            lost, size = lost + of_one[0], size + of_one[1]
+    return lost / size if size > 0 else math.nan
