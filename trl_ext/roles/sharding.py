@@ -20,7 +20,7 @@ def settle(module: nn.Module, *methods: str) -> None:
     """Leave a sharded module as an optimizer must find it, the parameters of its own in parts; and let each of its
     `methods` compute with whole ones, as its forward does. Nothing happens to any other module."""
     if isinstance(module, FSDPModule):
-        module.reshard()  # type: ignore[operator]  # once lazily initialised, the root keeps them whole until backward
+        module.reshard()  # once lazily initialised, the root keeps them whole until backward
         for name in methods:
             if name not in vars(module):
                 register_fsdp_forward_method(module, name)
