@@ -20,6 +20,7 @@ from trl_ext.ppo.checks import (
     check_output_dir,
     check_prompts,
     check_sampling,
+    check_sharding,
     check_tokenizer,
 )
 from trl_ext.ppo.config import PPOConfig
@@ -330,3 +331,32 @@ def test_what_generate_takes_is_taken_and_no_random_number_is_used(given: dict[s
     before = torch.get_rng_state()
     check_sampling(config(generation_kwargs=given), 30)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("variables", "changes", "why"),
+    [
+        ({"FSDP_VERSION": "1"}, {}, "fsdp_version is 1, but roles share a base through FSDP2 only"),
+        ({}, {}, "fsdp_version is 1"),  # accelerate's default
+        ({"FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "leaves the base empty"),
+        ({"FSDP_VERSION": "2"}, {"use_transformers_continuous_batching": True}, "answers by generate: leave it out"),
+        ({"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed steps the optimizer"),
+    ],
+    ids=["version 1", "no version", "efficient loading", "continuous batching", "DeepSpeed"],
+)
+def test_ways_to_share_out_the_base_that_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], changes: dict[str, Any], why: str
+) -> None:
+    args = PPOConfig(str(tmp_path), **QUIET, **changes)
+    check_sharding(args)
+    for name, value in ({"ACCELERATE_USE_FSDP": "true"} | variables).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=why):
+        check_sharding(args)
+
+
+def test_fsdp2_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = PPOConfig(str(tmp_path), **QUIET)
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
+        monkeypatch.setenv(name, value)
+    check_sharding(args)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -163,9 +163,8 @@ class Checkpoints:
         on_all(lambda: move() if self.args.should_save else None)
 
     def met(self, write: Callable[[], None]) -> None:
-        """Call `write`. Where it fails on one process it raises on all, unless they wait for each other within, as
-        DeepSpeed's do."""
-        write() if self.accelerator.distributed_type == DistributedType.DEEPSPEED else on_all(write)
+        """Call `write`. Where it fails on one process it raises on all."""
+        on_all(write)
 
     def _check_written(self, failure: Exception | None, final: Path, unfinished: Path) -> None:
         if failure is None:

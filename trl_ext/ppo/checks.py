@@ -389,6 +389,11 @@ def check_sharding(args: PPOConfig) -> None:
     Raises:
         ValueError: says what to set instead.
     """
+    if args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "DeepSpeed steps the optimizer after each backward, and each role has one of its own: take "
+            "recipes/accelerate/multi_gpu.yaml, or fsdp.yaml beside it to share out the base."
+        )
     settings: Any = args.fsdp_plugin_args
     if settings is None and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return

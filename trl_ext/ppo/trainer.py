@@ -103,6 +103,9 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
         ValueError, TypeError: bad input, found before a model is loaded where that is possible.
     """
 
+    is_fsdp_enabled: bool  # Transformers'
+    optimizer: Any
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a loss that nothing would call.
 
