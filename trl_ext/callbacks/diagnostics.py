@@ -165,8 +165,7 @@ class DiagnosticsCallback(RolloutCallback):
                     edge = cause_of(finding, present)
                     if state.is_world_process_zero:
                         logger.warning("%s", finding if edge is None else _as_consequence(finding, edge))
-                    explained = edge is not None and _is_problem(edge.cause, present)
-                    if finding.severity == "problem" and not explained:
+                    if finding.severity == "problem":
                         self._respond(finding, args, control, kwargs)
 
     def _note_functions(self, args: Any, state: TrainerState, logs: dict[str, Any]) -> None:
@@ -205,10 +204,6 @@ class DiagnosticsCallback(RolloutCallback):
                 elif name == "learning_rate" and kwargs.get("lr_scheduler") is not None:
                     scale_learning_rate(kwargs["optimizer"], kwargs["lr_scheduler"], value / args.learning_rate)
                     logger.warning("%s: learning_rate is multiplied by %.3g.", finding.name, value / args.learning_rate)
-
-
-def _is_problem(name: str, findings: Sequence[Finding]) -> bool:
-    return any(finding.name == name and finding.severity == "problem" for finding in findings)
 
 
 def _as_consequence(finding: Finding, edge: Edge) -> str:
