@@ -117,6 +117,7 @@ ROWS = [
     Row("numbers for prompts", "ppo", "--dataset numbers.jsonl", "a prompt is a text, or a list of messages"),
     Row("messages without a role", "ppo", "--dataset roleless.jsonl", "a prompt is a text, or a list of messages"),
     Row("a prompt that leaves no room for its answer", "ppo", "--dataset long.jsonl", "may follow, but the model reads 128: shorten or drop the row, or lower max_completion_length."),
+    Row("half a character in a cell", "ppo", "--dataset surrogate.csv --ptx_dataset surrogate.csv --ptx_coef 1", "cannot be read: line 2, column 'answer': half of a surrogate pair"),
     Row("half a character in a prompt", "ppo", "--dataset surrogate.jsonl", "cannot be read: line 1, column 'completion': half of a surrogate pair"),
     Row("pictures in a prompt", "ppo", "--dataset pictures.jsonl", "which is no text; a prompt is a text, or a list of messages"),
     Row("a dataset that nobody has", "ppo", "--dataset nobody/nothing", "nobody/nothing"),
@@ -238,6 +239,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "one_label.jsonl": many(lambda i: {"prompt": f"p {i // 2}", "completion": f"a {i}", "label": True}),
         "ties.jsonl": many(lambda i: {"prompt": f"p {i}", "completions": ["a", "b"], "ranks": [1, 1]}),
         "lonely.jsonl": many(lambda i: {"prompt": f"p {i}", "completions": ["a"], "ranks": [1]}),
+        "surrogate.csv": 'prompt,answer\nhi,"[{""role"":""user"",""content"":""\\ud83d""}]"\n',
         "surrogate.jsonl": '{"prompt": "p", "completion": "\\ud83d", "rating": 1}\n' * 100,
         "bad_rewards.py": (
             "NUMBER = 3\n"

@@ -20,6 +20,10 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets.exceptions import DatasetsError
+from pyarrow import ArrowException
+
+from trl_ext.feedback.records import Problem
 
 Row = dict[str, Any]
 
@@ -169,12 +173,57 @@ def _named_rows(source: str | Path, name: str, evaluated: bool) -> Dataset:
     found: Any = opened(source, None, str(source))
     if not isinstance(found, Path):
         return found
-    rows, in_cells = [], found.suffix in (".csv", ".tsv")
-    for line, row in numbered_rows(found, str(source)):
+    return rows_of_file(str(found), str(source))
+
+
+def rows_of_file(source: str, name: str) -> Dataset:
+    """The rows of a file as they are.
+
+    Raises:
+        FeedbackError: it cannot be read, or holds what no table or tokenizer takes.
+    """
+    try:
+        return _rows_of_file(source)
+    except (ArrowException, OverflowError, StopIteration, DatasetsError, ValueError) as error:
+        reason = " ".join(str(error.__cause__ or error).split()) or "it holds no rows"
+        raise FeedbackError(f"The dataset file {name!r} cannot be read: {reason:.200}") from error
+
+
+def _rows_of_file(source: str) -> Dataset:
+    if Path(source).suffix == ".parquet":  # has types of its own, and need not fit into memory
+        return load_dataset("parquet", data_files=source, split="train")
+    # Not `load_dataset`, which takes digits in a CSV cell for a number and a date in JSON for a time.
+    rows, in_cells = [], Path(source).suffix in (".csv", ".tsv")
+    for line, row in numbered_rows(source, source):
         if isinstance(row, Unusable):
-            raise FeedbackError(f"{source}: line {line}: {row.reason}.")
-        rows.append({column: decoded(value) for column, value in row.items()} if in_cells else row)
-    return Dataset.from_list(rows, on_mixed_types="use_json")
+            raise ValueError(str(Problem(line, row.column, row.reason)))
+        row = {name: decoded(value) for name, value in row.items()} if in_cells else row
+        for name, value in row.items():
+            if has_half_a_character(value):
+                raise ValueError(str(Problem(line, name, "half of a surrogate pair, which is no character")))
+            if _too_big(value):
+                raise ValueError(str(Problem(line, name, "a number of more than 64 bits: give it as a text")))
+        rows.append(row)
+    names = dict.fromkeys(name for row in rows for name in row)
+    if not names:
+        raise ValueError("it holds no rows")
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}, on_mixed_types="use_json")
+
+
+def _too_big(value: Any) -> bool:
+    """Whether a whole number in it is beyond what a table can hold."""
+    if isinstance(value, (list, dict)):
+        return any(map(_too_big, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and not -(2**63) <= value < 2**63
+
+
+def has_half_a_character(value: Any) -> bool:
+    """Escapes in JSON can spell what UTF-8 cannot hold and no tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _saved(path: Path, name: str) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl_ext.feedback.files import Row, Unusable, decoded
+from trl_ext.feedback.files import Row, Unusable, decoded, has_half_a_character
 from trl_ext.feedback.records import Label, Pair, Ranking, Rating, Record, without_nan
 from trl_ext.types import fault_of_messages
 
@@ -145,15 +145,6 @@ def _text_or_messages(row: Row, column: str) -> Any:
     shown = "missing" if value is None else "empty" if value in ("", []) or not str(value).strip() else f"{value!r:.60}"
     shown = fault if fault.startswith("the content") else shown
     raise Unusable(column, f"{shown}: give a text, or a list of messages with role and content")
-
-
-def has_half_a_character(value: Any) -> bool:
-    """Escapes in JSON can spell what UTF-8 cannot hold and no tokenizer takes."""
-    try:
-        json.dumps(value, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _list(row: Row, column: str) -> list[Any]:

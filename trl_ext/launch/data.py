@@ -12,17 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets, load_dataset
-from datasets.exceptions import DatasetsError
-from pyarrow import ArrowException
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from trl_ext import demo, feedback
 from trl_ext.feedback.converting import middle_of_scale
-from trl_ext.feedback.files import READERS, Unusable, decoded, numbered_rows, opened
-from trl_ext.feedback.forms import has_half_a_character
+from trl_ext.feedback.files import READERS, Unusable, opened, rows_of_file
 from trl_ext.feedback.reading import check_on_error, converting_lines, renaming, says_how_to_prompt
-from trl_ext.feedback.records import Problem, key_of
+from trl_ext.feedback.records import key_of
 from trl_ext.ppo.checks import check_column, check_prompts
 from trl_ext.reward_models import rows as rows_of_reward
 from trl_ext.tokens import config_of
@@ -200,39 +197,8 @@ def _read(source: Any, name: str, columns: list[str] | None = None) -> Dataset:
     if isinstance(source, str) and not Path(source).is_file():
         raise FileNotFoundError(f"The dataset file {source!r} does not exist.")
     if isinstance(source, str):
-        try:
-            source = _rows_of_file(source)
-        except (ArrowException, OverflowError, StopIteration, DatasetsError, ValueError) as error:
-            reason = " ".join(str(error.__cause__ or error).split()) or "it holds no rows"
-            raise ValueError(f"The dataset file {name!r} cannot be read: {reason:.200}") from error
+        source = rows_of_file(source, name)
     return source.rename_columns(renaming(columns or []))
-
-
-def _rows_of_file(source: str) -> Dataset:
-    if Path(source).suffix == ".parquet":  # has types of its own, and need not fit into memory
-        return load_dataset("parquet", data_files=source, split="train")
-    # Not `load_dataset`, which takes digits in a CSV cell for a number and a date in JSON for a time.
-    rows, in_cells = [], Path(source).suffix in (".csv", ".tsv")
-    for line, row in numbered_rows(source, source):
-        if isinstance(row, Unusable):
-            raise ValueError(str(Problem(line, row.column, row.reason)))
-        for name, value in row.items():
-            if has_half_a_character(value):
-                raise ValueError(str(Problem(line, name, "half of a surrogate pair, which is no character")))
-            if _too_big(value):
-                raise ValueError(str(Problem(line, name, "a number of more than 64 bits: give it as a text")))
-        rows.append({name: decoded(value) for name, value in row.items()} if in_cells else row)
-    names = dict.fromkeys(name for row in rows for name in row)
-    if not names:
-        raise ValueError("it holds no rows")
-    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}, on_mixed_types="use_json")
-
-
-def _too_big(value: Any) -> bool:
-    """Whether a whole number in it is beyond what a table can hold."""
-    if isinstance(value, (list, dict)):
-        return any(map(_too_big, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, int) and not -(2**63) <= value < 2**63
 
 
 def _is_file(source: str) -> bool:

@@ -380,7 +380,7 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
     def _as_if_whole(self, optimizer_too: bool = False) -> Iterator[None]:
         """Inside, Transformers writes and reads what it does where nothing is shared out: the roles alone, not all of
         the base, and an optimizer's state that any number of processes can go on from."""
-        enabled, optimizer = self.is_fsdp_enabled, self.optimizer  # type: ignore[has-type]
+        enabled, optimizer = self.is_fsdp_enabled, self.optimizer
         self.is_fsdp_enabled = False
         if enabled and optimizer_too:
             self.optimizer = WholeOptimizer(optimizer)

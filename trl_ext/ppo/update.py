@@ -184,17 +184,7 @@ class Updater:
         self._num_text_tokens = self._num_tokens = torch.zeros(())
         self._parameters: dict[Role, list[nn.Parameter]] = {}
         self._value_has_adapter = base.adapters["value"] != base.adapters["policy"]
-        self.evidence: Evidence | None = None
-        if args.evidence:
-            self.evidence = Evidence(
-                collector,
-                args,
-                accelerator,
-                self.objective,
-                self._parameters["policy"],
-                not self._value_has_adapter,
-                pretrain_mix,
-            )
+        self.evidence: Evidence | None = None  # until training begins
         self._gradient_before: Tensor | None = None  # of the micro-batches of the minibatch so far
 
     def reset(self) -> None:
@@ -210,6 +200,16 @@ class Updater:
             "policy": self.base.trainable_parameters("policy"),
             "value": self.base.trainable_parameters("value") if self.args.uses_value else [],
         }
+        if self.args.evidence:
+            self.evidence = Evidence(
+                self.collector,
+                self.args,
+                self.accelerator,
+                self.objective,
+                self._parameters["policy"],
+                not self._value_has_adapter,
+                self.pretrain_mix,
+            )
 
     # Experience -------------------------------------------------------------------------------------------------------
 

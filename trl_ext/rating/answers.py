@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.feedback import FORMS, FeedbackError, Problem, Record, Unusable, read
-from trl_ext.feedback.files import Row, numbered_rows
-from trl_ext.feedback.forms import has_half_a_character, number_of
+from trl_ext.feedback.files import Row, has_half_a_character, numbered_rows
+from trl_ext.feedback.forms import number_of
 from trl_ext.feedback.reading import check_prompt_is_read, check_same
 from trl_ext.rating.modes import LETTERS, STARS, Candidate, Mode, Verdict, alike, shuffled
 
