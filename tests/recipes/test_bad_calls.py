@@ -21,6 +21,7 @@ import trl_ext
 from tests.helpers import QUIET
 from trl_ext import demo, feedback
 from trl_ext.rewards import RewardError, remote, texts
+from trl_ext.runs import LOCK
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,9 @@ def names() -> dict[str, Any]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """All files but the empty one by which a run claims its folder."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != LOCK]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.what)

@@ -17,13 +17,12 @@ from trl_ext.evaluation.comparisons import (
 from trl_ext.evaluation.evaluating import evaluate
 from trl_ext.evaluation.figures import figures
 from trl_ext.evaluation.judges import RUBRIC, Judge, JudgeError, ModelJudge, ScoreJudge, Spec, by_people
-from trl_ext.evaluation.picking import BY_SCORES, WAYS, check_pick, pick
+from trl_ext.evaluation.picking import WAYS, check_pick, pick
 from trl_ext.evaluation.policies import Cast, Policies
 from trl_ext.evaluation.result import print_result, section
 from trl_ext.evaluation.sampling import Row, Sampling, read_rows, sample, write_rows
 
 __all__ = [
-    "BY_SCORES",
     "RUBRIC",
     "WAYS",
     "Agreement",

@@ -17,7 +17,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from trl_ext import demo, feedback, launch
 from trl_ext.callbacks import DiagnosticsCallback
-from trl_ext.evaluation import BY_SCORES, Row, Sampling, Spec, evaluate, sample, write_rows
+from trl_ext.evaluation import Row, Sampling, Spec, evaluate, sample, write_rows
+from trl_ext.evaluation.picking import BY_SCORES
 from trl_ext.evaluation.sampling import add_scores, rollout_of, write_whole
 from trl_ext.launch.data import CONVERTERS
 from trl_ext.launch.resuming import last_checkpoint

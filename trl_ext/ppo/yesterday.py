@@ -35,7 +35,6 @@ SETTINGS: dict[str, str] = {
     "importance_sampling_level": "objective",
     "delta": "dual_clip",
     "sync_ref_model": _NONE,
-    "vllm_mode": _NONE,
     "top_entropy_quantile": _NONE,
     "rloo_k": "num_generations",
     # TRL 1.12
