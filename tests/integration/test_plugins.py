@@ -171,7 +171,8 @@ def test_an_objective_that_fails_late_loses_nothing(tmp_path: Path, method: str,
     """And a run that resumes with one that is mended ends as if nothing had been."""
 
     def train(folder: Path, objective: Any, checkpoint: str | None = None) -> PPOTrainer:
-        settings = config(folder, total_episodes=24, logging_steps=3, objective=objective)
+        # Evidence would call the objective too, and calls are counted.
+        settings = config(folder, total_episodes=24, logging_steps=3, objective=objective, evidence=False)
         trainer = PPOTrainer(model, cats, settings, prompt_dataset(32), None, word_tokenizer(), peft_config=LORA)
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer
@@ -815,7 +816,7 @@ def test_a_reward_function_that_fails_late_loses_nothing(tmp_path: Path) -> None
             raise RuntimeError("server on fire")
         return cats(completions)
 
-    settings = {"total_episodes": 32}
+    settings = {"total_episodes": 32, "evidence": False}  # evidence would call the function too, and calls are counted
     trainer = trainer_for(tmp_path, sometimes, **settings)
     with pytest.raises(
         RewardError, match=r"^Reward function 'sometimes' raised RuntimeError: server on fire.*All 4 steps"
@@ -854,7 +855,7 @@ def test_nobody_gave_a_score(tmp_path: Path) -> None:
 
 
 def test_a_step_on_gradients_that_are_not_finite_is_passed_over(tmp_path: Path) -> None:
-    trainer = trainer_for(tmp_path, total_episodes=24)
+    trainer = trainer_for(tmp_path, total_episodes=24, evidence=False)  # which takes gradients too
     calls = []
 
     def overflow(gradient: torch.Tensor) -> torch.Tensor:

@@ -20,15 +20,15 @@ OF_THE_TRAINER = {
     *("loss/policy_avg", "loss/value_avg", "loss/ptx", "val/ratio", "val/clipfrac_avg"),
     *("policy/approxkl_avg", "policy/first_approxkl", "policy/clipfrac_avg", "policy/entropy_avg"),
     *("policy/skipped_minibatches", "grad_norm/policy", "grad_norm/value"),
-    *("evidence/gradient/signal", "evidence/gradient/noise", "evidence/lost_to_rounding"),
     *("time/generate", "time/roles", "time/score", "time/evidence", "time/train"),
 }
+EVIDENCE = "evidence/"  # of some rollouts alone
 
 
 def name_taken(names: Iterable[str], rollout_metrics: Iterable[str]) -> str | None:
     """The first of `names`, given by a user's code, that the trainer logs something else under; None where none is."""
     taken = OF_THE_TRAINER.union(rollout_metrics)
-    return next((name for name in sorted(names) if name in taken), None)
+    return next((name for name in sorted(names) if name in taken or name.startswith(EVIDENCE)), None)
 
 
 class Metrics:
