@@ -68,6 +68,7 @@ def trainer_for(tmp_path: Path, judge: Judge) -> PPOTrainer:
         score_normalization="running",
         reward_timeout=0.3 if judge.fault == "hang" else None,
         gradient_checkpointing=False,
+        evidence=False,  # it would call what is counted here
         disable_tqdm=True,
         **QUIET,
     )

@@ -111,6 +111,10 @@ def test_a_bad_row_of_a_stream_ends_both_processes_after_a_checkpoint(folder: Pa
     assert (folder / "bad" / "checkpoint-3" / "trainer_state.json").is_file()
 
 
+# Measured on a few rows, which are others where several processes have some each.
+OF_SOME_ROWS = tuple(f"evidence/{name}" for name in ("gradient/", "cosine/", "noise/", "score/"))
+
+
 def assert_equal(one_process: Run, two_processes: Run, nan_ok: bool = False) -> None:
     one, its_logs = one_process
     both, their_logs = two_processes
@@ -118,7 +122,7 @@ def assert_equal(one_process: Run, two_processes: Run, nan_ok: bool = False) -> 
     for ours, theirs in zip(its_logs, their_logs, strict=True):
         assert set(ours) == set(theirs)
         for name in ours:
-            if not name.startswith(CLOCKS):
+            if not name.startswith((*CLOCKS, *OF_SOME_ROWS)):
                 expected = pytest.approx(ours[name], rel=1e-4, abs=1e-5, nan_ok=nan_ok)
                 assert theirs[name] == expected, (name, ours["step"])
     assert any(float(ours["objective/kl_coef"]) != 0.1 for ours in its_logs if "objective/kl_coef" in ours)

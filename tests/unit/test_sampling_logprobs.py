@@ -70,7 +70,8 @@ def test_each_token_comes_with_the_probability_that_sampled_it(how: dict[str, An
     plain = {"max_new_tokens": 8, "do_sample": True, "top_k": 0, "pad_token_id": 0, "eos_token_id": EOS}
     config = GenerationConfig(**{**plain, **how})
     make: Any = (lambda: ContinuousGenerator(roles, 3, tell=True)) if continuous else None
-    generator: Generator = make() if make else TransformersGenerator(roles, 3, tell=True)
+    rows = 1 if "repetition_penalty" in how else 3  # older Transformers count padding among what is repeated
+    generator: Generator = make() if make else TransformersGenerator(roles, rows, tell=True)
     torch.manual_seed(4)
     answers = generator.answers(PROMPTS, config, "policy")
     assert answers.logprobs is not None
