@@ -111,7 +111,7 @@ def test_a_bad_row_of_a_stream_ends_both_processes_after_a_checkpoint(folder: Pa
     assert (folder / "bad" / "checkpoint-3" / "trainer_state.json").is_file()
 
 
-# Measured on a few rows, which are others where several processes have some each.
+# Measured on a few rows, which are others where several processes have some each; no gradients where they share the base.
 OF_SOME_ROWS = tuple(f"evidence/{name}" for name in ("gradient/", "cosine/", "noise/", "score/"))
 
 
@@ -120,9 +120,10 @@ def assert_equal(one_process: Run, two_processes: Run, nan_ok: bool = False) -> 
     both, their_logs = two_processes
     assert len(its_logs) == len(their_logs)
     for ours, theirs in zip(its_logs, their_logs, strict=True):
-        assert set(ours) == set(theirs)
-        for name in ours:
-            if not name.startswith((*CLOCKS, *OF_SOME_ROWS)):
+        names = {name for name in ours if not name.startswith(OF_SOME_ROWS)}
+        assert names == {name for name in theirs if not name.startswith(OF_SOME_ROWS)}
+        for name in names:
+            if not name.startswith(CLOCKS):
                 expected = pytest.approx(ours[name], rel=1e-4, abs=1e-5, nan_ok=nan_ok)
                 assert theirs[name] == expected, (name, ours["step"])
     assert any(float(ours["objective/kl_coef"]) != 0.1 for ours in its_logs if "objective/kl_coef" in ours)

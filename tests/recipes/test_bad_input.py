@@ -19,6 +19,7 @@ from tests.helpers import FLAGS
 from tests.recipes.test_bad_calls import CALLS
 from tests.recipes.test_bad_environments import ENVIRONMENTS, Environment
 from trl_ext import SharedBase, cli, demo
+from trl_ext.runs import LOCK
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "errors.md"
@@ -269,7 +270,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file that was there before; what a row may add lies under out/."""
-    kept = (path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != LOCK)  # an empty one
+    kept = (path for path in files if "__pycache__" not in path.parts)
     return {str(path.relative_to(folder)): path.read_bytes() for path in kept if path.parts[-2] != "out"}
 
 
