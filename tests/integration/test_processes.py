@@ -111,7 +111,7 @@ def test_a_bad_row_of_a_stream_ends_both_processes_after_a_checkpoint(folder: Pa
     assert (folder / "bad" / "checkpoint-3" / "trainer_state.json").is_file()
 
 
-# Measured on a few rows, which are others where several processes have some each; no gradients where they share the base.
+# Measured on a few rows, which are others where several processes have some each; no gradients where FSDP2 shards.
 OF_SOME_ROWS = tuple(f"evidence/{name}" for name in ("gradient/", "cosine/", "noise/", "score/"))
 
 
