@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from trl_ext import SharedBase
 from trl_ext.types import Rollout
 
 # fmt: off
@@ -133,6 +134,14 @@ def rollout(lengths: list[int], ended: list[bool], prompt_lengths: list[int] | N
         completion_mask=completion_mask,
         has_eos=torch.tensor(ended),
     )
+
+
+def move_policy(base: SharedBase) -> SharedBase:
+    """The same roles, whose policy is now unlike the bare base."""
+    torch.manual_seed(1)
+    for parameter in base.trainable_parameters("policy"):
+        torch.nn.init.normal_(parameter, std=0.2)
+    return base
 
 
 def recomputes(model: torch.nn.Module) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import prompt_dataset, saved_model, tiny_llama, word_tokenizer
+from tests.helpers import move_policy, prompt_dataset, saved_model, tiny_llama, word_tokenizer
 from tests.integration.test_ppo_trainer import LORA, cats, config, rows_with, trained_state
 from tests.vllm_server import StandIn
 from trl_ext import PPOTrainer, SharedBase, cli
@@ -96,11 +96,7 @@ def test_raw_log_probs_are_refused_where_they_do_not_say_what_sampled(tmp_path: 
 def test_sample(tmp_path: Path, server: StandIn) -> None:
     """Under the saved policy and the bare base, with what is computed here beside it."""
     model = saved_model(tmp_path / "model")
-    base = SharedBase.from_pretrained(model, policy=LORA)
-    torch.manual_seed(1)
-    for parameter in base.trainable_parameters("policy"):
-        torch.nn.init.normal_(parameter, std=0.2)
-    base.save_pretrained(tmp_path / "saved")
+    move_policy(SharedBase.from_pretrained(model, policy=LORA)).save_pretrained(tmp_path / "saved")
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("the cat", "a", "the dog")))
     ask = ["sample", model, "--policy", f"mine={tmp_path / 'saved' / 'policy'}", "bare=base", "--prompts", str(prompts)]

@@ -190,10 +190,13 @@ ROWS = [
     Row("no round", "loop", "--rounds 0", "rounds is 0: give at least 1."),
     Row("a misspelt setting of the reward model", "loop", '--reward {"epochs":3}', "reward has the setting 'epochs', which FeedbackRewardConfig does not have."),
     Row("settings of the reward model that are no JSON", "loop", "--reward {bad", "reward is '{bad', which is no JSON"),
+    Row("comparisons that nobody makes", "loop", "--comparisons 10", "comparisons is 10, but only judge 'people' reads it: leave it out."),
     Row("a loop whose people compare nothing", "loop", "--judge people --comparisons 0", "comparisons is 0: give at least 1."),
     # The command
     Row("a run that is not there", "trl-ext", "doctor missing", "The run folder 'missing' does not exist."),
     Row("a folder without a run", "trl-ext", "doctor empty", "has no trainer_state.json"),
+    Row("where to try nothing", "trl-ext", "doctor run --out trial", "--out and --logs say where and how long remedies are tried: give --try"),
+    Row("trials in JSON of findings", "trl-ext", "doctor run --json --try", "--json prints findings alone, and --try writes trial.json"),
     Row("a report on nothing", "trl-ext", "report missing", "The run folder 'missing' does not exist."),
     Row("feedback that is not there", "trl-ext", "feedback check missing.csv", "The feedback file 'missing.csv' does not exist."),
     Row("feedback of an unknown kind", "trl-ext", "feedback check broken.yaml", "is of no known kind: give one of"),

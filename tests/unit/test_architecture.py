@@ -30,6 +30,7 @@ LOGIC = {
     "callbacks",
     "diagnostics",
     "hub",
+    "random_state",
     "runs",
 }
 
@@ -46,8 +47,9 @@ ARROWS: dict[str, set[str]] = {
     "feedback": {"types", "_moved"},
     "rating": {"feedback", "types"},
     "roles": {"core", "tokens"},
-    "diagnostics": {"core", "types"},
+    "diagnostics": {"core", "random_state", "types"},
     "hub": {"diagnostics"},
+    "random_state": set(),
     "runs": set(),
     "evaluation": {"core", "diagnostics", "feedback", "generation", "rewards", "roles", "tokens", "types"},
     "callbacks": {"controllers", "core", "diagnostics", "types"},

@@ -239,6 +239,17 @@ def test_what_was_trained_further_or_rewritten_is_other_settings(
         evaluation.sample(*arguments)
 
 
+def test_what_vllm_began_the_base_does_not_go_on_with(cast: Cast, policies: Policies, tmp_path: Path) -> None:
+    """Whatever was set, and is not any more, is another setting too."""
+    out = tmp_path / "a.jsonl"
+    evaluation.sample(cast, ROWS[:1], out, Sampling(1, 4), load=lambda: policies)
+    beside = tmp_path / "a.jsonl.settings.json"
+    made = json.loads(beside.read_text(encoding="utf-8"))
+    beside.write_text(json.dumps({**made, "sampled_by": "vLLM"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="was made with sampled_by vLLM, and not with None"):
+        evaluation.sample(cast, ROWS[:1], out, Sampling(1, 4), load=lambda: policies)
+
+
 def test_settings_of_a_file_without_answers_may_change(cast: Cast, policies: Policies, tmp_path: Path) -> None:
     def fails() -> Policies:
         raise OSError("no room")

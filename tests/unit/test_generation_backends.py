@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, GenerationConfig
 
-from tests.helpers import tiny_llama, word_tokenizer
+from tests.helpers import move_policy, tiny_llama, word_tokenizer
 from trl_ext import SharedBase
 from trl_ext.generation import ContinuousGenerator, GenerationError, TransformersGenerator, VLLMGenerator, generate
 
@@ -165,11 +165,7 @@ PROMPTS = ["the cat sat", "a", "the dog", "bird ran under the tree", "big"]
 @pytest.fixture
 def base() -> SharedBase:
     """Roles whose policy is not the base."""
-    base = SharedBase.from_model(tiny_llama(), value="head")
-    torch.manual_seed(1)
-    for parameter in base.trainable_parameters("policy"):
-        torch.nn.init.normal_(parameter, std=0.2)
-    return base
+    return move_policy(SharedBase.from_model(tiny_llama(), value="head"))
 
 
 @pytest.mark.parametrize("role", ["policy", "reference"])

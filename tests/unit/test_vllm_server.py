@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from tests.helpers import tiny_llama, word_tokenizer
+from tests.helpers import move_policy, tiny_llama, word_tokenizer
 from tests.vllm_server import StandIn
 from trl_ext import SharedBase
 from trl_ext.generation import (
@@ -41,11 +41,7 @@ def _short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def base() -> SharedBase:
     """Roles whose policy is not the base."""
-    base = SharedBase.from_model(tiny_llama(), value="head")
-    torch.manual_seed(1)
-    for parameter in base.trainable_parameters("policy"):
-        torch.nn.init.normal_(parameter, std=0.2)
-    return base
+    return move_policy(SharedBase.from_model(tiny_llama(), value="head"))
 
 
 @pytest.fixture

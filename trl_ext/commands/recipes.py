@@ -6,9 +6,9 @@ import runpy
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1]
+from trl_ext.launch.remaking import recipe_file
+
 # Of so few judgements, pairs of what the policy says most teach most: in each, what is right stands beside what is not.
 # A firmer hold on the first policy keeps it from the reward model's mistakes, of which they leave many.
 REWARD = (
@@ -21,9 +21,8 @@ DEMO = [
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
-    """As `python recipes/NAME.py`. A wheel has the recipes inside the package, a clone beside it."""
-    folder = next(path for path in (PACKAGE / "recipes", PACKAGE.parent / "recipes") if path.is_dir())
-    sys.argv = [str(folder / f"{name}.py"), *arguments]
+    """As `python recipes/NAME.py`."""
+    sys.argv = [str(recipe_file(name)), *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")
     return 0
 

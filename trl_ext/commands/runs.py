@@ -22,6 +22,10 @@ from trl_ext.diagnostics.pages import page
 
 
 def doctor(chosen: Namespace) -> int:
+    if not chosen.trial and (chosen.out is not None or chosen.logs is not None):
+        raise ValueError("--out and --logs say where and how long remedies are tried: give --try, or leave them out.")
+    if chosen.trial and chosen.json:
+        raise ValueError("--json prints findings alone, and --try writes trial.json: give one of the two.")
     log = diagnostics.read_run(chosen.run_dir)
     findings = diagnostics.diagnose(log)
     if chosen.json:

@@ -342,17 +342,18 @@ def _apart() -> Iterator[None]:
     """Random numbers as in a new process, the same for every fork; those of before are back afterwards."""
     import torch
 
-    state, warnings = random.getstate(), logging.getLogger("trl_ext.callbacks.diagnostics")
+    from trl_ext.random_state import RandomState
+
+    state, warnings = RandomState(), logging.getLogger("trl_ext.callbacks.diagnostics")
     level = warnings.level
     warnings.setLevel(logging.ERROR)  # what a fork's own doctor would say
-    with torch.random.fork_rng():
-        torch.manual_seed(FRESH)
-        random.seed(0)
-        try:
-            yield
-        finally:
-            random.setstate(state)
-            warnings.setLevel(level)
+    torch.manual_seed(FRESH)
+    random.seed(0)
+    try:
+        yield
+    finally:
+        state.restore()
+        warnings.setLevel(level)
 
 
 def _write(folder: Path, trials: Sequence[Trial]) -> None:

@@ -357,9 +357,9 @@ def refuse_others(made: Path, before: Mapping[str, Any], settings: Mapping[str, 
     Raises:
         ValueError: names the first setting that differs.
     """
-    for name, value in settings.items():
-        if before.get(name) != value:
+    for name in {**settings, **before}:
+        if before.get(name) != settings.get(name):
             raise ValueError(
-                f"{made} was made with {name} {before.get(name)}, and not with {value}: give the same settings to go "
-                f"on with it, or name {instead}."
+                f"{made} was made with {name} {before.get(name)}, and not with {settings.get(name)}: give the same "
+                f"settings to go on with it, or name {instead}."
             )

@@ -96,8 +96,9 @@ class LoopArguments(RewardArguments):
                 f"rater is {self.rater!r}: give demo, page, file, reward:FOLDER or a function's dotted path."
             )
         self._check_pick()
-        if self.judge is not None:
-            Spec.of(self.judge)
+        asked = self.judge is not None and Spec.of(self.judge).kind == "people"
+        if not asked and self.comparisons != type(self).comparisons:
+            raise ValueError(f"comparisons is {self.comparisons}, but only judge 'people' reads it: leave it out.")
         if isinstance(self.reward, str):
             try:
                 self.reward = json.loads(self.reward)

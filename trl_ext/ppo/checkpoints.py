@@ -27,8 +27,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.failures import FAILURES, RunError, on_all
-from trl_ext.ppo.random_state import RandomState
 from trl_ext.ppo.update import Updater
+from trl_ext.random_state import RandomState
 from trl_ext.roles.sharding import shared_as, whole
 from trl_ext.types import Experience, Rollout, ScorePass, Scores
 
@@ -42,12 +42,12 @@ class WholeOptimizer:
     That is gathered here: every process must make one."""
 
     def __init__(self, optimizer: Any) -> None:
-        self._optimizer, self._state = optimizer, optimizer.state_dict()
+        self._optimizer, parts = optimizer, optimizer.state_dict()
         of_parameters = {
             number: {name: whole(value) if isinstance(value, Tensor) else value for name, value in state.items()}
-            for number, state in self._state["state"].items()
+            for number, state in parts["state"].items()
         }
-        self._state = {**self._state, "state": of_parameters}
+        self._state = {**parts, "state": of_parameters}
 
     def state_dict(self) -> dict[str, Any]:
         """As the optimizer's, of whole tensors."""

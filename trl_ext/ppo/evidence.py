@@ -27,7 +27,7 @@ from trl_ext.ppo.collector import Collector, RewardLog
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.objectives import CheckedObjective, same_prompt, value_loss
 from trl_ext.ppo.pretraining import PretrainMix
-from trl_ext.ppo.random_state import RandomState
+from trl_ext.random_state import RandomState
 from trl_ext.rewards import RewardError
 from trl_ext.roles import Role
 from trl_ext.types import Experience, concatenate
@@ -125,8 +125,7 @@ class Evidence:
     @property
     def sees_whole_gradients(self) -> bool:
         """Not where processes share out the weights, nor where gradients need a scale to survive."""
-        shared_out = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        return not (shared_out or self.args.fp16)
+        return not (self.accelerator.distributed_type == DistributedType.FSDP or self.args.fp16)
 
     @contextmanager
     def _apart(self, rollout: int) -> Iterator[None]:
