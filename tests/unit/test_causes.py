@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,25 @@ def test_scores_that_are_normalised_are_not_normalised_again() -> None:
     log = RunLog.of(rows(**{**HEALTHY, **SICK["score_scale"]}), {**CONFIG, "score_normalization": "reference"})
     (found,) = diagnose(log)
     assert found.remedy.changes == {} and "normalised already" in found.remedy.text
+
+
+@pytest.mark.parametrize(
+    ("setting", "log", "why"),
+    [
+        ({"missing_eos_penalty": 1.0}, {"completions/clipped_ratio": 0.0}, "no completion is cut off"),
+        ({"missing_eos_penalty": 1.0}, {"completions/clipped_ratio": 0.1}, None),
+        ({"max_grad_norm": 1.0}, {"grad_norm": 0.5}, "no gradient is larger than 1"),
+        ({"max_grad_norm": 1.0}, {"grad_norm": 2.0}, None),
+    ],
+)
+def test_a_setting_that_would_move_nothing_is_not_offered(
+    setting: dict[str, float], log: dict[str, float], why: str | None
+) -> None:
+    """By a rule of one's own, too."""
+    remedy = Remedy(text="Set it.", changes=setting)
+    (found,) = diagnose(log_of(**log), rules=[lambda *_: replace(finding("own"), remedy=remedy)])
+    assert found.remedy.changes == ({} if why else setting)
+    assert why is None or f"would not help: {why}" in found.remedy.text
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
 """Remedies tried on trainers that only pretend to train: forks, verdicts, and nothing of the run touched."""
 
 import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import set_seed
 
 from tests.unit.test_diagnostics import CONFIG, HEALTHY, SICK, rows
 from trl_ext.diagnostics import Limits, RunLog, diagnose, try_remedies
@@ -127,6 +131,24 @@ def test_the_forks_begin_at_the_last_checkpoint_before_the_first_sign(tmp_path: 
     assert sorted(path.name for path in run_dir.rglob("*")) == sorted(
         [f"checkpoint-{step}" for step in (16, 32, 48, 64)] + ["trainer_state.json"] * 4
     )
+
+
+def test_random_numbers_go_on_as_if_nothing_had_been_tried(tmp_path: Path) -> None:
+    def drawn() -> list[float]:
+        return [random.random(), float(np.random.random()), float(torch.rand(()))]
+
+    class Drawing(Clinic):
+        def __call__(self, changes: dict[str, Any]) -> Pretender:
+            set_seed(3)  # as trainers do
+            forks.append(drawn())
+            return super().__call__(changes)
+
+    forks: list[list[float]] = []
+    set_seed(7)
+    expected = drawn()
+    set_seed(7)
+    assert try_remedies(Drawing(learning_rate=1e-5), findings_at(1e-5), tmp_path / "trial")
+    assert drawn() == expected and len(forks) > 1
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
