@@ -98,7 +98,7 @@ def test_two_machines_equal_one(folder: Path, model: str) -> None:
     assert_equal(run(model, folder / "one_machine", 1), (load_file(out / "trained.safetensors"), logs))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_share_a_stream(folder: Path, model: str) -> None:
     assert_equal(run(model, folder / "one_stream", 1, "stream"), run(model, folder / "two_stream", 2, "stream"))
 

@@ -67,7 +67,7 @@ def test_forks_from_a_checkpoint_take_the_runs_steps_and_the_new_learning_rate(t
     assert not list((tmp_path / "trial").glob("*/checkpoint-*"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_recipes_run_is_tried_from_its_folder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And is not touched."""
     monkeypatch.chdir(tmp_path)

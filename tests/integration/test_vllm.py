@@ -93,6 +93,20 @@ def test_raw_log_probs_are_refused_where_they_do_not_say_what_sampled(tmp_path: 
     trainer_for(tmp_path, server, temperature=0.7, vllm_importance_sampling_correction=False)
 
 
+@pytest.mark.parametrize(("mode", "error"), [("server", ConnectionError), ("colocate", ImportError)])
+def test_an_engine_that_is_not_there_is_missed_before_a_model_is_loaded(
+    mode: str, error: type[Exception], tmp_path: Path, server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.stop()
+    monkeypatch.setattr("trl_ext.ppo.checks.find_spec", lambda name: None)
+    monkeypatch.setattr("trl_ext.ppo.trainer.build_base", lambda *_: pytest.fail("a model is loaded"))
+    url = server.url if mode == "server" else None
+    with pytest.raises(error, match=r"No vLLM server is up at|vLLM is not installed"):
+        trainer_for(
+            tmp_path, server, vllm_mode=mode, vllm_server_base_url=url, vllm_server_timeout=0.2 if url else 240.0
+        )
+
+
 def test_sample(tmp_path: Path, server: StandIn) -> None:
     """Under the saved policy and the bare base, with what is computed here beside it."""
     model = saved_model(tmp_path / "model")

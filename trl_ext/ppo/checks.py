@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 
+from trl_ext.generation import VLLMServers
+from trl_ext.generation.vllm import NO_VLLM
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.measuring import Limits, measured_prompt, measured_prompts, measured_texts
 from trl_ext.ppo.stream import PromptStream
@@ -168,6 +172,7 @@ def check_run(
 
     Raises:
         TypeError, ValueError: one sentence, with the row where one is at fault.
+        ImportError, ConnectionError: vLLM is to answer, and is not there.
     """
     check_sharding(args)
     stream = train_dataset if isinstance(train_dataset, PromptStream) else None
@@ -201,6 +206,7 @@ def check_run(
         of_texts = Limits(vocabulary, context, 0, "ptx_max_length")
         measured = measured_texts(ptx_dataset, tokenizer, args.ptx_max_length)
         of_texts.check(measured, "The text in row {} of ptx_dataset", tokenizer)
+    check_engine(args)
     return tokenizer
 
 
@@ -381,6 +387,19 @@ def check_devices(args: PPOConfig) -> None:
             "Several GPUs are visible to one process, which would replicate the base: use `accelerate launch`, or "
             "set CUDA_VISIBLE_DEVICES to one of them."
         )
+
+
+def check_engine(args: PPOConfig) -> None:
+    """Refuse an engine that is not there.
+
+    Raises:
+        ImportError: vLLM is not installed in this process.
+        ConnectionError: a vLLM server is not up in time.
+    """
+    if args.use_vllm and args.vllm_mode == "server":
+        VLLMServers(args.vllm_server_urls, args.vllm_server_timeout).wait_until_up()
+    elif args.use_vllm and find_spec("vllm") is None and "vllm" not in sys.modules:
+        raise ImportError(NO_VLLM)
 
 
 def check_sharding(args: PPOConfig) -> None:
