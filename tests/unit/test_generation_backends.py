@@ -206,6 +206,17 @@ def test_missing_answers_are_an_error(base: SharedBase, monkeypatch: pytest.Monk
         generate(ContinuousGenerator(base, 2), PROMPTS, word_tokenizer(), CONFIG)
 
 
+def test_continuous_batching_takes_no_more_memory_than_its_completions_need(base: SharedBase) -> None:
+    """What is left open, Transformers takes from all the memory that the machine has."""
+    prompts = [[5] * length for length in (3, 40, 2, 7)]
+    config = ContinuousGenerator(base, 2, {"page_size": 16})._config(prompts, 10)
+    assert (config.num_blocks, config.max_batch_tokens) == (2 * 4, 40 + 7)
+    assert ContinuousGenerator(base, 2)._config([[5] * 6000] * 2, 10).max_batch_tokens == 8192
+    chosen = ContinuousGenerator(base, 2, {"num_blocks": 9, "max_batch_tokens": 99})._config(prompts, 10)
+    assert (chosen.num_blocks, chosen.max_batch_tokens) == (9, 99)
+
+
+
 def test_an_unknown_setting_is_named(base: SharedBase) -> None:
     with pytest.raises(ValueError, match=r"^transformers_continuous_batching_config: .*page_sizes"):
         ContinuousGenerator(base, 2, {"page_sizes": 16})

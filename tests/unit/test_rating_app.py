@@ -147,14 +147,14 @@ def test_the_end_says_what_others_said(store: Store) -> None:
 
 
 def test_what_a_model_wrote_is_text(tmp_path: Path) -> None:
-    evil = "<script>alert(1)</script>\n\n  <b onclick='x'>\"bold\"</b> {{ 7 * 7 }}"
+    evil = "<script>alert(1)</script>\n\n  <b onclick='x'>\"bold\"</b> {{ 'ha' * 7 }}"
     row = {"prompt": [{"role": "<i>user</i>", "content": evil}], "completion": [{"role": "assistant", "content": evil}]}
     with Store.open(tmp_path / "f.sqlite", write(tmp_path / "a.jsonl", [row]), "stars") as store:
         client = browser(store)
         page = client.get("/?rater=<u>ann</u>").text
         client.post("/judge", data={"ask": token_in(page), "verdict": "3", "comment": "<s>no</s>"})
         last = client.get("/").text + client.post("/undo", data={"ask": store.last("<u>ann</u>").token}).text  # type: ignore[union-attr]
-    for tag in ("<script>alert", "<b onclick", "<i>", "<u>", "<s>", "49"):
+    for tag in ("<script>alert", "<b onclick", "<i>", "<u>", "<s>", "hahahahahahaha"):
         assert tag not in (page + last).lower()
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;\n\n  &lt;b onclick=") == 2
 

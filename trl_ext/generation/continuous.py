@@ -12,6 +12,7 @@ from trl_ext.generation.rollouts import Answers, GenerationError, check_whole
 
 # Transformers before 5.18 calls a page a block.
 PAGE = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"
+MOST_TOKENS = 8192  # that one pass reads, as Transformers has it
 
 
 class ContinuousGenerator:
@@ -74,9 +75,11 @@ class ContinuousGenerator:
 
     def _config(self, prompt_ids: list[list[int]], new_tokens: int) -> ContinuousBatchingConfig:
         config = ContinuousBatchingConfig(**self._settings)
-        if config.num_blocks is None:  # or it would take nearly all memory there is
-            longest = max(map(len, prompt_ids)) + new_tokens
-            config.num_blocks = min(len(prompt_ids), config.max_requests_per_batch) * math.ceil(
-                longest / getattr(config, PAGE)
-            )
+        # What is left open here takes nearly all memory there is: the blocks, or, in Transformers before 5.23, a mask of
+        # as many tokens a pass as fit beside the blocks.
+        lengths = sorted(map(len, prompt_ids), reverse=True)[: config.max_requests_per_batch]
+        if config.num_blocks is None:
+            config.num_blocks = len(lengths) * math.ceil((lengths[0] + new_tokens) / getattr(config, PAGE))
+        if config.max_batch_tokens is None:
+            config.max_batch_tokens = min(sum(lengths), max(len(lengths), MOST_TOKENS))
         return config
