@@ -343,7 +343,7 @@ def test_a_checkpoint_that_was_saved_quantised_is_loaded_as_it_was_saved(
     how = how or BitsAndBytesConfig(load_in_8bit=True)
     AutoModelForCausalLM.from_pretrained(llama.base_folder, quantization_config=how).save_pretrained(tmp_path)
     batch, name = tiny.padded_batch(), str(tmp_path)
-    # Not in eval mode, in which bitsandbytes before 0.50 repacks weights on some CPUs, and fails where they are this small.
+    # Not in eval mode: there bitsandbytes before 0.50 repacks 4-bit weights on some CPUs, and fails on small ones.
     expected = tiny.plain_logprobs(AutoModelForCausalLM.from_pretrained(tmp_path).train(bits == 4), batch)
     unquantised = tiny.plain_logprobs(AutoModelForCausalLM.from_pretrained(llama.base_folder).eval(), batch)
     for base in (SharedBase.from_pretrained(name), SharedBase.from_pretrained(name, quantization_config=how)):

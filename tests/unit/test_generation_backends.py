@@ -216,7 +216,6 @@ def test_continuous_batching_takes_no_more_memory_than_its_completions_need(base
     assert (chosen.num_blocks, chosen.max_batch_tokens) == (9, 99)
 
 
-
 def test_an_unknown_setting_is_named(base: SharedBase) -> None:
     with pytest.raises(ValueError, match=r"^transformers_continuous_batching_config: .*page_sizes"):
         ContinuousGenerator(base, 2, {"page_sizes": 16})

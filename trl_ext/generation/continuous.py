@@ -75,8 +75,8 @@ class ContinuousGenerator:
 
     def _config(self, prompt_ids: list[list[int]], new_tokens: int) -> ContinuousBatchingConfig:
         config = ContinuousBatchingConfig(**self._settings)
-        # What is left open here takes nearly all memory there is: the blocks, or, in Transformers before 5.23, a mask of
-        # as many tokens a pass as fit beside the blocks.
+        # What is left open here takes nearly all memory there is: the blocks, or, in older Transformers, a mask for as
+        # many tokens a pass as fit beside them.
         lengths = sorted(map(len, prompt_ids), reverse=True)[: config.max_requests_per_batch]
         if config.num_blocks is None:
             config.num_blocks = len(lengths) * math.ceil((lengths[0] + new_tokens) / getattr(config, PAGE))
