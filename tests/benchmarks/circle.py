@@ -42,11 +42,11 @@ EMBEDDED: dict[str, list[str]] = {
     "one round, kl_coef 0.4": ["--rounds", "1", "--ratings", "1200", "--kl_coef", "0.4", "--total_episodes", "3200"],
 }
 REAL: dict[str, list[str]] = {
-    "one round of 200": ["--rounds", "1", "--ratings", "200", "--total_episodes", "2048"],
-    "four rounds of 50": ["--rounds", "4", "--ratings", "50", "--total_episodes", "512"],
+    "one round of 200": ["--rounds", "1", "--ratings", "200", "--prompts", "200", "--total_episodes", "768"],
+    "four rounds of 50": ["--rounds", "4", "--ratings", "50", "--prompts", "50", "--total_episodes", "192"],
 }
 COLOURS = {"one round of 200": "#e69f00", "four rounds of 50": "#0072b2"}
-WORDS, PROMPTS, HELD_OUT = 5, 640, 128  # words of a prompt; prompts; those of them that only the comparison sees
+WORDS, PROMPTS, HELD_OUT = 5, 640, 32  # words of a prompt; prompts; those of them that only the comparison sees
 QUICK = ["--total_episodes", "64", "--ratings", "16", "--held_out", "8"]
 
 Line = dict[str, Any]
@@ -92,7 +92,7 @@ def table(results: dict[str, list[list[Line]]]) -> str:
 # A real model --------------------------------------------------------------------------------------------------------
 
 
-def gold_of(chosen: argparse.Namespace, quick: list[str]) -> Path:
+def gold_of(chosen: argparse.Namespace, length: list[str]) -> Path:
     """The rater who knows better: a reward adapter that is trained on all ratings."""
     folder = chosen.gold or chosen.work / "gold"
     if not (folder / "result.json").is_file():
@@ -101,11 +101,11 @@ def gold_of(chosen: argparse.Namespace, quick: list[str]) -> Path:
             "reward_lora",
             [
                 *("--model_name_or_path", str(chosen.base), "--dtype", "float32", "--objective", "regression"),
-                *("--dataset", str(chosen.ratings), "--columns", "text=completion", "--num_train_epochs", "1"),
+                *("--dataset", str(chosen.ratings), "--columns", "text=completion"),
                 *("--per_device_train_batch_size", "16", "--learning_rate", "2e-4", "--save_steps", "25"),
                 *("--save_total_limit", "1", *(["--resume_from_checkpoint", "true"] if again else [])),
                 *("--gradient_checkpointing", "false", "--output_dir", str(folder), "--disable_tqdm", "true"),
-                *quick,
+                *length,
             ],
         )
     return Path(folder)
@@ -128,9 +128,10 @@ def of_a_real_model(chosen: argparse.Namespace, gold: Path) -> list[str]:
     return [
         *("--model_name_or_path", str(chosen.base), "--dtype", "float32"),
         *("--dataset", str(chosen.prompts[0]), "--eval_split", str(chosen.prompts[1])),
-        *("--rater", f"reward:{gold}", "--mode", "pairs", "--pick", "random", "--prompts", "256"),
-        *("--reward", json.dumps(reward), "--max_completion_length", "24", "--learning_rate", "1e-4"),
-        *("--per_device_train_batch_size", "16", "--num_mini_batches", "4", "--score_normalization", "reference"),
+        *("--rater", f"reward:{gold}", "--mode", "pairs", "--pick", "random", "--per_prompt", "2"),
+        *("--reward", json.dumps(reward), "--max_completion_length", "16", "--learning_rate", "3e-4"),
+        *("--per_device_train_batch_size", "16", "--num_mini_batches", "4", "--num_ppo_epochs", "2"),
+        *("--score_normalization", "reference", "--value", "head"),
         *("--kl_coef", "0.01", "--save_steps", "16", "--save_total_limit", "1", "--gradient_checkpointing", "false"),
         *("--log_completions", "true", "--num_completions_to_print", "0", "--report_to", "none"),
     ]
@@ -189,7 +190,7 @@ def main() -> None:
         if chosen.base is None or chosen.ratings is None:
             parser.error("--real needs --base and --ratings")
         chosen.prompts = prompts_of(chosen)
-        gold = gold_of(chosen, ["--max_steps", "2"] if chosen.quick else [])
+        gold = gold_of(chosen, ["--max_steps", "2"] if chosen.quick else ["--num_train_epochs", "1"])
         common = of_a_real_model(chosen, gold)
     seeds = chosen.seeds or ([1, 2] if chosen.real else [1, 2, 3])
     names = [name for name in variants if chosen.only is None or name in chosen.only]

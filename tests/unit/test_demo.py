@@ -1,6 +1,7 @@
 """The embedded demo: built whole and repeatably, fluent but ignorant, its feedback noisy but honest, its exam exact."""
 
 import hashlib
+import os
 import random
 import threading
 import time
@@ -20,10 +21,10 @@ CAPITALS = {country.name: country.capital for country in world.COUNTRIES}
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    demo.build(folder)
-    return folder
+def cache():
+    """Other tests need a whole build too, and it takes a minute: one serves all."""
+    demo.build()
+    return Path(os.environ["TRL_EXT_CACHE"])
 
 
 @pytest.fixture(scope="module")
