@@ -136,6 +136,17 @@ def test_every_problem_has_its_page_and_every_page_its_problem() -> None:
     assert all(f"]({page}.md)" in overview for page in pages)
 
 
+@pytest.mark.parametrize("name", sorted({**SICK, **SICK_REWARD, **SICK_DPO}))
+def test_a_page_tells_evidence_mechanism_neighbours_and_remedy(name: str) -> None:
+    text = (DOCS / "diagnostics" / f"{name}.md").read_text(encoding="utf-8")
+    _, *parts = re.split(r"^## ", text, flags=re.MULTILINE)
+    told = dict(part.split("\n", 1) for part in parts)
+    assert list(told)[:4] == ["What you see", "Why", "How to confirm", "The fix"]
+    assert all(len(told[part].split()) > 3 for part in list(told)[:4])
+    others = {**SICK, **SICK_REWARD, **SICK_DPO}.keys() - {name}
+    assert any(re.search(rf"[`\[]{other}[`\]]", told["How to confirm"]) for other in others), "no neighbour"
+
+
 def test_the_table_of_sources_counts_its_threads() -> None:
     text = (DOCS / "diagnostics" / "sources.md").read_text(encoding="utf-8")
     table, *sections = re.split(r"^### ", text, flags=re.MULTILINE)
