@@ -15,6 +15,7 @@ from tests.helpers import QUIET, prompt_dataset, saved_model, word_tokenizer
 from tests.unit.test_diagnostics import SICK, SICK_DPO, SICK_REWARD
 from trl_ext import AdaptiveKLController, PPOConfig, SharedBase
 from trl_ext.diagnostics import RunLog, diagnose
+from trl_ext.diagnostics.pages import NO_PROBLEM
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -128,11 +129,36 @@ def test_diagnostics_page() -> None:
 
 def test_every_problem_has_its_page_and_every_page_its_problem() -> None:
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "trl_ext" / "diagnostics").glob("*.py"))
-    pages = {path.stem for path in (DOCS / "diagnostics").glob("*.md")} - {"index"}
+    pages = {path.stem for path in (DOCS / "diagnostics").glob("*.md")} - NO_PROBLEM
     assert [page for page in pages if f'"{page}"' not in source] == []
     assert set(SICK) | set(SICK_REWARD) | set(SICK_DPO) == pages
     overview = (DOCS / "diagnostics" / "index.md").read_text(encoding="utf-8")
     assert all(f"]({page}.md)" in overview for page in pages)
+
+
+@pytest.mark.parametrize("name", sorted({**SICK, **SICK_REWARD, **SICK_DPO}))
+def test_a_page_tells_evidence_mechanism_neighbours_and_remedy(name: str) -> None:
+    text = (DOCS / "diagnostics" / f"{name}.md").read_text(encoding="utf-8")
+    _, *parts = re.split(r"^## ", text, flags=re.MULTILINE)
+    told = dict(part.split("\n", 1) for part in parts)
+    assert list(told)[:4] == ["What you see", "Why", "How to confirm", "The fix"]
+    assert all(len(told[part].split()) > 3 for part in list(told)[:4])
+    others = {**SICK, **SICK_REWARD, **SICK_DPO}.keys() - {name}
+    assert any(re.search(rf"[`\[]{other}[`\]]", told["How to confirm"]) for other in others), "no neighbour"
+
+
+def test_the_table_of_sources_counts_its_threads() -> None:
+    text = (DOCS / "diagnostics" / "sources.md").read_text(encoding="utf-8")
+    table, *sections = re.split(r"^### ", text, flags=re.MULTILINE)
+    counts = re.findall(r"^\| \[(.+?)\]\(#.+?\) \| (\d+) \|", table, re.MULTILINE)
+    threads = {part.split("\n", 1)[0]: re.findall(r"^\| \[.+?\]\((http.+?)\)", part, re.MULTILINE) for part in sections}
+    assert {cause: int(count) for cause, count in counts} == {cause: len(links) for cause, links in threads.items()}
+    assert [int(count) for _, count in counts] == sorted((int(count) for _, count in counts), reverse=True)
+    links = [link for part in threads.values() for link in part]
+    assert len(links) == len(set(links)) >= 60
+    assert f"\n{len(links)} threads of" in text
+    for sure, count in re.findall(r"^- \*(\w+)\* \((\d+)\)", text, re.MULTILINE):
+        assert text.count(f" | {sure} | ") == int(count), sure
 
 
 def test_rewards_page() -> None:

@@ -571,6 +571,7 @@ def test_the_page_of_a_problem(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Completions are cut off before they end" in capsys.readouterr().out
     assert main(["explain", "truncated"]) == 1
     assert "do you mean 'truncation'?" in capsys.readouterr().err
+    assert main(["explain", "sources"]) == 1, "a page about all problems is none of them"
     finding = diagnose(log_of(**SICK["truncation"]))[0]
     assert str(finding).endswith("More: trl-ext explain truncation.")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 INSTALLED = Path(__file__).parent / "texts"
 IN_A_CLONE = Path(__file__).parents[2] / "docs" / "diagnostics"
+NO_PROBLEM = {"index", "sources"}  # pages about all of them
 
 
 def page(name: str) -> str:
@@ -16,7 +17,7 @@ def page(name: str) -> str:
         ValueError: there is none of that name.
     """
     folder = INSTALLED if INSTALLED.is_dir() else IN_A_CLONE
-    known = sorted(path.stem for path in folder.glob("*.md") if path.stem != "index")
+    known = sorted(path.stem for path in folder.glob("*.md") if path.stem not in NO_PROBLEM)
     if name not in known:
         near = get_close_matches(name, known, n=1)
         raise ValueError(
