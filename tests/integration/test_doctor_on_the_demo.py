@@ -24,7 +24,7 @@ def short(case: Any) -> Any:
     return replace(case, settings={**case.settings, "total_episodes": 64 * ROLLOUTS.get(case.finds, 7)})
 
 
-@pytest.mark.sampled(every=10)
+@pytest.mark.sampled(every=20)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAST)
 def test_a_mistake_is_named(name: str, doctor: Any, tmp_path: Path) -> None:

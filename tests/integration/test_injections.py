@@ -110,7 +110,7 @@ def all_finite(trainer: PPOTrainer) -> bool:
     return flat is not None and all(bool(t.isfinite().all()) for t in [*trainer.base.parameters(), *moments])
 
 
-@pytest.mark.sampled(every=5)
+@pytest.mark.sampled(every=10)
 @pytest.mark.parametrize("seed", range(RUNS))
 def test_a_fault_at_a_random_moment(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)

@@ -146,7 +146,7 @@ def gone(value: Any) -> Any:
     raise KeyError("gone")
 
 
-@pytest.mark.sampled(every=4)
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize(
     ("method", "instead", "message"),
     [
@@ -273,7 +273,8 @@ def test_a_sampler_that_is_silent_is_told_of_and_refused_where_weights_are_asked
         trainer.train()
 
 
-@pytest.mark.parametrize("continuous", [False, True])
+@pytest.mark.sampled(every=2)
+@pytest.mark.parametrize("continuous", [True, False])
 def test_what_the_base_samples_from_a_part_of_its_distribution_is_weighed(continuous: bool, tmp_path: Path) -> None:
     """Among four tokens each has more of a chance than in the whole softmax, so its ratio is below 1; a run that
     resumes in the middle of a rollout weighs it as before."""
@@ -496,6 +497,7 @@ def test_a_callback_can_end_the_epochs_of_an_update(tmp_path: Path) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("settings", [{}, {"objective": "kl_penalty"}], ids=["clip", "kl_penalty"])
 def test_an_update_that_was_ended_stays_ended_on_resuming(tmp_path: Path, settings: dict[str, Any]) -> None:
     """Checkpoints in the first update after its end, and in the second, after the penalty has moved."""
@@ -634,6 +636,7 @@ def test_the_pretraining_term_makes_its_texts_likelier(tmp_path: Path) -> None:
     assert abs(losses[1][-1] - losses[1][0]) < 0.3
 
 
+@pytest.mark.long
 def test_an_entropy_bonus_keeps_the_entropy_up(tmp_path: Path) -> None:
     ends = []
     for coefficient in (0.0, 1.0):
@@ -660,7 +663,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sampled(every=2)
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_learns_what_is_rewarded(tmp_path: Path, name: str) -> None:
     settings = {"total_episodes": 30 * 32, "per_device_train_batch_size": 32, "kl_coef": 0.01, **OBJECTIVES[name]}

@@ -183,7 +183,7 @@ def test_processes_that_do_not_know_each_other_train_nothing(folder: Path, recip
     assert not out.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_judge_that_fails_on_one_process_ends_both_after_a_checkpoint(folder: Path, model: str) -> None:
     done = start(model, folder / "out", 2, "fail")
     assert done.returncode != 0

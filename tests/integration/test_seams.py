@@ -193,13 +193,14 @@ def check_ends_and_goes_on(trainer: PPOTrainer, breaks: Breaks, folder: Path, wh
     check_goes_on(trainer, stop.value, folder, whole)
 
 
-@pytest.mark.sampled(every=4)
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("seam", SEAMS)
 def test_a_part_of_the_trainer(seam: str, whole: PPOTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_for(tmp_path)
     check_ends_and_goes_on(trainer, breaking(trainer, SEAMS[seam], monkeypatch), tmp_path, whole)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("step", [3, 4], ids=["evaluation", "rollout"])
 @pytest.mark.parametrize("kind", ["now", "later"])
 def test_a_reward_function(kind: str, step: int, whole: PPOTrainer, tmp_path: Path) -> None:
@@ -222,6 +223,7 @@ def test_reading_the_dataset(whole: PPOTrainer, tmp_path: Path) -> None:
     check_ends_and_goes_on(trainer, breaks, tmp_path, whole)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("part", ["rule", "yardstick", "file"])
 def test_diagnostics(part: str, whole: PPOTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     breaks = Breaks({"rule": lambda *_: None, "yardstick": cats}.get(part))

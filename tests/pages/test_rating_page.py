@@ -75,6 +75,7 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "feedback.sqlite"
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("mode", KEYS)
 def test_keys_and_names(fresh: Any, rate: Callable[..., str], tmp_path: Path, store: Path, mode: str) -> None:
     fresh.get(rate(write_answers(tmp_path / "a.jsonl"), "--store", store, "--mode", mode))

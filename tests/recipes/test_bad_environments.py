@@ -57,7 +57,7 @@ ENVIRONMENTS = [
 # fmt: on
 
 
-@pytest.mark.sampled(every=4)
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("row", ENVIRONMENTS, ids=lambda row: row.what)
 def test_a_wrong_environment_gets_its_sentence(row: Environment, tmp_path: Path) -> None:
     (tmp_path / "rated_twice.jsonl").write_text(RATED_TWICE)

@@ -217,7 +217,7 @@ def _nth(name: str, owner: Any, count: int, after: bool = True) -> Callable[[], 
     return arrange
 
 
-OFTEN = ("rating", "ppo, round 2")  # the others take minutes together
+OFTEN = ("ppo, round 2",)  # the others take minutes together
 
 
 def kill_points() -> dict[str, Callable[[], None]]:

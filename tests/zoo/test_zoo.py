@@ -42,6 +42,7 @@ def findings_of(name: str, folder: Path) -> list[dict[str, Any]]:
     return findings
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("name", SAMPLE)
 def test_family(name: str, tmp_path: Path) -> None:
     findings = findings_of(name, tmp_path)
