@@ -1,7 +1,12 @@
 """RLHF with PPO on one GPU: an extension of Hugging Face TRL in which four roles share one base model."""
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# On CPUs with AVX512-BF16 bitsandbytes asks, when it is imported, for a kernel that reads repacked 4-bit weights. None
+# are repacked here: see `roles.switching.keep_differentiable`.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from trl_ext.callbacks import AdaptiveKLCallback, DiagnosticsCallback, RolloutCallback
