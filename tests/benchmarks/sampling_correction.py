@@ -1,14 +1,16 @@
 """What importance weights are good for where another distribution samples than the one that is trained, on the embedded
 default, whose sampler is off on purpose: it computes in bfloat16, and a fixed noise of 0.1 nats lies on its logits.
 
-python tests/benchmarks/sampling_correction.py            # prints the table and writes it into docs/vllm.md
-python tests/benchmarks/sampling_correction.py --quick    # two short rollouts, one seed; prints alone
+python tests/benchmarks/sampling_correction.py --work FOLDER          # prints the table, writes it into docs/vllm.md
+python tests/benchmarks/sampling_correction.py --work FOLDER --quick  # two short rollouts, one seed; prints alone
 
-The table has medians over the seeds. "The base itself" samples as it is trained.
+Each run's numbers are a file in FOLDER: a second call goes on where the first stopped. The table has medians over the
+seeds. "The base itself" samples as it is trained.
 """
 
 import argparse
 import copy
+import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -77,31 +79,43 @@ def run(off: bool, mode: str | None, seed: int, further: dict[str, Any]) -> dict
     }
 
 
-def table(seeds: list[int], further: dict[str, Any]) -> str:
+def measured(work: Path, off: bool, mode: str | None, seed: int, further: dict[str, Any]) -> dict[str, float]:
+    """What `run` gives, or gave before."""
+    file = work / f"{'off' if off else 'base'}-{mode}-{seed}.json"
+    if not file.is_file():
+        file.write_text(json.dumps(run(off, mode, seed, further)), encoding="utf-8")
+    figures: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
+    print(file.stem, figures, flush=True)
+    return figures
+
+
+def table(work: Path, seeds: list[int], further: dict[str, Any]) -> str:
     """Medians over `seeds` as a Markdown table."""
+    variants = [(False, None), (True, None), *((True, mode) for mode in CORRECTED)]
+    by_seed = [[measured(work, *variant, seed, further) for variant in variants] for seed in seeds]
     lines = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
-    print("\n".join(lines))
-    for off, mode in [(False, None), (True, None), *((True, mode) for mode in CORRECTED)]:
-        runs = [run(off, mode, seed, further) for seed in seeds]
+    for (off, mode), runs in zip(variants, zip(*by_seed, strict=True), strict=True):
         exams = ", ".join(f"{one['exam']:.1f}%" for one in runs)
         medians = {key: statistics.median(one[key] for one in runs) for key in runs[0]}
         name = f"off, {f'`{mode}`' if mode else 'none'}" if off else "the base itself, none"
         cells = [name, f"{medians['exam']:.1f}% ({exams})", f"{medians['KL']:.2f}"]
         cells += [f"{medians['sampling_kl']:.4f}" if off else "", f"{medians['cut']:.2%}" if mode else ""]
         lines.append(f"| {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--quick", action="store_true")
     chosen = parser.parse_args()
+    chosen.work.mkdir(parents=True, exist_ok=True)
     if chosen.quick:
-        table(chosen.seeds[:1], {"total_episodes": 128})
+        print(table(chosen.work, chosen.seeds[:1], {"total_episodes": 128}))
         return
-    made = table(chosen.seeds, {})
+    made = table(chosen.work, chosen.seeds, {})
+    print(made)
     before, rest = PAGE.read_text(encoding="utf-8").split(START)
     PAGE.write_text(f"{before}{START}\n{made}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
