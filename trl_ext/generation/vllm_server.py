@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 AT_A_TIME = 128  # requests to one server
 ATTEMPTS = 4  # of one request
 SHORT = 10.0  # seconds that a question about the server itself may take
+BACKGROUND = "trl_ext: completions"  # what a thread is called that waits for them
 _Result = TypeVar("_Result")
 
 
@@ -370,7 +371,7 @@ def in_background(work: Callable[[], _Result]) -> Future[_Result]:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, name=BACKGROUND, daemon=True).start()
     return future
 
 
