@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from tests.helpers import prompt_dataset, tiny_llama, word_tokenizer
+from tests.helpers import prompt_dataset, saved_model, tiny_llama, word_tokenizer
 from tests.integration.test_ppo_trainer import LORA, cats, config, rows_with, trained_state
+from tests.integration.test_processes import launch
 from tests.integration.test_vllm import shorten_probes
 from tests.integration.test_vllm import trainer_for as trainer_over
 from tests.vllm_server import StandIn
@@ -379,3 +382,41 @@ def test_a_reward_function_that_fails_ends_the_run_at_once(tmp_path: Path, serve
     with pytest.raises(RewardError, match="the judge went home"):
         trainer.train()
     assert trainer.collector.ahead is None
+
+
+# Several processes ----------------------------------------------------------------------------------------------------
+
+
+def run_two(folder: Path, server: StandIn, out: str, *checkpoint: str) -> subprocess.CompletedProcess[str]:
+    model = saved_model(folder / "model")
+    return launch(2, Path(__file__).with_name("ahead_worker.py"), model, str(folder / out), server.url, *checkpoint)
+
+
+def ended(folder: Path, done: subprocess.CompletedProcess[str]) -> State:
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((folder / "logs.json").read_text())
+    logs = [{name: x for name, x in row.items() if not name.startswith(CLOCKS)} for row in rows]
+    return load_file(folder / "trained.safetensors"), [row for row in logs if "objective/scores" in row]
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_begins_its_share(tmp_path: Path, server: StandIn) -> None:
+    """And goes on exactly from the middle of a rollout, with evaluations while the other's share is under way."""
+    whole = ended(tmp_path / "whole", run_two(tmp_path, server, "whole"))
+    models = [body["model"] for body in server.asked if body["max_tokens"] == 6]
+    assert len(models) == 5 * ROWS + 10 * 6, "rollouts, and evaluations, whose five prompts two processes make six"
+    assert len(server.adapters) == 1
+    resumed = run_two(tmp_path, server, "resumed", str(tmp_path / "whole" / "checkpoint-3"))
+    assert_same(ended(tmp_path / "resumed", resumed), (whole[0], whole[1][1:]))
+
+
+@pytest.mark.long
+def test_a_server_that_goes_ends_both_processes_after_a_checkpoint(tmp_path: Path, server: StandIn) -> None:
+    server.die_after = 2 * 2 * 4 + 2 * ROWS + 3  # the probes, two rollouts, and some of an evaluation or the third
+    done = run_two(tmp_path, server, "gone")
+    assert done.returncode != 0
+    assert done.stderr.count("No vLLM server answers any more at") >= 2, done.stderr[-3000:]
+    [checkpoint] = (tmp_path / "gone").glob("checkpoint-*")
+    server.die_after = -1
+    server.start()
+    ended(tmp_path / "again", run_two(tmp_path, server, "again", str(checkpoint)))

@@ -296,7 +296,7 @@ def test_the_weighted_gap_tells_a_false_word_from_a_policy_that_has_moved(sharpe
     found = weighted_gap(pass_, of_mu, mask)
     terms = [
         p / m * (-math.log(p) - h)
-        for p, m, h in zip(*(x.flatten().tolist() for x in (of_pi.exp(), of_mu.exp(), pass_.entropy)))
+        for p, m, h in zip(*(x.flatten().tolist() for x in (of_pi.exp(), of_mu.exp(), pass_.entropy)), strict=True)
     ]
     assert found["val/weighted_gap"] == pytest.approx(sum(terms) / 6400)
     z = found["val/weighted_gap_z"]

@@ -17,8 +17,8 @@ CORRECTION = "vllm_importance_sampling_correction"
 
 def sampling_differs(log: RunLog, limits: Limits) -> Finding | None:
     """Completions are drawn from another distribution than they are scored and trained under. Where importance weights
-    correct for it, it is worth a look only. Under `rollouts_ahead` the policy has moved since it sampled: what that does
-    not explain is looked at alone."""
+    correct for it, it is worth a look only. Under `rollouts_ahead` the policy has moved since it sampled: only what
+    that does not explain counts."""
     if log.setting("rollouts_ahead"):
         return _drawn_otherwise(log, limits)
     z, gap, cut = (log.series(name) for name in ("val/sampling_gap_z", "val/sampling_gap", "sampling/weight_cut"))

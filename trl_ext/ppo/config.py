@@ -147,8 +147,8 @@ class PPOConfig(BaseConfig):
     )
     rollouts_ahead: Literal[0, 1] = _f(
         0,
-        "1: the next rollout is sampled while this one is trained on, by the policy as it is when that begins. Needs "
-        "vllm_mode 'server', or a generator that can begin.",
+        "Rollouts sampled ahead, 0 or 1: with 1 the next is sampled while one is trained on, by the policy as it is "
+        "when that begins. Needs vllm_mode 'server', or a generator with a method `begin`.",
     )
     use_transformers_continuous_batching: bool = _f(
         False, "Generate by Transformers' continuous batching: a completion that has ended makes room at once."

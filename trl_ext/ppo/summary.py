@@ -106,7 +106,7 @@ def weighted_gap(pass_: ScorePass, told: Tensor, mask: Tensor) -> dict[str, floa
     """`sampling_gap` of completions that another policy sampled: whether they were drawn as the generator says.
 
     What has the mean 0 over tokens of pi has it over tokens of mu, too, once it is multiplied by pi(token) / mu(token),
-    which is importance sampling (Owen 2013, "Monte Carlo theory, methods and examples", chapter 9, equation 9.3):
+    which is importance sampling (Owen 2013, "Monte Carlo theory, methods and examples", section 9.1):
     another mean says that mu is not what sampled, or never samples some of what pi does.
 
     Args:
