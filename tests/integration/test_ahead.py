@@ -278,7 +278,7 @@ def test_a_server_that_goes_while_the_policy_is_trained(tmp_path: Path, server: 
     it by the policy as it is then."""
     trainer = trainer_for(tmp_path, server)
     server.die_after = len(server.asked) + 2 * ROWS + 3  # in the third rollout, while the second is trained on
-    message = r"^No vLLM server answers any more at .*: start one again\. All 4 steps before are saved in .*point-4'"
+    message = r"^(No vLLM server answers any|vLLM gave no answer in 4) .* All 4 steps before are saved in .*point-4'"
     with pytest.raises(GenerationError, match=message):
         trainer.train()
     assert saved_ahead(tmp_path, 4) is None
@@ -406,7 +406,7 @@ def test_each_of_two_processes_begins_its_share(tmp_path: Path, server: StandIn)
     models = [body["model"] for body in server.asked if body["max_tokens"] == 6]
     assert len(models) == 5 * ROWS + 10 * 6, "rollouts, and evaluations, whose five prompts two processes make six"
     resumed = run_two(tmp_path, server, "resumed", str(tmp_path / "whole" / "checkpoint-3"))
-    assert_same(ended(tmp_path / "resumed", resumed), (whole[0], whole[1][1:]))
+    assert_same(ended(tmp_path / "resumed", resumed), whole)
 
 
 @pytest.mark.long
