@@ -70,7 +70,9 @@ class StandIn:
             import copy
 
             base = copy.deepcopy(self.model)
-            self.adapters[name] = base if self.stale else PeftModel.from_pretrained(base, path).eval()
+            # Weights that are drawn before they are loaded would take random numbers of the trainer beside it.
+            adapted = base if self.stale else PeftModel.from_pretrained(base, path, low_cpu_mem_usage=True).eval()
+            self.adapters[name] = adapted
             self.loads.append(name)
         return 200, {}
 

@@ -124,7 +124,7 @@ class ScorePass(_TensorRecord):
     """What the roles say about a rollout, all of it without gradient.
 
     Attributes:
-        logprobs: (batch, tokens) of the completion under the policy that sampled it.
+        logprobs: (batch, tokens) of the completion under the policy before its first step on the rollout.
         entropy: (batch, tokens) of the policy at each token.
         ref_logprobs: (batch, tokens) under the reference.
         values: (batch, tokens); values[:, t] is predicted before token t is chosen. 0 where no value role is trained.

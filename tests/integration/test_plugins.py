@@ -261,16 +261,20 @@ def test_a_sampler_that_is_silent_is_told_of_and_refused_where_weights_are_asked
         def answers(self, prompt_ids: Any, config: Any, role: str) -> Any:
             return [[5, 1]] * len(prompt_ids)
 
+        def begin(self, *asked: Any) -> Any:
+            raise AssertionError("the first rollout has failed")
+
     base = SharedBase.from_pretrained(saved_model(tmp_path / "model"), policy=LORA)
     for correction, told in ((None, 1), (False, 0)):
         args = config(tmp_path, vllm_importance_sampling_correction=correction)
         caplog.clear()
         PPOTrainer(base, cats, args, prompt_dataset(32), None, word_tokenizer(), generator=Silent()).train()
         assert sum("Silent tells no log-probabilities" in message for message in caplog.messages) == told
-    args = config(tmp_path, vllm_importance_sampling_correction=True)
-    trainer = PPOTrainer(base, cats, args, prompt_dataset(32), None, word_tokenizer(), generator=Silent())
-    with pytest.raises(GenerationError, match=r"^vllm_importance_sampling_correction is True, but Silent tells no"):
-        trainer.train()
+    for setting, value in (("vllm_importance_sampling_correction", True), ("rollouts_ahead", 1)):
+        args = config(tmp_path, **{setting: value})
+        trainer = PPOTrainer(base, cats, args, prompt_dataset(32), None, word_tokenizer(), generator=Silent())
+        with pytest.raises(GenerationError, match=rf"^{setting} is {value}, but Silent tells no"):
+            trainer.train()
 
 
 @pytest.mark.sampled(every=2)

@@ -15,10 +15,14 @@ from trl_ext import PPOTrainer, SharedBase, cli
 from trl_ext.generation import GenerationError, vllm_probe
 
 
+def shorten_probes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(vllm_probe, "TOKENS", 4)
+    patch.setattr(vllm_probe, "PROMPTS", 4)
+
+
 @pytest.fixture(autouse=True)
 def _short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_probe, "TOKENS", 4)
-    monkeypatch.setattr(vllm_probe, "PROMPTS", 4)
+    shorten_probes(monkeypatch)
 
 
 @pytest.fixture

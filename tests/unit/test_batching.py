@@ -48,6 +48,14 @@ def test_epochs_differ_seeds_differ_and_both_repeat() -> None:
     assert epoch_of(RolloutSampler(50, 10, 2, shuffle=True, seed=43), 0) != first
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_rollout_is_known_by_its_number(shuffle: bool) -> None:
+    """Before it is drawn, also where it is in a later epoch."""
+    sampler = RolloutSampler(11, 4, 3, shuffle, seed=5, num_generations=2)  # five rollouts an epoch
+    drawn = [row for epoch in range(3) for row in epoch_of(sampler, epoch)]
+    assert [sampler.rollout(number) for number in range(15)] == [drawn[i : i + 4] for i in range(0, len(drawn), 12)]
+
+
 def test_what_one_epoch_drops_another_takes() -> None:
     sampler = RolloutSampler(7, 3, 1, shuffle=True, seed=0)
     assert set().union(*(epoch_of(sampler, epoch) for epoch in range(20))) == set(range(7))

@@ -256,6 +256,13 @@ def test_rows_in_a_format_of_their_own_are_refused(kind: str) -> None:
 # Before a model is loaded --------------------------------------------------------------------------------------------
 
 
+class Silent:
+    """A generator that cannot begin."""
+
+    def answers(self, prompt_ids: Any, config: Any, role: str) -> Any:
+        return prompt_ids
+
+
 @pytest.mark.parametrize(
     ("given", "settings", "error", "says"),
     [
@@ -267,6 +274,9 @@ def test_rows_in_a_format_of_their_own_are_refused(kind: str) -> None:
         ({}, {"generation_kwargs": {"eos_token_id": [1, 99]}}, ValueError, "has eos_token_id=99, but the model has 25"),
         ({}, {"generation_kwargs": {"pad_token_id": 99}}, ValueError, "has pad_token_id=99, but the model has 25 ids"),
         ({}, {"model_init_kwargs": {"dtype": "float15"}}, ValueError, "dtype is 'float15', which torch does not know"),
+        ({}, {"rollouts_ahead": 1}, ValueError, "rollouts_ahead is 1, but the base cannot answer while the policy is"),
+        ({}, {"rollouts_ahead": 1, "use_vllm": True}, ValueError, "but vLLM in this process cannot answer while"),
+        ({"generator": Silent()}, {"rollouts_ahead": 1}, ValueError, "1, but Silent cannot answer while the policy is"),
         ({"quantization_config": "4bit"}, {}, TypeError, "quantization_config is '4bit': give a"),
     ],
 )

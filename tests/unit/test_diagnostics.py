@@ -187,6 +187,21 @@ def test_sampling_that_is_corrected_for_is_a_warning_that_says_how_much_is_cut()
     assert finding.remedy.changes == {"vllm_importance_sampling_correction": True}
 
 
+def test_a_policy_that_has_moved_since_it_sampled_is_expected_and_a_false_word_is_not() -> None:
+    moved = {**HEALTHY, **SICK["sampling_differs"], "sampling/weight_cut": 0.1}
+    ahead = {**CONFIG, "rollouts_ahead": 1}
+    true, little, false = (
+        {"val/weighted_gap": gap, "val/weighted_gap_z": z} for gap, z in ((-0.05, -1.0), (-0.001, -9.0), (-0.05, -3.0))
+    )
+    assert sampling_differs(rows(**moved), CONFIG)
+    assert not sampling_differs(rows(**moved), ahead)
+    assert not sampling_differs(rows(**moved, **true), ahead) and not sampling_differs(rows(**moved, **little), ahead)
+    (finding,) = sampling_differs(rows(**moved, **false), {**ahead, "top_p": 0.9})
+    assert finding.severity == "problem" and finding.remedy.changes == {"top_p": 1.0}
+    assert finding.title.endswith("than the generator says")
+    assert finding.figures["z"] == pytest.approx(-12.0, rel=0.05)
+
+
 def sampling_differs(history: list[dict[str, Any]], config: dict[str, Any]) -> list[Any]:
     return [f for f in diagnose(RunLog.of(history, config)) if f.name == "sampling_differs"]
 

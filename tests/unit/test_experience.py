@@ -12,7 +12,7 @@ import torch
 from tests.helpers import QUIET, rollout
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.experience import make_experience
-from trl_ext.ppo.summary import explained_variance, repetition, sampling_gap, summarize
+from trl_ext.ppo.summary import explained_variance, repetition, sampling_gap, summarize, weighted_gap
 from trl_ext.types import Rollout, ScoredRollout, ScorePass, Scores
 
 NAN, INF = float("nan"), float("inf")
@@ -280,6 +280,29 @@ def test_the_sampling_gap_tells_other_sampling_from_scoring(sharper: float, expe
     pass_ = ScorePass(logprobs, scored.entropy(), logprobs, logprobs, logprobs[:, 0])
     z = sampling_gap(pass_, torch.ones(64, 10, dtype=torch.bool))["val/sampling_gap_z"]
     assert {"same": abs(z) < 3, "below": z < -6, "above": z > 6}[expected], z
+
+
+@pytest.mark.parametrize(("sharper", "expected"), [(1.0, "0"), (1.3, "below"), (0.8, "above")])
+def test_the_weighted_gap_tells_a_false_word_from_a_policy_that_has_moved(sharper: float, expected: str) -> None:
+    """The tokens are drawn from another distribution (mu) than they are scored under (pi), and the generator tells mu
+    as it is, or flatter, or sharper."""
+    generator = torch.Generator().manual_seed(0)
+    told, moved = (torch.randn(6400, 9, generator=generator, dtype=torch.float64) for _ in range(2))
+    mu, pi = told.log_softmax(-1), (1.2 * told + 0.2 * moved).log_softmax(-1)
+    drawn = torch.multinomial((sharper * told).softmax(-1), 1, generator=generator)
+    of_mu, of_pi = (x.gather(1, drawn).view(640, 10) for x in (mu, pi))
+    pass_ = ScorePass(of_pi, -(pi.exp() * pi).sum(-1).view(640, 10), of_pi, of_pi, of_pi[:, :1])
+    mask = torch.ones(640, 10, dtype=torch.bool)
+    found = weighted_gap(pass_, of_mu, mask)
+    terms = [
+        p / m * (-math.log(p) - h)
+        for p, m, h in zip(*(x.flatten().tolist() for x in (of_pi.exp(), of_mu.exp(), pass_.entropy)), strict=True)
+    ]
+    assert found["val/weighted_gap"] == pytest.approx(sum(terms) / 6400)
+    z = found["val/weighted_gap_z"]
+    assert {"0": abs(z) < 3, "below": z < -6, "above": z > 6}[expected], z
+    if expected == "0":
+        assert sampling_gap(pass_, mask)["val/sampling_gap_z"] > 6, "which the plain gap does not tell apart"
 
 
 def test_certain_answers_are_no_sampling_gap() -> None:

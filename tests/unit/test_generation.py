@@ -1,5 +1,6 @@
 """From prompts to a rollout: tokenising, cutting at the EOS, and the layout of what comes back."""
 
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import GenerationConfig
 
 from tests.helpers import CHAT_TEMPLATE, tiny_llama, word_tokenizer
 from trl_ext import SharedBase
-from trl_ext.generation import GenerationError, TransformersGenerator, generate
+from trl_ext.generation import GenerationError, TransformersGenerator, begin, generate
 from trl_ext.tokens import check_chat_template, cut_at_eos, eos_ids, tokenize_prompts
 from trl_ext.types import Rollout
 
@@ -170,6 +171,37 @@ def test_a_generator_that_returns_something_else_is_named(answer: Any, message: 
     with pytest.raises(GenerationError, match=rf"^Careless\.answers {message}") as error:
         generate(Careless(), ["cat", "dog"], word_tokenizer(), config, vocab_size=25)
     assert "\n" not in str(error.value)
+
+
+def test_answers_that_were_begun_are_taken_as_others_are() -> None:
+    """They are held to the same, and a failure in the background comes up where they are taken."""
+    config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=3)
+    given: list[Any] = []
+
+    class Later:
+        def answers(self, prompt_ids: Any, config: Any, role: str) -> Any:
+            raise AssertionError("nobody asks")
+
+        def begin(self, prompt_ids: Any, config: Any, role: str) -> Any:
+            given.append((prompt_ids, role))
+            return futures.pop(0)
+
+    answered, failed, short = Future[Any](), Future[Any](), Future[Any]()
+    answered.set_result(([[A, EOS, 99], [CAT, DOG]], [[-1.0, -2.0, -3.0], [-4.0, -5.0]]))
+    failed.set_exception(KeyError("cat"))
+    short.set_result([[7]])
+    futures: list[Any] = [answered, failed, short, "soon"]
+    prompts, tokenizer = ["cat", "dog"], word_tokenizer()
+    rollout = generate(Later(), prompts, tokenizer, config, begun=begin(Later(), prompts, tokenizer, config))
+    assert given == [([[CAT], [DOG]], "policy")]
+    assert rollout.completion_tokens == [[A, EOS], [CAT, DOG]]
+    assert rollout.sampling_logprobs is not None
+    assert rollout.sampling_logprobs.tolist() == [[-1.0, -2.0], [-4.0, -5.0]]
+    for says in ("raised KeyError: 'cat'", "returned 1 completions for 2 prompts", "returned str: return a concurrent"):
+        with pytest.raises(GenerationError, match=rf"^Later\.begin {says}"):
+            generate(Later(), prompts, tokenizer, config, begun=begin(Later(), prompts, tokenizer, config))
+    with pytest.raises(GenerationError, match=r"^Later\.begin raised IndexError: pop from empty list\.$"):
+        begin(Later(), prompts, tokenizer, config)
 
 
 def test_what_a_generator_does_to_its_arguments_stays_with_it() -> None:

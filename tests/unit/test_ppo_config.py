@@ -360,6 +360,16 @@ def test_bounds_of_the_importance_weights_that_cannot_be() -> None:
     make(vllm_importance_sampling_clip_max=None, vllm_importance_sampling_clip_min=0.2)
 
 
+def test_rollouts_ahead_are_none_or_one_and_corrected_for() -> None:
+    for wrong in (2, -1):
+        with pytest.raises(ValueError, match=rf"^rollouts_ahead is {wrong}: choose one of 0, 1\.$"):
+            make(rollouts_ahead=wrong)
+    with pytest.raises(ValueError, match=r"^rollouts_ahead is 1, so that an older policy .* is False, so that nothing"):
+        make(rollouts_ahead=1, vllm_importance_sampling_correction=False)
+    for correction in (None, True):
+        make(rollouts_ahead=1, vllm_importance_sampling_correction=correction)
+
+
 def test_settings_that_something_reads_are_taken() -> None:
     make(objective="reinforce", num_ppo_epochs=1, baseline="value", vf_coef=0.5, gamma=0.9, cliprange_value=0.1)
     make(objective="kl_penalty", penalty_coef=2.0, penalty_target=0.1, vf_coef=0.5, lam=0.9, lam_value=1.0)

@@ -17,7 +17,10 @@ CORRECTION = "vllm_importance_sampling_correction"
 
 def sampling_differs(log: RunLog, limits: Limits) -> Finding | None:
     """Completions are drawn from another distribution than they are scored and trained under. Where importance weights
-    correct for it, it is worth a look only."""
+    correct for it, it is worth a look only. Under `rollouts_ahead` the policy has moved since it sampled: only what
+    that does not explain counts."""
+    if log.setting("rollouts_ahead"):
+        return _drawn_otherwise(log, limits)
     z, gap, cut = (log.series(name) for name in ("val/sampling_gap_z", "val/sampling_gap", "sampling/weight_cut"))
     if not z:
         return None
@@ -41,6 +44,33 @@ def sampling_differs(log: RunLog, limits: Limits) -> Finding | None:
             "generation_kwargs that forbid or force tokens; or a generator of another precision."
         ),
         remedy=_closer_sampling(log) if cut else _plain_sampling(log),
+        samples=log.last_samples(),
+    )
+
+
+def _drawn_otherwise(log: RunLog, limits: Limits) -> Finding | None:
+    z, gap = log.series("val/weighted_gap_z"), log.series("val/weighted_gap")
+    if not z:
+        return None
+    total, mean = sum(z.values) / math.sqrt(len(z)), gap.recent(len(gap))
+    if abs(total) < limits.sampling_gap_z or abs(mean) < limits.sampling_gap:
+        return None
+    return Finding(
+        name="sampling_differs",
+        severity="problem",
+        title="Completions are sampled from another distribution than the generator says",
+        steps=(z.steps[0], z.steps[-1]),
+        evidence=(
+            f"Sampled tokens are {mean:+.3f} nats more surprising than the policy's entropy says, though each is "
+            f"weighed by its probability under the policy over the reported one: {abs(total):.0f} standard errors from "
+            "0. That the policy has moved since it sampled does not explain it."
+        ),
+        figures={"gap": mean, "z": total},
+        cause=(
+            "generation settings that keep tokens from being sampled (top_k, top_p, min_p), or a generator that "
+            "samples otherwise than it reports, so that importance weights are wrong."
+        ),
+        remedy=_plain_sampling(log),
         samples=log.last_samples(),
     )
 

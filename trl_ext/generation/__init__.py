@@ -2,13 +2,14 @@
 
 from trl_ext._moved import moved
 from trl_ext.generation.continuous import ContinuousGenerator
-from trl_ext.generation.rollouts import Answers, GenerationError, Generator, generate
+from trl_ext.generation.rollouts import Answers, BackgroundGenerator, GenerationError, Generator, begin, generate
 from trl_ext.generation.transformers_generate import TransformersGenerator
 from trl_ext.generation.vllm import VLLMGenerator
 from trl_ext.generation.vllm_server import VLLMServerGenerator, VLLMServers
 
 __all__ = [
     "Answers",
+    "BackgroundGenerator",
     "ContinuousGenerator",
     "GenerationError",
     "Generator",
@@ -16,6 +17,7 @@ __all__ = [
     "VLLMGenerator",
     "VLLMServerGenerator",
     "VLLMServers",
+    "begin",
     "generate",
 ]
 

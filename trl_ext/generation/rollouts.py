@@ -1,4 +1,4 @@
-"""Prompts in, rollout out: the protocol of whoever answers, and the one place where its answers become tensors."""
+"""Prompts in, rollout out: the protocols of whoever answers, and the one place where its answers become tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import math
 import operator
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -40,6 +41,41 @@ class Generator(Protocol):
         ...
 
 
+class BackgroundGenerator(Generator, Protocol):
+    """A generator that can answer while the policy is trained."""
+
+    def begin(self, prompt_ids: list[list[int]], config: GenerationConfig, role: str) -> Future[Answers]:
+        """What `answers` returns, to be had later. The role's weights as they are now answer, and random numbers of
+        this process are drawn before it returns."""
+        ...
+
+
+def begin(
+    generator: BackgroundGenerator,
+    prompts: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    config: GenerationConfig,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> Future[Answers]:
+    """Let the policy as it is now begin a completion for each prompt. Arguments as of `generate`, which takes what is
+    returned as `begun`.
+
+    Raises:
+        GenerationError: the generator could not begin.
+    """
+    asked, name = tokenize_prompts(prompts, tokenizer, chat_template_kwargs), f"{type(generator).__name__}.begin"
+    try:
+        begun: Any = generator.begin(asked, copy.deepcopy(config), "policy")
+    except (GenerationError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise GenerationError(f"{name} raised {type(error).__name__}: {error}.") from error
+    if not isinstance(begun, Future):
+        kind = type(begun).__name__
+        raise GenerationError(f"{name} returned {kind}: return a concurrent.futures.Future of Answers(ids, logprobs).")
+    return begun
+
+
 def generate(
     generator: Generator,
     prompts: Sequence[Any],
@@ -48,6 +84,7 @@ def generate(
     chat_template_kwargs: dict[str, Any] | None = None,
     role: str = "policy",
     vocab_size: int | None = None,
+    begun: Future[Answers] | None = None,
 ) -> Rollout:
     """Sample one completion for each prompt.
 
@@ -57,6 +94,7 @@ def generate(
         config: sampling settings; its `eos_token_id` ends a completion, its `pad_token_id` fills up.
         role: who the generator answers as.
         vocab_size: ids that the model has; None: any.
+        begun: answers to these very prompts, see `begin`; None: the generator is asked now.
 
     Returns:
         The rollout, rows in the order of `prompts`, on the CPU.
@@ -66,7 +104,7 @@ def generate(
     """
     asked = tokenize_prompts(prompts, tokenizer, chat_template_kwargs)
     eos, pad = as_ids(config.eos_token_id), int(config.pad_token_id)
-    ids, logprobs = _checked_answers(generator, asked, config, role, vocab_size)
+    ids, logprobs = _checked_answers(generator, asked, config, role, vocab_size, begun)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     chat = not isinstance(prompts[0], str)
     prompt_ids, prompt_mask = padded(asked, pad, left=True)
@@ -103,13 +141,21 @@ def check_whole(ids: Sequence[Sequence[int]], config: GenerationConfig) -> None:
 
 
 def _checked_answers(
-    generator: Generator, prompt_ids: list[list[int]], config: GenerationConfig, role: str, vocab_size: int | None
+    generator: Generator,
+    prompt_ids: list[list[int]],
+    config: GenerationConfig,
+    role: str,
+    vocab_size: int | None,
+    begun: Future[Answers] | None,
 ) -> Answers:
     """What the generator answers, cut at the EOS and checked: user code may stand behind it."""
-    name, count = f"{type(generator).__name__}.answers", len(prompt_ids)
+    name, count = f"{type(generator).__name__}.{'answers' if begun is None else 'begin'}", len(prompt_ids)
     try:
-        # Copies: what it does to its arguments is its own affair.
-        answers = generator.answers([list(ids) for ids in prompt_ids], copy.deepcopy(config), role)
+        if begun is not None:
+            answers = begun.result()
+        else:
+            # Copies: what it does to its arguments is its own affair.
+            answers = generator.answers([list(ids) for ids in prompt_ids], copy.deepcopy(config), role)
     except (GenerationError, torch.OutOfMemoryError):
         raise
     except Exception as error:

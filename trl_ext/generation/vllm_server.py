@@ -20,8 +20,9 @@ import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers import GenerationConfig
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 AT_A_TIME = 128  # requests to one server
 ATTEMPTS = 4  # of one request
 SHORT = 10.0  # seconds that a question about the server itself may take
+BACKGROUND = "trl_ext: completions"  # what a thread is called that waits for them
+_Result = TypeVar("_Result")
 
 
 class Adapter(NamedTuple):
@@ -358,6 +361,20 @@ def is_plain(config: GenerationConfig) -> bool:
     return sampling_settings(config) == plain
 
 
+def in_background(work: Callable[[], _Result]) -> Future[_Result]:
+    """What `work` returns or raises, in a thread that keeps no interpreter from ending, as an executor's would."""
+    future: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=BACKGROUND, daemon=True).start()
+    return future
+
+
 def drawn_seeds(count: int) -> list[int]:
     """Seeds for so many completions, from torch's random numbers: a run that resumes draws the same again."""
     return torch.randint(2**31 - 1, (count,)).tolist()
@@ -417,16 +434,27 @@ class VLLMServerGenerator:
         check_lora(base)
         self.base, self.servers, self.folders = base, servers, AdapterFolders(base, folder)
         self._now: dict[str, Adapter] = {}
+        self._under_way: Future[Answers] | None = None
         servers.wait_until_up()
         processed = [self._speaks_for_base(server, tolerance) for server in servers.servers]  # all of them are asked
         self.processed = all(processed)
 
     def answers(self, prompt_ids: list[list[int]], config: GenerationConfig, role: str) -> Answers:
         """See `Generator.answers`."""
+        return self.begin(prompt_ids, config, role).result()
+
+    def begin(self, prompt_ids: list[list[int]], config: GenerationConfig, role: str) -> Future[Answers]:
+        """See `BackgroundGenerator.begin`. What was begun before is waited for: it needs its adapter until then."""
+        if self._under_way is not None:
+            wait([self._under_way])
         name = self.base.adapters[role]
         adapter = None if name is None else self._written(name)
         seeds = drawn_seeds(len(prompt_ids))
         requests = [request_of(ids, config, seed) for ids, seed in zip(prompt_ids, seeds, strict=True)]
+        self._under_way = in_background(lambda: self._completed(requests, adapter, config))
+        return self._under_way
+
+    def _completed(self, requests: list[dict[str, Any]], adapter: Adapter | None, config: GenerationConfig) -> Answers:
         ids, logprobs = map(list, zip(*self.servers.complete(requests, adapter), strict=True))
         check_whole(ids, config)
         return Answers(ids, logprobs if self.processed or is_plain(config) else None)

@@ -35,16 +35,29 @@ class RolloutSampler(Sampler[int]):
         """Called by the Trainer at the start of each epoch, also of a resumed one."""
         self.epoch = epoch
 
+    @property
+    def rollouts(self) -> int:
+        """Whole rollouts of an epoch."""
+        return self.num_rows // self.prompts
+
+    def rollout(self, number: int) -> list[int]:
+        """Row numbers of one rollout of the run, counted from 0 over all epochs."""
+        epoch, at = divmod(number, self.rollouts)
+        prompts = self._order(epoch)[at * self.prompts : (at + 1) * self.prompts]
+        return prompts.repeat_interleave(self.num_generations).tolist()
+
     def __iter__(self) -> Iterator[int]:
-        order = permutation(self.num_rows, self.seed, self.epoch) if self.shuffle else torch.arange(self.num_rows)
-        for prompts in order.split(self.prompts):
-            if len(prompts) == self.prompts:
-                rollout = prompts.repeat_interleave(self.num_generations).tolist()
-                for _ in range(self.repeats):
-                    yield from rollout
+        order = self._order(self.epoch)
+        for prompts in order[: self.rollouts * self.prompts].split(self.prompts):
+            rollout = prompts.repeat_interleave(self.num_generations).tolist()
+            for _ in range(self.repeats):
+                yield from rollout
 
     def __len__(self) -> int:
-        return self.num_rows // self.prompts * self.prompts * self.num_generations * self.repeats
+        return self.rollouts * self.prompts * self.num_generations * self.repeats
+
+    def _order(self, epoch: int) -> Tensor:
+        return permutation(self.num_rows, self.seed, epoch) if self.shuffle else torch.arange(self.num_rows)
 
 
 def permutation(n: int, *seeds: int) -> Tensor:

@@ -1,8 +1,8 @@
 """What a PPO run writes and reads: the trained roles, and checkpoints to go on from.
 
 Beside what Transformers saves itself (weights, optimizer, schedule, random numbers, step), a checkpoint holds all that
-a run interrupted between two optimizer steps needs to go on exactly: the rollout in use and `Updater.state_dict`. The
-order of prompts and minibatches follows from seed and step.
+a run interrupted between two optimizer steps needs to go on exactly: the rollout in use and `Updater.state_dict`, which
+has the rollout that was sampled ahead. The order of prompts and minibatches follows from seed and step.
 """
 
 from __future__ import annotations

@@ -159,6 +159,7 @@ def check_run(
     functions: Sequence[Any],
     model: Any,
     ptx_dataset: Any = None,
+    generator: Any = None,
 ) -> PreTrainedTokenizerBase:
     """All that settings and rows say against a run, before a model is loaded. Of a stream that is its first rollout;
     the rest is checked as it comes.
@@ -166,6 +167,7 @@ def check_run(
     Args:
         tokenizer: of the model; None: the model's own.
         model: a model, or the name or folder of one, whose config says how much it can read.
+        generator: who answers; None: whom `args` name.
 
     Returns:
         The tokenizer, with a pad token.
@@ -175,6 +177,7 @@ def check_run(
         ImportError, ConnectionError: vLLM is to answer, and is not there.
     """
     check_sharding(args)
+    check_ahead(args, generator)
     stream = train_dataset if isinstance(train_dataset, PromptStream) else None
     if stream is not None:
         train_dataset = stream.first()
@@ -400,6 +403,21 @@ def check_engine(args: PPOConfig) -> None:
         VLLMServers(args.vllm_server_urls, args.vllm_server_timeout).wait_until_up()
     elif args.use_vllm and find_spec("vllm") is None and "vllm" not in sys.modules:
         raise ImportError(NO_VLLM)
+
+
+def check_ahead(args: PPOConfig, generator: Any) -> None:
+    """Refuse to sample ahead where nobody answers while the policy is trained.
+
+    Raises:
+        ValueError: says who would have to.
+    """
+    who = type(generator).__name__ if generator is not None else "vLLM in this process" if args.use_vllm else "the base"
+    served = generator is None and args.use_vllm and args.vllm_mode == "server"
+    if args.rollouts_ahead and not served and not callable(getattr(generator, "begin", None)):
+        raise ValueError(
+            f"rollouts_ahead is {args.rollouts_ahead}, but {who} cannot answer while the policy is trained: set "
+            "use_vllm and vllm_mode 'server', give a generator that has the method begin, or leave rollouts_ahead out."
+        )
 
 
 def check_sharding(args: PPOConfig) -> None:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +21,16 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl_ext.callbacks import RolloutEvents
 from trl_ext.core import combine_members
-from trl_ext.generation import ContinuousGenerator, GenerationError, Generator, TransformersGenerator, generate
+from trl_ext.generation import (
+    Answers,
+    ContinuousGenerator,
+    GenerationError,
+    Generator,
+    TransformersGenerator,
+    begin,
+    generate,
+)
+from trl_ext.ppo.ahead import Ahead
 from trl_ext.ppo.batches import permutation
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.failures import together
@@ -52,6 +62,9 @@ class Collector:
         args: settings.
         accelerator: for autocast and to gather over processes.
         events: hears of each rollout before it is scored.
+
+    Attributes:
+        ahead: the next rollout, where it is begun already.
     """
 
     def __init__(
@@ -76,20 +89,28 @@ class Collector:
         )
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.log = RewardLog()
+        self.ahead: Ahead | None = None
         self._told = False
 
-    def __call__(self, inputs: list[dict[str, Any]], trainer_state: Any) -> ScoredRollout:
-        """Answer this process's prompts and score the completions, for training.
+    def __call__(
+        self, inputs: list[dict[str, Any]], trainer_state: Any, following: list[Any] | None = None
+    ) -> ScoredRollout:
+        """Answer this process's prompts, unless that was begun ahead, and score the completions, for training.
 
         Args:
             inputs: rows of the dataset, each a dict with "prompt".
             trainer_state: passed on to the reward functions.
+            following: prompts of the next rollout, which is begun ahead; None: it is not.
 
         Returns:
             Rollout, scores and score pass of all processes, the same on each, on the CPU.
         """
         self.log = RewardLog()
-        part = together(lambda: self._scored(inputs, trainer_state, self.log, listen=True))
+        rollout = together(lambda: self.answered(inputs, begun=self._begun([row["prompt"] for row in inputs])))
+        # At once, so that it is sampled while this one is scored, too; but once every process has its answers, for the
+        # adapter that gave them goes now.
+        self.ahead = None if following is None else together(lambda: self._begin(following))
+        part = together(lambda: self._scored(self.events.on_rollout_end(rollout), inputs, trainer_state, self.log))
         return self._combined([part], training=True)
 
     def all_of(self, dataloader: DataLoader[Any], trainer_state: Any) -> tuple[ScoredRollout, dict[str, float]]:
@@ -100,8 +121,12 @@ class Collector:
             What `__call__` returns, and the means of what reward functions logged.
         """
         log = RewardLog()
+        if self.ahead is not None:
+            together(self.ahead.wait)  # on every process: the adapter that answers there goes now
         with self._apart(self.args.seed):
-            parts = together(lambda: [self._scored(inputs, trainer_state, log) for inputs in dataloader])
+            parts = together(
+                lambda: [self._scored(self.answered(inputs), inputs, trainer_state, log) for inputs in dataloader]
+            )
         scored = self._combined(parts, training=False)
         # The last batch may hold repeated rows that only make the processes' shares equal.
         count = min(len(dataloader.dataset), len(scored.scores.total))  # type: ignore[arg-type]
@@ -132,8 +157,30 @@ class Collector:
                 pass_ = self.score_pass(rollout, roles=["reward"])
         return self.score(rollout, pass_, inputs, trainer_state, RewardLog())
 
-    def answered(self, inputs: list[dict[str, Any]], role: Role = "policy") -> Rollout:
-        """One completion of each of this process's prompts."""
+    def drop_ahead(self) -> None:
+        """Forget the next rollout, once nobody works on it any more."""
+        if self.ahead is not None:
+            self.ahead.wait()
+        self.ahead = None
+
+    def _begin(self, prompts: list[Any]) -> Ahead:
+        config, template = self.generation_config, self.args.chat_template_kwargs
+        return Ahead(prompts, begin(self.generator, prompts, self.tokenizer, config, template))  # type: ignore[arg-type]
+
+    def _begun(self, prompts: list[Any]) -> Future[Answers] | None:
+        """What was begun ahead for these prompts; None where nothing was."""
+        if self.ahead is None:
+            return None
+        if self.ahead.prompts != prompts:
+            logger.warning("The rollout that was sampled ahead has other prompts than come now: it is dropped.")
+            self.drop_ahead()
+            return None
+        return self.ahead.answers
+
+    def answered(
+        self, inputs: list[dict[str, Any]], role: Role = "policy", begun: Future[Answers] | None = None
+    ) -> Rollout:
+        """One completion of each of this process's prompts; `begun`: those that are under way."""
         with self.timed("generate"), self.accelerator.autocast():
             rollout = generate(
                 self.generator,
@@ -143,6 +190,7 @@ class Collector:
                 self.args.chat_template_kwargs,  # type: ignore[arg-type]
                 role=role,
                 vocab_size=self.base.config.get_text_config().vocab_size,
+                begun=begun,
             )
         if role == "policy" and rollout.sampling_logprobs is None:
             self._check_correction()
@@ -156,23 +204,18 @@ class Collector:
         """
         name, asked = type(self.generator).__name__, self.args.vllm_importance_sampling_correction
         missing = f"{name} tells no log-probabilities of its completions, so no importance weight can be taken"
-        if asked:
-            raise GenerationError(
-                f"vllm_importance_sampling_correction is True, but {missing}: return Answers(ids, logprobs), or leave "
-                "the setting out."
-            )
+        if asked or self.args.rollouts_ahead:
+            setting = "vllm_importance_sampling_correction is True" if asked else "rollouts_ahead is 1"
+            raise GenerationError(f"{setting}, but {missing}: return Answers(ids, logprobs), or leave the setting out.")
         own = isinstance(self.generator, (ContinuousGenerator, TransformersGenerator))
         if asked is None and not own and not self._told:
             logger.warning("%s; val/sampling_gap says whether it samples as the policy would.", missing)
         self._told = True
 
     def _scored(
-        self, inputs: list[dict[str, Any]], trainer_state: Any, log: RewardLog, listen: bool = False
+        self, rollout: Rollout, inputs: list[dict[str, Any]], trainer_state: Any, log: RewardLog
     ) -> tuple[Rollout, Tensor, ScorePass]:
         """This process's rollout, its scores by function, its score pass."""
-        rollout = self.answered(inputs)
-        if listen:
-            rollout = self.events.on_rollout_end(rollout)
         with self.timed("roles"), self.accelerator.autocast():
             pass_ = self.score_pass(rollout)
         with self.timed("score"):

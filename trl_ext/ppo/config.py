@@ -145,6 +145,11 @@ class PPOConfig(BaseConfig):
     vllm_probe_tolerance: Positive = _f(
         0.1, "Most nats that vLLM's log-prob of a token may differ from the base's own, in the median, at the start."
     )
+    rollouts_ahead: Literal[0, 1] = _f(
+        0,
+        "Rollouts sampled ahead, 0 or 1: with 1 the next is sampled while one is trained on, by the policy as it is "
+        "when that begins. Needs vllm_mode 'server', or a generator with a method `begin`.",
+    )
     use_transformers_continuous_batching: bool = _f(
         False, "Generate by Transformers' continuous batching: a completion that has ended makes room at once."
     )
@@ -393,7 +398,8 @@ class PPOConfig(BaseConfig):
                     raise ValueError(f"{name} is {getattr(self, name)!r}, but {who} does not read it: leave it out.")
 
     def _check_correction(self) -> None:
-        """Refuse bounds of the importance weights that leave nothing, or bound nothing."""
+        """Refuse bounds of the importance weights that leave nothing, or bound nothing, and no weights where they are
+        needed."""
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if low is not None and high is not None and low >= high:
             raise ValueError(
@@ -404,6 +410,11 @@ class PPOConfig(BaseConfig):
             raise ValueError(
                 "vllm_importance_sampling_clip_min and vllm_importance_sampling_clip_max are both None, so that one "
                 "token could outweigh all others: set one of them."
+            )
+        if self.rollouts_ahead and self.vllm_importance_sampling_correction is False:
+            raise ValueError(
+                "rollouts_ahead is 1, so that an older policy samples than is trained, and "
+                "vllm_importance_sampling_correction is False, so that nothing corrects for it: leave one of them out."
             )
 
     @property
@@ -513,7 +524,7 @@ class PPOConfig(BaseConfig):
                     raise ValueError(f"{name} is {value!r}: it must be {refusal}.")
             elif get_origin(kind) is Literal and value not in get_args(kind) and not isinstance(value, Objective):
                 yours = ", or give a trl_ext.ppo.Objective" if name == "objective" else ""
-                raise ValueError(f"{name} is {value!r}: choose one of {', '.join(get_args(kind))}{yours}.")
+                raise ValueError(f"{name} is {value!r}: choose one of {', '.join(map(str, get_args(kind)))}{yours}.")
 
 
 PPOConfig.__init__ = explained(PPOConfig.__init__, "PPOConfig", SETTINGS)  # type: ignore[method-assign]

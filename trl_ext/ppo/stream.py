@@ -18,7 +18,8 @@ MOST_TO_EVALUATE = 10_000
 class PromptStream(Rows[dict[str, Any]]):
     """The rows that a run takes from a stream, by number: to the Trainer a data set of exactly that many.
 
-    Rows are read as the run comes to them; those of one rollout are kept, for it is drawn several times. A run that
+    Rows are read as the run comes to them; those of one rollout are kept, for it is drawn several times, and with
+    `rollouts_ahead` those of the next. A run that
     resumes reads past the rows that it has had. Where the stream ends it begins again, in its next epoch. Each process
     reads all of it and takes its own part.
 
@@ -46,6 +47,7 @@ class PromptStream(Rows[dict[str, Any]]):
         self.check: Callable[[dict[str, Any], int], None] = lambda row, number: None
         self._prompts = max(1, args.rollout_batch_size // args.num_generations)
         self._length = -(-steps // args.steps_per_rollout) * self._prompts
+        self._keeps = (1 + args.rollouts_ahead) * self._prompts
         self._checked = 0
         self._begin()
 
@@ -77,7 +79,7 @@ class PromptStream(Rows[dict[str, Any]]):
 
     def _begin(self) -> None:
         self._epoch, self._read = 0, 0
-        self._kept: deque[dict[str, Any]] = deque(maxlen=self._prompts)
+        self._kept: deque[dict[str, Any]] = deque(maxlen=self._keeps)
         self.stream.set_epoch(0)
         self._rows = iter(self.stream)
 

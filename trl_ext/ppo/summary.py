@@ -68,6 +68,7 @@ def summarize(experience: Experience, args: PPOConfig, names: list[str]) -> dict
     if rollout.sampling_logprobs is not None:
         # The mean of log q - log p over tokens drawn from q estimates KL(q || p): 0 where the generator is the policy.
         metrics["val/sampling_kl"] = masked_mean(rollout.sampling_logprobs - pass_.logprobs, mask)
+        metrics |= weighted_gap(pass_, rollout.sampling_logprobs, mask)
     metrics |= correction(experience, args)
     for pair, r in correlations(experience.scores.by_function, names).items():
         metrics[f"rewards/correlation/{pair}"] = r
@@ -97,12 +98,33 @@ def sampling_gap(pass_: ScorePass, mask: Tensor) -> dict[str, float]:
     Returns:
         `val/sampling_gap`, nats per token, and `val/sampling_gap_z`, in standard errors.
     """
-    gap = ((-pass_.logprobs - pass_.entropy) * mask).double()
+    gap, z = _gap(pass_, torch.ones_like(pass_.logprobs), mask)
+    return {"val/sampling_gap": gap, "val/sampling_gap_z": z}
+
+
+def weighted_gap(pass_: ScorePass, told: Tensor, mask: Tensor) -> dict[str, float]:
+    """`sampling_gap` of completions that another policy sampled: whether they were drawn as the generator says.
+
+    What has the mean 0 over tokens of pi has it over tokens of mu, too, once it is multiplied by pi(token) / mu(token),
+    which is importance sampling (Owen 2013, "Monte Carlo theory, methods and examples", section 9.1):
+    another mean says that mu is not what sampled, or never samples some of what pi does.
+
+    Args:
+        told: (batch, tokens) log-probs by the generator's word (mu), nats.
+
+    Returns:
+        `val/weighted_gap`, nats per token, and `val/weighted_gap_z`, in standard errors.
+    """
+    ratio = importance_ratio(pass_.logprobs, told, mask, by_sequence=False)
+    gap, z = _gap(pass_, ratio, mask)
+    return {"val/weighted_gap": gap, "val/weighted_gap_z": z}
+
+
+def _gap(pass_: ScorePass, weights: Tensor, mask: Tensor) -> tuple[float, float]:
+    """Mean over real tokens of the weighted terms of `sampling_gap`, and their sum in standard errors."""
+    gap = ((-pass_.logprobs - pass_.entropy) * weights * mask).double()
     spread = float(torch.maximum(gap.pow(2).sum(), (pass_.entropy * mask).sum().double()).sqrt())
-    return {
-        "val/sampling_gap": float(gap.sum() / mask.sum().clamp(min=1)),
-        "val/sampling_gap_z": float(gap.sum()) / spread if spread > 0 else 0.0,
-    }
+    return float(gap.sum() / mask.sum().clamp(min=1)), float(gap.sum()) / spread if spread > 0 else 0.0
 
 
 def correction(experience: Experience, args: PPOConfig) -> dict[str, float]:

@@ -96,8 +96,8 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
         quantization_config: `transformers.BitsAndBytesConfig`, where `model` is a name.
         peft_config: LoraConfig of a new policy; None: LoRA of rank 16 on every linear layer.
         ptx_dataset: texts (column `text`) for the pretraining term of the loss, where `ptx_coef` is set.
-        generator: who answers: anything with `answers(prompt_ids, config, role)`, see `trl_ext.generation`; None: the
-            base itself, or what `args` says.
+        generator: who answers: anything with `answers(prompt_ids, config, role)`, and with `begin` where `args` has
+            rollouts_ahead, see `trl_ext.generation`; None: the base itself, or what `args` says.
 
     Raises:
         ValueError, TypeError: bad input, found before a model is loaded where that is possible.
@@ -153,7 +153,9 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
         if isinstance(train_dataset, IterableDataset):
             train_dataset = PromptStream(train_dataset, args)
         eval_dataset = rows_to_evaluate(eval_dataset)
-        tokenizer = checks.check_run(args, train_dataset, eval_dataset, processing_class, functions, model, ptx_dataset)
+        tokenizer = checks.check_run(
+            args, train_dataset, eval_dataset, processing_class, functions, model, ptx_dataset, generator
+        )
         mix = PretrainMix(ptx_dataset, tokenizer, args.ptx_max_length, args.seed) if ptx_dataset is not None else None
 
         set_seed(args.seed)  # LoRA draws its weights
@@ -228,8 +230,13 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
         self.callback_handler.callbacks.sort(
             key=lambda callback: (not isinstance(callback, _AfterStep), not isinstance(callback, RolloutCallback))
         )
-        with self.interrupts, self._saved_on_failure(whole_run=True):
-            output = super().train(*args, **kwargs)
+        try:
+            with self.interrupts, self._saved_on_failure(whole_run=True):
+                output = super().train(*args, **kwargs)
+        except Exception:  # but not a second Ctrl-C, which stops at once
+            self.updater.collector.drop_ahead()
+            raise
+        self.updater.collector.drop_ahead()
         self.interrupts.raise_received()
         return output
 
@@ -286,7 +293,7 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
         if updater.needs_rollout:
             with self._saved_on_failure():
                 self._normalize_scores()
-                updater.collect(inputs, self.state, self.control)
+                updater.collect(inputs, self.state, self.control, self._following())
         with self.collector.timed("train"), self._saved_on_failure():
             loss = updater.train_on_next(model, step)
             may_step = not updater.idle or updater.finish_minibatch()
@@ -296,6 +303,16 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
         if self.args.torch_empty_cache_steps is not None and step % self.args.torch_empty_cache_steps == 0:
             clear_device_cache()
         return loss
+
+    def _following(self) -> list[Any] | None:
+        """This process's prompts of the rollout after the one to come; None where it is not begun ahead, or there is
+        none."""
+        number, args = self.updater.position.rollout + 1, self.args
+        if not args.rollouts_ahead or number * args.steps_per_rollout >= self.state.max_steps:
+            return None
+        assert self._sampler is not None
+        share = torch.tensor(self._sampler.rollout(number)).chunk(args.world_size)[args.process_index].tolist()
+        return on_all(lambda: [self._prompts[row]["prompt"] for row in share])
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Not used: each role has a loss of its own.
@@ -425,7 +442,7 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
     def _get_train_sampler(self, dataset: Dataset | None = None) -> RolloutSampler:
         args = self.args
         repeats = args.steps_per_rollout * args.gradient_accumulation_steps
-        rows = dataset if dataset is not None else self.train_dataset
+        rows = self._prompts = dataset if dataset is not None else self.train_dataset
         shuffle = args.shuffle_dataset and not isinstance(rows, PromptStream)
         self._sampler = RolloutSampler(
             len(rows), args.rollout_batch_size, repeats, shuffle, args.seed, args.num_generations

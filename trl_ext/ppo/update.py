@@ -17,7 +17,8 @@ Transformers' Trainer keeps the loop: it draws micro-batches, steps the optimize
         Updater.begin_step                     finds the step's place in the run, a Position
         Updater.collect                        at the first micro-batch of a rollout alone; at its end the objective's
                                                controller hears of the rollout before
-          Collector -> rollout, scores, pass_    heard by on_rollout_end, on_scores
+          Collector -> rollout, scores, pass_    heard by on_rollout_end, on_scores; with rollouts_ahead the next
+                                                 rollout is begun as soon as this one's completions are there
           shape     -> rewards                   heard by on_rewards
           estimate  -> advantages, returns       heard by on_advantages
         Updater.train_on_next                  forward, losses and backward of one micro-batch, role by role
@@ -45,6 +46,7 @@ from transformers import TrainerState
 from trl_ext.callbacks import EpochStats, PPOControl, RolloutEvents
 from trl_ext.core import token_mean
 from trl_ext.core.evidence import signal_and_noise
+from trl_ext.ppo.ahead import Ahead, gathered, share_of
 from trl_ext.ppo.batches import micro_batches, mini_batch
 from trl_ext.ppo.collector import Collector
 from trl_ext.ppo.config import PPOConfig
@@ -174,7 +176,7 @@ class Updater:
         self.experience: Experience | None = None
         self.rollout_metrics: dict[str, float] = {}
         self.position = Position.of(0, args)
-        self._before: tuple[Metrics, EpochProgress] | None = None
+        self._before: tuple[Metrics, EpochProgress, Ahead | None] | None = None
         self._controller_before: dict[str, Any] | None = None
         self._finite: set[bool] = set()  # what the gradients of the rollout's minibatches were
         self._rollouts_without = 0
@@ -188,7 +190,8 @@ class Updater:
         self._gradient_before: Tensor | None = None  # of the micro-batches of the minibatch so far
 
     def reset(self) -> None:
-        """Drop a minibatch that an earlier training left unfinished."""
+        """Drop a minibatch that an earlier training left unfinished, and what it has sampled ahead."""
+        self.collector.drop_ahead()
         self._queue, self._sums, self._before, self._controller_before = [], {}, None, None
         self._gradient_before = None
 
@@ -217,7 +220,8 @@ class Updater:
         """Before an optimizer step's first micro-batch: find its place."""
         if self.idle:
             self.position = Position.of(global_step, self.args)
-            self._before, self._controller_before = (self.metrics.copy(), deepcopy(self.progress)), None
+            self._before = self.metrics.copy(), deepcopy(self.progress), self.collector.ahead
+            self._controller_before = None
 
     @property
     def idle(self) -> bool:
@@ -229,10 +233,17 @@ class Updater:
         """Whether the step to come begins a rollout, or has none to train on."""
         return self.idle and (self.position.first or self.experience is None)
 
-    def collect(self, prompts: list[dict[str, Any]], state: TrainerState, control: PPOControl) -> Experience:
-        """Answer this process's prompts (rows of the dataset) and turn all processes' completions into experience."""
+    def collect(
+        self,
+        prompts: list[dict[str, Any]],
+        state: TrainerState,
+        control: PPOControl,
+        following: list[Any] | None = None,
+    ) -> Experience:
+        """Answer this process's prompts (rows of the dataset) and turn all processes' completions into experience.
+        `following`: prompts of the next rollout, where that is begun ahead."""
         control.should_update_stop, earlier = False, self.experience is not None
-        scored = self.events.on_scores(self.collector(prompts, state))
+        scored = self.events.on_scores(self.collector(prompts, state, following))
         shaped = self.events.on_rewards(together(lambda: shape(scored, self.args)))
         self.experience = experience = self.events.on_advantages(together(lambda: estimate(shaped, self.args)))
         self.metrics.take_in(self.collector.log.metrics)
@@ -437,7 +448,10 @@ class Updater:
         """Forget what the step under way, if there is one, has added to the numbers: it failed, and a run that resumes
         takes it again."""
         if self._before is not None:
-            (self.metrics, self.progress), self._before = self._before, None
+            (self.metrics, self.progress, ahead), self._before = self._before, None
+            if self.collector.ahead is not ahead:
+                self.collector.drop_ahead()
+            self.collector.ahead = ahead
         if self._controller_before is not None:
             self.controller.load_state_dict(self._controller_before)
             self._controller_before = None
@@ -495,6 +509,7 @@ class Updater:
             "reward_moments": self.collector.combination.moments.state_dict(),
             "metrics": self.metrics.state_dict(),
             "rollout_metrics": self.rollout_metrics,
+            "ahead": gathered(self.collector.ahead),
         }
 
     def load_state_dict(self, state: dict[str, Any], experience: Experience | None) -> None:
@@ -506,6 +521,8 @@ class Updater:
             self.collector.combination.moments.load_state_dict(state["reward_moments"])
             self.metrics.load_state_dict(state["metrics"], keep=self.args.process_index == 0)
             self.rollout_metrics = state["rollout_metrics"]
+            processes, process = self.accelerator.num_processes, self.accelerator.process_index
+            self.collector.ahead = share_of(state.get("ahead"), processes, process)
 
 
 def _add_up(sums: dict[str, list[float]], more: dict[str, list[float]]) -> None:
