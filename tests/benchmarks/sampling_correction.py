@@ -1,5 +1,5 @@
 """What importance weights are good for where another distribution samples than the one that is trained, on the embedded
-default, whose sampler is off on purpose: it computes in bfloat16, and a fixed noise of 0.1 nats lies on its logits.
+default, whose sampler is off on purpose: it computes in bfloat16, and a fixed noise of 0.1 or 1 nat lies on its logits.
 
 python tests/benchmarks/sampling_correction.py --work FOLDER          # prints the table, writes it into docs/vllm.md
 python tests/benchmarks/sampling_correction.py --work FOLDER --quick  # two short rollouts, one seed; prints alone
@@ -26,7 +26,7 @@ from trl_ext.generation import Answers, TransformersGenerator
 
 PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
 START, END = "<!-- sampling correction: begin -->", "<!-- sampling correction: end -->"
-NOISE = 0.1  # nats
+NOISES = (0.1, 1.0)  # nats, one standard deviation
 CORRECTED = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 HEAD = (
     "sampler, correction",
@@ -40,11 +40,11 @@ HEAD = (
 class Off:
     """The base as its own sampler, in bfloat16 and with a fixed noise on its logits."""
 
-    def __init__(self, base: SharedBase, batch_size: int) -> None:
+    def __init__(self, base: SharedBase, batch_size: int, noise: float) -> None:
         self.inner = TransformersGenerator(base, batch_size, tell=True)
         words = base.config.get_text_config().vocab_size
-        noise = NOISE * torch.randn(words, generator=torch.Generator().manual_seed(0))
-        self.bias = {(i,): x for i, x in enumerate(noise.tolist())}
+        drawn = noise * torch.randn(words, generator=torch.Generator().manual_seed(0))
+        self.bias = {(i,): x for i, x in enumerate(drawn.tolist())}
 
     def answers(self, prompt_ids: list[list[int]], config: GenerationConfig, role: str) -> Answers:
         """See `trl_ext.generation.Generator.answers`."""
@@ -54,7 +54,7 @@ class Off:
             return self.inner.answers(prompt_ids, config, role)
 
 
-def run(off: bool, mode: str | None, seed: int, further: dict[str, Any]) -> dict[str, float]:
+def run(noise: float, mode: str | None, seed: int, further: dict[str, Any]) -> dict[str, float]:
     """Exam (share right), KL, sampling_kl and share of weight cut of one run."""
     tokenizer = AutoTokenizer.from_pretrained(demo.model_path())
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
@@ -65,7 +65,7 @@ def run(off: bool, mode: str | None, seed: int, further: dict[str, Any]) -> dict
     with tempfile.TemporaryDirectory() as folder:
         settings = {**ALWAYS, **USUAL["ppo"], **correction, **further}
         args = PPOConfig(folder, seed=seed, **settings)
-        generator = Off(base, args.local_rollout_forward_batch_size) if off else None
+        generator = Off(base, args.local_rollout_forward_batch_size, noise) if noise else None
         prompts = demo.load("prompts", "train")
         trainer = PPOTrainer(base, None, args, prompts, processing_class=tokenizer, generator=generator)
         trainer.train()
@@ -79,11 +79,11 @@ def run(off: bool, mode: str | None, seed: int, further: dict[str, Any]) -> dict
     }
 
 
-def measured(work: Path, off: bool, mode: str | None, seed: int, further: dict[str, Any]) -> dict[str, float]:
+def measured(work: Path, noise: float, mode: str | None, seed: int, further: dict[str, Any]) -> dict[str, float]:
     """What `run` gives, or gave before."""
-    file = work / f"{'off' if off else 'base'}-{mode}-{seed}.json"
+    file = work / f"{noise}-{mode}-{seed}.json"
     if not file.is_file():
-        file.write_text(json.dumps(run(off, mode, seed, further)), encoding="utf-8")
+        file.write_text(json.dumps(run(noise, mode, seed, further)), encoding="utf-8")
     figures: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
     print(file.stem, figures, flush=True)
     return figures
@@ -91,15 +91,15 @@ def measured(work: Path, off: bool, mode: str | None, seed: int, further: dict[s
 
 def table(work: Path, seeds: list[int], further: dict[str, Any]) -> str:
     """Medians over `seeds` as a Markdown table."""
-    variants = [(False, None), (True, None), *((True, mode) for mode in CORRECTED)]
+    variants = [(0.0, None), *((noise, mode) for noise in NOISES for mode in (None, *CORRECTED))]
     by_seed = [[measured(work, *variant, seed, further) for variant in variants] for seed in seeds]
     lines = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
-    for (off, mode), runs in zip(variants, zip(*by_seed, strict=True), strict=True):
+    for (noise, mode), runs in zip(variants, zip(*by_seed, strict=True), strict=True):
         exams = ", ".join(f"{one['exam']:.1f}%" for one in runs)
         medians = {key: statistics.median(one[key] for one in runs) for key in runs[0]}
-        name = f"off, {f'`{mode}`' if mode else 'none'}" if off else "the base itself, none"
+        name = f"off by {noise:g}, {f'`{mode}`' if mode else 'none'}" if noise else "the base itself, none"
         cells = [name, f"{medians['exam']:.1f}% ({exams})", f"{medians['KL']:.2f}"]
-        cells += [f"{medians['sampling_kl']:.4f}" if off else "", f"{medians['cut']:.2%}" if mode else ""]
+        cells += [f"{medians['sampling_kl']:.4f}" if noise else "", f"{medians['cut']:.2%}" if mode else ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

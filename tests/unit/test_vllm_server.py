@@ -1,5 +1,6 @@
 """vLLM servers that answer, restart, hang and go, against a stand-in with a true model behind it."""
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from trl_ext.generation import (
     generate,
     vllm_probe,
 )
+from trl_ext.generation.vllm_server import AdapterFolders
 from trl_ext.tokens import side_by_side
 
 PROMPTS = [[7, 9, 12], [8], [5, 6, 7, 8], [10, 11], [14], [13, 5], [9, 9], [6]]
@@ -290,3 +292,24 @@ def test_a_completion_that_was_cut_off_is_refused(base: SharedBase, servers: lis
     servers[0]._sampled = lambda model, body: ([7], [-1.0])  # type: ignore[method-assign]
     with pytest.raises(GenerationError, match=r"^A completion was cut off after 1 of 6 tokens"):
         generator.answers(PROMPTS, how(), "policy")
+
+
+def test_processes_call_one_adapter_alike_and_their_probes_apart(
+    base: SharedBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT writes its sets as lists, in another order in each process."""
+    folders, save = AdapterFolders(base, tmp_path), type(base.model).save_pretrained
+
+    def otherwise(self: Any, folder: str, **settings: Any) -> None:
+        save(self, folder, **settings)
+        for file in Path(folder).rglob("adapter_config.json"):
+            config = json.loads(file.read_text(encoding="utf-8"))
+            assert len(config["target_modules"]) > 1
+            file.write_text(json.dumps({**config, "target_modules": config["target_modules"][::-1]}), encoding="utf-8")
+
+    first, probe = folders.write("policy"), folders.write("policy", own=True)
+    monkeypatch.setattr(type(base.model), "save_pretrained", otherwise)
+    assert folders.write("policy") == first and len({first, probe, folders.write("policy", own=True)}) == 3
+    with torch.no_grad():
+        base.trainable_parameters("policy")[0].add_(0.1)
+    assert folders.write("policy") != first

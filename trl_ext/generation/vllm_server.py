@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from uuid import uuid4
 
 import torch
 from transformers import GenerationConfig
@@ -391,16 +392,16 @@ class AdapterFolders:
     def __init__(self, base: Any, folder: Path) -> None:
         self.base, self.folder = base, folder.absolute()
 
-    def write(self, adapter: str) -> Adapter:
-        """An adapter as it is now. Processes that hold the same adapter write the same folder."""
+    def write(self, adapter: str, own: bool = False) -> Adapter:
+        """An adapter as it is now. Processes that hold the same adapter write the same folder, unless it is to be this
+        process's `own`."""
         draft = self.folder / f".{adapter}-{os.getpid()}-{threading.get_ident()}"
         self.base.model.save_pretrained(str(draft), selected_adapters=[adapter])
         nested = draft / adapter  # where PEFT puts an adapter that is not called "default"
         inside = nested if nested.is_dir() else draft
-        digest = hashlib.sha256()
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            digest.update((inside / name).read_bytes())
-        place = self.folder / f"{adapter}-{digest.hexdigest()[:16]}"
+        digest = hashlib.sha256((inside / "adapter_model.safetensors").read_bytes())
+        digest.update(_in_order(json.loads((inside / "adapter_config.json").read_text(encoding="utf-8"))).encode())
+        place = self.folder / f"{adapter}-{uuid4().hex if own else digest.hexdigest()[:16]}"
         try:
             if not place.is_dir():
                 inside.replace(place)
@@ -409,6 +410,12 @@ class AdapterFolders:
                 raise
         shutil.rmtree(draft, ignore_errors=True)
         return Adapter(place.name, place)
+
+
+def _in_order(config: dict[str, Any]) -> str:
+    """A LoRA's config as text. PEFT writes its sets as lists, in an order that differs from process to process."""
+    ordered = {name: sorted(map(str, value)) if isinstance(value, list) else value for name, value in config.items()}
+    return json.dumps(ordered, sort_keys=True)
 
 
 class VLLMServerGenerator:
@@ -463,7 +470,7 @@ class VLLMServerGenerator:
         """See `check_same`."""
 
         def ask(prompts: list[list[int]], config: GenerationConfig, adapted: bool) -> Answers:
-            adapter = self.folders.write(self.base.adapters["policy"]) if adapted else None
+            adapter = self.folders.write(self.base.adapters["policy"], own=True) if adapted else None
             requests = [request_of(ids, config, seed) for seed, ids in enumerate(prompts)]
             try:
                 told = self.servers.complete(requests, adapter, only=server)
