@@ -178,7 +178,7 @@ def run(circle: Circle) -> Outcome:
     _claim = runs.claimed(circle.out)  # until this returns
     circle.check()
     rows: list[dict[str, Any]] = []
-    ended = f"All {circle.script.rounds} rounds are done."
+    ended = "All rounds are done."
     for number in range(1, circle.script.rounds + 1):
         round_ = Round(circle.out, number)
         round_.folder.mkdir(exist_ok=True)
