@@ -45,6 +45,7 @@ HEALTHY: dict[str, Any] = {
     "objective/kl_coef": 0.4,
     "objective/scores": lambda t: 1.2 * t + 0.05 * math.sin(40 * t),
     "objective/scores_std": 1.0,
+    "objective/entropy": lambda t: 2.4 - 0.8 * t,
     "policy/entropy_avg": lambda t: 0.3 - 0.1 * t,
     "policy/approxkl_avg": 0.01,
     "policy/first_approxkl": 1e-13,
@@ -77,6 +78,10 @@ HEALTHY: dict[str, Any] = {
     "evidence/gradient/score": 0.2,
     "evidence/gradient/kl": 0.1,
     "evidence/gradient/entropy": 0.01,
+    "evidence/gradient/signal": 1e-4,
+    "evidence/gradient/noise": 1e-3,
+    "agreement/exact": 0.6,
+    "yardstick/exact": lambda t: 3 + t,
     "evidence/lost_to_rounding": 1e-12,
 }
 CONFIG = {"learning_rate": 1e-3, "max_completion_length": 16, "rollout_batch_size": 64, "kl_coef": 0.4}
@@ -125,6 +130,24 @@ SICK: dict[str, dict[str, Any]] = {
     "lost_to_rounding": {"evidence/lost_to_rounding": 0.8, "policy/approxkl_avg": 1e-8, "objective/scores": 0.1},
     "term_drowns_score": {"evidence/gradient/entropy": 4.0, "evidence/cosine/score~entropy": -0.2},
     "held_out_differs": {"eval_evidence/held_out/score_gap": 2.0, "eval_evidence/held_out/score_gap_z": 9.0},
+    "first_kl": {"objective/kl": lambda t: 2.0 - t, "episode": lambda t: 64 + 960 * t},
+    "completions_shrink": {
+        "completions/mean_length": lambda t: 8 - 6 * t + 0.05 * math.sin(40 * t),
+        "completions/score_length_correlation": -0.8,
+    },
+    "entropy_rises": {"policy/entropy_avg": lambda t: 0.3 + 2 * t, "objective/scores": 0.1},
+    "rate_off_schedule": {"learning_rate": lambda t: 1e-3 * max(0.0, 1 - 3 * t)},
+    "noise_drowns_signal": {
+        "evidence/gradient/signal": [1e-5, -1e-5] * 8,
+        "evidence/gradient/noise": 1e-3,
+        "objective/scores": 0.1,
+    },
+    "score_opposed": {"agreement/exact": -0.9, "yardstick/exact": lambda t: 3 - t},
+    "copied_completions": {
+        "completions/distinct": 0.05,
+        "objective/entropy": 12.0,
+        "policy/entropy_avg": 1.5,
+    },
     "prompts_truncated": {
         "prompts/at_max_length": 0.9,
         "prompts/min_length": [9.0, 14.0] * 8,
@@ -138,6 +161,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "credit_fades": {"gamma": 0.5},
     "penalty_dominates": {"missing_eos_penalty": 100.0},
     "term_drowns_score": {"entropy_coef": 1.0},
+    "first_kl": {"reference_named": False},
+    "entropy_rises": {"entropy_coef": 0.1},
+    "rate_off_schedule": {"lr_scheduler_type": "linear", "max_steps": 128},
+    "noise_drowns_signal": {"per_device_train_batch_size": 8},
 }
 
 
