@@ -56,6 +56,17 @@ def test_the_yardstick_is_logged_and_not_trained_on(tmp_path: Path) -> None:
         assert [ours[name] for name in same] == [theirs[name] for name in same]
 
 
+def test_a_yardstick_s_agreement_with_the_score_is_logged(tmp_path: Path) -> None:
+    def fewer(completions: list[str], **kwargs: Any) -> list[float | None]:
+        """The score turned round, of all completions but the first two."""
+        return [None, None, *(5 - 2 * score for score in cats(completions)[2:])]
+
+    trainer = trainer_for(tmp_path, reward=cats)
+    trainer.add_callback(DiagnosticsCallback(yardstick=fewer))
+    trainer.train()
+    assert [row["agreement/fewer"] for row in rows_with(trainer, "agreement/fewer")] == pytest.approx([-1.0, -1.0])
+
+
 def test_weights_stay_with_their_functions_in_saved_logs(tmp_path: Path) -> None:
     """A saved log is sorted by name, where cats come before nothing; weights are in the order of the functions."""
     weights = {"reward_weights": [0.0, 1.0], "save_strategy": "steps", "save_steps": 2}
@@ -107,8 +118,12 @@ def test_act_changes_what_a_run_in_progress_can_take(tmp_path: Path) -> None:
 def test_act_scales_the_learning_rate_of_any_schedule(tmp_path: Path) -> None:
     settings = {"learning_rate": 1e-7, "lr_scheduler_type": "linear", "total_episodes": 8 * 20}
     trainer = trainer_for(tmp_path, reward=cats, **settings)
-    trainer.add_callback(DiagnosticsCallback(on_problem="act"))
+    doctor = DiagnosticsCallback(on_problem="act")
+    trainer.add_callback(doctor)
     trainer.train()
+    trainer.save_state()
+    assert "rate_off_schedule" not in [finding.name for finding in doctor.findings]
+    assert "rate_off_schedule" not in [finding.name for finding in diagnose(read_run(tmp_path / "out"))]
     rates = [row["learning_rate"] for row in rows_with(trainer, "learning_rate")]
     jumps = [b / a for a, b in pairwise(rates) if a > 0 and b > 0]
     assert sum(jump > 100 for jump in jumps) == 1, "1e-7 to 3e-4, once"

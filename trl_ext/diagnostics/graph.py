@@ -211,7 +211,6 @@ EDGES: tuple[Edge, ...] = (
         value_loss_explodes="The value role takes steps as large.",
         value_not_learning="Returns change faster than values can follow.",
         over_optimisation="Large steps reach completions that the reward model has never seen.",
-        entropy_rises="Large steps overshoot to what no sample asked for.",
     ),
     *_edges(
         "entropy_collapse",

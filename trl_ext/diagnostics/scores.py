@@ -110,14 +110,15 @@ def score_opposed(log: RunLog, limits: Limits) -> Finding | None:
         if len(r) < limits.least_rows:
             continue
         # Of the first rollouts, while the policy is near its start: later ones differ by what was learned.
-        first = r.start(limits.least_rows)
-        if first > limits.opposed or first > -limits.noticeable * r.noise() / math.sqrt(limits.least_rows):
+        early = Series(r.steps[: limits.least_rows], r.values[: limits.least_rows])
+        first, error = early.start(limits.least_rows), early.noise() / math.sqrt(limits.least_rows)
+        if first > min(limits.opposed, -limits.noticeable * error):
             continue
         return Finding(
             name="score_opposed",
             severity="problem",
             title="The score is the opposite of what it stands for",
-            steps=(r.steps[0], r.steps[limits.least_rows - 1]),
+            steps=(early.steps[0], early.steps[-1]),
             evidence=(
                 f"Over the completions of the first {limits.least_rows} rollouts the score and {name} correlate at "
                 f"{first:.2f}."

@@ -242,7 +242,7 @@ def _stays(rates: Series, done: list[float], kind: str) -> Told | None:
 
 def _warms_up_long(rates: Series, done: list[float]) -> Told | None:
     rising = all(b > a for a, b in zip(rates.values, rates.values[1:], strict=False))
-    if not done[-1] >= 0.5 or not rising or rates.values[0] > rates.values[-1] / 2:
+    if not done[-2] >= 0.5 or not rising or rates.values[0] > rates.values[-1] / 2:
         return None
     cause = "a warm-up longer than half of the run: warmup_steps counts optimizer steps, not rollouts or episodes."
     return "The learning rate is still warming up", len(done) - 1, cause, "up"
