@@ -179,7 +179,7 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("first_kl", {"episode": lambda t: 128 + 960 * t}, {}),  # a log from the second rollout on, or of two at once
     ("first_kl", {}, {"reference_named": True}),  # meant
     ("first_kl", {}, {"reference_named": None}),  # of another trainer
-    ("completions_shrink", {"completions/mean_length": lambda t: 8 - 3.5 * t + 0.05 * math.sin(40 * t)}, {}),
+    ("completions_shrink", {"completions/mean_length": lambda t: 8 - 2 * t + 0.05 * math.sin(40 * t)}, {}),
     ("completions_shrink", {"completions/score_length_correlation": -0.4}, {}),  # and the score rises
     # 9.6 tokens: 40% are cut at 16, and the others have 5.3, as all have who learned to end.
     (
@@ -387,6 +387,10 @@ def test_completions_may_shrink_for_a_reason_that_the_log_does_not_show() -> Non
     (found,) = [one for one in diagnose(log_of(**shrinking)) if one.name == "completions_shrink"]
     assert found.severity == "warning" and "cannot tell" in found.cause
     assert {"kl_coef": 0.1} in [suspect.changes for suspect in found.suspects]
+    assert "completions_shrink" not in names_of(log_of(**{**shrinking, "completions/mean_length": lambda t: 8 - 4 * t}))
+    shorter = {**SICK["completions_shrink"], "completions/mean_length": lambda t: 8 - 3.5 * t}
+    (found,) = [one for one in diagnose(log_of(**shorter)) if one.name == "completions_shrink"]
+    assert found.severity == "warning" and "rewarded" in found.title, "perhaps that is what was meant"
     nothing_left = {**shrinking, "completions/mean_length": lambda t: 8 - 7 * t}
     (found,) = [one for one in diagnose(log_of(**nothing_left)) if one.name == "completions_shrink"]
     assert found.severity == "problem"

@@ -242,6 +242,14 @@ EDGES: tuple[Edge, ...] = (
         kl_runs_away="Each further token adds to a completion's KL.",
     ),
     *_edges(
+        "completions_shrink",
+        HACKING,
+        over_optimisation="What shrinks is what the score was to stand for.",
+        kl_runs_away="An early EOS is unlikely under the reference.",
+        mode_collapse="Completions of next to nothing are alike.",
+        constant_scores="Completions of next to nothing have one score.",
+    ),
+    *_edges(
         "repetition_exploitation",
         HACKING,
         truncation="Who repeats does not end.",

@@ -57,7 +57,8 @@ class Limits:
         value_error: times the error of a constant, the mean score.
         truncated: share of completions cut at the length limit.
         length_growth: times its start.
-        length_shrinkage: share of its start that the length falls to; chosen.
+        length_shrinkage: share of its start that the length falls to; chosen. Where the score rewards it, less than 1 /
+            `length_growth` is worth a look.
         length_correlation: of score and length.
         repetition: share of a completion's trigrams that occurred in it before; healthy runs here stay below 0.01
             (measured).

@@ -65,25 +65,25 @@ def length_exploitation(log: RunLog, limits: Limits) -> Finding | None:
 def completions_shrink(log: RunLog, limits: Limits) -> Finding | None:
     """Completions end sooner and sooner, though nothing gets better by it or because that is rewarded."""
     length, pull = log.series("length"), log.series("completions/score_length_correlation")
-    start = _length_of_ended(log)
-    if len(length) < limits.least_rows or not length.recent() < limits.length_shrinkage * start:
+    start, now = _length_of_ended(log), length.recent()
+    if len(length) < limits.least_rows or length.rise()[1] > -limits.noticeable:
         return None
     weakest = min(pull.start(), pull.recent()) if pull else math.nan
     rewarded = weakest < -limits.length_correlation
-    if length.rise()[1] > -limits.noticeable or (log.series("score").rise()[1] > limits.noticeable and not rewarded):
+    halved = now < limits.length_shrinkage * start
+    if rewarded and not now < start / limits.length_growth:
         return None
-    nothing_left = length.recent() < 2.5  # tokens, the EOS among them
+    if not rewarded and (not halved or log.series("score").rise()[1] > limits.noticeable):
+        return None
+    nothing_left = now < 2.5  # tokens, the EOS among them
     shown = f" Score and length correlate at {weakest:.2f}." if pull else ""
     return Finding(
         name="completions_shrink",
-        severity="problem" if rewarded or nothing_left else "warning",
+        severity="problem" if nothing_left or (rewarded and halved) else "warning",
         title="Completions shrink because that is rewarded" if rewarded else "Completions shrink",
         steps=(length.steps[0], length.steps[-1]),
-        evidence=(
-            f"Those that ended had {start:.1f} tokens at the start; the mean length is {length.recent():.1f} now."
-            f"{shown}"
-        ),
-        figures={"length": length.recent(), "start": start},
+        evidence=(f"Those that ended had {start:.1f} tokens at the start; the mean length is {now:.1f} now.{shown}"),
+        figures={"length": now, "start": start},
         cause=(
             "a score that is higher for shorter completions: a sum of penalties, each of which needs something written."
             if rewarded
