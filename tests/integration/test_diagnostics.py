@@ -118,12 +118,10 @@ def test_act_changes_what_a_run_in_progress_can_take(tmp_path: Path) -> None:
 def test_act_scales_the_learning_rate_of_any_schedule(tmp_path: Path) -> None:
     settings = {"learning_rate": 1e-7, "lr_scheduler_type": "linear", "total_episodes": 8 * 20}
     trainer = trainer_for(tmp_path, reward=cats, **settings)
-    doctor = DiagnosticsCallback(on_problem="act")
-    trainer.add_callback(doctor)
+    trainer.add_callback(DiagnosticsCallback(on_problem="act"))
     trainer.train()
     trainer.save_state()
-    assert "rate_off_schedule" not in [finding.name for finding in doctor.findings]
-    assert "rate_off_schedule" not in [finding.name for finding in diagnose(read_run(tmp_path / "out"))]
+    assert read_run(tmp_path / "out").config["rate_changed"], "so that nobody blames the schedule"
     rates = [row["learning_rate"] for row in rows_with(trainer, "learning_rate")]
     jumps = [b / a for a, b in pairwise(rates) if a > 0 and b > 0]
     assert sum(jump > 100 for jump in jumps) == 1, "1e-7 to 3e-4, once"
