@@ -206,8 +206,8 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("score_opposed", {"agreement/exact": [0.4] * 6 + [-0.9] * 10}, {}),  # exploited, later
     ("score_opposed", {"agreement/exact": [-1.0, 0.9, -1.0, -0.9, -1.0, -1.0] + [-1.0] * 10}, {}),  # noise
     ("copied_completions", {"completions/distinct": 0.25}, {}),
-    ("copied_completions", {"policy/entropy_avg": 0.4}, {}),  # 3 nats over 8 tokens: it may well say so twice
-    ("copied_completions", {"objective/entropy": 3.0}, {}),  # greedy decoding: the likeliest, again and again
+    ("copied_completions", {"objective/entropy": 4.0, "policy/entropy_avg": 0.5}, {}),  # it may well say so twice
+    ("copied_completions", {"objective/entropy": 8.0}, {}),  # of 12 by its entropy: greedy decoding
     ("copied_completions", {"completions/distinct": [0.9] * 4 + [0.05] * 12}, {}),  # later: mode_collapse
 ]
 

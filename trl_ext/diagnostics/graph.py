@@ -124,6 +124,7 @@ EDGES: tuple[Edge, ...] = (
         WILLIAMS,
         truncation="In noise EOS is as rare as any token.",
         kl_runs_away="Noise is far from the reference.",
+        value_loss_explodes="The penalty for noise is far from what values know.",
         value_not_learning="The returns of noise cannot be predicted.",
     ),
     *_edges(

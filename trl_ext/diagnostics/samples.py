@@ -177,9 +177,8 @@ def copied_completions(log: RunLog, limits: Limits) -> Finding | None:
     surprise = log.series("objective/entropy")
     if len(distinct) < 3 or not prompts or not surprise.start() > limits.improbable:
         return None
-    # A policy that samples is as surprised as its entropy says: one that is nearly certain writes the same by itself.
-    expected = log.series("entropy").start() * log.series("length").start()
-    if not expected > limits.improbable:
+    # Greedy decoding repeats itself, too, but takes what surprises the policy less than its entropy says.
+    if surprise.start() < 0.7 * log.series("entropy").start() * log.series("length").start():
         return None
     share = distinct.start() / max(prompts.start(), 1e-6)
     one_for_all = share < limits.distinct
@@ -195,9 +194,10 @@ def copied_completions(log: RunLog, limits: Limits) -> Finding | None:
         steps=(distinct.steps[0], distinct.steps[2]),
         evidence=(
             f"In the first rollouts {distinct.start():.0%} of the completions and {prompts.start():.0%} of the prompts "
-            f"are distinct, though by its entropy the policy spreads over some {expected:.0f} nats a completion."
+            f"are distinct, though the policy gives one a log-probability of {-surprise.start():.0f} nats: by chance it "
+            "would not be written twice."
         ),
-        figures={"distinct": distinct.start(), "prompts": prompts.start(), "entropy": expected},
+        figures={"distinct": distinct.start(), "prompts": prompts.start(), "surprise": surprise.start()},
         cause=(
             "a generator that returns one answer for all."
             if one_for_all
