@@ -463,6 +463,17 @@ def test_copies_of_one_prompt() -> None:
     copies = {**SICK["copied_completions"], "prompts/distinct": [0.25] * 16, "completions/distinct": [0.25] * 16}
     (found,) = [one for one in diagnose(log_of(**copies)) if one.name == "copied_completions"]
     assert found.title == "The completions of one prompt are copies"
+    short = {**copies, "objective/entropy": 3.5, "policy/entropy_avg": 0.5}
+    assert "copied_completions" in names_of(log_of(**short)), "prompt for prompt"
+    made = rows(**{**HEALTHY, **short})
+    assert "copied_completions" in names_of(RunLog.of(made[:1], CONFIG)), "48 of 64 completions repeat another one"
+    assert "copied_completions" not in names_of(RunLog.of(made[:1], {**CONFIG, "rollout_batch_size": 8})), (
+        "six of eight"
+    )
+    certain = {**copies, "objective/entropy": 1.5, "policy/entropy_avg": 0.2}
+    assert "copied_completions" not in names_of(log_of(**certain))
+    blind = diagnose(log_of(**short, **{"evidence/score/within_prompt": 0.0}))
+    assert [top.finding.name for top in roots(blind)] == ["copied_completions"], "copies have one score"
     assert "copied_completions" not in names_of(log_of(**{**copies, "completions/distinct": 0.9}))
 
 

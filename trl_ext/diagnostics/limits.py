@@ -36,7 +36,7 @@ class Limits:
         clipfrac: share of tokens; PPO's papers and TRL's docs see 0.1 to 0.3 in healthy runs.
         huge_approxkl: nats per token that an update moves the policy; healthy updates stay below 0.3 (measured).
         tiny_approxkl: nats per token that an update moves the policy; healthy updates make 1e-4 and more (measured).
-        repeats: second completions of prompts from which the variance within prompts is judged.
+        repeats: second completions of prompts from which the variance within prompts is judged, and copies are.
         within_prompt: share of the scores' variance within prompts below which the score ignores the completion: 0 in
             theory, above it for rounding; healthy runs here begin above 0.4 (measured).
         noise: share of a function's variance that does not repeat, a mean of several measurements.
@@ -63,7 +63,9 @@ class Limits:
         repetition: share of a completion's trigrams that occurred in it before; healthy runs here stay below 0.01
             (measured).
         distinct: different completions to different prompts.
-        improbable: nats per completion, -log p, from which two equal ones are no accident: exp(-5) is under a percent.
+        improbable: nats per completion, -log p, from which one answer for all prompts is none of a few labels; chosen:
+            exp(5) are 148 answers.
+        unlikely_twice: the same from which completions are not alike by chance, prompt for prompt; chosen.
         noticeable: standard errors from which a rise, a fall or a correlation counts.
         fighting: correlation of two reward functions below which they pull apart.
         dominates: times that one function's weighted spread exceeds every other's.
@@ -132,6 +134,7 @@ class Limits:
     repetition: float = 0.15
     distinct: float = 0.2
     improbable: float = 5.0
+    unlikely_twice: float = 2.0
     noticeable: float = 3.0
     fighting: float = -0.3
     dominates: float = 10.0

@@ -175,14 +175,17 @@ def copied_completions(log: RunLog, limits: Limits) -> Finding | None:
     """Completions are the same from the first rollout on, though each is too improbable to be sampled twice."""
     distinct, prompts = log.series("completions/distinct"), log.series("prompts/distinct")
     surprise = log.series("objective/entropy")
-    if len(distinct) < 3 or not prompts or not surprise.start() > limits.improbable:
+    judged, size = min(len(distinct), 3), float(log.setting("rollout_batch_size", 0))
+    if not judged or not prompts or not surprise or (judged < 3 and not size):
+        return None
+    if size and judged * size * (1 - distinct.start()) < limits.repeats:
         return None
     # Greedy decoding repeats itself, too, but takes what surprises the policy less than its entropy says.
     if surprise.start() < 0.7 * log.series("entropy").start() * log.series("length").start():
         return None
     share = distinct.start() / max(prompts.start(), 1e-6)
-    one_for_all = share < limits.distinct
-    one_a_prompt = prompts.start() < 0.8 and share < 1.05
+    one_for_all = share < limits.distinct and surprise.start() > limits.improbable
+    one_a_prompt = prompts.start() < 0.8 and 0.8 < share < 1.05 and surprise.start() > limits.unlikely_twice
     if not (one_for_all or one_a_prompt):
         return None
     return Finding(
@@ -191,11 +194,11 @@ def copied_completions(log: RunLog, limits: Limits) -> Finding | None:
         title="Different prompts get the same completion from the start"
         if one_for_all
         else "The completions of one prompt are copies",
-        steps=(distinct.steps[0], distinct.steps[2]),
+        steps=(distinct.steps[0], distinct.steps[judged - 1]),
         evidence=(
             f"In the first rollouts {distinct.start():.0%} of the completions and {prompts.start():.0%} of the prompts "
-            f"are distinct, though the policy gives one a log-probability of {-surprise.start():.0f} nats: by chance it "
-            "would not be written twice."
+            f"are distinct. Each has a log-probability of {-surprise.start():.1f} nats under the policy: so many are "
+            "not alike by chance."
         ),
         figures={"distinct": distinct.start(), "prompts": prompts.start(), "surprise": surprise.start()},
         cause=(
