@@ -56,6 +56,17 @@ def test_the_yardstick_is_logged_and_not_trained_on(tmp_path: Path) -> None:
         assert [ours[name] for name in same] == [theirs[name] for name in same]
 
 
+def test_a_yardstick_s_agreement_with_the_score_is_logged(tmp_path: Path) -> None:
+    def fewer(completions: list[str], **kwargs: Any) -> list[float | None]:
+        """The score turned round, of all completions but the first two."""
+        return [None, None, *(5 - 2 * score for score in cats(completions)[2:])]
+
+    trainer = trainer_for(tmp_path, reward=cats)
+    trainer.add_callback(DiagnosticsCallback(yardstick=fewer))
+    trainer.train()
+    assert [row["agreement/fewer"] for row in rows_with(trainer, "agreement/fewer")] == pytest.approx([-1.0, -1.0])
+
+
 def test_weights_stay_with_their_functions_in_saved_logs(tmp_path: Path) -> None:
     """A saved log is sorted by name, where cats come before nothing; weights are in the order of the functions."""
     weights = {"reward_weights": [0.0, 1.0], "save_strategy": "steps", "save_steps": 2}
@@ -109,6 +120,8 @@ def test_act_scales_the_learning_rate_of_any_schedule(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path, reward=cats, **settings)
     trainer.add_callback(DiagnosticsCallback(on_problem="act"))
     trainer.train()
+    trainer.save_state()
+    assert read_run(tmp_path / "out").config["rate_changed"], "so that nobody blames the schedule"
     rates = [row["learning_rate"] for row in rows_with(trainer, "learning_rate")]
     jumps = [b / a for a, b in pairwise(rates) if a > 0 and b > 0]
     assert sum(jump > 100 for jump in jumps) == 1, "1e-7 to 3e-4, once"

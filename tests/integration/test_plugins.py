@@ -205,16 +205,18 @@ def test_objectives_that_cannot_be(tmp_path: Path) -> None:
 
 
 class Told:
-    """Answers as the base does, and claims half a nat less a token than the policy gives."""
+    """Answers as the base does, and claims half a nat less a token than the policy gives; or more and less in turn."""
 
-    def __init__(self, base: SharedBase) -> None:
-        self.base, self.inner = base, TransformersGenerator(base, 8)
+    def __init__(self, base: SharedBase, in_turn: bool = False) -> None:
+        self.base, self.inner, self.in_turn = base, TransformersGenerator(base, 8), in_turn
 
     def answers(self, prompt_ids: Any, config: Any, role: str) -> Any:
         ids, _ = self.inner.answers(prompt_ids, config, role)
         batch, mask, width = side_by_side(prompt_ids, ids)
         with torch.no_grad():
             logprobs = self.base.logprobs(batch, mask, width) - 0.5
+        if self.in_turn:
+            logprobs[:, ::2] += 1.0
         return ids, [row[: len(n)].tolist() for row, n in zip(logprobs, ids, strict=True)]
 
 
@@ -225,10 +227,22 @@ def test_a_generator_that_tells_its_log_probs_is_compared_with_the_policy(tmp_pa
     trainer.train()
     rows = rows_with(trainer, "objective/scores")
     assert [row["val/sampling_kl"] for row in rows] == pytest.approx([-0.5] * len(rows), abs=1e-5)
+    assert [row["val/sampling_spread"] for row in rows] == pytest.approx([0.0] * len(rows), abs=1e-5)
     assert trainer.experience is not None and trainer.experience.rollout.sampling_logprobs is not None
     silent = trainer_for(tmp_path / "silent")
     silent.train()
     assert not rows_with(silent, "val/sampling_kl")
+
+
+def test_a_generator_that_is_off_both_ways_is_seen_in_the_spread(tmp_path: Path) -> None:
+    base = SharedBase.from_pretrained(saved_model(tmp_path / "model"), policy=LORA)
+    told = Told(base, in_turn=True)
+    trainer = PPOTrainer(base, cats, config(tmp_path), prompt_dataset(32), None, word_tokenizer(), generator=told)
+    trainer.train()
+    for row in rows_with(trainer, "objective/scores"):
+        assert abs(row["val/sampling_kl"]) < 0.2
+        # Each token is off by a half: mean square = 1/4 = mean^2 + spread^2.
+        assert row["val/sampling_spread"] ** 2 + row["val/sampling_kl"] ** 2 == pytest.approx(0.25, abs=1e-4)
 
 
 @pytest.mark.parametrize(("correction", "cut"), [(None, True), (True, True), (False, False)])

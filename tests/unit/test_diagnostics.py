@@ -11,14 +11,17 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from transformers import TrainerState
+import torch
+from transformers import TrainerState, get_scheduler
 
 from trl_ext import DiagnosticsCallback
 from trl_ext.cli import main
-from trl_ext.diagnostics import Finding, Limits, Remedy, RunLog, Sample, diagnose, read_run
+from trl_ext.diagnostics import Finding, Limits, Remedy, RunLog, Sample, diagnose, read_run, roots
 from trl_ext.diagnostics.log import Series
 from trl_ext.diagnostics.pages import page
 from trl_ext.diagnostics.scores import functions_at_odds, over_optimisation
+from trl_ext.diagnostics.signal import noise_drowns_signal
+from trl_ext.diagnostics.updates import SCHEDULES
 
 WIGGLE = [0.03, -0.02, 0.01, -0.03, 0.02, -0.01]
 
@@ -45,6 +48,7 @@ HEALTHY: dict[str, Any] = {
     "objective/kl_coef": 0.4,
     "objective/scores": lambda t: 1.2 * t + 0.05 * math.sin(40 * t),
     "objective/scores_std": 1.0,
+    "objective/entropy": lambda t: 2.4 - 0.8 * t,
     "policy/entropy_avg": lambda t: 0.3 - 0.1 * t,
     "policy/approxkl_avg": 0.01,
     "policy/first_approxkl": 1e-13,
@@ -77,6 +81,10 @@ HEALTHY: dict[str, Any] = {
     "evidence/gradient/score": 0.2,
     "evidence/gradient/kl": 0.1,
     "evidence/gradient/entropy": 0.01,
+    "evidence/gradient/signal": 1e-4,
+    "evidence/gradient/noise": 1e-3,
+    "agreement/exact": 0.6,
+    "yardstick/exact": lambda t: 3 + t,
     "evidence/lost_to_rounding": 1e-12,
 }
 CONFIG = {"learning_rate": 1e-3, "max_completion_length": 16, "rollout_batch_size": 64, "kl_coef": 0.4}
@@ -125,6 +133,24 @@ SICK: dict[str, dict[str, Any]] = {
     "lost_to_rounding": {"evidence/lost_to_rounding": 0.8, "policy/approxkl_avg": 1e-8, "objective/scores": 0.1},
     "term_drowns_score": {"evidence/gradient/entropy": 4.0, "evidence/cosine/score~entropy": -0.2},
     "held_out_differs": {"eval_evidence/held_out/score_gap": 2.0, "eval_evidence/held_out/score_gap_z": 9.0},
+    "first_kl": {"objective/kl": lambda t: 2.0 - t, "episode": lambda t: 64 + 960 * t},
+    "completions_shrink": {
+        "completions/mean_length": lambda t: 8 - 6 * t + 0.05 * math.sin(40 * t),
+        "completions/score_length_correlation": -0.8,
+    },
+    "entropy_rises": {"policy/entropy_avg": lambda t: 0.3 + 2 * t, "objective/scores": 0.1},
+    "rate_off_schedule": {"learning_rate": lambda t: 1e-3 * max(0.0, 1 - 3 * t)},
+    "noise_drowns_signal": {
+        "evidence/gradient/signal": [1e-5, -1e-5] * 8,
+        "evidence/gradient/noise": 1e-3,
+        "objective/scores": 0.1,
+    },
+    "score_opposed": {"agreement/exact": -0.9, "yardstick/exact": lambda t: 3 - t},
+    "copied_completions": {
+        "completions/distinct": 0.05,
+        "objective/entropy": 12.0,
+        "policy/entropy_avg": 1.5,
+    },
     "prompts_truncated": {
         "prompts/at_max_length": 0.9,
         "prompts/min_length": [9.0, 14.0] * 8,
@@ -138,7 +164,52 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "credit_fades": {"gamma": 0.5},
     "penalty_dominates": {"missing_eos_penalty": 100.0},
     "term_drowns_score": {"entropy_coef": 1.0},
+    "first_kl": {"reference_named": False},
+    "entropy_rises": {"entropy_coef": 0.1},
+    "rate_off_schedule": {"lr_scheduler_type": "linear", "max_steps": 128},
+    "noise_drowns_signal": {"per_device_train_batch_size": 8},
 }
+
+
+# Of each problem, what is not yet one: just on the other side of one limit, or what healthy runs do.
+NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("first_kl", {"objective/kl": [0.07] + [0.9] * 15}, {}),  # under 0.01 for each of 8 tokens
+    ("first_kl", {"objective/kl_std": 8.0}, {}),  # two standard errors
+    ("first_kl", {"objective/kl": [0.35] + [0.9] * 15}, {"bf16": True}),  # as much as its rounding may make
+    ("first_kl", {"episode": lambda t: 128 + 960 * t}, {}),  # a log from the second rollout on, or of two at once
+    ("first_kl", {}, {"reference_named": True}),  # meant
+    ("first_kl", {}, {"reference_named": None}),  # of another trainer
+    ("completions_shrink", {"completions/mean_length": lambda t: 8 - 2 * t + 0.05 * math.sin(40 * t)}, {}),
+    ("completions_shrink", {"completions/score_length_correlation": -0.4}, {}),  # and the score rises
+    # 9.6 tokens: 40% are cut at 16, and the others have 5.3, as all have who learned to end.
+    (
+        "completions_shrink",
+        {
+            "completions/clipped_ratio": [0.4] * 4 + [0.0] * 12,
+            "completions/mean_length": [9.6, 9.5, 9.7, 9.6] + [4.5, 4.4] * 6,
+        },
+        {},
+    ),
+    ("entropy_rises", {"policy/entropy_avg": lambda t: 0.6 + 0.55 * t}, {}),  # not twice its start
+    ("entropy_rises", {"policy/entropy_avg": lambda t: 0.1 + 0.5 * t}, {}),  # twice, but of hardly any
+    ("entropy_rises", {"objective/scores": HEALTHY["objective/scores"]}, {}),
+    ("rate_off_schedule", {"learning_rate": lambda t: 1e-3 * (1 - t)}, {}),
+    ("rate_off_schedule", {"learning_rate": lambda t: 1e-3 * (1 - t)}, {"lr_scheduler_type": "cosine_with_restarts"}),
+    ("rate_off_schedule", {}, {"lr_scheduler_kwargs": {"num_cycles": 2}}),
+    ("rate_off_schedule", {}, {"rate_changed": True}),  # by the doctor
+    ("rate_off_schedule", {}, {"max_steps": 40}),  # the run is over where the rate is 0
+    ("noise_drowns_signal", {"evidence/gradient/noise": 3e-4}, {}),  # four times the 9e-6 that the signal may be
+    ("noise_drowns_signal", {"objective/scores": lambda t: min(1.2, 6 * t) + 0.02 * math.sin(40 * t)}, {}),  # converged
+    ("noise_drowns_signal", {"objective/scores": lambda t: math.sin(3 * t)}, {}),  # rose, and fell
+    ("noise_drowns_signal", {}, {"per_device_train_batch_size": 1}),  # more micro-batches for the noise to cancel in
+    ("score_opposed", {"agreement/exact": -0.45}, {}),
+    ("score_opposed", {"agreement/exact": [0.4] * 6 + [-0.9] * 10}, {}),  # exploited, later
+    ("score_opposed", {"agreement/exact": [-1.0, 0.9, -1.0, -0.9, -1.0, -1.0] + [-1.0] * 10}, {}),  # noise
+    ("copied_completions", {"completions/distinct": 0.25}, {}),
+    ("copied_completions", {"objective/entropy": 4.0, "policy/entropy_avg": 0.5}, {}),  # it may well say so twice
+    ("copied_completions", {"objective/entropy": 8.0}, {}),  # of 12 by its entropy: greedy decoding
+    ("copied_completions", {"completions/distinct": [0.9] * 4 + [0.05] * 12}, {}),  # later: mode_collapse
+]
 
 
 def log_of(**changes: Any) -> RunLog:
@@ -301,6 +372,123 @@ def test_functions_that_are_brought_to_one_scale_do_not_drown_each_other(name: s
     assert names_of(RunLog.of(rows(**{**HEALTHY, **changed}), config)) == []
     changed["rewards/correlation/judge~other"] = -0.8  # but they may fight, whatever their scales
     assert names_of(RunLog.of(rows(**{**HEALTHY, **changed}), config)) == ["functions_at_odds"]
+
+
+@pytest.mark.parametrize(("name", "changes", "settings"), NOT_YET)
+def test_what_is_not_yet_a_problem(name: str, changes: dict[str, Any], settings: dict[str, Any]) -> None:
+    metrics = {**HEALTHY, **SICK[name]}
+    config = {**CONFIG, **SETTINGS.get(name, {})}
+    assert name in names_of(RunLog.of(rows(**metrics), config))
+    assert name not in names_of(RunLog.of(rows(**{**metrics, **changes}), {**config, **settings}))
+
+
+def test_completions_may_shrink_for_a_reason_that_the_log_does_not_show() -> None:
+    shrinking = {**SICK["completions_shrink"], "completions/score_length_correlation": 0.0, "objective/scores": 0.1}
+    (found,) = [one for one in diagnose(log_of(**shrinking)) if one.name == "completions_shrink"]
+    assert found.severity == "warning" and "cannot tell" in found.cause
+    assert {"kl_coef": 0.1} in [suspect.changes for suspect in found.suspects]
+    assert "completions_shrink" not in names_of(log_of(**{**shrinking, "completions/mean_length": lambda t: 8 - 4 * t}))
+    shorter = {**SICK["completions_shrink"], "completions/mean_length": lambda t: 8 - 3.5 * t}
+    (found,) = [one for one in diagnose(log_of(**shorter)) if one.name == "completions_shrink"]
+    assert found.severity == "warning" and "rewarded" in found.title, "perhaps that is what was meant"
+    nothing_left = {**shrinking, "completions/mean_length": lambda t: 8 - 7 * t}
+    (found,) = [one for one in diagnose(log_of(**nothing_left)) if one.name == "completions_shrink"]
+    assert found.severity == "problem"
+
+
+def test_entropy_that_no_bonus_raises() -> None:
+    rising = SICK["entropy_rises"]
+    (found,) = [one for one in diagnose(log_of(**rising)) if one.name == "entropy_rises"]
+    assert "cannot tell" in found.cause and found.remedy.changes == {}
+    assert {"learning_rate": 1e-4} in [suspect.changes for suspect in found.suspects]
+    idle = rows(**{**HEALTHY, **rising, "evidence/gradient/entropy": 0.001})
+    (found,) = [
+        one for one in diagnose(RunLog.of(idle, {**CONFIG, "entropy_coef": 1e-6})) if one.name == "entropy_rises"
+    ]
+    assert "cannot tell" in found.cause, "there is a bonus, but the score pulls harder"
+    both = rows(**{**HEALTHY, **rising, **SICK["term_drowns_score"], "objective/scores": 0.1})
+    (top, *_) = roots(diagnose(RunLog.of(both, {**CONFIG, "entropy_coef": 1.0})))
+    assert top.finding.name == "term_drowns_score" and "entropy_rises" in [one.finding.name for one in top]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate", "title"),
+    [
+        ("linear", lambda t: 1e-3, "The learning rate stays where it is"),
+        ("constant", lambda t: 1e-3, None),
+        (
+            "cosine",
+            lambda t: 5e-4 * (1.2 + math.cos(3 * math.pi * t)),
+            "The learning rate rises again after it has fallen",
+        ),
+        ("linear", lambda t: 1e-3 * min(t / 0.7, (1 - t) / 0.3), "The learning rate is still warming up"),
+        ("constant_with_warmup", lambda t: 1e-3 * min(t / 0.7, 1), "The learning rate is still warming up"),
+    ],
+)
+def test_rates_that_are_off_their_schedule(kind: str, rate: Any, title: str | None) -> None:
+    """Some of it shows only while it lasts, so each log of the run is judged."""
+    made = rows(**{**HEALTHY, "learning_rate": rate})
+    logs = [RunLog.of(made[:count], {**CONFIG, "lr_scheduler_type": kind, "max_steps": 128}) for count in range(1, 17)]
+    assert {one.title for log in logs for one in diagnose(log)} == ({title} if title else set())
+
+
+@pytest.mark.parametrize("warmup", [0, 20, 60])
+@pytest.mark.parametrize("known", ["max_steps", "num_train_epochs"])
+@pytest.mark.parametrize("kind", sorted(SCHEDULES))
+def test_schedules_of_transformers_are_left_alone(kind: str, known: str, warmup: int) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    scheduler = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=128)
+    made = []
+    for i, row in enumerate(rows(**HEALTHY)):
+        for _ in range(8):
+            optimizer.step()
+            scheduler.step()
+        made.append({**row, "learning_rate": scheduler.get_last_lr()[0], "epoch": 3 * (i + 1) / 16})
+        config = {**CONFIG, "lr_scheduler_type": kind, "max_steps": -1, "num_train_epochs": 3.0}
+        config |= {"max_steps": 128} if known == "max_steps" else {}
+        assert names_of(RunLog.of(made, config)) == []
+
+
+def test_a_function_of_weight_0_is_a_yardstick_of_the_sign() -> None:
+    pair = {"rewards/other/mean": 0.0, "rewards/other/std": 1.0, "rewards/correlation/judge~other": -0.9}
+    opposed = rows(**{**HEALTHY, **pair})
+    names = {"reward_names": ["judge", "other"]}
+    assert "score_opposed" in names_of(RunLog.of(opposed, {**CONFIG, **names, "reward_weights": [1.0, 0.0]}))
+    negative = RunLog.of(opposed, {**CONFIG, **names, "reward_weights": [-1.0, 0.0]})
+    assert "score_opposed" not in names_of(negative), "it is subtracted, and that is right"
+
+
+def test_copies_of_one_prompt() -> None:
+    """Each prompt four times, and one answer for the four."""
+    copies = {**SICK["copied_completions"], "prompts/distinct": [0.25] * 16, "completions/distinct": [0.25] * 16}
+    (found,) = [one for one in diagnose(log_of(**copies)) if one.name == "copied_completions"]
+    assert found.title == "The completions of one prompt are copies"
+    short = {**copies, "objective/entropy": 3.5, "policy/entropy_avg": 0.5}
+    assert "copied_completions" in names_of(log_of(**short)), "prompt for prompt"
+    made = rows(**{**HEALTHY, **short})
+    assert "copied_completions" in names_of(RunLog.of(made[:1], CONFIG)), "48 of 64 completions repeat another one"
+    assert "copied_completions" not in names_of(RunLog.of(made[:1], {**CONFIG, "rollout_batch_size": 8})), (
+        "six of eight"
+    )
+    certain = {**copies, "objective/entropy": 1.5, "policy/entropy_avg": 0.2}
+    assert "copied_completions" not in names_of(log_of(**certain))
+    blind = diagnose(log_of(**short, **{"evidence/score/within_prompt": 0.0}))
+    assert [top.finding.name for top in roots(blind)] == ["copied_completions"], "copies have one score"
+    assert "copied_completions" not in names_of(log_of(**{**copies, "completions/distinct": 0.9}))
+
+
+def test_rates_and_signals_are_noisy() -> None:
+    """A gradient of chance: of two hundred healthy runs whose score does not move, few are called noise."""
+    chance, false_alarms = random.Random(2), 0
+    for _ in range(200):
+        # The signal is a third of a rollout's noise, as in runs that learn; its estimate scatters as much as that.
+        signal = [3e-5 + 3e-5 * chance.gauss(0, 1) for _ in range(16)]
+        made = log_of(**{**SICK["noise_drowns_signal"], "evidence/gradient/signal": signal})
+        log = RunLog(made.kind, made.rows, [], {**CONFIG, "per_device_train_batch_size": 8})
+        false_alarms += any(
+            noise_drowns_signal(RunLog(log.kind, log.rows[:count], [], log.config), Limits()) for count in range(3, 17)
+        )
+    assert false_alarms <= 2
 
 
 def test_a_correlation_over_eight_answers_is_noise() -> None:

@@ -145,10 +145,12 @@ def test_a_loop_that_is_done_changes_nothing(base: Path, whole: Path) -> None:
 def test_where_a_round_begins(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str) -> None:
     """Round 2 starts at the policy and the value role of round 1, with its own reward model."""
     begun: list[dict[str, dict[str, Tensor]]] = []
+    named: list[bool] = []
     train = PPOTrainer.train
 
     def noted(trainer: PPOTrainer, **how: Any) -> Any:
         adapters = {role: name for role, name in trainer.base.adapters.items() if name is not None}
+        named.append(trainer.base.reference_named)
         begun.append(
             {
                 role: {
@@ -166,6 +168,7 @@ def test_where_a_round_begins(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
     if reference == "last":
         expected["reference"] = first / "ppo"
     assert begun[1].keys() == expected.keys()
+    assert named[1], "the doctor takes the first policy for the reference that is meant"
     for role, folder in expected.items():
         saved = load_file(folder / "adapter_model.safetensors")
         lora = {name for name in saved if "lora_" in name}

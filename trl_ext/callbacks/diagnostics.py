@@ -6,6 +6,7 @@ import copy
 import importlib.metadata
 import json
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -47,7 +48,8 @@ class DiagnosticsCallback(RolloutCallback):
             them (in PPO kl_coef, entropy_coef, vf_coef, missing_eos_penalty; everywhere the learning rate).
         yardstick: a reward function that is not trained on. It measures what the score stands for: a better judge than
             the one that is trained on, exact grading, or people's verdicts. Our PPOTrainer calls it with `prompts`,
-            `completions` and `completion_ids` of every rollout, and logs its mean as `yardstick/<name>`.
+            `completions` and `completion_ids` of every rollout, and logs its mean as `yardstick/<name>` and its
+            correlation with the score as `agreement/<name>`.
         limits: thresholds; None: the documented ones.
         rules: None: the catalogue's.
         samples: completions of each rollout to keep for findings and reports.
@@ -103,6 +105,8 @@ class DiagnosticsCallback(RolloutCallback):
         model = kwargs.get("model")
         precision = getattr(getattr(model, "causal_lm", model), "dtype", torch.float32)
         self._config["dtype"] = str(precision).removeprefix("torch.")
+        self._config["reference_named"] = getattr(model, "reference_named", None)
+        self._config["rate_changed"] = self._state.get("rate_changed", False)
         for name, value in _data_figures(kwargs.get("train_dataloader"), self._config.get("objective")).items():
             self._state["measured"][f"data/{name}"] = [value]
         self._config["reward_names"] = self._state.get("reward_names")
@@ -124,9 +128,12 @@ class DiagnosticsCallback(RolloutCallback):
             scores = self.yardstick(
                 prompts=rollout.prompts, completions=rollout.completions, completion_ids=rollout.completion_tokens
             )
-            numbers = [float(score) for score in scores if score is not None]
-            if numbers:
-                self._state["measured"].setdefault(f"yardstick/{name}", []).append(sum(numbers) / len(numbers))
+            judged = torch.tensor([math.nan if score is None else float(score) for score in scores])
+            of_both = {f"yardstick/{name}": float(judged.nanmean())}
+            of_both[f"agreement/{name}"] = _correlation(judged, experience.scores.total.cpu())
+            for metric, value in of_both.items():
+                if math.isfinite(value):
+                    self._state["measured"].setdefault(metric, []).append(value)
 
     def on_evaluation_end(
         self, args: Any, state: TrainerState, control: Any, experience: Experience, metrics: dict[str, float]
@@ -166,7 +173,7 @@ class DiagnosticsCallback(RolloutCallback):
                     if state.is_world_process_zero:
                         logger.warning("%s", finding if edge is None else _as_consequence(finding, edge))
                     if finding.severity == "problem":
-                        self._respond(finding, args, control, kwargs)
+                        self._respond(finding, args, state, control, kwargs)
 
     def _note_functions(self, args: Any, state: TrainerState, logs: dict[str, Any]) -> None:
         """Note the reward functions in the order of their weights: a saved log is sorted by name."""
@@ -192,7 +199,7 @@ class DiagnosticsCallback(RolloutCallback):
 
     # What a problem leads to ------------------------------------------------------------------------------------------
 
-    def _respond(self, finding: Finding, args: Any, control: Any, kwargs: dict[str, Any]) -> None:
+    def _respond(self, finding: Finding, args: Any, state: Any, control: Any, kwargs: dict[str, Any]) -> None:
         if self.on_problem == "stop":
             control.should_save = control.should_training_stop = True
         elif self.on_problem == "act":
@@ -203,7 +210,18 @@ class DiagnosticsCallback(RolloutCallback):
                     self._state["settings"][name] = value
                 elif name == "learning_rate" and kwargs.get("lr_scheduler") is not None:
                     scale_learning_rate(kwargs["optimizer"], kwargs["lr_scheduler"], value / args.learning_rate)
+                    self._config["rate_changed"] = self._state["rate_changed"] = True
+                    self._write_settings(args, state)
                     logger.warning("%s: learning_rate is multiplied by %.3g.", finding.name, value / args.learning_rate)
+
+
+def _correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Pearson's over the rows that have both; NaN where fewer than three do, or one side is constant."""
+    both = torch.stack([a, b]).double()
+    both = both[:, ~both.isnan().any(dim=0)]
+    if both.shape[1] < 3 or bool((both.std(dim=1) == 0).any()):
+        return math.nan
+    return float(torch.corrcoef(both)[0, 1])
 
 
 def _as_consequence(finding: Finding, edge: Edge) -> str:

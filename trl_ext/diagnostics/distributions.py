@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from trl_ext.diagnostics.finding import Finding, Remedy
+from trl_ext.diagnostics.finding import Finding, Remedy, Suspect
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
 from trl_ext.diagnostics.updates import lower_rate
@@ -145,6 +145,40 @@ def first_ratio(log: RunLog, limits: Limits) -> Finding | None:
     )
 
 
+def first_kl(log: RunLog, limits: Limits) -> Finding | None:
+    """Before any step the policy is not where the reference is, and nobody said that it should be.
+
+    Judged on the log of the run's first rollout alone, and only where the reference is the default one.
+    """
+    kl, spread, length = (log.series(name) for name in ("kl", "objective/kl_std", "length"))
+    rollout, named = log.setting("rollout_batch_size"), log.setting("reference_named")
+    if named is not False or not rollout or not (kl and spread and length) or log.rows[0].get("episode") != rollout:
+        return None
+    first, error = kl.values[0], spread.values[0] / math.sqrt(float(rollout))
+    least = limits.first_kl_half if log.in_half_precision else limits.first_kl
+    if first < least * length.values[0] or first < limits.noticeable * error:
+        return None
+    return Finding(
+        name="first_kl",
+        severity="warning",
+        title="The reference is not where the policy starts",
+        steps=(log.rows[0]["step"], log.rows[0]["step"]),
+        evidence=(
+            f"The first rollout, sampled before any step, has a KL of {first:.2f} nats per completion (standard error "
+            f"{error:.2f}); to the model that it starts from it would be 0."
+        ),
+        figures={"kl": first, "error": error},
+        cause=(
+            "the policy goes on from a saved adapter, or one that does not start at 0 (init_lora_weights), and the "
+            "reference is the bare base. Either that is meant, or the penalty pulls back what the adapter had learned."
+        ),
+        remedy=Remedy(
+            text="Take a frozen copy of the adapter as reference; or, if the bare base is meant, name it: 'base'.",
+            code="SharedBase.from_pretrained(..., policy=adapter, reference='copy')",
+        ),
+    )
+
+
 def suggested_kl_coef(log: RunLog, limits: Limits) -> float:
     """The coefficient at which spending the KL budget costs one standard deviation of the scores; NaN if unknown."""
     spread, length = log.series("score_std"), log.series("length")
@@ -160,10 +194,20 @@ def _budget(tokens: float, limits: Limits) -> float:
 
 def stronger(log: RunLog, limits: Limits) -> dict[str, float]:
     """A larger coefficient: the suggested one, or four times the present one where that is more; empty if unknown."""
-    now = log.series("kl_coef").recent()
-    now = float(log.setting(_field(log), 0.0)) if math.isnan(now) else now
+    now = _coefficient_now(log)
     value = max(v for v in (suggested_kl_coef(log, limits), 4 * now, 0.0) if not math.isnan(v))
     return {_field(log): float(f"{value:.1g}")} if value else {}
+
+
+def weaker(log: RunLog) -> dict[str, float]:
+    """A quarter of the present coefficient; empty where there is none."""
+    now = _coefficient_now(log)
+    return {_field(log): float(f"{now / 4:.1g}")} if now else {}
+
+
+def _coefficient_now(log: RunLog) -> float:
+    now = log.series("kl_coef").recent()
+    return float(log.setting(_field(log), 0.0)) if math.isnan(now) else now
 
 
 def _field(log: RunLog) -> str:
@@ -268,4 +312,50 @@ def entropy_collapse(log: RunLog, limits: Limits) -> Finding | None:
             )
         ),
         samples=log.last_samples(),
+    )
+
+
+def entropy_rises(log: RunLog, limits: Limits) -> Finding | None:
+    """The policy becomes noisier and noisier, and the score does not rise by it."""
+    entropy = log.series("entropy")
+    if len(entropy) < limits.least_rows or not log.series("score"):
+        return None
+    now, start = entropy.recent(), entropy.start()
+    if now < limits.entropy_growth * start or now < start + limits.entropy_gain:
+        return None
+    if entropy.rise()[1] < limits.noticeable or log.series("score").rise()[1] > limits.noticeable:
+        return None
+    bonus, pulls = float(log.setting("entropy_coef", 0.0)), log.series("evidence/gradient/entropy").recent()
+    score = log.series("evidence/gradient/score").recent()
+    by_bonus = bonus > 0 and not pulls < score  # also where either is unknown
+    return Finding(
+        name="entropy_rises",
+        severity="problem",
+        title="The policy's entropy rises until completions are noise",
+        steps=(entropy.steps[0], entropy.steps[-1]),
+        evidence=f"It went from {start:.2f} to {now:.2f} nats per token, and the score does not rise.",
+        figures={"entropy": now, "start": start},
+        cause=(
+            f"the entropy bonus: entropy_coef is {bonus:g}"
+            f"{f', and its gradient {pulls:.2g} beside {score:.2g} of the score' if pulls >= score else ''}."
+            if by_bonus
+            else "I cannot tell: no bonus asks for it."
+        ),
+        remedy=Remedy(text="Weigh the bonus far less, or leave it out.", changes={"entropy_coef": 0.0})
+        if by_bonus
+        else Remedy(text="Try these, one at a time: each tells one cause from the others."),
+        samples=log.last_samples(),
+        suspects=()
+        if by_bonus
+        else (
+            Suspect(
+                cause="steps are too large, or too many are taken on one rollout",
+                experiment="the entropy stays if this is it.",
+                changes=lower_rate(log, 10),
+            ),
+            Suspect(
+                cause="the score is noise, or falls for everything that the policy knows",
+                experiment="read the completions with the highest scores, and score them twice.",
+            ),
+        ),
     )

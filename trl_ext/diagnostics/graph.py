@@ -15,6 +15,7 @@ GAO = "Gao, Schulman and Hilton 2023, arXiv:2210.10760"
 HACKING = "Skalse et al. 2022, arXiv:2209.13085"
 ADAM = "Kingma and Ba 2015, arXiv:1412.6980, section 2"
 WILLIAMS = "Williams 1992, Machine Learning 8"
+MCCANDLISH = "McCandlish et al. 2018, arXiv:1812.06162, section 2"
 BFLOAT = "Kalamkar et al. 2019, arXiv:1905.12322"
 DISPLACEMENT = "Razin et al. 2024, arXiv:2410.08847"
 
@@ -66,6 +67,7 @@ EDGES: tuple[Edge, ...] = (
         value_loss_explodes="The value role's weights are ruined too.",
         value_not_learning="Steps on gradients that are not finite are skipped, for the value role too.",
         chance_level="A model with ruined weights orders nothing.",
+        entropy_rises="Ruined weights may make every token as likely as any other.",
     ),
     *_edges(
         "lost_to_rounding",
@@ -80,6 +82,8 @@ EDGES: tuple[Edge, ...] = (
         value_not_learning="No value role can predict what is noise: it explains at most the share that repeats.",
         steps_too_small="Advantages that are noise point nowhere, so steps cancel and the score does not rise.",
         functions_at_odds="A noisy function has the largest spread, and correlates with nothing.",
+        noise_drowns_signal="A score that is noise makes gradients that are.",
+        entropy_rises="Steps on noise alone wander off, away from what the policy knew.",
     ),
     *_edges(
         "score_ignores_completion",
@@ -88,6 +92,50 @@ EDGES: tuple[Edge, ...] = (
         kl_drowns_score="A score that no completion changes pulls nowhere, and any penalty is stronger.",
         entropy_collapse="Steps on noise alone make likely what happened to be sampled.",
         kl_runs_away="Steps on noise alone drift away from the reference.",
+        noise_drowns_signal="Where no completion is better than another, gradients have nothing in common.",
+        entropy_rises="Steps on noise alone wander off, away from what the policy knew.",
+    ),
+    *_edges(
+        "score_opposed",
+        HACKING,
+        completions_shrink="The fewer words, the fewer good ones, where these are what costs.",
+        truncation="Who is punished for a good end does not end.",
+        over_optimisation="What raises the score lowers what it was to stand for.",
+        kl_runs_away="The reference gives good answers, and those are what the score punishes.",
+    ),
+    *_edges(
+        "copied_completions",
+        WILLIAMS,
+        sampling_differs="A copy is as improbable for its prompt as it was drawn for another one.",
+        negative_kl="Completions that the policy did not draw make the estimate of the KL wrong.",
+        score_ignores_completion="Copies have one score.",
+        noise_drowns_signal="Copies have no differences to learn from.",
+        steps_too_small="Where all completions of a prompt are one, none is better than another.",
+    ),
+    *_edges(
+        "rate_off_schedule",
+        ADAM,
+        steps_too_small="A rate near 0 makes no steps.",
+        clipping_saturated="A rate that rises again, or never falls, makes large steps late.",
+        value_not_learning="The value role takes steps at the same rate.",
+    ),
+    *_edges(
+        "entropy_rises",
+        WILLIAMS,
+        truncation="In noise EOS is as rare as any token.",
+        kl_runs_away="Noise is far from the reference.",
+        value_loss_explodes="The penalty for noise is far from what values know.",
+        value_not_learning="The returns of noise cannot be predicted.",
+    ),
+    *_edges(
+        "noise_drowns_signal",
+        MCCANDLISH,
+        value_not_learning="Returns that vary by chance are predicted by no value role.",
+    ),
+    *_edges(
+        "first_kl",
+        ZIEGLER,
+        kl_drowns_score="The penalty first pulls the policy back to another model, whatever the score says.",
     ),
     *_edges(
         "sampling_differs",
@@ -113,6 +161,7 @@ EDGES: tuple[Edge, ...] = (
         over_optimisation="Only the function that drowns the others is followed.",
         kl_runs_away="The penalty suits the scale of the functions that are drowned.",
         value_not_learning="The sum has the scale of the function that drowns the others, far from where values start.",
+        completions_shrink="The function that drowns the others takes something off for what is written.",
     ),
     *_edges(
         "penalty_dominates",
@@ -121,6 +170,7 @@ EDGES: tuple[Edge, ...] = (
         score_scale="The penalty, not the score, makes the spread.",
         kl_runs_away="The penalty pays for any KL.",
         over_optimisation="Completions are written to end, not to be good.",
+        completions_shrink="To end is worth more than to say something.",
     ),
     *_edges(
         "score_scale",
@@ -144,6 +194,7 @@ EDGES: tuple[Edge, ...] = (
         truncation="An entropy bonus that outweighs the score makes every token likely, and EOS rare.",
         steps_too_small="Clipped to one norm with the larger gradient, the score's step is small.",
         over_optimisation="The policy follows the other term.",
+        entropy_rises="The bonus moves the policy wherever its entropy is higher.",
     ),
     *_edges(
         "gradients_explode",
@@ -190,6 +241,14 @@ EDGES: tuple[Edge, ...] = (
         truncation="Completions grow to the limit.",
         over_optimisation="What grows is length, not what the score stands for.",
         kl_runs_away="Each further token adds to a completion's KL.",
+    ),
+    *_edges(
+        "completions_shrink",
+        HACKING,
+        over_optimisation="What shrinks is what the score was to stand for.",
+        kl_runs_away="An early EOS is unlikely under the reference.",
+        mode_collapse="Completions of next to nothing are alike.",
+        constant_scores="Completions of next to nothing have one score.",
     ),
     *_edges(
         "repetition_exploitation",

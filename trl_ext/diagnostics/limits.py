@@ -17,6 +17,9 @@ class Limits:
             measured, 1e-4 with LoRA dropout of 0.1.
         first_approxkl_half: the same in half precision: bfloat16 rounds log-probabilities of 10 nats by 0.03, which
             makes 5e-4.
+        first_kl: nats per token to the reference before any step, in float32: 0 where both are the same model, in
+            theory and as measured; chosen, far below what an adapter from SFT makes.
+        first_kl_half: the same in half precision; chosen, above the 0.03 by which bfloat16 rounds.
         kl_per_token: nats per token. Healthy runs here end below 0.2, those that hacked their reward above 0.6
             (measured).
         budget_per_token: nats per token that a completion may spend; kl_coef is suggested so that the penalty for it
@@ -27,15 +30,20 @@ class Limits:
         drowned: times the suggested kl_coef from which the score no longer counts beside the penalty; and times the
             score's gradient that another term's may have.
         entropy: nats per token below which every completion is certain; healthy runs here end above 0.1 (measured).
+        entropy_growth: times its start that the entropy rises to; chosen.
+        entropy_gain: nats per token by which it rises besides, so that a certain policy may become less so; chosen.
         temperature: sampling below it explains a low entropy.
         clipfrac: share of tokens; PPO's papers and TRL's docs see 0.1 to 0.3 in healthy runs.
         huge_approxkl: nats per token that an update moves the policy; healthy updates stay below 0.3 (measured).
         tiny_approxkl: nats per token that an update moves the policy; healthy updates make 1e-4 and more (measured).
-        repeats: second completions of prompts from which the variance within prompts is judged.
+        repeats: second completions of prompts from which the variance within prompts is judged, and copies are.
         within_prompt: share of the scores' variance within prompts below which the score ignores the completion: 0 in
             theory, above it for rounding; healthy runs here begin above 0.4 (measured).
         noise: share of a function's variance that does not repeat, a mean of several measurements.
         noise_alone: the same from which one measurement is enough, and from which it is a problem.
+        gradient_noise: times that noise exceeds signal in the gradient of a whole rollout, by squares; chosen.
+        opposed: correlation of score and yardstick over completions below which one is the other turned round; chosen,
+            as strong as `length_correlation`.
         penalty_share: share of the whole reward's variance that a penalty may make.
         half_life: tokens over which a score at the end loses half of its weight; lambda 0.95 has 13.
         rounding: share of a step, by squares, that rounding takes: in float32 1e-12 (measured).
@@ -49,10 +57,15 @@ class Limits:
         value_error: times the error of a constant, the mean score.
         truncated: share of completions cut at the length limit.
         length_growth: times its start.
+        length_shrinkage: share of its start that the length falls to; chosen. Where the score rewards it, less than 1 /
+            `length_growth` is worth a look.
         length_correlation: of score and length.
         repetition: share of a completion's trigrams that occurred in it before; healthy runs here stay below 0.01
             (measured).
         distinct: different completions to different prompts.
+        improbable: nats per completion, -log p, from which one answer for all prompts is none of a few labels; chosen:
+            exp(5) are 148 answers.
+        unlikely_twice: the same from which completions are not alike by chance, prompt for prompt; chosen.
         noticeable: standard errors from which a rise, a fall or a correlation counts.
         fighting: correlation of two reward functions below which they pull apart.
         dominates: times that one function's weighted spread exceeds every other's.
@@ -84,12 +97,16 @@ class Limits:
     negative_kl: float = 0.1
     first_approxkl: float = 1e-6
     first_approxkl_half: float = 2e-3
+    first_kl: float = 0.01
+    first_kl_half: float = 0.05
     kl_per_token: float = 0.4
     budget_per_token: float = 0.25
     budget: float = 25.0
     stays: float = 0.08
     drowned: float = 5.0
     entropy: float = 0.03
+    entropy_growth: float = 2.0
+    entropy_gain: float = 0.5
     temperature: float = 0.5
     clipfrac: float = 0.4
     huge_approxkl: float = 1.0
@@ -98,6 +115,8 @@ class Limits:
     within_prompt: float = 0.02
     noise: float = 0.2
     noise_alone: float = 0.5
+    gradient_noise: float = 5.0
+    opposed: float = -0.5
     penalty_share: float = 0.5
     half_life: float = 5.0
     rounding: float = 0.3
@@ -110,9 +129,12 @@ class Limits:
     value_error: float = 4.0
     truncated: float = 0.5
     length_growth: float = 1.4
+    length_shrinkage: float = 0.5
     length_correlation: float = 0.5
     repetition: float = 0.15
     distinct: float = 0.2
+    improbable: float = 5.0
+    unlikely_twice: float = 2.0
     noticeable: float = 3.0
     fighting: float = -0.3
     dominates: float = 10.0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from trl_ext.diagnostics.distributions import stronger
-from trl_ext.diagnostics.finding import Finding, Remedy
+import math
+
+from trl_ext.diagnostics.distributions import stronger, weaker
+from trl_ext.diagnostics.finding import Finding, Remedy, Suspect
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
 
@@ -60,6 +62,67 @@ def length_exploitation(log: RunLog, limits: Limits) -> Finding | None:
     )
 
 
+def completions_shrink(log: RunLog, limits: Limits) -> Finding | None:
+    """Completions end sooner and sooner, though nothing gets better by it or because that is rewarded."""
+    length, pull = log.series("length"), log.series("completions/score_length_correlation")
+    start, now = _length_of_ended(log), length.recent()
+    if len(length) < limits.least_rows or length.rise()[1] > -limits.noticeable:
+        return None
+    weakest = min(pull.start(), pull.recent()) if pull else math.nan
+    rewarded = weakest < -limits.length_correlation
+    halved = now < limits.length_shrinkage * start
+    if rewarded and not now < start / limits.length_growth:
+        return None
+    if not rewarded and (not halved or log.series("score").rise()[1] > limits.noticeable):
+        return None
+    nothing_left = now < 2.5  # tokens, the EOS among them
+    shown = f" Score and length correlate at {weakest:.2f}." if pull else ""
+    return Finding(
+        name="completions_shrink",
+        severity="problem" if nothing_left or (rewarded and halved) else "warning",
+        title="Completions shrink because that is rewarded" if rewarded else "Completions shrink",
+        steps=(length.steps[0], length.steps[-1]),
+        evidence=(f"Those that ended had {start:.1f} tokens at the start; the mean length is {now:.1f} now.{shown}"),
+        figures={"length": now, "start": start},
+        cause=(
+            "a score that is higher for shorter completions: a sum of penalties, each of which needs something written."
+            if rewarded
+            else "I cannot tell: the score does not rise, and is not seen to favour short completions."
+        ),
+        remedy=Remedy(
+            text="Score an empty completion and a good one, and let the empty one be worse.",
+            code="print(reward_func(prompts=[p, p], completions=['', good]))",
+        ),
+        samples=log.last_samples(),
+        suspects=()
+        if rewarded
+        else (
+            Suspect(
+                cause="the KL penalty is paid for every token, and a completion of none pays nothing",
+                experiment="completions grow again if this is it.",
+                changes=weaker(log),
+            ),
+            Suspect(
+                cause="the score is less for each thing that is written",
+                experiment="an empty completion scores more than a good one if this is it.",
+            ),
+        ),
+    )
+
+
+def _length_of_ended(log: RunLog) -> float:
+    """The mean length at the start of completions that ended by EOS; NaN where it is not known: who learns to end
+    becomes shorter, too."""
+    length, cut, longest = (
+        log.series("length").start(),
+        log.series("truncated").start(),
+        log.setting("max_completion_length"),
+    )
+    if not cut > 0:
+        return length
+    return (length - cut * float(longest)) / (1 - cut) if longest and cut < 0.5 else math.nan
+
+
 def repetition_exploitation(log: RunLog, limits: Limits) -> Finding | None:
     """Completions repeat themselves because that is rewarded."""
     repeated = log.series("completions/repetition")
@@ -103,6 +166,49 @@ def mode_collapse(log: RunLog, limits: Limits) -> Finding | None:
         remedy=Remedy(
             text="Let the reward look at the prompt, and hold the policy nearer to the reference.",
             changes=stronger(log, limits),
+        ),
+        samples=log.last_samples(),
+    )
+
+
+def copied_completions(log: RunLog, limits: Limits) -> Finding | None:
+    """Completions are the same from the first rollout on, though each is too improbable to be sampled twice."""
+    distinct, prompts = log.series("completions/distinct"), log.series("prompts/distinct")
+    surprise = log.series("objective/entropy")
+    judged, size = min(len(distinct), 3), float(log.setting("rollout_batch_size", 0))
+    if not judged or not prompts or not surprise or (judged < 3 and not size):
+        return None
+    if size and judged * size * (1 - distinct.start()) < limits.repeats:
+        return None
+    # Greedy decoding repeats itself, too, but takes what surprises the policy less than its entropy says.
+    if surprise.start() < 0.7 * log.series("entropy").start() * log.series("length").start():
+        return None
+    share = distinct.start() / max(prompts.start(), 1e-6)
+    one_for_all = share < limits.distinct and surprise.start() > limits.improbable
+    one_a_prompt = prompts.start() < 0.8 and 0.8 < share < 1.05 and surprise.start() > limits.unlikely_twice
+    if not (one_for_all or one_a_prompt):
+        return None
+    return Finding(
+        name="copied_completions",
+        severity="problem",
+        title="Different prompts get the same completion from the start"
+        if one_for_all
+        else "The completions of one prompt are copies",
+        steps=(distinct.steps[0], distinct.steps[judged - 1]),
+        evidence=(
+            f"In the first rollouts {distinct.start():.0%} of the completions and {prompts.start():.0%} of the prompts "
+            f"are distinct. Each has a log-probability of {-surprise.start():.1f} nats under the policy: so many are "
+            "not alike by chance."
+        ),
+        figures={"distinct": distinct.start(), "prompts": prompts.start(), "surprise": surprise.start()},
+        cause=(
+            "a generator that returns one answer for all."
+            if one_for_all
+            else "several samplers with one seed, or a generator that answers a repeated prompt once."
+        ),
+        remedy=Remedy(
+            text="Give each sampler a seed of its own, and let the generator sample anew for every prompt it is given.",
+            code="print(generator.answers([prompt_ids] * 4, config, 'policy'))",
         ),
         samples=log.last_samples(),
     )

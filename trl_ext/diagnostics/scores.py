@@ -9,6 +9,8 @@ from trl_ext.diagnostics.finding import Finding, Remedy
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog, Series
 
+AGREEMENT = "agreement/"  # with the score, by yardstick
+
 
 def constant_scores(log: RunLog, limits: Limits) -> Finding | None:
     """Every completion gets the same score."""
@@ -100,6 +102,53 @@ def over_optimisation(log: RunLog, limits: Limits) -> Finding | None:
             samples=log.last_samples(),
         )
     return None
+
+
+def score_opposed(log: RunLog, limits: Limits) -> Finding | None:
+    """The score likes best those completions that the yardstick likes least, from the first rollouts on."""
+    for name, r in _correlations_with_score(log).items():
+        if len(r) < limits.least_rows:
+            continue
+        # Of the first rollouts, while the policy is near its start: later ones differ by what was learned.
+        early = Series(r.steps[: limits.least_rows], r.values[: limits.least_rows])
+        first, error = early.start(limits.least_rows), early.noise() / math.sqrt(limits.least_rows)
+        if first > min(limits.opposed, -limits.noticeable * error):
+            continue
+        return Finding(
+            name="score_opposed",
+            severity="problem",
+            title="The score is the opposite of what it stands for",
+            steps=(early.steps[0], early.steps[-1]),
+            evidence=(
+                f"Over the completions of the first {limits.least_rows} rollouts the score and {name} correlate at "
+                f"{first:.2f}."
+            ),
+            figures={"correlation": first},
+            cause=(
+                "the wrong sign: a distance, an error or a loss returned as the score; or a score for something that "
+                "good completions have less of."
+            ),
+            remedy=Remedy(
+                text="Score a good and a bad completion by hand: the good one must get more.",
+                code="print(reward_func(prompts=[p, p], completions=[good, bad]))",
+            ),
+            samples=log.last_samples(),
+        )
+    return None
+
+
+def _correlations_with_score(log: RunLog) -> dict[str, Series]:
+    """Of each yardstick, its correlation with the score over a rollout's completions; of a function of weight 0 with
+    the one function that is trained on, where it is one."""
+    series = {f"yardstick {name}": log.series(f"{AGREEMENT}{name}") for name in log.names(AGREEMENT)}
+    weights = weights_of(log)
+    active = [name for name, weight in weights.items() if weight]
+    for pair in log.names("rewards/correlation/"):
+        both = pair.split("~")
+        idle = [name for name in both if weights.get(name) == 0]
+        if len(active) == 1 and len(idle) == 1 and active[0] in both and weights[active[0]] > 0:
+            series[f"{idle[0]} (weight 0)"] = log.series(f"rewards/correlation/{pair}")
+    return series
 
 
 def yardsticks(log: RunLog) -> dict[str, Series]:

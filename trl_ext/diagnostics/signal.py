@@ -7,7 +7,7 @@ from statistics import fmean
 
 from trl_ext.diagnostics.finding import Finding, Remedy
 from trl_ext.diagnostics.limits import Limits
-from trl_ext.diagnostics.log import RunLog
+from trl_ext.diagnostics.log import RunLog, Series
 
 
 def within_prompt(log: RunLog) -> tuple[float, float]:
@@ -200,6 +200,48 @@ def term_drowns_score(log: RunLog, limits: Limits) -> Finding | None:
             changes={setting: float(f"{now / (3 * sizes[name]):.1g}")} if now else {},
         ),
     )
+
+
+def noise_drowns_signal(log: RunLog, limits: Limits) -> Finding | None:
+    """What a rollout's completions ask for in common is lost in what they do not, and the score has never risen.
+
+    A mean over n gradients has signal plus noise / n for its square (McCandlish et al. 2018, arXiv:1812.06162,
+    appendix A.1). Where a run has converged the signal is gone, too: a score that rose at any time speaks against it.
+    """
+    signal, noise = log.series("evidence/gradient/signal"), log.series("evidence/gradient/noise")
+    size, part = log.setting("rollout_batch_size"), log.setting("per_device_train_batch_size")
+    if len(signal) < 2 * limits.least_rows or not size or not part or _ever_rose(log.series("score"), limits):
+        return None
+    if log.series("score_std").recent() == 0.0 or log.series("entropy").recent() < limits.entropy:
+        return None  # no differences to learn from: `constant_scores`, `entropy_collapse`
+    error = signal.noise() / math.sqrt(len(signal))
+    at_most = max(fmean(signal.values), 0.0) + limits.noticeable * error
+    of_rollout = fmean(noise.values) / (float(size) / float(part))
+    if of_rollout < limits.gradient_noise * at_most:
+        return None
+    return Finding(
+        name="noise_drowns_signal",
+        severity="warning",
+        title="The gradient is noise",
+        steps=(signal.steps[0], signal.steps[-1]),
+        evidence=(
+            f"In {len(signal)} rollouts the noise of a rollout's gradient is at least "
+            f"{of_rollout / max(at_most, 1e-30):.0f} times its signal (by squares), and the score has not risen."
+        ),
+        figures={"signal": fmean(signal.values), "noise": of_rollout},
+        cause="rollouts too small for how much scores vary, or a score that has nothing to do with what is written.",
+        remedy=Remedy(
+            text="Take larger rollouts, and several completions a prompt, so that their scores can be compared.",
+            changes={"gradient_accumulation_steps": 4 * int(log.setting("gradient_accumulation_steps", 1))},
+        ),
+    )
+
+
+def _ever_rose(score: Series, limits: Limits) -> bool:
+    """Whether the score's best lies noticeably above its start, or its second half above its first."""
+    error = score.noise() * math.sqrt(2 / 4)
+    rose = score.best() - score.start(4) > limits.noticeable * error
+    return rose or score.rise(max(len(score) // 2, 1))[1] > limits.noticeable
 
 
 def held_out_differs(log: RunLog, limits: Limits) -> Finding | None:

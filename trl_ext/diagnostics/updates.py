@@ -158,6 +158,96 @@ def _at_full_rate(log: RunLog, name: str) -> Series:
     return replace(log, rows=[row for row in log.rows if row.get("learning_rate", full) >= full / 2]).series(name)
 
 
+# Schedules that rise at most once, while they warm up, and of these the ones that end near 0.
+SCHEDULES = {"linear", "cosine", "polynomial", "inverse_sqrt", "constant", "constant_with_warmup"}
+DECAYING = {"linear", "cosine", "polynomial"}
+
+
+def rate_off_schedule(log: RunLog, limits: Limits) -> Finding | None:
+    """The learning rate does not do what its lr_scheduler_type says."""
+    rates, kind = log.series("learning_rate"), str(log.setting("lr_scheduler_type", ""))
+    done = [_share_done(log, row) for row in log.rows if "learning_rate" in row]
+    if len(rates) < limits.least_rows or kind not in SCHEDULES or log.setting("lr_scheduler_kwargs"):
+        return None
+    if log.setting("rate_changed") or not max(rates.values) > 0:
+        return None
+    for told in (_ends_early(rates, done), _rises_again(rates), _stays(rates, done, kind), _warms_up_long(rates, done)):
+        if told is not None:
+            title, at, cause, direction = told
+            return Finding(
+                name="rate_off_schedule",
+                severity="warning",
+                title=title,
+                steps=(rates.steps[0], rates.steps[at]),
+                evidence=(
+                    f"It is {rates.values[at]:.2g} at step {rates.steps[at]}"
+                    f"{f', {done[at]:.0%} of the run' if math.isfinite(done[at]) else ''}, and "
+                    f"{max(rates.values):.2g} at its highest; lr_scheduler_type is {kind!r}."
+                ),
+                figures={"learning_rate": rates.values[at], "highest": max(rates.values)},
+                cause=cause,
+                remedy=Remedy(
+                    text=(
+                        "Let the schedule and the run count the same steps: a rollout makes num_ppo_epochs * "
+                        "num_mini_batches of them."
+                    ),
+                    code="print(trainer.state.max_steps, trainer.lr_scheduler)",
+                    direction=direction,
+                ),
+            )
+    return None
+
+
+def _share_done(log: RunLog, row: dict[str, Any]) -> float:
+    """How much of the whole run is over at a log; NaN where its length is unknown."""
+    steps = float(log.setting("max_steps", 0))
+    if steps > 0:
+        return float(row["step"]) / steps
+    return float(row.get("epoch", math.nan)) / float(log.setting("num_train_epochs", math.nan))
+
+
+Told = tuple[str, int, str, str]  # title, which log shows it, cause, where to the remedy moves the rate
+
+
+def _ends_early(rates: Series, done: list[float]) -> Told | None:
+    peak = 0.0
+    for at, rate in enumerate(rates.values):
+        peak = max(peak, rate)
+        if rate < 0.01 * peak and done[at] < 0.5:
+            cause = "the schedule counts fewer steps than the run has, or is stepped more than once a step."
+            return "The learning rate is near 0 in the first half of the run", at, cause, "up"
+    return None
+
+
+def _rises_again(rates: Series) -> Told | None:
+    highest = max(rates.values)
+    peak = trough = rates.values[0]
+    for at, rate in enumerate(rates.values):
+        if trough < peak - 0.05 * highest and rate > trough + 0.05 * highest:
+            cause = "a schedule that is stepped past its end, or a second one, or one that began anew."
+            return "The learning rate rises again after it has fallen", at, cause, "down"
+        peak = max(peak, rate)
+        trough = rate if rate == peak else min(trough, rate)
+    return None
+
+
+def _stays(rates: Series, done: list[float], kind: str) -> Told | None:
+    last = [at for at, share in enumerate(done) if share > done[-1] - 0.4]  # of the run, in which each of them falls
+    same = max(rates.values[at] for at in last) - min(rates.values[at] for at in last) < 1e-3 * max(rates.values)
+    if kind not in DECAYING or not done[-1] >= 0.5 or len(last) < 3 or not same:
+        return None
+    cause = "the scheduler is never stepped, or the trainer was given another one."
+    return "The learning rate stays where it is", len(done) - 1, cause, "down"
+
+
+def _warms_up_long(rates: Series, done: list[float]) -> Told | None:
+    rising = all(b > a for a, b in zip(rates.values, rates.values[1:], strict=False))
+    if not done[-2] >= 0.5 or not rising or rates.values[0] > rates.values[-1] / 2:
+        return None
+    cause = "a warm-up longer than half of the run: warmup_steps counts optimizer steps, not rollouts or episodes."
+    return "The learning rate is still warming up", len(done) - 1, cause, "up"
+
+
 def value_not_learning(log: RunLog, limits: Limits) -> Finding | None:
     """The value role does not predict the returns."""
     explained = log.series("val/explained_variance")

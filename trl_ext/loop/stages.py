@@ -230,10 +230,10 @@ def _accuracy(circle: Circle, new: feedback.Feedback, folders: Sequence[Path]) -
     return judgement.pair_accuracy if judgement is not None and judgement.pairs else None
 
 
-def _reference(circle: Circle, before: Round) -> str | Path | None:
+def _reference(circle: Circle, before: Round) -> str | Path:
     if circle.script.reference == "last":
         return before.ppo
-    return circle.model.adapter
+    return circle.model.adapter or "base"
 
 
 def _move(draft: Path, final: Path) -> None:

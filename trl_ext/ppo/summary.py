@@ -68,6 +68,9 @@ def summarize(experience: Experience, args: PPOConfig, names: list[str]) -> dict
     if rollout.sampling_logprobs is not None:
         # The mean of log q - log p over tokens drawn from q estimates KL(q || p): 0 where the generator is the policy.
         metrics["val/sampling_kl"] = masked_mean(rollout.sampling_logprobs - pass_.logprobs, mask)
+        # A sampler that rounds otherwise is off in both directions, which no mean shows.
+        off = (rollout.sampling_logprobs - pass_.logprobs)[mask]
+        metrics["val/sampling_spread"] = off.std(unbiased=False) if off.numel() else 0.0
         metrics |= weighted_gap(pass_, rollout.sampling_logprobs, mask)
     metrics |= correction(experience, args)
     for pair, r in correlations(experience.scores.by_function, names).items():

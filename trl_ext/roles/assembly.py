@@ -36,6 +36,7 @@ class AssembledRoles(NamedTuple):
     adapters: dict[Any, str | None]
     heads: dict[str, nn.Module]
     reward_pad_token_ids: dict[str, int | None]
+    reference_named: bool
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,7 @@ def assemble(model: Any, plan: Plan) -> AssembledRoles:
         parameter.requires_grad_(trained)
         if trained:  # a PeftModel may hold its adapter in half precision, where small steps are rounded away
             parameter.data = parameter.data.to(torch.float32)
-    return AssembledRoles(peft_model, adapters, heads, pads)
+    return AssembledRoles(peft_model, adapters, heads, pads, plan.reference is not None)
 
 
 def _check_kind(model: Any) -> None:

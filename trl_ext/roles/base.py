@@ -57,6 +57,7 @@ class SharedBase(AdaptedModel):
             several reward roles each has an entry and a head: "reward_0", "reward_1", ...
         reward_pad_token_ids: padding, by id, to each reward role: its score is read at the last token that is another
             one. None: at the last real token.
+        reference_named: whether who built it said which model the reference is; the doctor takes a named one as meant.
         combine_scores: makes one score of several reward roles', (batch, reward roles) -> (batch,): their mean, unless
             another function of `trl_ext.core` is put here. (PPO combines them by its own settings, normalised.)
         role: who speaks where a call names no role; `use` says it.
@@ -68,11 +69,13 @@ class SharedBase(AdaptedModel):
         adapters: dict[str, str | None],
         heads: dict[str, nn.Module],
         reward_pad_token_ids: dict[str, int | None] | None = None,
+        reference_named: bool = True,
     ) -> None:
         super().__init__(model)
         self.adapters = adapters
         self.heads = nn.ModuleDict(heads)
         self.reward_pad_token_ids = reward_pad_token_ids or {}
+        self.reference_named = reference_named
         self.combine_scores: Callable[[Tensor], Tensor] = mean_score
         self.role: str = "policy"
         self._lm_head = head_of(self.causal_lm)
