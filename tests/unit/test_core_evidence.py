@@ -9,6 +9,14 @@ import torch
 from trl_ext.core import evidence
 
 
+def test_correlation_by_hand() -> None:
+    """Of the rows (1, 2), (2, 2), (4, 5): means 7/3 and 3, products 5, squares 14/3 and 6."""
+    x, y = torch.tensor([1.0, 9.0, 2.0, 4.0]), torch.tensor([2.0, math.nan, 2.0, 5.0])
+    assert evidence.correlation(x, y) == pytest.approx(5 / math.sqrt(14 / 3 * 6))
+    assert math.isnan(evidence.correlation(x, y, least=4)) and evidence.correlation(x[:3], y[:3], undefined=0.0) == 0.0
+    assert math.isnan(evidence.correlation(x, torch.ones(4))), "a constant"
+
+
 def test_variance_components_by_hand() -> None:
     """Prompts with the scores (1, 3), (6, 8) and (5,).
 

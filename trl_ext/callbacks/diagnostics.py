@@ -19,6 +19,7 @@ from transformers import TrainerState
 
 from trl_ext.callbacks.rollout import RolloutCallback
 from trl_ext.core import masked_sum
+from trl_ext.core.evidence import correlation
 from trl_ext.diagnostics import Edge, Finding, Limits, Rule, RunLog, Sample, diagnose
 from trl_ext.diagnostics.graph import cause_of
 from trl_ext.diagnostics.trial import scale_learning_rate
@@ -130,7 +131,7 @@ class DiagnosticsCallback(RolloutCallback):
             )
             judged = torch.tensor([math.nan if score is None else float(score) for score in scores])
             of_both = {f"yardstick/{name}": float(judged.nanmean())}
-            of_both[f"agreement/{name}"] = _correlation(judged, experience.scores.total.cpu())
+            of_both[f"agreement/{name}"] = correlation(judged, experience.scores.total.cpu())
             for metric, value in of_both.items():
                 if math.isfinite(value):
                     self._state["measured"].setdefault(metric, []).append(value)
@@ -213,15 +214,6 @@ class DiagnosticsCallback(RolloutCallback):
                     self._config["rate_changed"] = self._state["rate_changed"] = True
                     self._write_settings(args, state)
                     logger.warning("%s: learning_rate is multiplied by %.3g.", finding.name, value / args.learning_rate)
-
-
-def _correlation(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Pearson's over the rows that have both; NaN where fewer than three do, or one side is constant."""
-    both = torch.stack([a, b]).double()
-    both = both[:, ~both.isnan().any(dim=0)]
-    if both.shape[1] < 3 or bool((both.std(dim=1) == 0).any()):
-        return math.nan
-    return float(torch.corrcoef(both)[0, 1])
 
 
 def _as_consequence(finding: Finding, edge: Edge) -> str:

@@ -12,6 +12,21 @@ from torch import Tensor
 from trl_ext.core.masking import masked_mean
 
 
+def correlation(x: Tensor, y: Tensor, least: int = 3, undefined: float = math.nan) -> float:
+    """Pearson's correlation over the rows that both have.
+
+    Args:
+        x, y: (rows,), NaN where there is none.
+        least: rows that there must be.
+        undefined: returned where fewer rows have both, or one side is constant.
+    """
+    both = torch.stack([x.double(), y.double()])
+    both = both[:, ~both.isnan().any(dim=0)]
+    if both.shape[1] < least or bool((both.std(dim=1) == 0).any()):
+        return undefined
+    return float(torch.corrcoef(both)[0, 1])
+
+
 def variance_components(scores: Tensor, groups: Tensor) -> tuple[float, float, int]:
     """Variance of scores within prompts and between prompts: one-way analysis of variance with random effects.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from trl_ext.core import importance_ratio, masked_mean, masked_sum, penalize_missing_eos, share_cut
+from trl_ext.core.evidence import correlation
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.objectives import sampling_weights
 from trl_ext.rewards import correlations
@@ -50,7 +51,7 @@ def summarize(experience: Experience, args: PPOConfig, names: list[str]) -> dict
         "completions/clipped_ratio": (~rollout.has_eos).float().mean(),
         "completions/repetition": repetition(rollout),
         "completions/distinct": distinct(rollout.completions),
-        "completions/score_length_correlation": correlation(final[scored], lengths[scored]),
+        "completions/score_length_correlation": correlation(final[scored], lengths[scored], undefined=0.0),
         "prompts/mean_length": prompt_lengths.mean(),
         "prompts/min_length": prompt_lengths.min(),
         "prompts/max_length": prompt_lengths.max(),
@@ -159,10 +160,3 @@ def repetition(rollout: Rollout) -> float:
 def distinct(items: list[object]) -> float:
     """Different prompts, or completions, over all of them; 1 where none occurs twice."""
     return len({as_text(item) for item in items}) / max(len(items), 1)
-
-
-def correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's; 0 where one side is constant or there are fewer than three."""
-    if len(x) < 3 or float(x.double().std()) == 0.0 or float(y.double().std()) == 0.0:
-        return 0.0
-    return float(torch.corrcoef(torch.stack([x.double(), y.double()]))[0, 1])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trl_ext.core import masked_mean, masked_sum, member_spread
+from trl_ext.core.evidence import correlation
 
 
 class ScoreMoments:
@@ -138,8 +139,6 @@ def correlations(by_function: Tensor, names: Sequence[str]) -> dict[str, float]:
     pairs = {}
     for i, first in enumerate(names):
         for j in range(i + 1, len(names)):
-            both = ~by_function[:, [i, j]].isnan().any(dim=1)
-            x, y = (by_function[both, k].double() for k in (i, j))
-            defined = len(x) > 1 and float(x.std()) > 0 and float(y.std()) > 0
-            pairs[f"{first}~{names[j]}"] = float(torch.corrcoef(torch.stack([x, y]))[0, 1]) if defined else 0.0
+            r = correlation(by_function[:, i], by_function[:, j], least=2, undefined=0.0)
+            pairs[f"{first}~{names[j]}"] = r
     return pairs
