@@ -5,13 +5,30 @@ import copy
 import json
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from tests.helpers import tiny_llama
+from trl_ext.generation import vllm_probe
+
+
+@contextmanager
+def served() -> "Iterator[StandIn]":
+    """A stand-in over the tiny model, whom runs ask less at their start."""
+    with patch.multiple(vllm_probe, TOKENS=4, PROMPTS=4):
+        server = StandIn(tiny_llama())
+        try:
+            yield server
+        finally:
+            server.stop()
 
 
 class StandIn:

@@ -16,12 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers import prompt_dataset, saved_model, tiny_llama, word_tokenizer
+from tests.helpers import prompt_dataset, saved_model, word_tokenizer
 from tests.integration.test_ppo_trainer import LORA, cats, config, rows_with, trained_state
 from tests.integration.test_processes import launch
-from tests.integration.test_vllm import shorten_probes
 from tests.integration.test_vllm import trainer_for as trainer_over
-from tests.vllm_server import StandIn
+from tests.vllm_server import StandIn, served
 from trl_ext import PPOTrainer, RolloutCallback
 from trl_ext.generation import GenerationError
 from trl_ext.generation.vllm_server import BACKGROUND, AdapterFolders
@@ -64,27 +63,12 @@ def no_thread_is_left_over() -> Iterator[None]:
         assert not thread.is_alive()
 
 
-@pytest.fixture(autouse=True)
-def _short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    shorten_probes(monkeypatch)
-
-
-@pytest.fixture
-def server() -> Iterator[StandIn]:
-    server = StandIn(tiny_llama())
-    yield server
-    server.stop()
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> State:
     """A run that nothing interrupts."""
-    server = StandIn(tiny_llama())
-    with pytest.MonkeyPatch.context() as patch:
-        shorten_probes(patch)
+    with served() as server:
         trainer = trainer_for(tmp_path_factory.mktemp("whole"), server)
         trainer.train()
-    server.stop()
     return outcome(trainer)
 
 

@@ -1,35 +1,17 @@
 """PPO, its evaluations and `trl-ext sample` over vLLM servers: stand-ins with a true model behind them."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.helpers import move_policy, prompt_dataset, saved_model, tiny_llama, word_tokenizer
+from tests.helpers import move_policy, prompt_dataset, saved_model, word_tokenizer
 from tests.integration.test_ppo_trainer import LORA, cats, config, rows_with, trained_state
 from tests.vllm_server import StandIn
 from trl_ext import PPOTrainer, SharedBase, cli
-from trl_ext.generation import GenerationError, vllm_probe
-
-
-def shorten_probes(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(vllm_probe, "TOKENS", 4)
-    patch.setattr(vllm_probe, "PROMPTS", 4)
-
-
-@pytest.fixture(autouse=True)
-def _short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    shorten_probes(monkeypatch)
-
-
-@pytest.fixture
-def server() -> Iterator[StandIn]:
-    server = StandIn(tiny_llama())
-    yield server
-    server.stop()
+from trl_ext.generation import GenerationError
 
 
 def trainer_for(tmp_path: Path, server: StandIn, **changes: Any) -> PPOTrainer:
