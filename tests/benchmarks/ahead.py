@@ -22,7 +22,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
-from tests.engines.served import WAIT, Served, base_of, prompts_of
+from tests.engines.served import SETTINGS, WAIT, Served, base_of, prompts_of
 from tests.vllm_server import StandIn
 from trl_ext import PPOConfig, PPOTrainer, RolloutCallback, demo
 from trl_ext.rewards import vader_sentiment
@@ -78,12 +78,7 @@ def run(chosen: argparse.Namespace, url: str, folder: Path, ahead: int) -> tuple
         max_completion_length=chosen.tokens,
         learning_rate=1e-5,
         total_episodes=chosen.updates * chosen.rows,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
+        **SETTINGS,
         use_vllm=True,
         vllm_mode="server",
         vllm_server_base_url=url,

@@ -45,6 +45,14 @@ SURROUNDINGS = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 WAIT = 900.0  # seconds for it to start
+SETTINGS: dict[str, Any] = {
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
 PROBED = 3 * vllm_probe.PROMPTS  # completions at the start of a run
 wrong: list[str] = []
 
@@ -140,12 +148,7 @@ def train(chosen: argparse.Namespace, prompts: list[str], seed: int, folder: Pat
         learning_rate=1e-4,
         lr_scheduler_type="constant",
         total_episodes=chosen.updates * chosen.rows,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
+        **SETTINGS,
         **settings,
     )
     data = Dataset.from_dict({"prompt": prompts})
