@@ -219,5 +219,6 @@ def test_continuous_batching_takes_no_more_memory_than_its_completions_need(base
 def test_an_unknown_setting_is_named(base: SharedBase) -> None:
     with pytest.raises(ValueError, match=r"^transformers_continuous_batching_config: .*page_sizes"):
         ContinuousGenerator(base, 2, {"page_sizes": 16})
-    with pytest.raises(ValueError, match=r"^transformers_continuous_batching_config: page_size is 0"):
-        ContinuousGenerator(base, 2, {"page_size": 0})
+    for name in ("page_size", "num_blocks", "max_batch_tokens", "max_requests_per_batch"):
+        with pytest.raises(ValueError, match=rf"^transformers_continuous_batching_config: {name} is 0"):
+            ContinuousGenerator(base, 2, {name: 0})

@@ -21,6 +21,7 @@ from trl_ext.generation import (
     VLLMServers,
     generate,
     vllm_probe,
+    vllm_server,
 )
 from trl_ext.generation.vllm_server import AdapterFolders
 from trl_ext.tokens import side_by_side
@@ -313,3 +314,39 @@ def test_processes_call_one_adapter_alike_and_their_probes_apart(
     with torch.no_grad():
         base.trainable_parameters("policy")[0].add_(0.1)
     assert folders.write("policy") != first
+
+
+def test_all_that_the_trainer_could_change_is_taken_before_the_thread_begins(
+    base: SharedBase, servers: list[StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, begun, found = generator_of(base, tmp_path, servers[0]), vllm_server.in_background, []
+
+    def looked_at(work: Any) -> Any:
+        found.append((torch.get_rng_state().tolist(), len(list(tmp_path.iterdir()))))
+        return begun(work)
+
+    monkeypatch.setattr(vllm_server, "in_background", looked_at)
+    torch.manual_seed(3)
+    before = torch.get_rng_state().tolist()
+    generator.begin(PROMPTS, how(), "policy").result()
+    [(state, adapters)] = found
+    assert state != before and state == torch.get_rng_state().tolist() and adapters == 1
+
+
+def test_an_adapter_stays_until_what_it_answers_is_there(
+    base: SharedBase, servers: list[StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, gate, later = generator_of(base, tmp_path, servers[0]), threading.Event(), []
+    complete = generator.servers.complete
+    monkeypatch.setattr(generator.servers, "complete", lambda *args: gate.wait(20) and complete(*args))
+    first = generator.begin(PROMPTS, how(), "policy")
+    [folder] = tmp_path.iterdir()
+    with torch.no_grad():
+        base.trainable_parameters("policy")[0].add_(0.1)
+    second = threading.Thread(target=lambda: later.append(generator.begin(PROMPTS, how(), "policy")))
+    second.start()
+    second.join(0.5)
+    assert second.is_alive() and folder.is_dir()
+    gate.set()
+    second.join()
+    assert len(first.result().ids) == len(later[0].result().ids) == len(PROMPTS) and not folder.is_dir()

@@ -26,7 +26,7 @@ class ContinuousGenerator:
         tell: note the log-probability that each token was sampled with.
 
     Raises:
-        ValueError: a setting that it does not know, or pages of no token.
+        ValueError: a setting that it does not know, or a size below 1.
     """
 
     def __init__(self, base: Any, rows: int, settings: dict[str, Any] | None = None, tell: bool = False) -> None:
@@ -37,10 +37,10 @@ class ContinuousGenerator:
             config = ContinuousBatchingConfig(**self._settings)
         except TypeError as error:
             raise ValueError(f"transformers_continuous_batching_config: {error}") from error
-        if getattr(config, PAGE) < 1:
-            raise ValueError(
-                f"transformers_continuous_batching_config: page_size is {getattr(config, PAGE)}: raise it."
-            )
+        for name in ("page_size", "num_blocks", "max_batch_tokens", "max_requests_per_batch"):
+            size = getattr(config, PAGE if name == "page_size" else name)
+            if size is not None and size < 1:
+                raise ValueError(f"transformers_continuous_batching_config: {name} is {size}: raise it.")
 
     def answers(self, prompt_ids: list[list[int]], config: GenerationConfig, role: str) -> Answers:
         """See `Generator.answers`.
