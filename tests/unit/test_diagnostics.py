@@ -151,6 +151,8 @@ SICK: dict[str, dict[str, Any]] = {
         "objective/entropy": 12.0,
         "policy/entropy_avg": 1.5,
     },
+    "no_progress": {"objective/scores": 0.1},
+    "unusual_settings": {"objective/scores": 0.1},
     "prompts_truncated": {
         "prompts/at_max_length": 0.9,
         "prompts/min_length": [9.0, 14.0] * 8,
@@ -168,6 +170,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "entropy_rises": {"entropy_coef": 0.1},
     "rate_off_schedule": {"lr_scheduler_type": "linear", "max_steps": 128},
     "noise_drowns_signal": {"per_device_train_batch_size": 8},
+    "unusual_settings": {"cliprange": 1e-3},
 }
 
 
@@ -516,19 +519,20 @@ def test_a_plateau_is_no_decline() -> None:
 def test_steps_are_not_small_because_the_rate_is_warming_up_or_they_are_few() -> None:
     small = {**HEALTHY, **SICK["steps_too_small"]}
     warming = rows(**{**small, "learning_rate": lambda t: 4e-4 * t})
-    assert names_of(RunLog.of(warming, CONFIG)) == []
+    assert names_of(RunLog.of(warming, CONFIG)) == ["no_progress"]
     running_out = rows(**{**small, "learning_rate": lambda t: 1e-3 * (1 - t)})
-    assert names_of(RunLog.of(running_out, CONFIG)) == ["steps_too_small"]
+    assert names_of(RunLog.of(running_out, CONFIG)) == ["steps_too_small", "no_progress"]
     only_step = {**CONFIG, "num_ppo_epochs": 1, "num_mini_batches": 1}
-    assert names_of(RunLog.of(rows(**small), only_step)) == []
-    assert names_of(RunLog.of(rows(**small), {**only_step, "num_mini_batches": 2})) == ["steps_too_small"]
+    assert names_of(RunLog.of(rows(**small), only_step)) == ["no_progress"]
+    (small_steps, _) = names_of(RunLog.of(rows(**small), {**only_step, "num_mini_batches": 2}))
+    assert small_steps == "steps_too_small"
 
 
 def test_a_penalty_that_long_answers_can_pay() -> None:
     """1,000 tokens do not spend 250 nats, so the default coefficient does not drown a score of spread 1."""
     still = {"objective/kl": 0.05, "objective/scores": 0.1, "completions/mean_length": 1000.0}
-    assert names_of(log_of(**{**still, "objective/kl_coef": 0.05})) == []
-    (finding,) = diagnose(log_of(**{**still, "objective/kl_coef": 0.5}))
+    assert names_of(log_of(**{**still, "objective/kl_coef": 0.05})) == ["no_progress"]
+    (finding, _) = diagnose(log_of(**{**still, "objective/kl_coef": 0.5}))
     assert finding.name == "kl_drowns_score" and finding.remedy.changes == {"kl_coef": 0.04}
 
 

@@ -79,6 +79,11 @@ class Series:
         error = spread * math.sqrt(2 / count)
         return gained, gained / error if error > 0 else math.copysign(math.inf, gained) if gained else 0.0
 
+    def ever_rose(self, errors: float) -> bool:
+        """Whether the best lies so many standard errors above the start, or the second half above the first."""
+        rose = self.best() - self.start(4) > errors * self.noise() * math.sqrt(2 / 4)
+        return rose or self.rise(max(len(self) // 2, 1))[1] > errors
+
 
 @dataclass(frozen=True)
 class RunLog:

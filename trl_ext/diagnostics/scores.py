@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-from trl_ext.diagnostics.distributions import stronger
-from trl_ext.diagnostics.finding import Finding, Remedy
+from trl_ext.diagnostics.distributions import budget_of, stronger, weaker
+from trl_ext.diagnostics.finding import Finding, Remedy, Suspect
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog, Series
+from trl_ext.diagnostics.updates import lower_rate
 
 AGREEMENT = "agreement/"  # with the score, by yardstick
 
@@ -35,6 +36,45 @@ def constant_scores(log: RunLog, limits: Limits) -> Finding | None:
             code="print(reward_func(prompts=prompts, completions=completions))",
         ),
         samples=log.last_samples(),
+    )
+
+
+def no_progress(log: RunLog, limits: Limits) -> Finding | None:
+    """The score has never risen. What keeps it down may be found beside it; on its own it says little."""
+    score, kl, length = (log.series(name) for name in ("score", "kl", "length"))
+    if len(score) < 2 * limits.least_rows or log.series("score_std").recent() == 0.0:
+        return None
+    if score.ever_rose(limits.noticeable):
+        return None
+    near = abs(kl.recent()) < limits.stays * budget_of(length.recent(), limits)
+    return Finding(
+        name="no_progress",
+        severity="warning",
+        title="The score does not rise",
+        steps=(score.steps[0], score.steps[-1]),
+        evidence=(
+            f"In {len(score)} logs it went from {score.start(4):.3g} to {score.recent():.3g}; {score.best():.3g} at "
+            f"its best is no more than chance makes. The KL is {kl.recent():.2g} nats per completion."
+        ),
+        figures={"score": score.recent(), "start": score.start(4), "best": score.best(), "kl": kl.recent()},
+        cause="I cannot tell from the log alone.",
+        remedy=Remedy(text="Try these, one at a time: each tells one cause from the others."),
+        samples=log.last_samples(),
+        suspects=(
+            Suspect(
+                cause="the KL penalty is too strong" if near else "steps are too large",
+                experiment="the score rises within ten rollouts if this is it.",
+                changes=weaker(log) if near else lower_rate(log, 10),
+            ),
+            Suspect(
+                cause="the score tells completions apart by what the policy cannot change, or by chance",
+                experiment="score a good and a bad completion by hand, each of them twice.",
+            ),
+            Suspect(
+                cause="the policy is as good as it gets",
+                experiment="read the completions with the lowest scores.",
+            ),
+        ),
     )
 
 
