@@ -311,7 +311,9 @@ RANGES: tuple[Range, ...] = (
         "reward_clip_range",
         *(1.0, math.inf),
         *(None, N_PLUS),
-        below=Side("most scores are cut to one of its ends, and differ little", (*STANDS, "constant_scores")),
+        below=Side(
+            "most scores are cut to one of its ends, and differ little", (*STANDS, "constant_scores", "scores_alike")
+        ),
         value=_room_of_scores,
         unit="standard deviations wide",
     ),
