@@ -130,18 +130,6 @@ def _lora_scaling(log: RunLog) -> float:
     return float(alpha) / float(rank) if alpha is not None and rank else math.nan
 
 
-def _room_of_scores(log: RunLog) -> float:
-    """The width of reward_clip_range in standard deviations of what it clips; NaN where that is not known."""
-    clip, spreads = log.setting("reward_clip_range"), [log.series(f"rewards/{n}/std").start() for n in _functions(log)]
-    if not clip or len(spreads) != 1 or not spreads[0] > 0 or log.setting("score_normalization", "none") != "none":
-        return (clip[1] - clip[0]) if clip and log.setting("score_normalization", "none") != "none" else math.nan
-    return float(clip[1] - clip[0]) / spreads[0]
-
-
-def _functions(log: RunLog) -> list[str]:
-    return log.names("rewards/", "/std")
-
-
 RANGES: tuple[Range, ...] = (
     Range(
         "learning_rate",
@@ -308,16 +296,6 @@ RANGES: tuple[Range, ...] = (
         below=Side("mean and spread of so few completions are chance", ("score_scale", *STANDS, "kl_runs_away")),
     ),
     Range(
-        "reward_clip_range",
-        *(1.0, math.inf),
-        *(None, N_PLUS),
-        below=Side(
-            "most scores are cut to one of its ends, and differ little", (*STANDS, "constant_scores", "scores_alike")
-        ),
-        value=_room_of_scores,
-        unit="standard deviations wide",
-    ),
-    Range(
         "lora_alpha",
         *(0.25, 16.0),
         *(None, LORA),
@@ -331,7 +309,7 @@ RANGES: tuple[Range, ...] = (
 
 def doubts(log: RunLog, limits: Limits) -> list[Doubt]:
     """The settings of a run that are far from the usual, the farthest first."""
-    found = [*_outside(log), *_weights(log, limits), *_kinds(log)]
+    found = [*_outside(log), *_weights(log, limits), *_clip_range(log), *_kinds(log)]
     return sorted(found, key=lambda doubt: -doubt.far)
 
 
@@ -370,6 +348,26 @@ def _weights(log: RunLog, limits: Limits) -> Iterator[Doubt]:
         yield Doubt(
             "reward_weights", text, Side("the KL does not count beside such scores", FLIES), instead, ZIEGLER, largest
         )
+
+
+def _clip_range(log: RunLog) -> Iterator[Doubt]:
+    """A reward_clip_range that leaves little of the scores, where their mean and spread are known."""
+    clip, normalised = log.setting("reward_clip_range"), log.setting("score_normalization", "none") != "none"
+    names = log.names("rewards/", "/std")
+    if not clip or (not normalised and len(names) != 1):
+        return
+    spread = 1.0 if normalised else log.series(f"rewards/{names[0]}/std").start()
+    mean = 0.0 if normalised else log.series(f"rewards/{names[0]}/mean").start()
+    width = (clip[1] - clip[0]) / spread if spread > 0 else math.nan
+    side = Side(
+        "most scores are cut to one of its ends, and differ little", (*STANDS, "constant_scores", "scores_alike")
+    )
+    if width < 1.0:
+        text = f"reward_clip_range is {width:.2g} standard deviations of the scores wide, and the usual is at least 1"
+        yield Doubt("reward_clip_range", text, side, None, N_PLUS, 1 / width)
+    elif not clip[0] < mean < clip[1]:
+        text = f"reward_clip_range is {list(clip)}, which leaves out the scores' mean of {mean:.3g}"
+        yield Doubt("reward_clip_range", text, side, None, N_PLUS, math.inf)
 
 
 def _kinds(log: RunLog) -> Iterator[Doubt]:
