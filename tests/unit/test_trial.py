@@ -16,6 +16,7 @@ from trl_ext.diagnostics import Limits, RunLog, diagnose, try_remedies
 from trl_ext.diagnostics.trial import checkpoint_before, first_sign, judged
 
 SMALL = {**HEALTHY, **SICK["steps_too_small"]}
+STILL = {**HEALTHY, "objective/scores": 0.1}
 LENGTH = 40
 
 
@@ -175,3 +176,5 @@ def test_verdicts() -> None:
     assert judged("steps_too_small", small, cut, "", limits) == ("worse", ["truncation"])
     assert judged("steps_too_small", both, cut, "", limits) == ("cured", []), "it was there before"
     assert judged("steps_too_small", small, healthy, "OutOfMemory", limits)[0] == "worse"
+    blamed, usual = (RunLog.of(rows(**STILL), {**CONFIG, "adam_epsilon": value}) for value in (1.0, 1e-5))
+    assert judged("unusual_settings", blamed, usual, "", limits) == ("not cured", []), "the score stays as it is"

@@ -30,7 +30,8 @@ MakeTrainer = Callable[[dict[str, Any]], Any]
 FIXED_AT_START = {
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs"),
     *("num_generations", "num_train_epochs", "score_normalization", "reward_weights", "value_warmup_rollouts"),
-    *("objective", "warmup_steps", "lr_scheduler_type"),
+    *("objective", "warmup_steps", "lr_scheduler_type", "normalization_samples"),
+    *("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),  # the optimizer's state has them
 }
 # Nothing is kept of a fork but its log.
 BESIDE = {"save_strategy": "no", "eval_strategy": "no", "report_to": "none", "push_to_hub": False}
@@ -46,8 +47,9 @@ class Trial:
     Attributes:
         finding: its name.
         changes: the settings that were tried.
-        verdict: "cured": the finding went and no other problem came; "not cured": it stayed; "worse": another problem
-            came, or the fork died; "not seen": it did not come back without the remedy either, so nothing can be said.
+        verdict: "cured": the finding went with all that followed from it, and no other problem came; "not cured": it
+            or some of that stayed; "worse": another problem came, or the fork died; "not seen": it did not come back
+            without the remedy either, so nothing can be said.
         metric: what the remedy was to move.
         without, with_: that metric in the two forks, after where they part.
         logs: how many logs (rollouts in PPO) each fork had.
@@ -193,13 +195,18 @@ def _tried(root: Explained, forks: _Forks, run: RunLog | None, run_dir: Path | N
 
 
 def judged(name: str, without: RunLog, with_: RunLog, died: str, limits: Limits) -> tuple[str, list[str]]:
-    """The verdict on a remedy for the finding `name`, and the problems that came with it."""
-    known = {finding.name for finding in diagnose(without, limits)}
+    """The verdict on a remedy for the finding `name`, and the problems that came with it.
+
+    What followed from the finding must go with it: a setting that is usual again is no cure of what it was blamed for.
+    """
+    before = diagnose(without, limits)
+    known = {finding.name for finding in before}
+    to_go = {name, *(one.finding.name for top in roots(before) if top.finding.name == name for one in top)}
     found = diagnose(with_, limits)
     new = [finding.name for finding in found if finding.severity == "problem" and finding.name not in known]
     if died or new:
         return "worse", new
-    return ("not cured" if name in {finding.name for finding in found} else "cured"), []
+    return ("not cured" if to_go & {finding.name for finding in found} else "cured"), []
 
 
 def first_sign(log: RunLog, name: str, limits: Limits | None = None) -> int | None:
