@@ -123,3 +123,28 @@ def test_our_own_settings_are_usual(tmp_path: Path) -> None:
         args = PPOConfig(**{**given, "output_dir": str(tmp_path), "use_cpu": True})
         log = RunLog.of(rows(**STILL), {**args.to_dict(), "rollout_batch_size": args.rollout_batch_size})
         assert doubts(log, Limits()) == []
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "diagnostics" / "unusual_settings.md"
+START, END = "<!-- ranges: begin -->", "<!-- ranges: end -->"
+
+
+def table() -> str:
+    """The ranges as the page shows them."""
+    lines = ["| setting | usual | below it | above it | source |", "|---|---|---|---|---|"]
+    for one in RANGES:
+        unit = f" {one.unit}" if one.unit else ""
+        usual = f"at least {one.low:g}" if one.high == float("inf") else f"{one.low:g} to {one.high:g}"
+        sides = [side.why if side is not None else "" for side in (one.below, one.above)]
+        lines.append(f"| `{one.setting}` | {usual}{unit} | {sides[0]} | {sides[1]} | {one.source} |")
+    return "\n".join(lines)
+
+
+def test_the_page_lists_the_ranges() -> None:
+    """`python -m tests.unit.test_unusual_settings` writes them."""
+    assert PAGE.read_text(encoding="utf-8").split(START)[1].split(END)[0].strip() == table()
+
+
+if __name__ == "__main__":
+    before, rest = PAGE.read_text(encoding="utf-8").split(START)
+    PAGE.write_text(f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}", encoding="utf-8")

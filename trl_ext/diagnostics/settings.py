@@ -55,9 +55,9 @@ class Range:
 
     Attributes:
         setting: its name.
-        low, high: the range.
+        low, high: the range. Its ends are chosen, wide of what papers and recipes use.
         instead: what to set it to.
-        source: of the range.
+        source: where the setting is made or studied.
         below, above: what a value outside does; None: nothing that is known.
         value: it, from the log, where it is not the setting's own; NaN where it is unknown.
         unit: what the range counts, where that is not the setting itself.
@@ -90,7 +90,7 @@ class Doubt:
         text: what it is and what is usual, a clause.
         side: what that does.
         instead: what to set it to.
-        source: of what is usual.
+        source: where the setting is made or studied.
         far: how far outside, as a factor of at least 1; infinite where that cannot be said.
     """
 
@@ -141,7 +141,7 @@ RANGES: tuple[Range, ...] = (
     Range(
         "adam_epsilon",
         *(0.0, 1e-4),
-        *(1e-5, f"{ADAM}; {N_PLUS}, detail of Adam"),
+        *(1e-5, f"{ADAM}; {N_PLUS}"),
         above=Side("it outweighs the gradient's size in Adam's denominator, so steps shrink with the gradient", STANDS),
     ),
     Range(
@@ -166,14 +166,14 @@ RANGES: tuple[Range, ...] = (
     Range(
         "max_grad_norm",
         *(0.05, 20.0),
-        *(1.0, f"{ANDRYCHOWICZ}, section 3.7"),
+        *(1.0, f"{ANDRYCHOWICZ}, section 3.3"),
         below=Side("every gradient is shrunk to it, down to Adam's epsilon", STANDS),
         above=Side("no gradient is ever clipped", ("gradients_explode", "gradients_not_finite", "clipping_saturated")),
     ),
     Range(
         "warmup_steps",
         *(0.0, 0.3),
-        *(0, LORA),
+        *(0, "Goyal et al. 2017, arXiv:1706.02677, section 2.2"),
         above=Side("the learning rate hardly gets to its setting", STANDS),
         value=_share_of_run("warmup_steps", _steps),
         unit="of the run",
@@ -227,7 +227,7 @@ RANGES: tuple[Range, ...] = (
     Range(
         "gamma",
         *(0.95, 1.0),
-        *(1.0, f"{N_PLUS}, detail on gamma and lambda"),
+        *(1.0, N_PLUS),
         below=Side("a score at the end reaches only the last tokens", (*STANDS, "credit_fades")),
     ),
     Range(
@@ -381,7 +381,7 @@ def _kinds(log: RunLog) -> Iterator[Doubt]:
     if log.config.get("whiten_advantages") is False:
         side = Side("steps have the size of the scores", (*STANDS, *FLIES))
         text = "whiten_advantages is False, and the usual is True"
-        yield Doubt("whiten_advantages", text, side, True, f"{N_PLUS}, detail on whitening", 2.0)
+        yield Doubt("whiten_advantages", text, side, True, N_PLUS, 2.0)
 
 
 def unusual_settings(log: RunLog, limits: Limits, findings: Sequence[Finding]) -> Finding | None:
