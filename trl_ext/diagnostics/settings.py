@@ -192,7 +192,7 @@ RANGES: tuple[Range, ...] = (
             "a step follows so few completions that chance decides where it goes", (*FLIES, "noise_drowns_signal")
         ),
         value=_completions_of_a_step,
-        unit="completions a step",
+        unit="completions a step (per_device_train_batch_size times it)",
     ),
     Range(
         "cliprange",
