@@ -40,7 +40,7 @@ def judge(log: RunLog) -> Result:
     seen: dict[str, dict[str, float]] = {}
     points = sorted({row["step"] for row in [*log.rows, *log.evals]})
     every = max(math.ceil(len(points) / LOOKS), 1)
-    for step in points[every - 1 :: every]:
+    for step in sorted(points[::-every]):  # the last among them
         so_far = until(log, step)
         episode = max((row.get("episode", 0.0) for row in so_far.rows), default=0.0)
         for finding in diagnose(so_far):
