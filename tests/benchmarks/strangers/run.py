@@ -170,6 +170,7 @@ def run(job: Job, out: Path, episodes: int | None = None) -> dict[str, Any]:
     same = True
     if trainer is not None:
         trainer.save_state()
+        callback.on_save(trainer.args, trainer.state, trainer.control)  # which a run that died has not heard
         in_process = [verdict.as_plain(top) for top in roots(diagnose(callback.log_of(trainer.state)))]
     _tidy(folder)
     found = judged(folder)

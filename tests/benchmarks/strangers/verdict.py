@@ -138,9 +138,9 @@ def is_named_in_refusal(result: Result, refusals: Truth) -> bool:
     if not result["refused"]:
         return False
     for group, mistake in result["mistakes"]:
-        fields = {*mistake.get("settings", {}), *mistake.get("lora", {})} - {"objective"}
-        fields |= {inner for kwargs in [mistake.get("settings", {}).get("generation_kwargs", {})] for inner in kwargs}
-        words = [*fields, *refusals.get(group, []), *refusals.get(group.split(":")[0], [])]
+        fields = [name for name, _ in _mistaken(group, mistake)]
+        inner = mistake.get("settings", {}).get("generation_kwargs", {})
+        words = [*fields, *inner, *refusals.get(group, []), *refusals.get(group.split(":")[0], [])]
         if _in_words(words, result["died"]):
             return True
     return False
