@@ -34,6 +34,8 @@ import doctor
 import verdict
 from doctor_cases import Case, exact
 from peft import LoraConfig
+from transformers import PrinterCallback
+from transformers.utils.logging import disable_progress_bar
 
 from trl_ext import DiagnosticsCallback, PPOConfig, PPOTrainer, SharedBase, demo
 from trl_ext.diagnostics import diagnose, read_run, roots
@@ -153,13 +155,14 @@ def run(job: Job, out: Path, episodes: int | None = None) -> dict[str, Any]:
     Returns:
         What is kept: see `verdict.judge`; "exam", 0 to 1 (of a reward model its pairs in order); "died", what ended it
         before its time; "refused", whether that was before anything was logged; "same", whether the doctor says of the
-        log in the folder what he said in the process.
+        log in the folder what it said in the process.
     """
     folder, started = out / job.half / job.name, time.perf_counter()
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was ended
     died, exam, trainer = "", 0.0, None
     try:
         trainer, well, callback = build(job, out, episodes)
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         exam = float(well(trainer))
     except (ValueError, RuntimeError) as error:  # what was logged before still counts
@@ -167,11 +170,13 @@ def run(job: Job, out: Path, episodes: int | None = None) -> dict[str, Any]:
     same = True
     if trainer is not None:
         trainer.save_state()
+        callback.on_save(trainer.args, trainer.state, trainer.control)  # which a run that died has not heard
         in_process = [verdict.as_plain(top) for top in roots(diagnose(callback.log_of(trainer.state)))]
     _tidy(folder)
     found = judged(folder)
     if trainer is not None:
-        same = json.dumps(in_process, default=str) == json.dumps(found["roots"], default=str)
+        told = {finding.name for finding in callback.findings}
+        same = _as_json(in_process) == _as_json(found["roots"]) and told >= set(found["first_seen"])
     return {
         "id": job.id,
         "half": job.half,
@@ -258,8 +263,12 @@ def work_through(
 def _write(path: Path, result: dict[str, Any]) -> None:
     """Whole or not at all."""
     draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(result, indent=1, default=str), encoding="utf-8")
+    draft.write_text(_as_json(result), encoding="utf-8")
     draft.rename(path)
+
+
+def _as_json(content: Any) -> str:
+    return json.dumps(content, indent=1, default=str)
 
 
 def kept(out: Path, half: str) -> list[dict[str, Any]]:
@@ -276,7 +285,7 @@ def rejudge(out: Path, half: str) -> tuple[int, int]:
     paths, changed = sorted((out / half).glob("*.json")), 0
     for path in paths:
         before = json.loads(path.read_text(encoding="utf-8"))
-        after = json.loads(json.dumps({**before, **judged(path.with_suffix(""))}, default=str))
+        after = json.loads(_as_json({**before, **judged(path.parent / path.stem)}))
         if after != before:
             _write(path, after)
             changed += 1
@@ -308,6 +317,7 @@ def main() -> None:
     if args.rejudge or args.table:
         return
     logging.getLogger("trl_ext").setLevel(logging.ERROR)
+    disable_progress_bar()
     healthy = healthy_jobs(args.seeds)
     jobs = healthy if args.healthy else [job for job in healthy if job.id == verdict.HEALTHY_RUN]
     jobs += jobs_of(args.half, args.seeds) if args.half else []

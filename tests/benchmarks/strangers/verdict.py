@@ -40,7 +40,7 @@ def judge(log: RunLog) -> Result:
     seen: dict[str, dict[str, float]] = {}
     points = sorted({row["step"] for row in [*log.rows, *log.evals]})
     every = max(math.ceil(len(points) / LOOKS), 1)
-    for step in points[every - 1 :: every]:
+    for step in sorted(points[::-every]):  # the last among them
         so_far = until(log, step)
         episode = max((row.get("episode", 0.0) for row in so_far.rows), default=0.0)
         for finding in diagnose(so_far):
@@ -138,9 +138,9 @@ def is_named_in_refusal(result: Result, refusals: Truth) -> bool:
     if not result["refused"]:
         return False
     for group, mistake in result["mistakes"]:
-        fields = {*mistake.get("settings", {}), *mistake.get("lora", {})} - {"objective"}
-        fields |= {inner for kwargs in [mistake.get("settings", {}).get("generation_kwargs", {})] for inner in kwargs}
-        words = [*fields, *refusals.get(group, []), *refusals.get(group.split(":")[0], [])]
+        fields = [name for name, _ in _mistaken(group, mistake)]
+        inner = mistake.get("settings", {}).get("generation_kwargs", {})
+        words = [*fields, *inner, *refusals.get(group, []), *refusals.get(group.split(":")[0], [])]
         if _in_words(words, result["died"]):
             return True
     return False
