@@ -125,6 +125,11 @@ def _completions_of_a_step(log: RunLog) -> float:
     return float(size) / float(parts) if size else math.nan
 
 
+def _prompts_of_a_rollout(log: RunLog) -> float:
+    size = log.setting("rollout_batch_size")
+    return float(size) / float(log.setting("num_generations", 1)) if size else math.nan
+
+
 def _lora_scaling(log: RunLog) -> float:
     alpha, rank = log.setting("lora_alpha"), log.setting("lora_r")
     return float(alpha) / float(rank) if alpha is not None and rank else math.nan
@@ -210,7 +215,17 @@ RANGES: tuple[Range, ...] = (
             "a step follows so few completions that chance decides where it goes", (*FLIES, "noise_drowns_signal")
         ),
         value=_completions_of_a_step,
-        unit="completions a step (per_device_train_batch_size times it)",
+        unit="completions a step (times per_device_train_batch_size)",
+    ),
+    Range(
+        "num_generations",
+        8,
+        math.inf,
+        1,
+        "McCandlish et al. 2018, arXiv:1812.06162",
+        below=Side("so few prompts decide where a rollout's steps go", (*STANDS, *FLIES, "noise_drowns_signal")),
+        value=_prompts_of_a_rollout,
+        unit="prompts a rollout",
     ),
     Range(
         "cliprange",
@@ -373,9 +388,11 @@ def _outside(log: RunLog) -> Iterator[Doubt]:
             continue
         end = one.low if now < one.low else one.high
         far = math.inf if now == 0.0 or end == 0.0 else max(now / end, end / now)
-        unit = f" {one.unit}" if one.unit else ""
+        value = f"{now:.3g}"
+        if one.value is not None:
+            value = f"{float(log.setting(one.setting, 1)):g}, which makes {now:.3g} {one.unit}"
         usual = f"at least {one.low:g}" if one.high == math.inf else f"{one.low:g} to {one.high:g}"
-        text = f"{one.setting} is {now:.3g}{unit}, and the usual is {usual}"
+        text = f"{one.setting} is {value}, and the usual is {usual}"
         yield Doubt(one.setting, text, side, one.instead, one.source, far)
 
 
