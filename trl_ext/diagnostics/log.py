@@ -126,7 +126,9 @@ class RunLog:
         return cls(kind_of(rows, evals), rows, evals, dict(config or {}), list(samples))
 
     def series(self, name: str, evals: bool = False) -> Series:
-        """A metric by the doctor's name or by the logged one; empty where it was not logged."""
+        """A metric by the doctor's name or by the logged one; empty where it was not logged. "eval_" before a name
+        does what `evals` does."""
+        name, evals = name.removeprefix("eval_"), evals or name.startswith("eval_")
         rows = self.evals if evals else self.rows
         for key in LOGGED_NAMES.get(name, (name,)):
             points = [(row["step"], row[key]) for row in rows if key in row]

@@ -43,7 +43,7 @@ MOVES: dict[str, tuple[str, str]] = {
     "noise_drowns_signal": ("score", "up"),
     "no_progress": ("score", "up"),
     "over_optimisation": ("kl", "down"),
-    "overfit": ("loss", "down"),
+    "overfit": ("eval_loss", "down"),
     "penalty_dominates": ("evidence/share/missing_eos_penalty", "down"),
     "prompts_hold_completions": ("prompts/hold_completion", "down"),
     "prompts_truncated": ("prompts/at_max_length", "down"),
