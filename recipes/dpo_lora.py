@@ -9,9 +9,27 @@ from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from trl_ext import DiagnosticsCallback, demo, launch
 
+TYPES = (launch.DataArguments, DPOConfig, ModelConfig)
+
+
+def make_trainer(script: launch.DataArguments, args: DPOConfig, model_args: ModelConfig) -> DPOTrainer:
+    """What is trained; `trl-ext doctor --try` makes it too."""
+    train, test = launch.load_pairs(script)
+    trainer = DPOTrainer(
+        args=args,
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=AutoTokenizer.from_pretrained(launch.named_model(model_args).tokenizer),
+        callbacks=[DiagnosticsCallback()],
+        **launch.model_for_trl(model_args, args),
+    )
+    launch.tell_left_out(len(train), len(trainer.train_dataset), "train_dataset", args.max_length)
+    launch.match_precision(trainer, model_args)
+    return trainer
+
 
 def main() -> None:
-    script, args, model_args = launch.parse(__file__, launch.DataArguments, DPOConfig, ModelConfig)
+    script, args, model_args = launch.parse(__file__, *TYPES)
     train, test = launch.load_pairs(script)
     model = launch.named_model(model_args)
     tokenizer = AutoTokenizer.from_pretrained(model.tokenizer)
@@ -33,17 +51,8 @@ def main() -> None:
         outcome["exam before"] = demo.run_exam(untrained, tokenizer)
     del untrained  # the trainer loads its own
     launch.free_memory()
-    trainer = DPOTrainer(
-        args=args,
-        train_dataset=train,
-        eval_dataset=test,
-        processing_class=tokenizer,
-        callbacks=[DiagnosticsCallback()],
-        **launch.model_for_trl(model_args, args),
-    )
-    launch.tell_left_out(len(train), len(trainer.train_dataset), "train_dataset", args.max_length)
+    trainer = make_trainer(script, args, model_args)
     launch.show_progress(trainer)
-    launch.match_precision(trainer, model_args)
     held_out = [trainer.evaluate()]
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     held_out.append(trainer.evaluate())

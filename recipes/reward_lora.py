@@ -6,22 +6,41 @@ accelerate launch recipes/reward_lora.py --objective regression   # from ratings
 accelerate launch recipes/reward_lora.py --ensemble 4             # four, for several reward roles
 """
 
+from dataclasses import replace
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from accelerate.utils import set_seed
+from transformers import AutoTokenizer, Trainer
 from trl import ModelConfig
 
 from trl_ext import DiagnosticsCallback, FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, feedback, launch
 
+TYPES = (launch.RewardArguments, FeedbackRewardConfig, ModelConfig)
+
+
+def make_trainer(script: launch.RewardArguments, args: FeedbackRewardConfig, model_args: ModelConfig) -> Trainer:
+    """What is trained, one of an ensemble where there are several; `trl-ext doctor --try` makes it too."""
+    data = launch.load_feedback(script, args.objective)
+    if script.ensemble > 1:
+        set_seed(args.seed)  # each draws a LoRA and a head of its own
+    trainer = FeedbackRewardTrainer(
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.test,
+        callbacks=[DiagnosticsCallback()],
+        **launch.model_for_trl(replace(model_args, lora_task_type="SEQ_CLS"), args),
+    )
+    launch.match_precision(trainer, model_args)
+    return trainer
+
 
 def main() -> None:
-    script, args, model_args = launch.parse(__file__, launch.RewardArguments, FeedbackRewardConfig, ModelConfig)
+    script, args, model_args = launch.parse(__file__, *TYPES)
     data = launch.load_feedback(script, args.objective)
     model = launch.named_model(model_args)
     if args.chat_template_path is None:
         tokenizer = AutoTokenizer.from_pretrained(model.tokenizer)
         launch.check_written(model.base, tokenizer, args, data.train, data.test)
-    model_args.lora_task_type = "SEQ_CLS"
     launch.show(
         "Reward model with LoRA",
         {
@@ -32,15 +51,8 @@ def main() -> None:
     )
     members = launch.members(args, script.ensemble)
     for member in launch.unfinished(members):
-        trainer = FeedbackRewardTrainer(
-            args=member,
-            train_dataset=data.train,
-            eval_dataset=data.test,
-            callbacks=[DiagnosticsCallback()],
-            **launch.model_for_trl(model_args, member),
-        )
+        trainer = make_trainer(script, member, model_args)
         launch.show_progress(trainer)
-        launch.match_precision(trainer, model_args)
         trainer.train(resume_from_checkpoint=member.resume_from_checkpoint)
         trainer.save_model()
         trainer.evaluate()

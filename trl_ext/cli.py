@@ -111,7 +111,7 @@ def _add_doctor(rooms: Any) -> None:
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.add_argument("--try", action="store_true", dest="trial", help="fork the run with each remedy and without it")
     doctor.add_argument("--out", type=Path, metavar="DIR", help="a new folder for --try; RUN_DIR-try, beside the run")
-    doctor.add_argument("--logs", type=int, metavar="N", help="most rollouts of a fork; at first as many as the run")
+    doctor.add_argument("--logs", type=int, metavar="N", help="most logs of a fork (in PPO rollouts); else the run's")
     doctor.add_argument("--strict", action="store_true", help="exit with status 2 where there is a problem")
     doctor.set_defaults(run=("runs", "doctor"))
     explain = rooms.add_parser("explain", help="the page about one of the doctor's problems")

@@ -1,18 +1,20 @@
 """A remedy tried on real trainers: forks from a checkpoint and from a recipe's folder."""
 
 import json
+import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers import prompt_dataset, saved_model, word_tokenizer
+from tests.helpers import FLAGS, prompt_dataset, saved_model, word_tokenizer
 from tests.integration.test_ppo_trainer import LORA, cats, config, rows_with
-from trl_ext import DiagnosticsCallback, PPOTrainer
+from trl_ext import DiagnosticsCallback, PPOTrainer, launch
 from trl_ext.cli import main
 from trl_ext.diagnostics import Finding, Remedy, diagnose, read_run, try_remedies
-from trl_ext.launch.remaking import trainer_maker
+from trl_ext.launch.remaking import recipe_file, trainer_maker
 
 STEPS = {"num_ppo_epochs": 1, "num_mini_batches": 2, "per_device_train_batch_size": 8}
 
@@ -49,20 +51,20 @@ def test_forks_from_a_checkpoint_take_the_runs_steps_and_the_new_learning_rate(t
         evidence="Small.",
         figures={},
         cause="Rate.",
-        remedy=Remedy(text="Raise it.", changes={"learning_rate": 1e-2}, moves="approxkl", direction="up"),
+        remedy=Remedy(text="Raise it.", changes={"learning_rate": 1e-3}, moves="approxkl", direction="up"),
     )
     assert "steps_too_small" in {one.name for one in diagnose(log)}
     made: list[PPOTrainer] = []
     (trial,) = try_remedies(maker(tmp_path, made, **settings), [finding], tmp_path / "trial", log, run_dir)
     without, with_ = made
-    # The first sign is at the sixth rollout, step 12; the last checkpoint before it at step 10. Both end at the eighth
-    # log: one and a half times what the sign took from there, rounded up.
-    assert (trial.start, trial.logs, trial.verdict) == (10, 2, "cured")
+    # The first sign is at the sixth rollout, step 12; the last checkpoint before it at step 10. Both go on for as many
+    # logs as are called recent.
+    assert (trial.start, trial.logs, trial.verdict) == (10, 4, "cured")
     names = ("objective/scores", "policy/approxkl_avg", "val/explained_variance")
     for one, other in zip(rows_with(whole, names[0]), rows_with(without, names[0]), strict=False):
         assert {name: one[name] for name in names} == {name: other[name] for name in names}
     assert rows_with(without, "learning_rate")[-1]["learning_rate"] == pytest.approx(1e-7)
-    assert rows_with(with_, "learning_rate")[-1]["learning_rate"] == pytest.approx(1e-2)
+    assert rows_with(with_, "learning_rate")[-1]["learning_rate"] == pytest.approx(1e-3)
     assert rows_with(with_, names[0])[4] == rows_with(without, names[0])[4], "one history until they part"
     assert not list((tmp_path / "trial").glob("*/checkpoint-*"))
 
@@ -80,6 +82,87 @@ def test_a_recipes_run_is_tried_from_its_folder_alone(tmp_path: Path, monkeypatc
     assert first["finding"] == "steps_too_small" and first["verdict"] in ("cured", "not cured")
     assert 100 * max(first["without"]["values"]) < first["with"]["values"][-1]
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def files(folder: str) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def train(recipe: str, *arguments: str) -> None:
+    """What a recipe does but for what it shows of it: its training, an evaluation at the end, and its log in "run"."""
+    file = str(recipe_file(f"{recipe}_lora"))
+    names = runpy.run_path(file)
+    sys.argv = [file, *arguments, *FLAGS, "--output_dir", "run", "--disable_tqdm", "true"]
+    script, args, model_args = launch.parse(file, *names["TYPES"])
+    for own in launch.members(args, getattr(script, "ensemble", 1)):
+        trainer = names["make_trainer"](script, own, model_args)
+        trainer.train()
+        trainer.evaluate()
+        trainer.save_state()
+
+
+def tried(run: str) -> Any:
+    """What became of the first remedy of a run, which is not touched. The fork without it logs what the run did, where
+    the run had drawn its adapters from its own seed."""
+    before = files(run)
+    assert main(["doctor", run, "--try", "--out", "trial"]) == 0
+    assert files(run) == before
+    (first, *_) = json.loads(Path("trial/trial.json").read_text())
+    assert first["verdict"] in ("cured", "not cured") and first["changes"] and first["with"]["values"]
+    return first
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("elsewhere")
+def test_a_reward_model_of_an_ensemble_is_made_anew_with_its_own_seed() -> None:
+    steps = ["--max_steps", "16", "--per_device_train_batch_size", "32", "--logging_steps", "2"]
+    train("reward", "--ensemble", "2", "--learning_rate", "1e-4", *steps)
+    first = tried("run/1")
+    assert (first["finding"], first["changes"]) == ("chance_level", {"learning_rate": 3e-3})
+    of_members = [read_run(f"run/{i}").series("accuracy").values[: first["logs"]] for i in range(2)]
+    assert first["without"]["values"] == of_members[1] != of_members[0]
+    assert first["with"]["values"][-1] > first["without"]["values"][-1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("elsewhere")
+def test_dpo_is_made_anew() -> None:
+    train("dpo", "--beta", "50", "--learning_rate", "5e-3", "--max_steps", "10", "--logging_steps", "2")
+    first = tried("run")
+    assert (first["finding"], first["changes"], first["start"]) == ("margins_explode", {"beta": 0.1}, 0)
+    assert first["with"]["values"][-1] < 5 < first["without"]["values"][-1] and first["verdict"] == "cured"
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("stage", ["reward", "ppo"])
+def test_a_stage_of_a_loop_is_made_anew_from_the_files_beside_it(stage: str, loop_of_one_round: Path) -> None:
+    shutil.copytree(loop_of_one_round, "moved")  # with its settings comes its way to the stages before it
+    first = tried(f"moved/round_1/{stage}")
+    finding, metric = {"reward": ("chance_level", "accuracy"), "ppo": ("steps_too_small", "approxkl")}[stage]
+    values = read_run(f"moved/round_1/{stage}").series(metric).values
+    assert first["finding"] == finding and first["without"]["values"] == values[: first["logs"]]
+    assert first["with"]["values"][-1] > values[first["logs"] - 1]
+
+
+@pytest.fixture(scope="module")
+def loop_of_one_round(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whose steps are too small, those of the reward model and those of PPO."""
+    out = tmp_path_factory.mktemp("loop") / "loop"
+    reward = {"max_steps": 30, "per_device_train_batch_size": 16, "learning_rate": 1e-7, "logging_steps": 3}
+    few = ["--rounds", "1", "--mode", "pairs", "--ratings", "60", "--prompts", "30", "--held_out", "4"]
+    small = ["--total_episodes", "128", "--per_device_train_batch_size", "8", "--num_ppo_epochs", "1"]
+    rates = ["--learning_rate", "1e-7", "--reward", json.dumps(reward)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", sys.argv)
+        assert main(["loop", "--output_dir", str(out), *few, *small, *rates, *FLAGS]) == 0
+    return out
 
 
 def test_a_folder_that_no_recipe_wrote(tmp_path: Path) -> None:

@@ -198,6 +198,7 @@ ROWS = [
     # The command
     Row("a run that is not there", "trl-ext", "doctor missing", "The run folder 'missing' does not exist."),
     Row("a folder without a run", "trl-ext", "doctor empty", "has no trainer_state.json"),
+    Row("a loop's own folder", "trl-ext", "doctor loop", "but these folders in it have: round_1/ppo, round_1/reward/0. Give one of them."),
     Row("where to try nothing", "trl-ext", "doctor run --out trial", "--out and --logs say where and how long remedies are tried: give --try"),
     Row("trials in JSON of findings", "trl-ext", "doctor run --json --try", "--json prints findings alone, and --try writes trial.json"),
     Row("a report on nothing", "trl-ext", "report missing", "The run folder 'missing' does not exist."),
@@ -261,6 +262,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "empty").mkdir()
+    for inside in ("round_1/ppo", "round_1/reward/0"):
+        (folder / "loop" / inside).mkdir(parents=True)
+        (folder / "loop" / inside / "trainer_state.json").write_text("{}")
     run = folder / "run"
     run.mkdir()
     (run / "adapter_model.safetensors").write_text("what a night of training gave")

@@ -14,10 +14,9 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from trl import DPOConfig, ModelConfig
 
 from tests.helpers import FLAGS
-from trl_ext import FeedbackRewardConfig, PPOConfig, SharedBase, demo, launch, loop
+from trl_ext import SharedBase, demo, launch
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPTS = {"ppo": RECIPES / "ppo_lora.py", "reward": RECIPES / "reward_lora.py", "dpo": RECIPES / "dpo_lora.py"}
@@ -31,11 +30,8 @@ QUICK = {
 
 
 def types_of(recipe: str) -> tuple[Any, ...]:
-    if recipe == "rlhf":
-        return (loop.LoopArguments, PPOConfig, ModelConfig)
-    if recipe == "ppo":
-        return (runpy.run_path(str(SCRIPTS["ppo"]))["PPOArguments"], PPOConfig, ModelConfig)
-    return (launch.DataArguments, {"reward": FeedbackRewardConfig, "dpo": DPOConfig}[recipe], ModelConfig)
+    types: tuple[Any, ...] = runpy.run_path(str(SCRIPTS[recipe]))["TYPES"]
+    return types
 
 
 @pytest.fixture(autouse=True)

@@ -67,7 +67,10 @@ def test_the_graph_is_one_and_each_edge_says_why() -> None:
 
 def test_every_remedy_names_what_it_moves() -> None:
     made = {rule.__name__ for rules in RULES.values() for rule in rules}
-    assert made == set(MOVES) and {direction for _, direction in MOVES.values()} == {"up", "down"}
+    assert made | {"unusual_settings"} == set(MOVES) and {direction for _, direction in MOVES.values()} == {
+        "up",
+        "down",
+    }
     for name in SICK:
         (found,) = [one for one in diagnose(sick_log(name)) if one.name == name]
         metric, direction = MOVES[name]
@@ -156,8 +159,8 @@ def test_credit_is_judged_where_the_score_does_not_rise() -> None:
     made = rows(**{**HEALTHY, "evidence/credit/mean": 0.2})
     assert diagnose(RunLog.of(made, {**CONFIG, "gamma": 0.5})) == [], "it learns all the same"
     still = rows(**{**HEALTHY, "evidence/credit/mean": 0.1, "objective/scores": 0.1})
-    assert diagnose(RunLog.of(still, {**CONFIG, "lam": 0.95})) == [], "what everybody takes"
-    (found,) = diagnose(RunLog.of(still, {**CONFIG, "gamma": 0.5, "lam": 0.5}))
+    assert [one.name for one in diagnose(RunLog.of(still, {**CONFIG, "lam": 0.95}))] == ["no_progress"], "as everybody"
+    (found, _) = diagnose(RunLog.of(still, {**CONFIG, "gamma": 0.5, "lam": 0.5}))
     assert found.remedy.changes == {"gamma": 1.0, "lam": 0.95}
     assert found.figures["half_life"] == pytest.approx(math.log(2) / math.log(4))
 
@@ -167,7 +170,10 @@ def test_json_and_console_show_roots(tmp_path: Path, capsys: pytest.CaptureFixtu
     folder = write_run(tmp_path / "run", **changes)
     assert main(["doctor", str(folder), "--json"]) == 0
     (top,) = json.loads(capsys.readouterr().out)
-    assert top["name"] == "steps_too_small" and [one["name"] for one in top["follows"]] == ["value_not_learning"]
+    assert top["name"] == "steps_too_small" and [one["name"] for one in top["follows"]] == [
+        "value_not_learning",
+        "no_progress",
+    ]
     assert top["follows"][0]["because"] == "The value role takes steps as small." and top["follows"][0]["source"]
     assert main(["doctor", str(folder)]) == 0
     out = capsys.readouterr().out

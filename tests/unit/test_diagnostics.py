@@ -84,6 +84,10 @@ HEALTHY: dict[str, Any] = {
     "evidence/gradient/signal": 1e-4,
     "evidence/gradient/noise": 1e-3,
     "agreement/exact": 0.6,
+    "objective/scores_alike": 0.1,
+    "objective/unscored": 0.0,
+    "prompts/empty": 0.0,
+    "prompts/hold_completion": 0.0,
     "yardstick/exact": lambda t: 3 + t,
     "evidence/lost_to_rounding": 1e-12,
 }
@@ -151,6 +155,14 @@ SICK: dict[str, dict[str, Any]] = {
         "objective/entropy": 12.0,
         "policy/entropy_avg": 1.5,
     },
+    "no_progress": {"objective/scores": 0.1},
+    "score_unrelated": {"agreement/exact": [0.1, -0.1] * 8},
+    "scores_alike": {"objective/scores_alike": 0.97, "objective/scores": 0.1},
+    "mostly_unscored": {"objective/unscored": 50.0},
+    "few_prompts": {"prompts/distinct": 1 / 16},
+    "empty_prompts": {"prompts/empty": 0.3},
+    "prompts_hold_completions": {"prompts/hold_completion": 0.8},
+    "unusual_settings": {"objective/scores": 0.1},
     "prompts_truncated": {
         "prompts/at_max_length": 0.9,
         "prompts/min_length": [9.0, 14.0] * 8,
@@ -168,6 +180,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "entropy_rises": {"entropy_coef": 0.1},
     "rate_off_schedule": {"lr_scheduler_type": "linear", "max_steps": 128},
     "noise_drowns_signal": {"per_device_train_batch_size": 8},
+    "unusual_settings": {"cliprange": 1e-3},
 }
 
 
@@ -205,6 +218,21 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("score_opposed", {"agreement/exact": -0.45}, {}),
     ("score_opposed", {"agreement/exact": [0.4] * 6 + [-0.9] * 10}, {}),  # exploited, later
     ("score_opposed", {"agreement/exact": [-1.0, 0.9, -1.0, -0.9, -1.0, -1.0] + [-1.0] * 10}, {}),  # noise
+    ("score_unrelated", {"agreement/exact": [0.35, 0.2] * 8}, {}),
+    ("score_unrelated", {"agreement/exact": [0.9, -0.9] * 8}, {}),  # too noisy to say
+    ("score_unrelated", {"agreement/exact": [0.6] * 6 + [0.0] * 10}, {}),  # exploited, later
+    ("scores_alike", {"objective/scores_alike": 0.85}, {}),
+    ("scores_alike", {"objective/scores_alike": [0.4] * 4 + [0.97] * 12}, {}),  # converged
+    ("scores_alike", {"objective/scores_std": 0.0}, {}),  # that is constant_scores
+    ("mostly_unscored", {"objective/unscored": 30.0}, {}),
+    ("few_prompts", {"prompts/distinct": 0.55}, {}),
+    ("few_prompts", {"prompts/distinct": 1 / 4}, {"num_generations": 4}),  # all that there is room for
+    ("few_prompts", {}, {"rollout_batch_size": 8}),
+    ("empty_prompts", {"prompts/empty": 0.03}, {}),
+    ("prompts_hold_completions", {"prompts/hold_completion": 0.3}, {}),
+    ("no_progress", {"objective/scores": lambda t: math.sin(3 * t)}, {}),  # rose, and fell
+    ("unusual_settings", {"objective/scores": HEALTHY["objective/scores"]}, {}),  # it works
+    ("unusual_settings", {}, {"cliprange": 0.1}),
     ("copied_completions", {"completions/distinct": 0.25}, {}),
     ("copied_completions", {"objective/entropy": 4.0, "policy/entropy_avg": 0.5}, {}),  # it may well say so twice
     ("copied_completions", {"objective/entropy": 8.0}, {}),  # of 12 by its entropy: greedy decoding
@@ -472,7 +500,8 @@ def test_copies_of_one_prompt() -> None:
     )
     certain = {**copies, "objective/entropy": 1.5, "policy/entropy_avg": 0.2}
     assert "copied_completions" not in names_of(log_of(**certain))
-    blind = diagnose(log_of(**short, **{"evidence/score/within_prompt": 0.0}))
+    blind_rows = rows(**{**HEALTHY, **short, "evidence/score/within_prompt": 0.0})
+    blind = diagnose(RunLog.of(blind_rows, {**CONFIG, "num_generations": 4}))
     assert [top.finding.name for top in roots(blind)] == ["copied_completions"], "copies have one score"
     assert "copied_completions" not in names_of(log_of(**{**copies, "completions/distinct": 0.9}))
 
@@ -516,19 +545,20 @@ def test_a_plateau_is_no_decline() -> None:
 def test_steps_are_not_small_because_the_rate_is_warming_up_or_they_are_few() -> None:
     small = {**HEALTHY, **SICK["steps_too_small"]}
     warming = rows(**{**small, "learning_rate": lambda t: 4e-4 * t})
-    assert names_of(RunLog.of(warming, CONFIG)) == []
+    assert names_of(RunLog.of(warming, CONFIG)) == ["no_progress"]
     running_out = rows(**{**small, "learning_rate": lambda t: 1e-3 * (1 - t)})
-    assert names_of(RunLog.of(running_out, CONFIG)) == ["steps_too_small"]
+    assert names_of(RunLog.of(running_out, CONFIG)) == ["steps_too_small", "no_progress"]
     only_step = {**CONFIG, "num_ppo_epochs": 1, "num_mini_batches": 1}
-    assert names_of(RunLog.of(rows(**small), only_step)) == []
-    assert names_of(RunLog.of(rows(**small), {**only_step, "num_mini_batches": 2})) == ["steps_too_small"]
+    assert names_of(RunLog.of(rows(**small), only_step)) == ["no_progress"]
+    (small_steps, _) = names_of(RunLog.of(rows(**small), {**only_step, "num_mini_batches": 2}))
+    assert small_steps == "steps_too_small"
 
 
 def test_a_penalty_that_long_answers_can_pay() -> None:
     """1,000 tokens do not spend 250 nats, so the default coefficient does not drown a score of spread 1."""
     still = {"objective/kl": 0.05, "objective/scores": 0.1, "completions/mean_length": 1000.0}
-    assert names_of(log_of(**{**still, "objective/kl_coef": 0.05})) == []
-    (finding,) = diagnose(log_of(**{**still, "objective/kl_coef": 0.5}))
+    assert names_of(log_of(**{**still, "objective/kl_coef": 0.05})) == ["no_progress"]
+    (finding, _) = diagnose(log_of(**{**still, "objective/kl_coef": 0.5}))
     assert finding.name == "kl_drowns_score" and finding.remedy.changes == {"kl_coef": 0.04}
 
 

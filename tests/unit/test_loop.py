@@ -178,16 +178,16 @@ def test_where_a_round_begins(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_reward_model_learns_from_all_feedback(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[tuple[int, Any]] = []
-    train_one = stages._train_one
+    made = stages.FeedbackRewardTrainer
 
-    def noted(circle: Any, rows: Any, folder: Path, seed: int, start: Path | None) -> None:
-        trained.append((len(rows), start))
-        train_one(circle, rows, folder, seed, start)
+    def noted(**kwargs: Any) -> Any:
+        trained.append((len(kwargs["train_dataset"]), Path(kwargs["model"])))
+        return made(**kwargs)
 
-    monkeypatch.setattr(stages, "_train_one", noted)
+    monkeypatch.setattr(stages, "FeedbackRewardTrainer", noted)
     loop.run(circle_of(base, tmp_path / "out", ensemble=2, reward_from="last", pick="disagreement"))
     last = [tmp_path / f"out/round_1/reward/{i}" for i in range(2)]
-    assert trained == [(8, None), (8, None), (16, last[0]), (16, last[1])]
+    assert trained == [(8, base), (8, base), (16, last[0]), (16, last[1])]
 
 
 def test_people_compare_in_pairs(base: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,10 @@ from transformers import set_seed
 from tests.unit.test_diagnostics import CONFIG, HEALTHY, SICK, rows
 from trl_ext.diagnostics import Limits, RunLog, diagnose, try_remedies
 from trl_ext.diagnostics.trial import checkpoint_before, first_sign, judged
+from trl_ext.launch.remaking import changed
 
 SMALL = {**HEALTHY, **SICK["steps_too_small"]}
+STILL = {**HEALTHY, "objective/scores": 0.1}
 LENGTH = 40
 
 
@@ -43,26 +46,51 @@ class Pretender:
             self.state.log_history = [row for row in rows(LENGTH, **SMALL) if row["step"] <= self.state.global_step]
         args = SimpleNamespace(to_dict=lambda: {**CONFIG, "learning_rate": self.settings["learning_rate"]})
         control = SimpleNamespace(should_training_stop=False)
+        self.given = (args, self.state, control)
         for callback in self.callbacks:
             callback.on_train_begin(args, self.state, control, optimizer=None, lr_scheduler=None)
         for row in self.history[len(self.state.log_history) :]:
             if self.settings["learning_rate"] > 10:
                 raise ValueError("weights blew up")
-            self.state.log_history.append(row)
-            for callback in self.callbacks:
-                callback.on_log(args, self.state, control)
+            self.state.global_step = row["step"]
+            self.log(row)
             if control.should_training_stop:
                 return
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.state.log_history.append(row)
+        for callback in self.callbacks:
+            callback.on_log(*self.given)
+
+
+class ByHeart(Pretender):
+    """A reward model that learns its pairs by heart after the first of three epochs, and is evaluated after each."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__({"learning_rate": 1e-4, **settings})
+        self.epochs = settings.get("num_train_epochs", 3)
+        self.history = rows(5 * self.epochs, accuracy=0.97, loss=0.1)
+
+    def log(self, row: dict[str, Any]) -> None:
+        super().log(row)
+        if "accuracy" in row and row["step"] % 40 == 0 and self.settings.get("eval_strategy") != "no":
+            self.evaluate()
+
+    def evaluate(self) -> None:
+        epoch = self.state.global_step / 40
+        loss, accuracy = (1.0, 0.6) if self.epochs > 2 and epoch > 1 else (0.5, 0.9)
+        row = {"step": self.state.global_step, "epoch": epoch, "eval_loss": loss, "eval_accuracy": accuracy}
+        super().log(row)
 
 
 class Clinic:
     """A maker of trainers for a run with these settings, and what it made."""
 
-    def __init__(self, **settings: Any) -> None:
-        self.settings, self.made = settings, []
+    def __init__(self, kind: type[Pretender] = Pretender, **settings: Any) -> None:
+        self.kind, self.settings, self.made = kind, settings, []
 
     def __call__(self, changes: dict[str, Any]) -> Pretender:
-        self.made.append(Pretender({**self.settings, **changes}))
+        self.made.append(self.kind({**self.settings, **changes}))
         return self.made[-1]
 
 
@@ -100,7 +128,7 @@ def test_a_remedy_that_does_not_go_far_enough_is_followed_by_what_the_fork_says(
     assert [trial.changes["learning_rate"] for trial in trials] == [3e-4, 9e-3]
 
 
-@pytest.mark.parametrize(("rate", "words"), [(5.0, "New: truncation"), (50.0, "It died: ValueError: weights blew up")])
+@pytest.mark.parametrize(("rate", "words"), [(5.0, "truncation"), (50.0, "It died: ValueError: weights blew up")])
 def test_a_remedy_that_makes_it_worse(rate: float, words: str, tmp_path: Path) -> None:
     found = findings_at(rate / 30)  # thirty times the rate is what it prescribes
     (trial,) = try_remedies(Clinic(learning_rate=1e-6), found, tmp_path / "trial")
@@ -127,10 +155,83 @@ def test_the_forks_begin_at_the_last_checkpoint_before_the_first_sign(tmp_path: 
     clinic = Clinic(learning_rate=1e-6)
     (trial,) = try_remedies(clinic, diagnose(run), tmp_path / "trial", run, run_dir)
     assert [one.resumed for one in clinic.made] == [str(run_dir / "checkpoint-32")] * 2
-    assert trial.start == 32 and min(trial.with_.steps) == 40
+    assert trial.start == 32 and trial.with_.steps == [40, 48, 56, 64], "as many logs as are called recent"
     assert sorted(path.name for path in run_dir.rglob("*")) == sorted(
         [f"checkpoint-{step}" for step in (16, 32, 48, 64)] + ["trainer_state.json"] * 4
     )
+
+
+def by_heart(evals: int = 3) -> RunLog:
+    """The log of such a reward model that was evaluated so often, at its end or before too."""
+    learner = ByHeart({"eval_strategy": "no"} if evals == 1 else {})
+    learner.train()
+    if evals == 1:
+        learner.evaluate()
+    return RunLog.of(learner.state.log_history)
+
+
+def test_forks_are_evaluated_as_the_run_was_where_rules_read_that(tmp_path: Path) -> None:
+    run, clinic = by_heart(), Clinic(ByHeart)
+    (trial,) = try_remedies(clinic, diagnose(run), tmp_path / "trial", run)
+    assert (trial.finding, trial.verdict, trial.changes) == ("overfit", "cured", {"num_train_epochs": 2})
+    assert trial.metric == "eval_loss", "that of training falls while pairs are learned by heart"
+    assert (trial.without.values, trial.with_.values) == ([0.5, 1.0, 1.0], [0.5, 0.5])
+    assert [one.settings.get("eval_strategy") for one in clinic.made] == [None, None]
+
+
+def test_a_run_that_was_evaluated_at_its_end_has_forks_that_are(tmp_path: Path) -> None:
+    run, clinic = by_heart(1), Clinic(ByHeart, eval_strategy="no")
+    (trial,) = try_remedies(clinic, diagnose(by_heart()), tmp_path / "trial", run)
+    assert (trial.finding, trial.verdict, trial.logs) == ("overfit", "cured", 15)
+    assert (trial.without.values, trial.with_.values) == ([1.0], [0.5])
+
+
+def test_forks_of_ppo_are_not_evaluated(tmp_path: Path) -> None:
+    run = RunLog.of([*rows(**SMALL), {"step": 128, "eval_objective/scores": 0.1}], {**CONFIG, "learning_rate": 1e-6})
+    clinic = Clinic(learning_rate=1e-6)
+    assert try_remedies(clinic, diagnose(run), tmp_path / "trial", run)
+    assert {one.settings["eval_strategy"] for one in clinic.made} == {"no"}
+
+
+def test_the_first_sign_may_be_an_evaluation() -> None:
+    assert first_sign(by_heart(), "overfit") == 80, "the second epoch's"
+    log = by_heart(1)
+    assert first_sign(log, "overfit") == 120
+    later = RunLog(log.kind, log.rows, [{**log.evals[0], "step": 123}])
+    assert first_sign(later, "overfit") == 123, "after the last log of training"
+
+
+def test_a_problem_that_goes_by_itself_says_nothing_of_a_remedy(tmp_path: Path) -> None:
+    class Passing(Pretender):
+        def __init__(self, settings: dict[str, Any]) -> None:
+            super().__init__(settings)
+            self.history[6:] = rows(LENGTH, **HEALTHY)[6:]
+
+    (trial,) = try_remedies(Clinic(Passing, learning_rate=1e-6), findings_at(1e-6), tmp_path / "trial")
+    assert (trial.verdict, trial.logs) == ("not seen", 9)
+
+
+def test_a_fork_knows_what_the_run_noted_of_its_model(tmp_path: Path) -> None:
+    """An alpha is a setting of the adapter, which no trainer's settings have."""
+    config = {**CONFIG, "lora_r": 16, "lora_alpha": 4096, "learning_rate": 1e-4}
+    run = RunLog.of(rows(LENGTH, **STILL), config)
+    (found,) = [one for one in diagnose(run) if one.name == "unusual_settings"]
+    found = replace(found, remedy=replace(found.remedy, changes={"lora_alpha": 32}))
+
+    class Still(Pretender):
+        def __init__(self, settings: dict[str, Any]) -> None:
+            super().__init__(settings)
+            self.history = rows(LENGTH, **(HEALTHY if "lora_alpha" in settings else STILL))
+
+    (trial,) = try_remedies(Clinic(Still, learning_rate=1e-4), [found], tmp_path / "trial", run)
+    assert trial.verdict == "cured"
+
+
+def test_a_remedy_takes_the_place_of_what_it_contradicts() -> None:
+    run = {"max_steps": 5, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 3, "learning_rate": 1e-4}
+    kept = {"eval_strategy": "steps", "eval_steps": 2, "learning_rate": 1e-4}
+    assert changed(run, {"num_train_epochs": 1}) == {"num_train_epochs": 1, **kept}
+    assert changed(run, {"eval_strategy": "no"}) == {"max_steps": 5, "eval_strategy": "no", "learning_rate": 1e-4}
 
 
 def test_random_numbers_go_on_as_if_nothing_had_been_tried(tmp_path: Path) -> None:
@@ -175,3 +276,5 @@ def test_verdicts() -> None:
     assert judged("steps_too_small", small, cut, "", limits) == ("worse", ["truncation"])
     assert judged("steps_too_small", both, cut, "", limits) == ("cured", []), "it was there before"
     assert judged("steps_too_small", small, healthy, "OutOfMemory", limits)[0] == "worse"
+    blamed, usual = (RunLog.of(rows(**STILL), {**CONFIG, "adam_epsilon": value}) for value in (1.0, 1e-5))
+    assert judged("unusual_settings", blamed, usual, "", limits) == ("not cured", []), "the score stays as it is"

@@ -9,6 +9,7 @@ from trl_ext.diagnostics.finding import SEVERITIES, Finding, Rule
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
 from trl_ext.diagnostics.remedies import bearing
+from trl_ext.diagnostics.settings import unusual_settings
 
 GRADIENTS: tuple[Rule, ...] = (updates.gradients_not_finite, updates.gradients_absent, updates.gradients_explode)
 SIGNAL: tuple[Rule, ...] = (
@@ -28,9 +29,15 @@ ON_SAMPLES: tuple[Rule, ...] = (
     distributions.first_ratio,
     distributions.first_kl,
     scores.constant_scores,
+    scores.mostly_unscored,
     scores.score_opposed,
     *SIGNAL,
+    scores.scores_alike,
+    scores.score_unrelated,
     samples.prompts_truncated,
+    samples.few_prompts,
+    samples.empty_prompts,
+    samples.prompts_hold_completions,
     updates.rate_off_schedule,
     updates.clipping_saturated,
     updates.steps_too_small,
@@ -49,6 +56,7 @@ ON_SAMPLES: tuple[Rule, ...] = (
     distributions.entropy_rises,
     distributions.kl_runs_away,
     updates.value_not_learning,
+    scores.no_progress,
 )
 RULES: dict[str, tuple[Rule, ...]] = {
     "ppo": ON_SAMPLES,
@@ -83,6 +91,8 @@ def diagnose(log: RunLog, limits: Limits | None = None, rules: Sequence[Rule] | 
     limits = limits if limits is not None else Limits()
     results = [rule(log, limits) for rule in (rules if rules is not None else RULES[log.kind])]
     findings = [bearing(finding, log) for finding in results if finding is not None]
+    if rules is None and (settings := unusual_settings(log, limits, findings)) is not None:
+        findings.insert(0, bearing(settings, log))
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
 
 

@@ -75,6 +75,8 @@ class Finding:
         cause: the likely one.
         remedy: what cures it.
         suspects: the likeliest causes, where the log cannot tell which it is; the remedy then has no settings.
+        explains: findings of this run that follow from it, each with the mechanism and its source, where that depends
+            on the run; what always holds is in `graph.EDGES`.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Finding:
     remedy: Remedy
     samples: list[Sample] = field(default_factory=list)
     suspects: tuple[Suspect, ...] = ()
+    explains: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def page(self) -> str:

@@ -68,6 +68,7 @@ EDGES: tuple[Edge, ...] = (
         value_not_learning="Steps on gradients that are not finite are skipped, for the value role too.",
         chance_level="A model with ruined weights orders nothing.",
         entropy_rises="Ruined weights may make every token as likely as any other.",
+        no_progress="Steps on gradients that are not finite are skipped, so nothing is learned.",
     ),
     *_edges(
         "lost_to_rounding",
@@ -75,6 +76,7 @@ EDGES: tuple[Edge, ...] = (
         steps_too_small="What rounds to nothing moves no weight.",
         value_not_learning="The value role's adapter is rounded as the policy's is.",
         chance_level="What rounds to nothing moves no weight.",
+        no_progress="What rounds to nothing moves no weight.",
     ),
     *_edges(
         "score_not_repeatable",
@@ -84,6 +86,7 @@ EDGES: tuple[Edge, ...] = (
         functions_at_odds="A noisy function has the largest spread, and correlates with nothing.",
         noise_drowns_signal="A score that is noise makes gradients that are.",
         entropy_rises="Steps on noise alone wander off, away from what the policy knew.",
+        no_progress="Advantages that are noise point nowhere.",
     ),
     *_edges(
         "score_ignores_completion",
@@ -94,6 +97,7 @@ EDGES: tuple[Edge, ...] = (
         kl_runs_away="Steps on noise alone drift away from the reference.",
         noise_drowns_signal="Where no completion is better than another, gradients have nothing in common.",
         entropy_rises="Steps on noise alone wander off, away from what the policy knew.",
+        no_progress="No completion scores more than another, whatever is written.",
     ),
     *_edges(
         "score_opposed",
@@ -104,6 +108,62 @@ EDGES: tuple[Edge, ...] = (
         kl_runs_away="The reference gives good answers, and those are what the score punishes.",
     ),
     *_edges(
+        "score_unrelated",
+        HACKING,
+        over_optimisation="What raises the score has nothing to do with what it was to stand for.",
+        kl_runs_away="A score for something else pays for going elsewhere.",
+        mode_collapse="Something else may be had by one completion for all prompts.",
+        entropy_collapse="Something else may be had by one completion.",
+        length_exploitation="It may be length that is scored.",
+        completions_shrink="It may be brevity that is scored.",
+        repetition_exploitation="It may be something that can be repeated.",
+        truncation="Who is not paid for a good end does not end.",
+        no_progress="A score for what the policy cannot change does not rise.",
+        noise_drowns_signal="A score for what the policy cannot change gives gradients with nothing in common.",
+        value_not_learning="A score for what the role cannot see cannot be predicted.",
+        steps_too_small="A score for what the policy cannot change makes steps that cancel.",
+    ),
+    *_edges(
+        "scores_alike",
+        WILLIAMS,
+        no_progress="Completions with one score have no differences to learn from.",
+        noise_drowns_signal="The few that differ decide where a step goes.",
+        steps_too_small="Completions with one score make no gradient.",
+        value_not_learning="Returns that hardly ever differ are not predicted.",
+        kl_drowns_score="A score that hardly ever differs has no spread to set against the KL.",
+    ),
+    *_edges(
+        "mostly_unscored",
+        WILLIAMS,
+        no_progress="What has no score is not learned from.",
+        noise_drowns_signal="So few completions decide where a step goes.",
+        value_not_learning="Values see the returns of few completions.",
+        held_out_differs="Which prompts get scores is not chance.",
+        over_optimisation="What is not scored is not held to anything.",
+    ),
+    *_edges(
+        "few_prompts",
+        "Cobbe et al. 2019, arXiv:1812.02341",
+        held_out_differs="Prompts that come again and again are learned by heart.",
+        over_optimisation="What is good for few prompts need not be for others.",
+        mode_collapse="Few prompts need few completions.",
+        entropy_collapse="Few prompts need few completions.",
+    ),
+    *_edges(
+        "empty_prompts",
+        WILLIAMS,
+        held_out_differs="Held-out prompts that are not empty are of another kind.",
+        noise_drowns_signal="What is asked by nobody cannot be answered well.",
+        value_not_learning="What is asked by nobody cannot be answered well, and the returns are chance.",
+    ),
+    *_edges(
+        "prompts_hold_completions",
+        WILLIAMS,
+        held_out_differs="Held-out prompts do not hold the answer.",
+        over_optimisation="To copy is what is learned.",
+        entropy_collapse="What is copied is certain.",
+    ),
+    *_edges(
         "copied_completions",
         WILLIAMS,
         sampling_differs="A copy is as improbable for its prompt as it was drawn for another one.",
@@ -111,6 +171,7 @@ EDGES: tuple[Edge, ...] = (
         score_ignores_completion="Copies have one score.",
         noise_drowns_signal="Copies have no differences to learn from.",
         steps_too_small="Where all completions of a prompt are one, none is better than another.",
+        no_progress="Copies have no differences to learn from.",
     ),
     *_edges(
         "rate_off_schedule",
@@ -118,6 +179,7 @@ EDGES: tuple[Edge, ...] = (
         steps_too_small="A rate near 0 makes no steps.",
         clipping_saturated="A rate that rises again, or never falls, makes large steps late.",
         value_not_learning="The value role takes steps at the same rate.",
+        no_progress="A rate near 0 makes no steps.",
     ),
     *_edges(
         "entropy_rises",
@@ -126,16 +188,19 @@ EDGES: tuple[Edge, ...] = (
         kl_runs_away="Noise is far from the reference.",
         value_loss_explodes="The penalty for noise is far from what values know.",
         value_not_learning="The returns of noise cannot be predicted.",
+        no_progress="A policy that becomes noise earns no more by chance than before.",
     ),
     *_edges(
         "noise_drowns_signal",
         MCCANDLISH,
         value_not_learning="Returns that vary by chance are predicted by no value role.",
+        no_progress="Steps go where chance points.",
     ),
     *_edges(
         "first_kl",
         ZIEGLER,
         kl_drowns_score="The penalty first pulls the policy back to another model, whatever the score says.",
+        no_progress="The penalty first pulls the policy back to another model.",
     ),
     *_edges(
         "sampling_differs",
@@ -144,6 +209,7 @@ EDGES: tuple[Edge, ...] = (
         first_ratio="The sampling policy is another one than the scored one.",
         truncation="An EOS that generation forbids or delays is not written.",
         repetition_exploitation="Tokens that are forced after the end of an answer repeat it.",
+        no_progress="Steps on tokens that another distribution drew do not climb the policy's own score.",
     ),
     *_edges(
         "first_ratio",
@@ -162,6 +228,7 @@ EDGES: tuple[Edge, ...] = (
         kl_runs_away="The penalty suits the scale of the functions that are drowned.",
         value_not_learning="The sum has the scale of the function that drowns the others, far from where values start.",
         completions_shrink="The function that drowns the others takes something off for what is written.",
+        no_progress="Where one function gains what another loses the sum stays.",
     ),
     *_edges(
         "penalty_dominates",
@@ -171,6 +238,7 @@ EDGES: tuple[Edge, ...] = (
         kl_runs_away="The penalty pays for any KL.",
         over_optimisation="Completions are written to end, not to be good.",
         completions_shrink="To end is worth more than to say something.",
+        no_progress="What is learned is to end, not to score.",
     ),
     *_edges(
         "score_scale",
@@ -180,6 +248,7 @@ EDGES: tuple[Edge, ...] = (
         value_not_learning="Values start at 0 and move by at most cliprange_value an update.",
         kl_runs_away="A penalty chosen for scores of a few units does not count beside these.",
         clipping_saturated="Advantages of another scale make other steps where they are not whitened.",
+        no_progress="Values and clip ranges are made for scores of a few units.",
     ),
     *_edges(
         "gradients_absent",
@@ -195,6 +264,7 @@ EDGES: tuple[Edge, ...] = (
         steps_too_small="Clipped to one norm with the larger gradient, the score's step is small.",
         over_optimisation="The policy follows the other term.",
         entropy_rises="The bonus moves the policy wherever its entropy is higher.",
+        no_progress="The larger gradient goes where it likes, whatever the score says.",
     ),
     *_edges(
         "gradients_explode",
@@ -202,6 +272,7 @@ EDGES: tuple[Edge, ...] = (
         value_loss_explodes="Steps along such gradients overshoot.",
         value_not_learning="Steps along such gradients overshoot.",
         clipping_saturated="Steps along such gradients leave the clip range at once.",
+        no_progress="Steps along such gradients overshoot.",
     ),
     *_edges(
         "clipping_saturated",
@@ -212,28 +283,33 @@ EDGES: tuple[Edge, ...] = (
         value_loss_explodes="The value role takes steps as large.",
         value_not_learning="Returns change faster than values can follow.",
         over_optimisation="Large steps reach completions that the reward model has never seen.",
+        no_progress="Steps that overshoot lose what they gain, and tokens that are clipped learn nothing.",
     ),
     *_edges(
         "entropy_collapse",
         WILLIAMS,
         steps_too_small="The gradient of a certain policy is 0.",
         constant_scores="One completion has one score.",
+        no_progress="Where all completions are the same none is better.",
     ),
     *_edges(
         "kl_drowns_score",
         f"{ZIEGLER}, section 2.1",
         steps_too_small="Each step is pulled back to the reference, where the penalty is 0.",
+        no_progress="Each step is pulled back to the reference, where the penalty is 0.",
     ),
     *_edges(
         "credit_fades",
         GAE,
         steps_too_small="Tokens that get no credit get no gradient.",
         value_not_learning="Discounted returns of early tokens hardly vary.",
+        no_progress="Tokens that get no credit learn nothing.",
     ),
     *_edges(
         "steps_too_small",
         "Hu et al. 2021, arXiv:2106.09685, appendix D (rates for LoRA)",
         value_not_learning="The value role takes steps as small.",
+        no_progress="Who does not move gains nothing.",
     ),
     *_edges(
         "length_exploitation",
@@ -249,6 +325,7 @@ EDGES: tuple[Edge, ...] = (
         kl_runs_away="An early EOS is unlikely under the reference.",
         mode_collapse="Completions of next to nothing are alike.",
         constant_scores="Completions of next to nothing have one score.",
+        no_progress="Who says nothing scores nothing.",
     ),
     *_edges(
         "repetition_exploitation",
@@ -263,17 +340,24 @@ EDGES: tuple[Edge, ...] = (
         f"{N_PLUS}, the EOS trick",
         penalty_dominates="Where many completions are cut, the penalty varies more than the score.",
         kl_runs_away="To be short is worth more than to stay near the reference.",
+        no_progress="What is cut off has not said what it would be scored for.",
     ),
     *_edges(
         "value_loss_explodes",
         GAE,
         value_not_learning="Values that far off explain nothing.",
+        no_progress="Advantages over such values are noise.",
     ),
     *_edges(
         "kl_runs_away",
         GAO,
         over_optimisation="The further from the reference, the less a reward model knows of what it scores.",
         entropy_collapse="Without a penalty the best is one completion, with certainty.",
+    ),
+    *_edges(
+        "mode_collapse",
+        WILLIAMS,
+        no_progress="One completion for all prompts is right for few.",
     ),
     *_edges(
         "margins_explode",
@@ -310,8 +394,12 @@ class Explained:
 
 
 def cause_of(finding: Finding, findings: Sequence[Finding], edges: Sequence[Edge] = EDGES) -> Edge | None:
-    """The first edge by which one of `findings` explains `finding`; None where none does."""
+    """The first edge by which one of `findings` explains `finding`, one of its own before those of `edges`; None where
+    none does."""
     by_name = {one.name: one for one in findings}
+    for one in findings:
+        if finding.name in one.explains:
+            return Edge(one.name, finding.name, *one.explains[finding.name])
     for edge in edges:
         if edge.consequence == finding.name and edge.cause in by_name and edge.holds(by_name[edge.cause], finding):
             return edge

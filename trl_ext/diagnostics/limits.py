@@ -42,6 +42,13 @@ class Limits:
         noise: share of a function's variance that does not repeat, a mean of several measurements.
         noise_alone: the same from which one measurement is enough, and from which it is a problem.
         gradient_noise: times that noise exceeds signal in the gradient of a whole rollout, by squares; chosen.
+        unrelated: correlation of score and yardstick over completions up to which the one says nothing of the other;
+            chosen.
+        alike: share of the completions of the first rollouts that get the same score; chosen.
+        unscored: share of the completions that get no score; chosen.
+        few_prompts: distinct prompts over those that a rollout has room for; chosen.
+        holds: share of the completions that stand in their prompt; chosen: extracts do, answers rarely.
+        empty_prompts: share of prompts without a text; chosen.
         opposed: correlation of score and yardstick over completions below which one is the other turned round; chosen,
             as strong as `length_correlation`.
         penalty_share: share of the whole reward's variance that a penalty may make.
@@ -116,6 +123,12 @@ class Limits:
     noise: float = 0.2
     noise_alone: float = 0.5
     gradient_noise: float = 5.0
+    unrelated: float = 0.2
+    alike: float = 0.9
+    unscored: float = 0.5
+    few_prompts: float = 0.5
+    holds: float = 0.5
+    empty_prompts: float = 0.05
     opposed: float = -0.5
     penalty_share: float = 0.5
     half_life: float = 5.0

@@ -79,6 +79,11 @@ class Series:
         error = spread * math.sqrt(2 / count)
         return gained, gained / error if error > 0 else math.copysign(math.inf, gained) if gained else 0.0
 
+    def ever_rose(self, errors: float) -> bool:
+        """Whether the best lies so many standard errors above the start, or the second half above the first."""
+        rose = self.best() - self.start(4) > errors * self.noise() * math.sqrt(2 / 4)
+        return rose or self.rise(max(len(self) // 2, 1))[1] > errors
+
 
 @dataclass(frozen=True)
 class RunLog:
@@ -121,7 +126,9 @@ class RunLog:
         return cls(kind_of(rows, evals), rows, evals, dict(config or {}), list(samples))
 
     def series(self, name: str, evals: bool = False) -> Series:
-        """A metric by the doctor's name or by the logged one; empty where it was not logged."""
+        """A metric by the doctor's name or by the logged one; empty where it was not logged. "eval_" before a name
+        does what `evals` does."""
+        name, evals = name.removeprefix("eval_"), evals or name.startswith("eval_")
         rows = self.evals if evals else self.rows
         for key in LOGGED_NAMES.get(name, (name,)):
             points = [(row["step"], row[key]) for row in rows if key in row]

@@ -34,6 +34,11 @@ def read_run(folder: str | Path) -> RunLog:
         raise FileNotFoundError(f"The run folder {str(folder)!r} does not exist.")
     candidates = [path for path in (folder / STATE_FILE, *folder.glob(f"checkpoint-*/{STATE_FILE}")) if path.is_file()]
     if not candidates:
+        if inside := _runs_in(folder):
+            several = ", ".join(inside[:4]) + (f" and {len(inside) - 4} more" if len(inside) > 4 else "")
+            raise FileNotFoundError(
+                f"{str(folder)!r} has no {STATE_FILE}, but these folders in it have: {several}. Give one of them."
+            )
         raise FileNotFoundError(
             f"{str(folder)!r} has no {STATE_FILE}, nor has a checkpoint in it: give the output_dir of a run, and call "
             "trainer.save_state() at its end."
@@ -49,6 +54,13 @@ def read_run(folder: str | Path) -> RunLog:
     if (folder / DIAGNOSTICS_FILE).is_file():
         samples = [Sample(**one) for one in _read_object(folder / DIAGNOSTICS_FILE).get("samples", [])] + samples
     return RunLog.of(state.get("log_history", []), config, samples)
+
+
+def _runs_in(folder: Path) -> list[str]:
+    """Runs inside a folder that is none itself: members of an ensemble, rounds of a loop."""
+    states = [path.parent for depth in (1, 2, 3) for path in folder.glob("*/" * depth + STATE_FILE)]
+    runs = {path.parent if path.name.startswith("checkpoint-") else path for path in states}
+    return sorted(str(run.relative_to(folder)) for run in runs)
 
 
 def read_versions(folder: str | Path) -> dict[str, str]:

@@ -19,8 +19,10 @@ MOVES: dict[str, tuple[str, str]] = {
     "constant_scores": ("score_std", "up"),
     "copied_completions": ("completions/distinct", "up"),
     "credit_fades": ("evidence/credit/mean", "up"),
+    "empty_prompts": ("prompts/empty", "down"),
     "entropy_collapse": ("entropy", "up"),
     "entropy_rises": ("entropy", "down"),
+    "few_prompts": ("prompts/distinct", "up"),
     "first_kl": ("kl", "down"),
     "first_ratio": ("policy/first_approxkl", "down"),
     "functions_at_odds": ("score_std", "down"),
@@ -36,11 +38,14 @@ MOVES: dict[str, tuple[str, str]] = {
     "lost_to_rounding": ("evidence/lost_to_rounding", "down"),
     "margins_explode": ("margin", "down"),
     "mode_collapse": ("completions/distinct", "up"),
+    "mostly_unscored": ("objective/unscored", "down"),
     "negative_kl": ("kl", "up"),
     "noise_drowns_signal": ("score", "up"),
+    "no_progress": ("score", "up"),
     "over_optimisation": ("kl", "down"),
-    "overfit": ("loss", "down"),
+    "overfit": ("eval_loss", "down"),
     "penalty_dominates": ("evidence/share/missing_eos_penalty", "down"),
+    "prompts_hold_completions": ("prompts/hold_completion", "down"),
     "prompts_truncated": ("prompts/at_max_length", "down"),
     "rate_off_schedule": ("learning_rate", "up"),
     "reference_mismatch": ("rewards/chosen", "down"),
@@ -51,10 +56,13 @@ MOVES: dict[str, tuple[str, str]] = {
     "score_not_repeatable": ("evidence/noise/", "down"),
     "score_opposed": ("agreement/", "up"),
     "score_scale": ("score_std", "down"),
+    "score_unrelated": ("agreement/", "up"),
+    "scores_alike": ("objective/scores_alike", "down"),
     "steps_too_small": ("approxkl", "up"),
     "term_drowns_score": ("evidence/gradient/", "down"),
     "truncation": ("truncated", "down"),
     "uncentred": ("mean_reward", "down"),
+    "unusual_settings": ("score", "up"),
     "value_loss_explodes": ("value_loss", "down"),
     "value_not_learning": ("val/explained_variance", "up"),
 }
@@ -90,9 +98,17 @@ def eos_penalty_is_idle(log: RunLog, value: Any) -> str | None:
 
 def clipping_is_idle(log: RunLog, value: Any) -> str | None:
     """Why clipping gradients would move nothing."""
-    norms = log.series("grad_norm")
+    norms, now = log.series("grad_norm"), float(log.setting("max_grad_norm", math.inf))
     highest = max((x for x in norms.values if math.isfinite(x)), default=math.inf)
+    if 0 < now < min(highest, float(value)):
+        return None  # the present one clips
     return f"no gradient is larger than {value}" if highest < float(value) else None
+
+
+def guard_is_idle(log: RunLog, value: Any) -> str | None:
+    """Why a wider max_ratio would move nothing."""
+    skipped = log.series("policy/skipped_minibatches")
+    return "no minibatch is left out" if skipped and max(skipped.values) == 0.0 else None
 
 
 # Settings that may be idle in a run: from its log and the new value, the reason; None where the setting bears.
@@ -101,12 +117,13 @@ IDLE: dict[str, Callable[[RunLog, Any], str | None]] = {
     "vf_coef": value_weight_is_idle,
     "missing_eos_penalty": eos_penalty_is_idle,
     "max_grad_norm": clipping_is_idle,
+    "max_ratio": guard_is_idle,
 }
 
 
 def why_idle(log: RunLog, name: str, value: Any) -> str | None:
     """Why setting `name` to `value` would move nothing in this run; None where it may."""
-    if "output_dir" in log.config and name not in log.config:
+    if "output_dir" in log.config and name not in log.config and not name.startswith("lora_"):
         return "this trainer has no such setting"
     return IDLE[name](log, value) if name in IDLE else None
 

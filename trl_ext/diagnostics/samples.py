@@ -243,3 +243,72 @@ def prompts_truncated(log: RunLog, limits: Limits) -> Finding | None:
         ),
         samples=log.last_samples(),
     )
+
+
+def few_prompts(log: RunLog, limits: Limits) -> Finding | None:
+    """Each rollout has the same few prompts again and again."""
+    distinct, size = log.series("prompts/distinct"), float(log.setting("rollout_batch_size") or 0)
+    room = size / float(log.setting("num_generations", 1))
+    if len(distinct) < 3 or room < 16:
+        return None
+    count = distinct.recent(len(distinct)) * size
+    if count > limits.few_prompts * room:
+        return None
+    return Finding(
+        name="few_prompts",
+        severity="problem" if count < 0.1 * room else "warning",
+        title="The same few prompts come again and again",
+        steps=log.steps,
+        evidence=f"A rollout has room for {room:.0f} prompts, and {count:.0f} distinct ones on average.",
+        figures={"prompts": count, "room": room},
+        cause="a dataset of few prompts, or one in which most rows are the same.",
+        remedy=Remedy(
+            text="Take more prompts, of all kinds that the policy will meet, and keep each once.",
+            code="print(len(set(map(str, dataset['prompt']))), len(dataset))",
+        ),
+    )
+
+
+def prompts_hold_completions(log: RunLog, limits: Limits) -> Finding | None:
+    """What the policy is to write stands in its prompt already."""
+    held = log.series("prompts/hold_completion")
+    if len(held) < 3 or max(held.start(), held.recent()) < limits.holds:
+        return None
+    return Finding(
+        name="prompts_hold_completions",
+        severity="warning",
+        title="Prompts hold what is to be written",
+        steps=log.steps,
+        evidence=(
+            f"{held.recent():.0%} of the completions stand word for word in their prompt, {held.start():.0%} did at "
+            "the start."
+        ),
+        figures={"start": held.start(), "now": held.recent()},
+        cause="prompts that end with the answer, or were made from whole conversations; or a task that is to copy.",
+        remedy=Remedy(
+            text="Unless copying is the task, end each prompt before the answer.",
+            code="print(dataset[0]['prompt'])",
+        ),
+        samples=log.last_samples(),
+    )
+
+
+def empty_prompts(log: RunLog, limits: Limits) -> Finding | None:
+    """Prompts without a text."""
+    empty = log.series("prompts/empty")
+    if len(empty) < 3 or empty.recent(len(empty)) < limits.empty_prompts:
+        return None
+    share = empty.recent(len(empty))
+    return Finding(
+        name="empty_prompts",
+        severity="warning",
+        title="Some prompts are empty",
+        steps=log.steps,
+        evidence=f"{share:.0%} of the prompts have no text, or their last message has none.",
+        figures={"empty": share},
+        cause="a column that was lost on the way, or a field that some rows lack.",
+        remedy=Remedy(
+            text="Leave such rows out.",
+            code="dataset = dataset.filter(lambda row: trl_ext.types.as_text(row['prompt']).strip())",
+        ),
+    )

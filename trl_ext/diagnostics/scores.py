@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-from trl_ext.diagnostics.distributions import stronger
-from trl_ext.diagnostics.finding import Finding, Remedy
+from trl_ext.diagnostics.distributions import budget_of, stronger, weaker
+from trl_ext.diagnostics.finding import Finding, Remedy, Suspect
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog, Series
+from trl_ext.diagnostics.updates import lower_rate
 
 AGREEMENT = "agreement/"  # with the score, by yardstick
 
@@ -35,6 +36,45 @@ def constant_scores(log: RunLog, limits: Limits) -> Finding | None:
             code="print(reward_func(prompts=prompts, completions=completions))",
         ),
         samples=log.last_samples(),
+    )
+
+
+def no_progress(log: RunLog, limits: Limits) -> Finding | None:
+    """The score has never risen. What keeps it down may be found beside it; on its own it says little."""
+    score, kl, length = (log.series(name) for name in ("score", "kl", "length"))
+    if len(score) < 2 * limits.least_rows or log.series("score_std").recent() == 0.0:
+        return None
+    if score.ever_rose(limits.noticeable):
+        return None
+    near = abs(kl.recent()) < limits.stays * budget_of(length.recent(), limits)
+    return Finding(
+        name="no_progress",
+        severity="warning",
+        title="The score does not rise",
+        steps=(score.steps[0], score.steps[-1]),
+        evidence=(
+            f"In {len(score)} logs it went from {score.start(4):.3g} to {score.recent():.3g}; {score.best():.3g} at "
+            f"its best is no more than chance makes. The KL is {kl.recent():.2g} nats per completion."
+        ),
+        figures={"score": score.recent(), "start": score.start(4), "best": score.best(), "kl": kl.recent()},
+        cause="I cannot tell from the log alone.",
+        remedy=Remedy(text="Try these, one at a time: each tells one cause from the others."),
+        samples=log.last_samples(),
+        suspects=(
+            Suspect(
+                cause="the KL penalty is too strong" if near else "steps are too large",
+                experiment="the score rises within ten rollouts if this is it.",
+                changes=weaker(log) if near else lower_rate(log, 10),
+            ),
+            Suspect(
+                cause="the score tells completions apart by what the policy cannot change, or by chance",
+                experiment="score a good and a bad completion by hand, each of them twice.",
+            ),
+            Suspect(
+                cause="the policy is as good as it gets",
+                experiment="read the completions with the lowest scores.",
+            ),
+        ),
     )
 
 
@@ -106,19 +146,14 @@ def over_optimisation(log: RunLog, limits: Limits) -> Finding | None:
 
 def score_opposed(log: RunLog, limits: Limits) -> Finding | None:
     """The score likes best those completions that the yardstick likes least, from the first rollouts on."""
-    for name, r in _correlations_with_score(log).items():
-        if len(r) < limits.least_rows:
-            continue
-        # Of the first rollouts, while the policy is near its start: later ones differ by what was learned.
-        early = Series(r.steps[: limits.least_rows], r.values[: limits.least_rows])
-        first, error = early.start(limits.least_rows), early.noise() / math.sqrt(limits.least_rows)
+    for name, first, error in _early_agreement(log, limits):
         if first > min(limits.opposed, -limits.noticeable * error):
             continue
         return Finding(
             name="score_opposed",
             severity="problem",
             title="The score is the opposite of what it stands for",
-            steps=(early.steps[0], early.steps[-1]),
+            steps=(log.rows[0]["step"], log.rows[limits.least_rows - 1]["step"]),
             evidence=(
                 f"Over the completions of the first {limits.least_rows} rollouts the score and {name} correlate at "
                 f"{first:.2f}."
@@ -135,6 +170,98 @@ def score_opposed(log: RunLog, limits: Limits) -> Finding | None:
             samples=log.last_samples(),
         )
     return None
+
+
+def score_unrelated(log: RunLog, limits: Limits) -> Finding | None:
+    """The score says nothing of what it is to stand for, from the first rollouts on."""
+    related = _early_agreement(log, limits)
+    if not related or max(first + limits.noticeable * error for _, first, error in related) > 2 * limits.unrelated:
+        return None
+    name, first, error = max(related, key=lambda one: one[1])
+    if not -limits.unrelated < first < limits.unrelated:
+        return None
+    return Finding(
+        name="score_unrelated",
+        severity="problem",
+        title="The score has nothing to do with what it stands for",
+        steps=(log.rows[0]["step"], log.rows[limits.least_rows - 1]["step"]),
+        evidence=(
+            f"Over the completions of the first {limits.least_rows} rollouts the score and {name} correlate at "
+            f"{first:.2f} (standard error {error:.2f})."
+        ),
+        figures={"correlation": first, "error": error},
+        cause=(
+            "a reward model that was not loaded, or over another base or template than it was trained with; a function "
+            "that reads the wrong column, row or part of the text; or one for something else."
+        ),
+        remedy=Remedy(
+            text="Score a good and a bad completion by hand, and compare each text with what the function was handed.",
+            code="print(reward_func(prompts=[p, p], completions=[good, bad]))",
+        ),
+        samples=log.last_samples(),
+    )
+
+
+def _early_agreement(log: RunLog, limits: Limits) -> list[tuple[str, float, float]]:
+    """Of each yardstick its correlation with the score over the first rollouts, a mean, and the standard error of that.
+    Early, while the policy is near its start: later ones differ by what was learned."""
+    found = []
+    for name, r in _correlations_with_score(log).items():
+        if len(r) >= limits.least_rows:
+            early = Series(r.steps[: limits.least_rows], r.values[: limits.least_rows])
+            found.append((name, early.start(limits.least_rows), early.noise() / math.sqrt(limits.least_rows)))
+    return found
+
+
+def scores_alike(log: RunLog, limits: Limits) -> Finding | None:
+    """Nearly all completions get the same score from the start, so there is little to learn from."""
+    alike, spread = log.series("objective/scores_alike"), log.series("score_std")
+    if len(alike) < 3 or not limits.alike <= alike.start() or spread.start() == 0.0:
+        return None
+    return Finding(
+        name="scores_alike",
+        severity="warning" if log.series("score").ever_rose(limits.noticeable) else "problem",
+        title="Nearly all completions get the same score",
+        steps=(alike.steps[0], alike.steps[2]),
+        evidence=(
+            f"In the first rollouts {alike.start():.0%} of the completions have one score, {alike.recent():.0%} now."
+        ),
+        figures={"alike": alike.start(), "now": alike.recent()},
+        cause=(
+            "a reward that hardly any completion earns, or nearly every one; or scores that are cut to one end of "
+            "their range."
+        ),
+        remedy=Remedy(
+            text=(
+                "Give part of the reward for a part of the way, start with easier prompts (or harder ones), and take "
+                "several completions of each prompt."
+            ),
+            code="print(collections.Counter(reward_func(prompts=prompts, completions=completions)))",
+        ),
+        samples=log.last_samples(),
+    )
+
+
+def mostly_unscored(log: RunLog, limits: Limits) -> Finding | None:
+    """Reward functions abstain from most completions."""
+    unscored, size = log.series("objective/unscored"), log.setting("rollout_batch_size")
+    if len(unscored) < 3 or not size or unscored.recent(len(unscored)) < limits.unscored * float(size):
+        return None
+    share = unscored.recent(len(unscored)) / float(size)
+    return Finding(
+        name="mostly_unscored",
+        severity="problem",
+        title="Most completions get no score",
+        steps=log.steps,
+        evidence=f"Of {share:.0%} of the completions the reward functions return None, so they are not learned from.",
+        figures={"unscored": share},
+        cause="a parser or a judge that fails on most completions, or a function made for another kind of prompt.",
+        remedy=Remedy(
+            text="Look at completions without a score; where a completion cannot be read, let it score low.",
+            code="print([c for c, s in zip(completions, reward_func(prompts, completions)) if s is None])",
+        ),
+        samples=log.last_samples(),
+    )
 
 
 def _correlations_with_score(log: RunLog) -> dict[str, Series]:

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from trl_ext.diagnostics.finding import Finding, Remedy
 from trl_ext.diagnostics.limits import Limits
-from trl_ext.diagnostics.log import RunLog, Series
+from trl_ext.diagnostics.log import RunLog
 
 
 def within_prompt(log: RunLog) -> tuple[float, float]:
@@ -210,7 +210,7 @@ def noise_drowns_signal(log: RunLog, limits: Limits) -> Finding | None:
     """
     signal, noise = log.series("evidence/gradient/signal"), log.series("evidence/gradient/noise")
     size, part = log.setting("rollout_batch_size"), log.setting("per_device_train_batch_size")
-    if len(signal) < 2 * limits.least_rows or not size or not part or _ever_rose(log.series("score"), limits):
+    if len(signal) < 2 * limits.least_rows or not size or not part or log.series("score").ever_rose(limits.noticeable):
         return None
     if log.series("score_std").recent() == 0.0 or log.series("entropy").recent() < limits.entropy:
         return None  # no differences to learn from: `constant_scores`, `entropy_collapse`
@@ -235,13 +235,6 @@ def noise_drowns_signal(log: RunLog, limits: Limits) -> Finding | None:
             changes={"gradient_accumulation_steps": 4 * int(log.setting("gradient_accumulation_steps", 1))},
         ),
     )
-
-
-def _ever_rose(score: Series, limits: Limits) -> bool:
-    """Whether the score's best lies noticeably above its start, or its second half above its first."""
-    error = score.noise() * math.sqrt(2 / 4)
-    rose = score.best() - score.start(4) > limits.noticeable * error
-    return rose or score.rise(max(len(score) // 2, 1))[1] > limits.noticeable
 
 
 def held_out_differs(log: RunLog, limits: Limits) -> Finding | None:

@@ -30,11 +30,19 @@ MakeTrainer = Callable[[dict[str, Any]], Any]
 FIXED_AT_START = {
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs"),
     *("num_generations", "num_train_epochs", "score_normalization", "reward_weights", "value_warmup_rollouts"),
-    *("objective", "warmup_steps", "lr_scheduler_type"),
+    *("objective", "warmup_steps", "lr_scheduler_type", "normalization_samples"),
+    *("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),  # the optimizer's state has them
+    *("lora_r", "lora_alpha"),  # the adapter has them
+    *("beta", "loss_type", "loss_weights"),  # DPO: what was learned from another loss stays learned
 }
 # Nothing is kept of a fork but its log.
-BESIDE = {"save_strategy": "no", "eval_strategy": "no", "report_to": "none", "push_to_hub": False}
+BESIDE = {"save_strategy": "no", "report_to": "none", "push_to_hub": False}
+# Kinds of runs whose rules read evaluations. Forks of others have none, which cost time and tell nothing.
+EVALUATED = ("reward", "dpo")
+# What a run noted of its model, which a fork's settings do not say.
+OF_MODEL = ("dtype", "lora_r", "lora_alpha", "reference_named", "reward_names")
 MOST = 4  # remedies of one finding that are followed by a stronger one
+LEAST = 4  # logs of a fork after it parted: fewer, and what is recent is still of before
 # The seed of torch's generator in a new process: adapters are drawn before a trainer sets its own.
 FRESH = 67280421310721
 
@@ -46,8 +54,9 @@ class Trial:
     Attributes:
         finding: its name.
         changes: the settings that were tried.
-        verdict: "cured": the finding went and no other problem came; "not cured": it stayed; "worse": another problem
-            came, or the fork died; "not seen": it did not come back without the remedy either, so nothing can be said.
+        verdict: "cured": the finding went with all that followed from it, and no other problem came; "not cured": it
+            or some of that stayed; "worse": another problem came, or the fork died; "not seen": without the remedy it
+            did not come back or did not stay, so nothing can be said.
         metric: what the remedy was to move.
         without, with_: that metric in the two forks, after where they part.
         logs: how many logs (rollouts in PPO) each fork had.
@@ -71,8 +80,8 @@ class Trial:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.changes.items())
         if self.verdict == "not seen":
             return (
-                f"{self.finding}: not seen again. Without any remedy it did not come back within {self.logs} logs from "
-                f"step {self.start} on, so nothing can be said of one."
+                f"{self.finding}: not seen again. Without any remedy it was not there after {self.logs} logs from step "
+                f"{self.start} on, so nothing can be said of one."
             )
         figures = ""
         if self.without and self.with_:
@@ -88,7 +97,6 @@ class Fork:
 
     log: RunLog
     died: str
-    seen_at: int | None = None  # logs after which the finding was there
 
 
 def try_remedies(
@@ -106,11 +114,12 @@ def try_remedies(
     Both forks have the same seeds and begin at the same place: at the last checkpoint before the first sign of the
     problem, where `run` and `run_dir` are given and the settings can change there; else at the start. The one without
     a remedy runs until the problem is there, both run half as long again, and what `diagnose` says then decides. The
-    learning rate's schedule is that of a whole run.
+    learning rate's schedule is that of a whole run. Forks of a reward model or of DPO are evaluated when `run` was, and
+    at their end; others are not.
 
     Args:
         make_trainer: makes a new trainer whose settings are changed as a dict says; the dict always has an
-            "output_dir", and `BESIDE`, where the trainer should keep nothing but its log.
+            "output_dir", and `BESIDE`, so that the trainer keeps nothing but its log.
         findings: of `diagnose`; consequences of others are not tried by themselves.
         folder: a new one for the forks, for trial.json and for trial.html.
         run: the log of the run in which the problem was found.
@@ -126,7 +135,7 @@ def try_remedies(
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{str(folder)!r} is not empty: give a new folder for the trial.")
     folder.mkdir(parents=True, exist_ok=True)
-    forks = _Forks(make_trainer, folder, limits if limits is not None else Limits())
+    forks = _Forks(make_trainer, folder, limits if limits is not None else Limits(), run)
     most = logs if logs is not None else len(run.rows) if run is not None else None
     trials: list[Trial] = []
     for root in [one for one in roots(findings) if candidates(one)][:causes]:
@@ -154,7 +163,7 @@ def _tried(root: Explained, forks: _Forks, run: RunLog | None, run_dir: Path | N
         before = len([row for row in without.log.rows if row["step"] <= start])
         count = len(without.log.rows) - before
         metric = _metric(finding, without.log)
-        if without.seen_at is None:
+        if finding.name not in {one.name for one in diagnose(without.log, forks.limits)}:
             seen = _after(without.log, metric, start)
             said = Trial(
                 finding=finding.name,
@@ -193,22 +202,26 @@ def _tried(root: Explained, forks: _Forks, run: RunLog | None, run_dir: Path | N
 
 
 def judged(name: str, without: RunLog, with_: RunLog, died: str, limits: Limits) -> tuple[str, list[str]]:
-    """The verdict on a remedy for the finding `name`, and the problems that came with it."""
-    known = {finding.name for finding in diagnose(without, limits)}
+    """The verdict on a remedy for the finding `name`, and the problems that came with it.
+
+    What followed from the finding must go with it: a setting that is usual again is no cure of what it was blamed for.
+    """
+    before = diagnose(without, limits)
+    known = {finding.name for finding in before}
+    to_go = {name, *(one.finding.name for top in roots(before) if top.finding.name == name for one in top)}
     found = diagnose(with_, limits)
     new = [finding.name for finding in found if finding.severity == "problem" and finding.name not in known]
     if died or new:
         return "worse", new
-    return ("not cured" if name in {finding.name for finding in found} else "cured"), []
+    return ("not cured" if to_go & {finding.name for finding in found} else "cured"), []
 
 
 def first_sign(log: RunLog, name: str, limits: Limits | None = None) -> int | None:
     """The optimizer step at which a finding could first be told from the log; None where it cannot."""
-    for count in range(1, len(log.rows) + 1):
-        step = log.rows[count - 1]["step"]
-        so_far = replace(log, rows=log.rows[:count], evals=[row for row in log.evals if row["step"] <= step])
-        if name in {finding.name for finding in diagnose(so_far, limits)}:
-            return int(step)
+    for step in sorted({int(row["step"]) for row in (*log.rows, *log.evals)}):
+        rows, evals = ([row for row in every if row["step"] <= step] for every in (log.rows, log.evals))
+        if name in {finding.name for finding in diagnose(replace(log, rows=rows, evals=evals), limits)}:
+            return step
     return None
 
 
@@ -238,38 +251,45 @@ def _after(log: RunLog, name: str, step: int) -> Series:
 class _Forks:
     """Makes forks, those without a remedy once for each place."""
 
-    def __init__(self, make_trainer: MakeTrainer, folder: Path, limits: Limits) -> None:
+    def __init__(self, make_trainer: MakeTrainer, folder: Path, limits: Limits, run: RunLog | None) -> None:
         self.make_trainer, self.folder, self.limits = make_trainer, folder, limits
+        self._evaluated = run is not None and run.kind in EVALUATED and bool(run.evals)
+        self._beside = BESIDE if self._evaluated else BESIDE | {"eval_strategy": "no"}
+        config = run.config if run is not None else {}
+        self._of_model = {known: config[known] for known in OF_MODEL if known in config}
         self._without: dict[tuple[str, Path | None], Fork] = {}
         self._made = 0
 
     def without(self, name: str, checkpoint: Path | None, most: int | None) -> Fork:
         """As the run was, until `name` is found and half as long again, at most `most` logs."""
         if (name, checkpoint) not in self._without:
-            self._without[name, checkpoint] = self._run({}, checkpoint, _Watch(self.limits, name, most))
+            self._without[name, checkpoint] = self._run({}, checkpoint, name, most)
         return self._without[name, checkpoint]
 
     def with_(self, changes: Mapping[str, Any], checkpoint: Path | None, logs: int) -> Fork:
         """With `changes`, for as many `logs` in all."""
-        return self._run(dict(changes), checkpoint, _Watch(self.limits, None, logs))
+        return self._run(dict(changes), checkpoint, None, logs)
 
-    def _run(self, changes: dict[str, Any], checkpoint: Path | None, watch: _Watch) -> Fork:
+    def _run(self, changes: dict[str, Any], checkpoint: Path | None, name: str | None, most: int | None) -> Fork:
         self._made += 1
+        watch = _Watch(self.limits, name, most, {**self._of_model, **changes})
         output_dir = str(self.folder / f"{self._made}-{'with' if changes else 'without'}")
         died = ""
         with _apart():
             try:
-                trainer = self.make_trainer({**BESIDE, **changes, "output_dir": output_dir})
+                trainer = self.make_trainer({**self._beside, **changes, "output_dir": output_dir})
                 _quieten(trainer)
-                trainer.add_callback(watch.callback(changes))
+                trainer.add_callback(watch.callback())
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+                if self._evaluated and trainer.state.global_step not in {row["step"] for row in watch.log.evals}:
+                    trainer.evaluate()
             except (ValueError, RuntimeError) as error:
                 if not watch.began:
                     raise  # it is not the training that failed
                 died = f"{type(error).__name__}: {error!s:.200}"
         trainer = None
         gc.collect()
-        return Fork(watch.log, died, watch.seen_at)
+        return Fork(watch.log, died)
 
 
 class _Watch:
@@ -278,10 +298,11 @@ class _Watch:
     Args:
         name: the finding to wait for; None: only `most` counts.
         most: logs after which it ends; None: any.
+        config: settings that the trainer's own do not have, or that were changed.
     """
 
-    def __init__(self, limits: Limits, name: str | None, most: int | None) -> None:
-        self.limits, self.name, self.most = limits, name, most
+    def __init__(self, limits: Limits, name: str | None, most: int | None, config: Mapping[str, Any]) -> None:
+        self.limits, self.name, self.most, self.config = limits, name, most, config
         self.log, self.began, self._begin = RunLog("other", []), False, 0
         self.seen_at: int | None = None
 
@@ -294,10 +315,10 @@ class _Watch:
             self.seen_at = count
         ends = [] if self.most is None else [self.most]
         if self.seen_at is not None:
-            ends.append(self._begin + math.ceil(1.5 * (self.seen_at - self._begin)))
+            ends.append(self._begin + max(LEAST, math.ceil(1.5 * (self.seen_at - self._begin))))
         return bool(ends) and count >= min(ends)
 
-    def callback(self, changes: Mapping[str, Any]) -> Any:
+    def callback(self) -> Any:
         """It as a TrainerCallback, which also carries a changed learning rate into a schedule that was resumed."""
         from transformers import TrainerCallback  # imports torch, for which nobody waits who only asks the doctor
 
@@ -305,14 +326,14 @@ class _Watch:
 
         class Watching(TrainerCallback):
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                watch.began, config = True, args.to_dict()
-                config["rollout_batch_size"] = getattr(args, "rollout_batch_size", None)
-                self.config = config
+                watch.began = True
+                size = {"rollout_batch_size": getattr(args, "rollout_batch_size", None)}
+                self.config = {**args.to_dict(), **size, **watch.config}
                 watch._begin = len(RunLog.of(state.log_history).rows)
                 schedule = getattr(kwargs.get("lr_scheduler"), "scheduler", kwargs.get("lr_scheduler"))
-                if state.global_step and "learning_rate" in changes and schedule is not None:
+                if state.global_step and "learning_rate" in watch.config and schedule is not None:
                     was = schedule.base_lrs[0]
-                    scale_learning_rate(kwargs["optimizer"], schedule, changes["learning_rate"] / was)
+                    scale_learning_rate(kwargs["optimizer"], schedule, watch.config["learning_rate"] / was)
 
             def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if watch.read(RunLog.of(state.log_history, self.config)):

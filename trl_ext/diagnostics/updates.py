@@ -255,9 +255,11 @@ def value_not_learning(log: RunLog, limits: Limits) -> Finding | None:
         return None
     if not log.series("value_loss") or explained.recent() > limits.explained_variance:
         return None
+    why = _why_values_do_not_learn(log, limits)
+    known = "suspects" not in why  # a symptom whose cause nobody knows is worth a look, and no more
     return Finding(
         name="value_not_learning",
-        severity="problem" if max(explained.values[-4:]) < limits.explained_nothing else "warning",
+        severity="problem" if known and max(explained.values[-4:]) < limits.explained_nothing else "warning",
         title="The value role does not learn",
         steps=log.steps,
         evidence=(
@@ -265,7 +267,7 @@ def value_not_learning(log: RunLog, limits: Limits) -> Finding | None:
             f"{explained.start():.0%} at the start."
         ),
         figures={"explained_variance": explained.recent()},
-        **_why_values_do_not_learn(log, limits),
+        **why,
     )
 
 

@@ -12,7 +12,6 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 from accelerate import PartialState
-from accelerate.utils import set_seed
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -73,7 +72,6 @@ def unfinished(members: Sequence[_Args]) -> Iterator[_Args]:
                 own.resume_from_checkpoint = last_checkpoint(folder)
             if own.process_index == 0:
                 print(f"Reward model {i + 1} of {len(members)}, seed {own.seed}, into {folder}", flush=True)
-            set_seed(own.seed)
         yield own
 
 

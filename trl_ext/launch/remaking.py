@@ -14,47 +14,59 @@ from typing import Any
 
 import yaml
 
+from trl_ext.launch.precedence import settled
 from trl_ext.launch.settings import parse
 
 PACKAGE = Path(__file__).parents[1]
-# What belongs to the run itself, and what would contradict that nothing is saved and evaluated.
-OWN = (
-    "resume_from_checkpoint",
-    "eval_steps",
-    "save_steps",
-    "eval_on_start",
-    "load_best_model_at_end",
-    "log_completions",
-)
+# What belongs to the run itself, and what would contradict that nothing is saved, or evaluated.
+OWN = ("resume_from_checkpoint", "save_steps", "load_best_model_at_end", "log_completions")
+EVALUATIONS = ("eval_steps", "eval_on_start")
 
 
 def trainer_maker(run_dir: str | Path) -> Callable[[dict[str, Any]], Any]:
     """Makes the trainer of the run in `run_dir` with some settings changed, as `diagnostics.try_remedies` asks for it.
 
+    A recipe that trains one thing makes it from its settings. One that trains several, the loop, wrote into run.json
+    which "stage" this is: it is given the run's folder too, where the files of the stages before lie beside it.
+
     Raises:
-        ValueError: no recipe wrote the folder, or one that makes no trainer by itself.
+        ValueError: no recipe wrote the folder.
     """
-    path = Path(run_dir) / "run.json"
-    recipe = json.loads(path.read_text(encoding="utf-8")).get("recipe") if path.is_file() else None
-    script = recipe_file(recipe["name"]) if recipe else None
-    names = runpy.run_path(str(script)) if script is not None else {}
-    if recipe is None or "make_trainer" not in names:
+    run = Path(run_dir).resolve()
+    about = json.loads((run / "run.json").read_text(encoding="utf-8")) if (run / "run.json").is_file() else {}
+    recipe = about.get("recipe")
+    if recipe is None:
         raise ValueError(
-            f"{str(run_dir)!r} was not written by the recipe ppo_lora, so its trainer cannot be made anew: call "
+            f"{str(run_dir)!r} was not written by one of the recipes, so its trainer cannot be made anew: call "
             "trl_ext.diagnostics.try_remedies(make_trainer, findings) with a function that makes it."
         )
+    script, stage = recipe_file(recipe["name"]), recipe.get("stage")
+    names = runpy.run_path(str(script))
+    # Of an ensemble each member has its own, of a loop each round.
+    seeds = {name: value for name in ("seed", "data_seed") if (value := about["settings"].get(name)) is not None}
 
     def make_trainer(changes: dict[str, Any]) -> Any:
         changes = {name: str(Path(v).resolve()) if name == "output_dir" else v for name, v in changes.items()}
-        settings = {name: value for name, value in recipe["settings"].items() if name not in OWN} | changes
+        settings = recipe["settings"] | seeds
+        if stage in settings:  # whose settings lie together under its name
+            changes = {stage: changed(settings[stage], changes), "output_dir": changes["output_dir"]}
+        settings = changed(settings, changes)
         with tempfile.TemporaryDirectory() as folder, _called_in(recipe["folder"]):
             file = Path(folder) / "settings.yaml"
             file.write_text(yaml.safe_dump(settings | {"disable_tqdm": True}), encoding="utf-8")
             with _arguments([str(script), "--config", str(file)]):
                 parsed = parse(str(script), *names["TYPES"])
-            return names["make_trainer"](*parsed)
+            return names["make_trainer"](*parsed, *([run] if stage is not None else []))
 
     return make_trainer
+
+
+def changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings with `changes` laid over them, without what goes with neither: what was the run's alone, and
+    other names of what is changed."""
+    left_out = (*OWN, *(EVALUATIONS if changes.get("eval_strategy") == "no" else ()))
+    kept = {name: value for name, value in settings.items() if name not in left_out}
+    return settled([("The remedy", changes), ("The run", kept)])
 
 
 def recipe_file(name: str) -> Path:

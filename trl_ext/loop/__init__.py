@@ -6,6 +6,7 @@ from trl_ext.loop.picking import NothingNew
 from trl_ext.loop.raters import RaterError, Waiting
 from trl_ext.loop.rounds import Round
 from trl_ext.loop.settings import LoopArguments
+from trl_ext.loop.stages import trainer_of
 
 __all__ = [
     "Circle",
@@ -17,4 +18,5 @@ __all__ = [
     "Waiting",
     "run",
     "show",
+    "trainer_of",
 ]

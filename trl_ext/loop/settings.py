@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainingArguments
 from trl import ModelConfig
@@ -133,14 +133,28 @@ def reward_config(script: LoopArguments, args: PPOConfig, folder: Path, seed: in
     known = FeedbackRewardConfig.__dataclass_fields__
     if unknown := sorted(given.keys() - known.keys()):
         raise ValueError(f"reward has the setting {unknown[0]!r}, which FeedbackRewardConfig does not have.")
-    return FeedbackRewardConfig(**{**given, "output_dir": str(folder), "seed": seed})
+    config: Any = FeedbackRewardConfig(**{**given, "output_dir": str(folder), "seed": seed})
+    config.recipe = _recipe(args, "reward", reward=script.reward or {})
+    return cast(FeedbackRewardConfig, config)
 
 
 def ppo_config(args: PPOConfig, folder: Path, seed: int) -> PPOConfig:
     """PPO's settings for one round."""
-    own = copy.copy(args)
-    own.output_dir, own.seed = str(folder), seed
-    return own
+    own: Any = copy.copy(args)
+    own.output_dir, own.seed, own.recipe = str(folder), seed, _recipe(args, "ppo")
+    return cast(PPOConfig, own)
+
+
+def _recipe(args: PPOConfig, stage: str, **settings: Any) -> dict[str, Any] | None:
+    """What run.json says of the recipe, by which `trl-ext doctor --try` makes the stage's trainer anew; None where no
+    recipe was called.
+
+    Args:
+        stage: "reward", whose settings lie under that name, or "ppo".
+        settings: in the form in which changes can be laid over them.
+    """
+    recipe = getattr(args, "recipe", None)
+    return None if recipe is None else {**recipe, "settings": {**recipe["settings"], **settings}, "stage": stage}
 
 
 def record(

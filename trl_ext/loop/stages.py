@@ -25,10 +25,10 @@ from trl_ext.launch.resuming import last_checkpoint
 from trl_ext.loop import overview
 from trl_ext.loop.picking import chosen, known_of
 from trl_ext.loop.raters import compare_on_page, rate_by_numbers, rate_on_page, wait_for_file
-from trl_ext.loop.rounds import Round, unfinished
+from trl_ext.loop.rounds import UNFINISHED, Round, unfinished
 from trl_ext.loop.settings import ppo_config, reward_config
-from trl_ext.ppo import PPOTrainer
-from trl_ext.reward_models import FeedbackRewardTrainer
+from trl_ext.ppo import PPOConfig, PPOTrainer
+from trl_ext.reward_models import FeedbackRewardConfig, FeedbackRewardTrainer
 from trl_ext.rewards import Scorer, name_of
 
 if TYPE_CHECKING:
@@ -94,10 +94,9 @@ def train_reward(circle: Circle, round_: Round) -> None:
         for advice in feedback.check(judged).advice:
             print(f"Feedback so far: {advice}", flush=True)
     folders = [draft / folder.relative_to(round_.reward) for folder in circle.rewards(round_)]
-    last = circle.rewards(round_.before) if script.reward_from == "last" else []
     for i, folder in enumerate(folders):
         if not (folder / TRAINER_STATE_NAME).is_file():
-            _train_one(circle, rows, folder, circle.seed(round_.number) + 100 * i, last[i] if last else None)
+            _train_one(circle, round_, rows, folder, i)
     new = feedback.read(str(round_.feedback))
     accuracy = {
         "before": _accuracy(circle, new, circle.rewards(round_.before)),
@@ -111,22 +110,13 @@ def train_policy(circle: Circle, round_: Round) -> None:
     """ppo/: policy and value role, trained further from the round before."""
     if round_.ppo.is_dir():
         return
-    draft, script, before = unfinished(round_.ppo), circle.script, round_.before
-    args = ppo_config(circle.args, draft, circle.seed(round_.number))
-    roles: dict[str, Any] = {"value": script.value, "reward": circle.rewards(round_)}
-    if before.number:
-        roles |= {"policy": before.ppo, "value": before.ppo / "value", "reference": _reference(circle, before)}
-    set_seed(args.seed)  # new adapters and heads are drawn
-    base = circle.shared_base(trust_remote_code=args.trust_remote_code, **roles)
-    rows, held_out = (Dataset.from_list([dict(row) for row in part]) for part in (circle.train, circle.test))
-    trainer = PPOTrainer(
-        base, None, args, rows, held_out, processing_class=circle.tokenizer, callbacks=[DiagnosticsCallback()]
-    )
+    draft = unfinished(round_.ppo)
+    trainer = _policy_trainer(circle, round_, ppo_config(circle.args, draft, circle.seed(round_.number)))
     launch.show_progress(trainer)
     trainer.train(resume_from_checkpoint=last_checkpoint(draft))
     trainer.save_model()
     trainer.save_state()
-    del trainer, base
+    del trainer
     launch.free_memory()
     _move(draft, round_.ppo)
 
@@ -199,21 +189,56 @@ def _spent(circle: Circle, round_: Round) -> int:
 # Training ------------------------------------------------------------------------------------------------------------
 
 
-def _train_one(circle: Circle, rows: Dataset, folder: Path, seed: int, start: Path | None) -> None:
-    args = reward_config(circle.script, circle.args, folder, seed)
-    model_args = replace(circle.model_args, lora_task_type="SEQ_CLS")
-    set_seed(seed)  # LoRA and head are drawn before the trainer sets it
-    given = launch.model_for_trl(model_args, args)
-    if start is not None:
-        given |= {"model": str(start), "peft_config": None}
-    trainer = FeedbackRewardTrainer(args=args, train_dataset=rows, callbacks=[DiagnosticsCallback()], **given)
+def _train_one(circle: Circle, round_: Round, rows: Dataset, folder: Path, member: int) -> None:
+    args = reward_config(circle.script, circle.args, folder, circle.seed(round_.number) + 100 * member)
+    trainer = _reward_trainer(circle, round_, args, rows, member)
     launch.show_progress(trainer)
-    launch.match_precision(trainer, model_args)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     trainer.save_model()
     trainer.save_state()  # last: by it the model counts as whole
     del trainer
     launch.free_memory()
+
+
+def trainer_of(circle: Circle, run: Path) -> FeedbackRewardTrainer | PPOTrainer:
+    """The trainer of a stage made anew, from the files of the stages before it, which are only read.
+
+    Args:
+        circle: its args are the trainer's: output_dir, seed and whatever was changed are those of the new training.
+        run: the stage's folder: round_N/ppo, round_N/reward, or round_N/reward/I of an ensemble; finished or not.
+    """
+    stage, member = (run.parent, int(run.name)) if run.name.isdecimal() else (run, 0)
+    round_ = Round(stage.parents[1], int(stage.parent.name.rpartition("_")[2]))
+    args, there = circle.args, replace(circle, args=ppo_config(circle.args, round_.out, circle.args.seed))
+    if stage.name.removesuffix(UNFINISHED) == round_.ppo.name:
+        return _policy_trainer(there, round_, args)
+    own = reward_config(circle.script, args, circle.out, args.seed)
+    return _reward_trainer(there, round_, own, CONVERTERS[own.objective](_read(there, round_)), member)
+
+
+def _reward_trainer(
+    circle: Circle, round_: Round, args: FeedbackRewardConfig, rows: Dataset, member: int
+) -> FeedbackRewardTrainer:
+    given = launch.model_for_trl(replace(circle.model_args, lora_task_type="SEQ_CLS"), args)
+    if circle.script.reward_from == "last" and round_.before.number:
+        given |= {"model": str(circle.rewards(round_.before)[member]), "peft_config": None}
+    set_seed(args.seed)  # LoRA and head are drawn before the trainer sets it
+    trainer = FeedbackRewardTrainer(args=args, train_dataset=rows, callbacks=[DiagnosticsCallback()], **given)
+    launch.match_precision(trainer, circle.model_args)
+    return trainer
+
+
+def _policy_trainer(circle: Circle, round_: Round, args: PPOConfig) -> PPOTrainer:
+    before = round_.before
+    roles: dict[str, Any] = {"value": circle.script.value, "reward": circle.rewards(round_)}
+    if before.number:
+        roles |= {"policy": before.ppo, "value": before.ppo / "value", "reference": _reference(circle, before)}
+    set_seed(args.seed)  # new adapters and heads are drawn
+    base = circle.shared_base(trust_remote_code=args.trust_remote_code, **roles)
+    rows, held_out = (Dataset.from_list([dict(row) for row in part]) for part in (circle.train, circle.test))
+    return PPOTrainer(
+        base, None, args, rows, held_out, processing_class=circle.tokenizer, callbacks=[DiagnosticsCallback()]
+    )
 
 
 def _accuracy(circle: Circle, new: feedback.Feedback, folders: Sequence[Path]) -> float | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,8 @@ def summarize(experience: Experience, args: PPOConfig, names: list[str]) -> dict
 
     Each `objective/` number is a mean over completions, over the scored ones where scores enter: `kl` (k1, summed
     over tokens, nats), `entropy` (-log-prob, summed over tokens, nats), `scores`, `non_score_reward`, `rlhf_reward`;
-    `kl_std` and `scores_std` are standard deviations over completions. `score_spread`, with several reward roles, is
-    how far these disagree about a completion.
+    `kl_std` and `scores_std` are standard deviations over completions; `scores_alike` is the share with the most common
+    score; `score_spread`, with several reward roles, is how far these disagree about a completion.
 
     Args:
         names: the reward functions' names, or those of several reward roles, one a column of `scores.by_function`.
@@ -41,6 +43,7 @@ def summarize(experience: Experience, args: PPOConfig, names: list[str]) -> dict
         "objective/rlhf_reward": score + non_score,
         "objective/scores": score,
         "objective/scores_std": final[scored].std(unbiased=False) if bool(scored.any()) else 0.0,
+        "objective/scores_alike": alike(total[scored]),
         "objective/kl_coef": args.kl_coef,
         "objective/unscored": (~scored).float().sum(),
         "val/num_eos_tokens": rollout.has_eos.float().sum(),
@@ -57,6 +60,8 @@ def summarize(experience: Experience, args: PPOConfig, names: list[str]) -> dict
         "prompts/max_length": prompt_lengths.max(),
         "prompts/at_max_length": (prompt_lengths == prompt_lengths.max()).float().mean(),
         "prompts/distinct": distinct(rollout.prompts),
+        "prompts/empty": sum(not as_text(prompt).strip() for prompt in rollout.prompts) / len(rollout.prompts),
+        "prompts/hold_completion": held(rollout),
     }
     for i, name in enumerate(names):
         column = experience.scores.by_function[:, i]
@@ -160,3 +165,18 @@ def repetition(rollout: Rollout) -> float:
 def distinct(items: list[object]) -> float:
     """Different prompts, or completions, over all of them; 1 where none occurs twice."""
     return len({as_text(item) for item in items}) / max(len(items), 1)
+
+
+def held(rollout: Rollout) -> float:
+    """Share of the completions that stand word for word in their prompt."""
+    pairs = [
+        (as_text(prompt), as_text(said).strip())
+        for prompt, said in zip(rollout.prompts, rollout.completions, strict=True)
+    ]
+    return sum(bool(said) and said in prompt for prompt, said in pairs) / max(len(pairs), 1)
+
+
+def alike(scores: Tensor) -> float:
+    """The share of the most common score, to six digits; 0 where there is none."""
+    counts = Counter(f"{score:.6g}" for score in scores.tolist())
+    return max(counts.values(), default=0) / max(len(scores), 1)

@@ -1,0 +1,293 @@
+"""What the doctor says of a log, whether that is the true cause, and the table of it all. Pure functions; no run."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import yaml
+
+from trl_ext.diagnostics import Explained, Finding, RunLog, diagnose, roots
+
+Result = dict[str, Any]
+Root = dict[str, Any]
+Truth = dict[str, list[str]]
+Curve = list[tuple[float, float]]
+
+HARM = 0.10  # of the exam, below the healthy run of the same seed
+FALL = 10.0  # points of 100 that the yardstick falls behind the healthy run's
+WINDOW = 192  # episodes that a yardstick is averaged over: three rollouts of the healthy run
+LOOKS = 100  # at a log as it was on the way
+LORA_WORDS = {"r": ("rank", "lora_rank")}  # what a text calls a field whose name is too short to look for
+HEALTHY_RUN = "healthy:ppo:the recipe"
+
+# What the doctor says ------------------------------------------------------------------------------------------------
+
+
+def judge(log: RunLog) -> Result:
+    """The doctor's verdict on a log.
+
+    Returns:
+        "roots": at the end, in the doctor's order. "first_seen": of every finding that was made on the way, the step
+        and the episode. "yardstick": (episode, mean rating, 1 to 5) of each rollout. "rollouts": how many were logged.
+    """
+    seen: dict[str, dict[str, float]] = {}
+    points = sorted({row["step"] for row in [*log.rows, *log.evals]})
+    every = max(math.ceil(len(points) / LOOKS), 1)
+    for step in sorted(points[::-every]):  # the last among them
+        so_far = until(log, step)
+        episode = max((row.get("episode", 0.0) for row in so_far.rows), default=0.0)
+        for finding in diagnose(so_far):
+            seen.setdefault(finding.name, {"step": step, "episode": episode})
+    yardstick = [
+        (row["episode"], row[name])
+        for row in log.rows
+        for name in row
+        if name.startswith("yardstick/") and "episode" in row
+    ]
+    found = [as_plain(top) for top in roots(diagnose(log))]
+    return {"roots": found, "first_seen": seen, "yardstick": yardstick, "rollouts": len(log.rows)}
+
+
+def until(log: RunLog, step: int) -> RunLog:
+    """The log as it was at a step."""
+    return replace(
+        log,
+        rows=[row for row in log.rows if row["step"] <= step],
+        evals=[row for row in log.evals if row["step"] <= step],
+        samples=[sample for sample in log.samples if sample.step <= step],
+    )
+
+
+def as_plain(top: Explained) -> Root:
+    """A root and the names of what follows from it. "severity" is the worst of these, "own" that of the root itself."""
+    finding: Finding = top.finding
+    return {
+        "name": finding.name,
+        "severity": top.severity,
+        "own": finding.severity,
+        "title": finding.title,
+        "evidence": finding.evidence,
+        "cause": finding.cause,
+        "changes": finding.remedy.changes,
+        "suspects": [{"says": f"{s.cause}: {s.experiment}", "changes": s.changes} for s in finding.suspects],
+        "follows": [one.finding.name for one in top][1:],
+    }
+
+
+# Whether that is true ------------------------------------------------------------------------------------------------
+
+
+def read_truth(path: Path | None = None) -> tuple[Truth, Truth]:
+    """The findings that are true of each group, and the words by which a refusal names a group or a kind of group."""
+    content = yaml.safe_load((path or Path(__file__).with_name("truth.yaml")).read_text(encoding="utf-8"))
+    return content["findings"], content["refusals"]
+
+
+def is_true(root: Root, mistakes: Sequence[tuple[str, dict[str, Any]]], truth: Truth) -> bool:
+    """Whether a root is the true cause: of several mistakes in a run, of one of them.
+
+    Of a setting it is also true where what it would change, or what it says, names the setting. A change that goes
+    further in the direction of the mistake is none.
+    """
+    return any(
+        root["name"] in truth[group] or any(_names(root, name, value) for name, value in _mistaken(group, mistake))
+        for group, mistake in mistakes
+    )
+
+
+def _mistaken(group: str, mistake: dict[str, Any]) -> list[tuple[str, tuple[str, Any]]]:
+    """The fields that are mistaken: (name, (direction, value)). What only makes room for another one is none."""
+    if not {"settings", "lora"} & set(mistake):
+        return []
+    setting, direction = group.split(":")
+    fields = mistake.get("settings", {}) | mistake.get("lora", {})
+    if setting != "objective":
+        fields = {name: value for name, value in fields.items() if name != "objective"}
+    return [(name, (direction, value)) for name, value in fields.items()]
+
+
+def _names(root: Root, name: str, mistaken: tuple[str, Any]) -> bool:
+    direction, value = mistaken
+    for changes in (root["changes"], *(suspect["changes"] for suspect in root["suspects"])):
+        if name in changes and not _further(direction, value, changes[name]):
+            return True
+    said = " ".join([root["title"], root["evidence"], *(suspect["says"] for suspect in root["suspects"])])
+    return _in_words(LORA_WORDS.get(name, (name,)), said)
+
+
+def _further(direction: str, mistaken: Any, proposed: Any) -> bool:
+    """Whether a change makes the mistake larger."""
+    if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (mistaken, proposed)):
+        return False
+    return (direction == "low" and proposed <= mistaken) or (direction == "high" and proposed >= mistaken)
+
+
+def _in_words(words: Iterable[str], text: str) -> bool:
+    return any(re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) for word in words)
+
+
+def is_named_in_refusal(result: Result, refusals: Truth) -> bool:
+    """Whether a run never began, and the sentence says why: it names the setting, or what truth.yaml lists."""
+    if not result["refused"]:
+        return False
+    for group, mistake in result["mistakes"]:
+        fields = [name for name, _ in _mistaken(group, mistake)]
+        inner = mistake.get("settings", {}).get("generation_kwargs", {})
+        words = [*fields, *inner, *refusals.get(group, []), *refusals.get(group.split(":")[0], [])]
+        if _in_words(words, result["died"]):
+            return True
+    return False
+
+
+def is_named(result: Result, truth: Truth, refusals: Truth, among: int = 2) -> bool:
+    """Whether the true cause is among the doctor's first roots, or the refusal says it."""
+    first = result["roots"][:among]
+    return any(is_true(root, result["mistakes"], truth) for root in first) or is_named_in_refusal(result, refusals)
+
+
+def begins_falsely(result: Result, truth: Truth) -> bool:
+    """Whether the doctor's first root is a problem that is not the true cause."""
+    first = result["roots"][:1]
+    return any(root["severity"] == "problem" and not is_true(root, result["mistakes"], truth) for root in first)
+
+
+# When ----------------------------------------------------------------------------------------------------------------
+
+
+def smooth(curve: Sequence[Sequence[float]], window: float = WINDOW) -> Curve:
+    """At each episode the mean over the `window` episodes before, of 100 points: the rating of 1 to 5, stretched."""
+    return [
+        (at, fmean((rating - 1) * 25 for episode, rating in curve if at - window < episode <= at)) for at, _ in curve
+    ]
+
+
+def fall(curve: Sequence[Sequence[float]], healthy: Sequence[Sequence[float]], points: float = FALL) -> float | None:
+    """The episode from which on a yardstick stays so many points below that of a healthy run; None where it does not.
+
+    Both are compared at the same episode, which for rollouts of one size is the same rollout.
+    """
+    mine, other = smooth(curve), smooth(healthy)
+    since = None
+    for at, value in mine:
+        level = [rating for episode, rating in other if episode <= at] or [other[0][1]]
+        if level[-1] - value < points:
+            since = None
+        elif since is None:
+            since = at
+    return since
+
+
+def lead(result: Result, healthy: Result, truth: Truth) -> float | None:
+    """When a true finding was first made, over when the yardstick fell: below 1 the doctor was first. None where there
+    was no fall to be seen, or no true finding."""
+    if result["refused"] or not result["yardstick"] or not healthy["yardstick"]:
+        return None
+    fell = fall(result["yardstick"], healthy["yardstick"])
+    true = {root["name"] for root in result["roots"] if is_true(root, result["mistakes"], truth)}
+    true |= {name for group, _ in result["mistakes"] for name in truth[group]}
+    seen = [place["episode"] for name, place in result["first_seen"].items() if name in true]
+    return min(seen) / fell if fell and seen else None
+
+
+# The table -----------------------------------------------------------------------------------------------------------
+
+
+def table(results: Sequence[Result], healthy: Sequence[Result], truth: Truth, refusals: Truth) -> str:
+    """What was measured, as Markdown.
+
+    Args:
+        results: runs with mistakes.
+        healthy: runs without, among them the recipe at each seed of `results`.
+
+    Raises:
+        ValueError: the recipe has not been run at a seed.
+    """
+    recipe = {run["seed"]: run for run in healthy if run["id"] == HEALTHY_RUN}
+    missing = sorted({run["seed"] for run in results} - set(recipe))
+    if missing:
+        raise ValueError(
+            f"The healthy recipe has not been run at seed {missing[0]}: what a mistake costs is not known."
+        )
+    harmful = [run for run in results if recipe[run["seed"]]["exam"] - run["exam"] >= HARM - 1e-9]
+    harmless = [run for run in results if run not in harmful]
+    named = [run for run in harmful if is_named(run, truth, refusals)]
+    false = [run for run in harmful if begins_falsely(run, truth)]
+    leads = [ratio for run in harmful if (ratio := lead(run, recipe[run["seed"]], truth)) is not None]
+    sections = [
+        _by_kind(results, harmful, named, false),
+        f"Of {len(harmful)} harmful runs (of {len(results)}) the true cause is among the first two roots in "
+        f"{len(named)} ({_share(named, harmful)}); the first root is a false cause in {len(false)} "
+        f"({_share(false, harmful)}).",
+        _lead_in_words(leads, harmful),
+        _listed("Misses", [run for run in harmful if run not in named], recipe),
+        _listed("False first roots in harmful runs", false, recipe),
+        _listed("False problems in harmless runs", [run for run in harmless if begins_falsely(run, truth)], recipe),
+        _confusion(harmful),
+        _of_healthy(healthy),
+    ]
+    return "\n\n".join(sections)
+
+
+def _by_kind(results: Sequence[Result], *parts: Sequence[Result]) -> str:
+    lines = ["| kind of mistake | runs | harmful | true cause among the first two | false first root |"]
+    lines.append("|---|---|---|---|---|")
+    for kind in dict.fromkeys(run["kind"] for run in results):
+        counts = [sum(run["kind"] == kind for run in part) for part in (results, *parts)]
+        lines.append(f"| {kind} | {' | '.join(map(str, counts))} |")
+    return "\n".join(lines)
+
+
+def _share(part: Sequence[Any], whole: Sequence[Any]) -> str:
+    return f"{len(part) / len(whole):.0%}" if whole else "none"
+
+
+def _lead_in_words(leads: Sequence[float], harmful: Sequence[Result]) -> str:
+    if not leads:
+        return "Lead: no harmful run has both a true finding and a fall of the yardstick."
+    ahead = sum(ratio < 1 for ratio in leads)
+    return (
+        f"Lead: in {len(leads)} of {len(harmful)} harmful runs a true finding and the yardstick's fall were both seen; "
+        f"the finding came first in {ahead}. Median of its rollout over the fall's: {median(leads):.2f}."
+    )
+
+
+def _listed(title: str, runs: Sequence[Result], recipe: dict[int, Result]) -> str:
+    lines = [f"### {title}: {len(runs)}", ""] if runs else [f"### {title}: none"]
+    for run in sorted(runs, key=lambda run: (run["id"], run["seed"])):
+        names = [f"{root['name']} ({root['severity']})" for root in run["roots"]] or ["nothing"]
+        died = f"; died: {run['died']}" if run["died"] else ""
+        lines.append(
+            f"- {run['id']}, seed {run['seed']}: exam {run['exam']:.0%}, healthy {recipe[run['seed']]['exam']:.0%}; "
+            f"{', '.join(names)}{died}"
+        )
+    return "\n".join(lines)
+
+
+def _confusion(harmful: Sequence[Result]) -> str:
+    first: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for run in harmful:
+        said = run["roots"][0]["name"] if run["roots"] else "refused" if run["refused"] else "nothing"
+        first[" + ".join(group for group, _ in run["mistakes"])][said] += 1
+    lines = ["### First root by mistake, harmful runs", "", "| mistake | first root |", "|---|---|"]
+    for group in sorted(first):
+        lines.append(f"| {group} | {', '.join(f'{name} {n}' for name, n in first[group].most_common())} |")
+    return "\n".join(lines)
+
+
+def _of_healthy(healthy: Sequence[Result]) -> str:
+    problems = [
+        f"- {run['id']}, seed {run['seed']}: exam {run['exam']:.0%}; {root['name']}: {root['evidence']}"
+        for run in healthy
+        for root in run["roots"]
+        if root["severity"] == "problem"
+    ]
+    died = [f"- {run['id']}, seed {run['seed']}: {run['died']}" for run in healthy if run["died"]]
+    runs = len({line.split(": exam")[0] for line in problems})
+    return "\n".join([f"### {len(healthy)} healthy runs: {runs} with a problem", "", *problems, *died]).rstrip()

@@ -1,0 +1,150 @@
+"""Settings far from the usual: suspected where they can be the cause, and only there."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.unit.test_diagnostics import CONFIG, HEALTHY, rows
+from trl_ext import PPOConfig
+from trl_ext.diagnostics import Limits, RunLog, diagnose, roots
+from trl_ext.diagnostics.pages import page
+from trl_ext.diagnostics.settings import FLIES, RANGES, STANDS, Range, doubts
+
+STILL = {**HEALTHY, "objective/scores": 0.1}
+RUN = {**CONFIG, "max_steps": 160, "num_ppo_epochs": 4, "num_mini_batches": 2, "lora_r": 16, "lora_alpha": 32}
+SIDES = [
+    pytest.param(one, end, id=f"{one.setting}-{end}")
+    for one in RANGES
+    for end in ("below", "above")
+    if getattr(one, end)
+]
+
+
+def beyond(one: Range, end: str) -> Any:
+    """A value of the setting that lies beyond an end of its range."""
+    far = one.low / 100 if end == "below" else 100 * max(one.high, 1e-6)
+    if one.setting == "lora_alpha":
+        return far * RUN["lora_r"]
+    return far * RUN["max_steps"] if one.value is not None else far
+
+
+def log_with(metrics: dict[str, Any], **settings: Any) -> RunLog:
+    return RunLog.of(rows(**metrics), {**RUN, **settings})
+
+
+def named(log: RunLog) -> list[str]:
+    """The settings that are suspected."""
+    found = [one for one in diagnose(log) if one.name == "unusual_settings"]
+    return [name.removeprefix("times_off/") for one in found for name in one.figures]
+
+
+@pytest.mark.parametrize(("one", "end"), SIDES)
+def test_each_is_suspected_where_it_can_be_the_cause(one: Range, end: str) -> None:
+    if one.setting == "gradient_accumulation_steps":
+        settings: dict[str, Any] = {"rollout_batch_size": 2}
+    else:
+        settings = {one.setting: beyond(one, end)}
+    side = getattr(one, end)
+    assert set(side.makes) <= {*STANDS, *FLIES} | {name for name in side.makes if page(name)}
+    (doubt,) = [doubt for doubt in doubts(log_with(STILL, **settings), Limits()) if doubt.setting == one.setting]
+    assert doubt.far > 1 and one.setting in doubt.text and doubt.side is side
+
+
+def test_a_setting_that_makes_what_is_found_is_its_cause() -> None:
+    (top, *others) = roots(diagnose(log_with(STILL, adam_epsilon=1.0)))
+    assert top.finding.name == "unusual_settings" and top.finding.remedy.changes == {"adam_epsilon": 1e-5}
+    assert "adam_epsilon is 1, and the usual is 0 to 0.0001" in top.finding.evidence
+    assert [one.finding.name for one in top][1:] == ["no_progress"] and not others
+    assert "denominator" in top.follows[0].because.mechanism and "Kingma" in top.follows[0].because.source
+
+
+def test_several_are_named_the_farthest_first() -> None:
+    found = named(log_with(STILL, adam_epsilon=1.0, weight_decay=0.2, lam=0.9))
+    assert found == ["adam_epsilon", "weight_decay"]
+
+
+def test_an_unusual_setting_that_works_is_none_of_the_doctor_s_business() -> None:
+    assert diagnose(log_with(HEALTHY, adam_epsilon=1.0)) == []
+
+
+def test_a_setting_is_not_blamed_for_what_something_else_explains() -> None:
+    noise = {**STILL, "evidence/noise/judge": 0.9}
+    assert [top.finding.name for top in roots(diagnose(log_with(noise, adam_epsilon=1.0)))] == ["score_not_repeatable"]
+    assert named(log_with({**HEALTHY, "completions/clipped_ratio": 0.9}, adam_epsilon=1.0)) == [], "it cuts nothing off"
+
+
+def test_a_setting_that_the_log_acquits_is_not_blamed() -> None:
+    assert named(log_with(STILL, max_ratio=1.001)) == ["max_ratio"]
+    assert named(log_with({**STILL, "policy/skipped_minibatches": 0.0}, max_ratio=1.001)) == []
+    assert named(log_with(STILL, max_grad_norm=1e-3)) == ["max_grad_norm"]
+    assert named(log_with({**STILL, "grad_norm": 1e-4}, max_grad_norm=1e-3)) == [], "none is as large"
+
+
+def test_a_setting_that_another_finding_names_is_named_once() -> None:
+    drowned = {"objective/kl": 0.001, "objective/kl_coef": 10.0, "objective/scores": 0.1}
+    log = log_with({**HEALTHY, **drowned}, kl_coef=10.0, reward_weights=[0.01])
+    assert named(log) == ["reward_weights"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "blamed"),
+    [
+        ({"reward_weights": [-1.0]}, True),
+        ({"reward_weights": [1.0]}, False),
+        ({"reward_clip_range": [-0.1, 0.1]}, True),  # a standard deviation is 1
+        ({"reward_clip_range": [2.0, 10.0], "score_normalization": "reference"}, True),
+        ({"reward_clip_range": [-3.0, 3.0]}, False),
+        ({"optim": "sgd"}, True),
+        ({"optim": "paged_adamw_8bit"}, False),
+        ({"whiten_advantages": False}, True),
+    ],
+)
+def test_choices_that_are_no_numbers(settings: dict[str, Any], blamed: bool) -> None:
+    assert named(log_with(STILL, **settings)) == (list(settings)[:1] if blamed else [])
+
+
+def test_what_is_proposed_is_a_setting_and_usual(tmp_path: Path) -> None:
+    known = {field.name for field in fields(PPOConfig)}
+    for one in RANGES:
+        assert one.setting in known or one.setting == "lora_alpha"
+        if one.instead is not None and one.value is None:
+            assert one.low <= one.instead <= one.high
+            objective = {"objective": "kl_penalty"} if one.setting.startswith("penalty") else {}
+            reference = {"score_normalization": "reference"} if one.setting == "normalization_samples" else {}
+            PPOConfig(str(tmp_path), use_cpu=True, **{**objective, **reference, one.setting: one.instead})
+
+
+def test_our_own_settings_are_usual(tmp_path: Path) -> None:
+    recipe = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "ppo_lora.yaml").read_text(encoding="utf-8"))
+    for given in ({}, {name: value for name, value in recipe.items() if name in {f.name for f in fields(PPOConfig)}}):
+        args = PPOConfig(**{**given, "output_dir": str(tmp_path), "use_cpu": True})
+        log = RunLog.of(rows(**STILL), {**args.to_dict(), "rollout_batch_size": args.rollout_batch_size})
+        assert doubts(log, Limits()) == []
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "diagnostics" / "unusual_settings.md"
+START, END = "<!-- ranges: begin -->", "<!-- ranges: end -->"
+
+
+def table() -> str:
+    """The ranges as the page shows them."""
+    lines = ["| setting | usual | below it | above it | source |", "|---|---|---|---|---|"]
+    for one in RANGES:
+        unit = f" {one.unit}" if one.unit else ""
+        usual = f"at least {one.low:g}" if one.high == float("inf") else f"{one.low:g} to {one.high:g}"
+        sides = [side.why if side is not None else "" for side in (one.below, one.above)]
+        lines.append(f"| `{one.setting}` | {usual}{unit} | {sides[0]} | {sides[1]} | {one.source} |")
+    return "\n".join(lines)
+
+
+def test_the_page_lists_the_ranges() -> None:
+    """`python -m tests.unit.test_unusual_settings` writes them."""
+    assert PAGE.read_text(encoding="utf-8").split(START)[1].split(END)[0].strip() == table()
+
+
+if __name__ == "__main__":
+    before, rest = PAGE.read_text(encoding="utf-8").split(START)
+    PAGE.write_text(f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}", encoding="utf-8")

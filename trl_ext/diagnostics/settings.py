@@ -1,0 +1,488 @@
+"""Settings far from where papers and recipes have them, and the problems that each can make.
+
+A setting is suspected only where a problem is found that it can make and that nothing else explains: on its own an
+unusual value is no mistake.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trl_ext.diagnostics.distributions import suggested_kl_coef
+from trl_ext.diagnostics.finding import Finding, Remedy
+from trl_ext.diagnostics.graph import roots
+from trl_ext.diagnostics.limits import Limits
+from trl_ext.diagnostics.log import RunLog
+from trl_ext.diagnostics.remedies import why_idle
+
+PPO_PAPER = "Schulman et al. 2017, arXiv:1707.06347"
+N_PLUS = "Huang et al. 2024, arXiv:2403.17031"
+ANDRYCHOWICZ = "Andrychowicz et al. 2021, arXiv:2006.05990"
+ADAM = "Kingma and Ba 2015, arXiv:1412.6980"
+LORA = "Hu et al. 2021, arXiv:2106.09685"
+GAE = "Schulman et al. 2016, arXiv:1506.02438"
+ZIEGLER = "Ziegler et al. 2019, arXiv:1909.08593"
+DUAL = "Ye et al. 2020, arXiv:1912.09729"
+
+# What a run shows whose steps are too small, or whose signal is lost; and one whose steps are too large.
+STANDS = ("steps_too_small", "no_progress", "value_not_learning", "kl_drowns_score")
+FLIES = (
+    *("clipping_saturated", "gradients_explode", "gradients_not_finite", "value_loss_explodes", "entropy_collapse"),
+    *("mode_collapse", "entropy_rises", "kl_runs_away", "over_optimisation", "truncation", "repetition_exploitation"),
+    *("negative_kl", "no_progress", "value_not_learning", "constant_scores"),
+)
+
+
+@dataclass(frozen=True)
+class Side:
+    """What lies beyond one end of a range.
+
+    Attributes:
+        why: what such a value does, a clause.
+        makes: findings that it can make.
+    """
+
+    why: str
+    makes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where papers and recipes have a setting.
+
+    Attributes:
+        setting: its name.
+        low, high: the range. Its ends are chosen, wide of what papers and recipes use.
+        instead: what to set it to.
+        source: where the setting is made or studied.
+        below, above: what a value outside does; None: nothing that is known.
+        value: it, from the log, where it is not the setting's own; NaN where it is unknown.
+        unit: what the range counts, where that is not the setting itself.
+    """
+
+    setting: str
+    low: float
+    high: float
+    instead: Any
+    source: str
+    below: Side | None = None
+    above: Side | None = None
+    value: Callable[[RunLog], float] | None = None
+    unit: str = ""
+
+    def now(self, log: RunLog) -> float:
+        """The value in a run; NaN where it is unknown or not a number."""
+        if self.value is not None:
+            return self.value(log)
+        found = log.setting(self.setting)
+        return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else math.nan
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """A setting of a run that is far from the usual.
+
+    Attributes:
+        setting: its name.
+        text: what it is and what is usual, a clause.
+        side: what that does.
+        instead: what to set it to.
+        source: where the setting is made or studied.
+        far: how far outside, as a factor of at least 1; infinite where that cannot be said.
+    """
+
+    setting: str
+    text: str
+    side: Side
+    instead: Any
+    source: str
+    far: float
+
+
+def _share_of_run(name: str, per: Callable[[RunLog], float]) -> Callable[[RunLog], float]:
+    """A setting that counts something, over how many of it the run has."""
+
+    def share(log: RunLog) -> float:
+        count = per(log)
+        return float(log.setting(name, 0.0)) / count if count > 0 else math.nan
+
+    return share
+
+
+def _steps(log: RunLog) -> float:
+    return float(log.setting("max_steps", 0.0))
+
+
+def _rollouts(log: RunLog) -> float:
+    return _steps(log) / (float(log.setting("num_ppo_epochs", 4)) * float(log.setting("num_mini_batches", 1)))
+
+
+def _completions_of_a_step(log: RunLog) -> float:
+    size, parts = log.setting("rollout_batch_size"), log.setting("num_mini_batches", 1)
+    return float(size) / float(parts) if size else math.nan
+
+
+def _prompts_of_a_rollout(log: RunLog) -> float:
+    size = log.setting("rollout_batch_size")
+    return float(size) / float(log.setting("num_generations", 1)) if size else math.nan
+
+
+def _lora_scaling(log: RunLog) -> float:
+    alpha, rank = log.setting("lora_alpha"), log.setting("lora_r")
+    return float(alpha) / float(rank) if alpha is not None and rank else math.nan
+
+
+RANGES: tuple[Range, ...] = (
+    Range(
+        "learning_rate",
+        1e-7,
+        3e-3,
+        3e-4,
+        LORA,
+        below=Side("steps of such a size move nothing", STANDS),
+        above=Side("each step overshoots", FLIES),
+    ),
+    Range(
+        "adam_epsilon",
+        0.0,
+        1e-4,
+        1e-5,
+        f"{ADAM}; {N_PLUS}",
+        above=Side("it outweighs the gradient's size in Adam's denominator, so steps shrink with the gradient", STANDS),
+    ),
+    Range(
+        "adam_beta1",
+        0.0,
+        0.95,
+        0.9,
+        ADAM,
+        above=Side("steps go on in the direction of rollouts long past", FLIES),
+    ),
+    Range(
+        "adam_beta2",
+        0.9,
+        0.9999,
+        0.999,
+        ADAM,
+        below=Side("steps are scaled by the latest gradients alone", FLIES),
+        above=Side("the first gradients set the scale of all steps", (*STANDS, *FLIES)),
+    ),
+    Range(
+        "weight_decay",
+        0.0,
+        0.1,
+        0.0,
+        "Loshchilov and Hutter 2019, arXiv:1711.05101",
+        above=Side("each step takes back a part of what was learned, towards adapters of 0", STANDS),
+    ),
+    Range(
+        "max_grad_norm",
+        0.05,
+        20.0,
+        1.0,
+        f"{ANDRYCHOWICZ}, section 3.3",
+        below=Side("every gradient is shrunk to it, down to Adam's epsilon", STANDS),
+        above=Side("no gradient is ever clipped", ("gradients_explode", "gradients_not_finite", "clipping_saturated")),
+    ),
+    Range(
+        "warmup_steps",
+        0.0,
+        0.3,
+        0,
+        "Goyal et al. 2017, arXiv:1706.02677, section 2.2",
+        above=Side("the learning rate hardly gets to its setting", STANDS),
+        value=_share_of_run("warmup_steps", _steps),
+        unit="of the run",
+    ),
+    Range(
+        "num_ppo_epochs",
+        1,
+        10,
+        4,
+        f"{PPO_PAPER}; {ANDRYCHOWICZ}, section 3.5",
+        above=Side("so many passes over one rollout move the policy far from where it sampled", FLIES),
+    ),
+    Range(
+        "gradient_accumulation_steps",
+        8,
+        math.inf,
+        16,
+        "McCandlish et al. 2018, arXiv:1812.06162",
+        below=Side(
+            "a step follows so few completions that chance decides where it goes", (*FLIES, "noise_drowns_signal")
+        ),
+        value=_completions_of_a_step,
+        unit="completions a step (times per_device_train_batch_size)",
+    ),
+    Range(
+        "num_generations",
+        8,
+        math.inf,
+        1,
+        "McCandlish et al. 2018, arXiv:1812.06162",
+        below=Side("so few prompts decide where a rollout's steps go", (*STANDS, *FLIES, "noise_drowns_signal")),
+        value=_prompts_of_a_rollout,
+        unit="prompts a rollout",
+    ),
+    Range(
+        "cliprange",
+        0.05,
+        0.5,
+        0.2,
+        PPO_PAPER,
+        below=Side("tokens are clipped as soon as the policy moves", (*STANDS, "clipping_saturated")),
+        above=Side("nothing holds a step back", FLIES),
+    ),
+    Range(
+        "cliprange_value",
+        0.02,
+        10.0,
+        0.2,
+        PPO_PAPER,
+        below=Side("values may not move as far as scores lie from them", ("value_not_learning", "no_progress")),
+        above=Side("nothing holds the values' steps back", ("value_loss_explodes",)),
+    ),
+    Range(
+        "dual_clip",
+        1.5,
+        math.inf,
+        3.0,
+        DUAL,
+        below=Side("what is bad is hardly unlearned", (*STANDS, "kl_runs_away", "entropy_rises")),
+    ),
+    Range(
+        "vf_coef",
+        0.01,
+        2.0,
+        0.1,
+        f"{PPO_PAPER}; {N_PLUS}",
+        below=Side("the value role gets next to no gradient", ("value_not_learning", "no_progress")),
+        above=Side(
+            "the value's gradient takes the norm to which both are clipped",
+            (*STANDS, "gradients_explode", "value_loss_explodes", "clipping_saturated", "kl_runs_away"),
+        ),
+    ),
+    Range(
+        "gamma",
+        0.95,
+        1.0,
+        1.0,
+        N_PLUS,
+        below=Side("a score at the end reaches only the last tokens", (*STANDS, "credit_fades")),
+    ),
+    Range(
+        "lam",
+        0.8,
+        1.0,
+        0.95,
+        GAE,
+        below=Side("tokens learn from the values after them alone, which know little yet", (*STANDS, "credit_fades")),
+    ),
+    Range(
+        "lam_value",
+        0.8,
+        1.0,
+        None,
+        GAE,
+        below=Side("values learn from the values after them alone", ("value_not_learning", "no_progress")),
+    ),
+    Range(
+        "entropy_coef",
+        0.0,
+        0.03,
+        0.0,
+        f"{ANDRYCHOWICZ}, section 3.8",
+        above=Side("the bonus pays for noise", (*FLIES, "term_drowns_score")),
+    ),
+    Range(
+        "max_approx_kl",
+        0.003,
+        math.inf,
+        0.05,
+        "Dossa et al. 2021, doi:10.1109/ACCESS.2021.3106662",
+        below=Side("epochs end before the policy has moved", STANDS),
+    ),
+    Range(
+        "max_ratio",
+        1.05,
+        math.inf,
+        10.0,
+        "TRL 0.11's ratio_threshold",
+        below=Side("minibatches are left out as soon as the policy moves", STANDS),
+    ),
+    Range(
+        "value_warmup_rollouts",
+        0.0,
+        0.25,
+        0,
+        "VeRL's critic_warmup; Yuan et al. 2025, arXiv:2503.01491",
+        above=Side("the policy stays where it is for so long", STANDS),
+        value=_share_of_run("value_warmup_rollouts", _rollouts),
+        unit="of the run",
+    ),
+    Range(
+        "penalty_target",
+        5e-4,
+        0.2,
+        0.01,
+        PPO_PAPER,
+        below=Side("the penalty grows until updates hardly move the policy", STANDS),
+        above=Side("the penalty shrinks until nothing holds an update back", FLIES),
+    ),
+    Range(
+        "penalty_coef",
+        0.01,
+        100.0,
+        1.0,
+        PPO_PAPER,
+        below=Side("nothing holds an update back", FLIES),
+        above=Side("the penalty outweighs the score until it has been halved often enough", STANDS),
+    ),
+    Range(
+        "temperature",
+        0.5,
+        1.5,
+        1.0,
+        f"{ZIEGLER}, section 2.1",
+        below=Side("completions hardly differ", ("entropy_collapse", *STANDS)),
+        above=Side("completions are noise", (*FLIES, "completions_shrink")),
+    ),
+    Range(
+        "normalization_samples",
+        32,
+        math.inf,
+        256,
+        N_PLUS,
+        below=Side("mean and spread of so few completions are chance", ("score_scale", *STANDS, "kl_runs_away")),
+    ),
+    Range(
+        "lora_alpha",
+        0.25,
+        16.0,
+        None,
+        LORA,
+        below=Side("what the adapter learns hardly counts", STANDS),
+        above=Side("a small step of the adapter is a large one of the model", FLIES),
+        value=_lora_scaling,
+        unit="times the rank",
+    ),
+)
+
+
+def doubts(log: RunLog, limits: Limits) -> list[Doubt]:
+    """The settings of a run that are far from the usual, the farthest first."""
+    found = [*_outside(log), *_weights(log, limits), *_clip_range(log), *_kinds(log)]
+    return sorted(found, key=lambda doubt: -doubt.far)
+
+
+def _outside(log: RunLog) -> Iterator[Doubt]:
+    for one in RANGES:
+        now = one.now(log)
+        if math.isnan(now):
+            continue
+        side = one.below if now < one.low else one.above if now > one.high else None
+        if side is None:
+            continue
+        end = one.low if now < one.low else one.high
+        far = math.inf if now == 0.0 or end == 0.0 else max(now / end, end / now)
+        value = f"{now:.3g}"
+        if one.value is not None:
+            value = f"{float(log.setting(one.setting, 1)):g}, which makes {now:.3g} {one.unit}"
+        usual = f"at least {one.low:g}" if one.high == math.inf else f"{one.low:g} to {one.high:g}"
+        text = f"{one.setting} is {value}, and the usual is {usual}"
+        yield Doubt(one.setting, text, side, one.instead, one.source, far)
+
+
+def _weights(log: RunLog, limits: Limits) -> Iterator[Doubt]:
+    """Weights of reward functions whose sign or size suits nothing else."""
+    weights, coefficient = log.setting("reward_weights"), suggested_kl_coef(log, limits)
+    if not weights:
+        return
+    instead = [1.0] * len(weights)
+    if all(weight <= 0 for weight in weights):
+        side = Side("what is good is punished", (*FLIES, "score_opposed", "completions_shrink", *STANDS))
+        yield Doubt("reward_weights", f"no weight of {list(weights)} is positive", side, instead, ZIEGLER, math.inf)
+    largest, now = max(abs(weight) for weight in weights), float(log.setting("kl_coef", 0.0))
+    off = now / coefficient if coefficient > 0 else math.nan  # NaN, where it is not known, is not off
+    text = f"the largest of reward_weights is {largest:g}, and kl_coef {now:g} suits scores of another size"
+    if largest < 0.2 and off > 5:
+        side = Side("scores so small do not count beside the KL", STANDS)
+        yield Doubt("reward_weights", text, side, instead, ZIEGLER, 1 / largest if largest else math.inf)
+    if largest > 5 and off < 0.2:
+        yield Doubt(
+            "reward_weights", text, Side("the KL does not count beside such scores", FLIES), instead, ZIEGLER, largest
+        )
+
+
+def _clip_range(log: RunLog) -> Iterator[Doubt]:
+    """A reward_clip_range that leaves little of the scores, where their mean and spread are known."""
+    clip, normalised = log.setting("reward_clip_range"), log.setting("score_normalization", "none") != "none"
+    names = log.names("rewards/", "/std")
+    if not clip or (not normalised and len(names) != 1):
+        return
+    spread = 1.0 if normalised else log.series(f"rewards/{names[0]}/std").start()
+    mean = 0.0 if normalised else log.series(f"rewards/{names[0]}/mean").start()
+    width = (clip[1] - clip[0]) / spread if spread > 0 else math.nan
+    side = Side(
+        "most scores are cut to one of its ends, and differ little", (*STANDS, "constant_scores", "scores_alike")
+    )
+    if width < 1.0:
+        text = f"reward_clip_range is {width:.2g} standard deviations of the scores wide, and the usual is at least 1"
+        yield Doubt("reward_clip_range", text, side, None, N_PLUS, 1 / width)
+    elif not clip[0] < mean < clip[1]:
+        text = f"reward_clip_range is {list(clip)}, which leaves out the scores' mean of {mean:.3g}"
+        yield Doubt("reward_clip_range", text, side, None, N_PLUS, math.inf)
+
+
+def _kinds(log: RunLog) -> Iterator[Doubt]:
+    """Choices that are not numbers."""
+    optimizer = str(log.setting("optim", "adamw_torch"))
+    if "adam" not in optimizer and not log.setting("optim_target_modules"):
+        side = Side(
+            "it knows no scale of each weight's own, for which learning rates of Adam are made", (*STANDS, *FLIES)
+        )
+        yield Doubt("optim", f"optim is {optimizer}, and the usual is a kind of Adam", side, "adamw_torch", ADAM, 10.0)
+    if log.config.get("whiten_advantages") is False:
+        side = Side("steps have the size of the scores", (*STANDS, *FLIES))
+        text = "whiten_advantages is False, and the usual is True"
+        yield Doubt("whiten_advantages", text, side, True, N_PLUS, 2.0)
+
+
+def unusual_settings(log: RunLog, limits: Limits, findings: Sequence[Finding]) -> Finding | None:
+    """Settings far from the usual that can make one of `findings` which nothing else explains."""
+    unexplained = {top.finding.name: top.finding for top in roots(findings)}
+    named = {setting for finding in findings for setting in finding.remedy.changes}
+    blamed = [
+        (doubt, made)
+        for doubt in doubts(log, limits)
+        if doubt.setting not in named
+        and why_idle(log, doubt.setting, doubt.instead) is None
+        and (made := [name for name in doubt.side.makes if name in unexplained])
+    ]
+    if not blamed:
+        return None
+    explains: dict[str, tuple[str, str]] = {}
+    for doubt, made in blamed:
+        for name in made:
+            explains.setdefault(name, (f"{doubt.setting}: {doubt.side.why}.", doubt.source))
+    worst = {unexplained[name].severity for name in explains}
+    (first, _), *others = blamed
+    more = f", and {len(others)} more" if len(others) > 1 else f", and so is {others[0][0].setting}" if others else ""
+    return Finding(
+        name="unusual_settings",
+        severity="problem" if "problem" in worst else "warning",
+        title=f"{first.setting} is far from the usual{more}",
+        steps=log.steps,
+        evidence=f"{'; '.join(doubt.text for doubt, _ in blamed)}.",
+        figures={f"times_off/{doubt.setting}": doubt.far for doubt, _ in blamed},
+        cause="; ".join(f"{doubt.setting}: {doubt.side.why}" for doubt, _ in blamed) + ".",
+        remedy=Remedy(
+            text="Set what you have no reason for to the usual value.",
+            changes={doubt.setting: doubt.instead for doubt, _ in blamed if doubt.instead is not None},
+            code="; ".join(f"{doubt.setting}: the default" for doubt, _ in blamed if doubt.instead is None),
+        ),
+        explains=explains,
+    )
