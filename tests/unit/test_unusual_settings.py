@@ -66,13 +66,20 @@ def test_several_are_named_the_farthest_first() -> None:
     assert found == ["adam_epsilon", "weight_decay"]
 
 
+def test_what_is_off_by_orders_of_magnitude_is_told_at_once_and_until_the_score_rises() -> None:
+    first = RunLog.of(rows(**STILL)[:1], {**RUN, "adam_epsilon": 1.0, "weight_decay": 0.2})
+    (found,) = diagnose(first)
+    assert found.severity == "warning" and found.remedy.changes == {"adam_epsilon": 1e-5} and not found.explains
+    assert named(log_with(HEALTHY, adam_epsilon=1.0)) == []
+
+
 def test_an_unusual_setting_that_works_is_none_of_the_doctor_s_business() -> None:
     assert diagnose(log_with(HEALTHY, adam_epsilon=1.0)) == []
 
 
 def test_a_setting_is_not_blamed_for_what_something_else_explains() -> None:
     noise = {**STILL, "evidence/noise/judge": 0.9}
-    assert [top.finding.name for top in roots(diagnose(log_with(noise, adam_epsilon=1.0)))] == ["score_not_repeatable"]
+    assert [top.finding.name for top in roots(diagnose(log_with(noise, adam_epsilon=5e-4)))] == ["score_not_repeatable"]
     assert named(log_with({**HEALTHY, "completions/clipped_ratio": 0.9}, adam_epsilon=1.0)) == [], "it cuts nothing off"
 
 

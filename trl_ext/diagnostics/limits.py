@@ -47,6 +47,7 @@ class Limits:
         alike: share of the completions of the first rollouts that get the same score; chosen.
         unscored: share of the completions that get no score; chosen.
         few_prompts: distinct prompts over those that a rollout has room for; chosen.
+        far_off: factor by which a setting is outside its usual range that is told before anything shows; chosen.
         holds: share of the completions that stand in their prompt; chosen: extracts do, answers rarely.
         empty_prompts: share of prompts without a text; chosen.
         opposed: correlation of score and yardstick over completions below which one is the other turned round; chosen,
@@ -127,6 +128,7 @@ class Limits:
     alike: float = 0.9
     unscored: float = 0.5
     few_prompts: float = 0.5
+    far_off: float = 10.0
     holds: float = 0.5
     empty_prompts: float = 0.05
     opposed: float = -0.5

@@ -1,7 +1,7 @@
 """Settings far from where papers and recipes have them, and the problems that each can make.
 
-A setting is suspected only where a problem is found that it can make and that nothing else explains: on its own an
-unusual value is no mistake.
+A setting is suspected where a problem is found that it can make and that nothing else explains; one that is off by a
+factor of `Limits.far_off` is told at once, until the score rises. On its own an unusual value is no mistake.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STANDS = ("steps_too_small", "no_progress", "value_not_learning", "kl_drowns_sco
 FLIES = (
     *("clipping_saturated", "gradients_explode", "gradients_not_finite", "value_loss_explodes", "entropy_collapse"),
     *("mode_collapse", "entropy_rises", "kl_runs_away", "over_optimisation", "truncation", "repetition_exploitation"),
-    *("negative_kl", "no_progress", "value_not_learning", "constant_scores"),
+    *("negative_kl", "no_progress", "value_not_learning", "constant_scores", "completions_shrink"),
 )
 
 
@@ -348,7 +348,7 @@ RANGES: tuple[Range, ...] = (
         1.0,
         f"{ZIEGLER}, section 2.1",
         below=Side("completions hardly differ", ("entropy_collapse", *STANDS)),
-        above=Side("completions are noise", (*FLIES, "completions_shrink")),
+        above=Side("completions are noise", FLIES),
     ),
     Range(
         "normalization_samples",
@@ -403,7 +403,7 @@ def _weights(log: RunLog, limits: Limits) -> Iterator[Doubt]:
         return
     instead = [1.0] * len(weights)
     if all(weight <= 0 for weight in weights):
-        side = Side("what is good is punished", (*FLIES, "score_opposed", "completions_shrink", *STANDS))
+        side = Side("what is good is punished", (*FLIES, "score_opposed", *STANDS))
         yield Doubt("reward_weights", f"no weight of {list(weights)} is positive", side, instead, ZIEGLER, math.inf)
     largest, now = max(abs(weight) for weight in weights), float(log.setting("kl_coef", 0.0))
     off = now / coefficient if coefficient > 0 else math.nan  # NaN, where it is not known, is not off
@@ -452,16 +452,18 @@ def _kinds(log: RunLog) -> Iterator[Doubt]:
 
 
 def unusual_settings(log: RunLog, limits: Limits, findings: Sequence[Finding]) -> Finding | None:
-    """Settings far from the usual that can make one of `findings` which nothing else explains."""
+    """Settings far from the usual that can make one of `findings` which nothing else explains, or, before the score has
+    risen, that are off by orders of magnitude."""
+    score = log.series("score")
+    rose = not score or score.ever_rose(limits.noticeable)
     unexplained = {top.finding.name: top.finding for top in roots(findings)}
     named = {setting for finding in findings for setting in finding.remedy.changes}
-    blamed = [
-        (doubt, made)
-        for doubt in doubts(log, limits)
-        if doubt.setting not in named
-        and why_idle(log, doubt.setting, doubt.instead) is None
-        and (made := [name for name in doubt.side.makes if name in unexplained])
-    ]
+    blamed = []
+    for doubt in doubts(log, limits):
+        made = [name for name in doubt.side.makes if name in unexplained]
+        acts = doubt.setting not in named and why_idle(log, doubt.setting, doubt.instead) is None
+        if acts and (made or (doubt.far >= limits.far_off and not rose)):
+            blamed.append((doubt, made))
     if not blamed:
         return None
     explains: dict[str, tuple[str, str]] = {}
