@@ -46,6 +46,7 @@ REAL: dict[str, list[str]] = {
     "four rounds of 50": ["--rounds", "4", "--ratings", "50", "--prompts", "50", "--total_episodes", "192"],
 }
 COLOURS = {"one round of 200": "#e69f00", "four rounds of 50": "#0072b2"}
+ROLLOUTS = 3  # of one of the four rounds
 WORDS, PROMPTS, HELD_OUT = 5, 640, 32  # words of a prompt; prompts; those of them that only the comparison sees
 QUICK = ["--total_episodes", "64", "--ratings", "16", "--held_out", "8"]
 
@@ -156,15 +157,16 @@ def gold_score(base: Path, gold: Path) -> Callable[[list[tuple[str, str]]], list
 
 
 def draw(curves: dict[str, list[list[Point]]], picture: Path) -> None:
-    """Gold score over KL, a line a seed."""
+    """Gold score over KL: a dot a rollout, and a line a seed through means over as many rollouts as a short round."""
     figure, axes = panels(1, 1, figsize=(6, 4))
     [axis] = axes.flat
     for name, runs in curves.items():
         for i, points in enumerate(runs):
-            label = name if i == 0 else None
-            axis.plot(
-                *zip(*points, strict=True), color=COLOURS[name], label=label, marker=".", ls=["-", "--", ":"][i % 3]
-            )
+            label, style = name if i == 0 else None, ["-", "--", ":"][i % 3]
+            axis.plot(*zip(*points, strict=True), color=COLOURS[name], ls="", marker=".", alpha=0.4)
+            groups = [points[at : at + ROLLOUTS] for at in range(0, len(points), ROLLOUTS)]
+            means = [tuple(fmean(column) for column in zip(*group, strict=True)) for group in groups]
+            axis.plot(*zip(*means, strict=True), color=COLOURS[name], label=label, marker="o", ls=style)
     axis.set_xlabel("KL, nats per completion")
     axis.set_ylabel("gold score")
     axis.legend(frameon=False)
