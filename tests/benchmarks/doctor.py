@@ -130,7 +130,7 @@ def _ppo(case: Case, cured: bool, settings: dict, seed: int, folder: Path, callb
     prompts = demo.load("prompts", "train")
     if case.prompts is not None and not cured:
         prompts = case.prompts(prompts)
-    args = PPOConfig(str(folder), seed=seed, **ALWAYS, **settings)
+    args = PPOConfig(str(folder), seed=seed, **ALWAYS | settings)
     trainer = PPOTrainer(base, list(functions) or None, args, prompts, processing_class=tokenizer, callbacks=[callback])
     return trainer, lambda _: demo.run_exam(base, tokenizer).covered
 
@@ -148,7 +148,7 @@ def _reward(case: Case, cured: bool, settings: dict, seed: int, folder: Path, ca
     if change is not None:
         rows = change(rows, seed)
     float32 = {"model_init_kwargs": {"dtype": "float32"}, "gradient_checkpointing": False}
-    args = FeedbackRewardConfig(str(folder), seed=seed, **float32, **ALWAYS, **settings)
+    args = FeedbackRewardConfig(str(folder), seed=seed, **float32 | ALWAYS | settings)
     lora = _lora(task_type="SEQ_CLS")
     trainer = FeedbackRewardTrainer(demo.model_path(), args, rows, held_out, peft_config=lora, callbacks=[callback])
     return trainer, lambda t: _pairs_in_order(t, folder)
@@ -173,7 +173,7 @@ def _dpo(case: Case, cured: bool, settings: dict, seed: int, folder: Path, callb
         generator = torch.Generator().manual_seed(seed)
         for weight in reference.parameters():  # another run's checkpoint, say
             weight.data.add_(0.5 * torch.randn(weight.shape, generator=generator) * weight.data.std())
-    args = DPOConfig(str(folder), seed=seed, gradient_checkpointing=False, **ALWAYS, **settings)
+    args = DPOConfig(str(folder), seed=seed, gradient_checkpointing=False, **ALWAYS | settings)
     pairs = demo.load("pairs", "train").select_columns(["prompt", "chosen", "rejected"])
     trainer = DPOTrainer(
         model,
@@ -191,7 +191,7 @@ def _online(case: Case, cured: bool, settings: dict, seed: int, folder: Path, ca
     tokenizer = AutoTokenizer.from_pretrained(demo.model_path())
     model = AutoModelForCausalLM.from_pretrained(demo.model_path(), dtype=torch.float32)
     kinds: tuple[Any, Any] = (RLOOTrainer, RLOOConfig) if case.arguments else (GRPOTrainer, GRPOConfig)
-    args = kinds[1](str(folder), seed=seed, gradient_checkpointing=False, **ALWAYS, **settings)
+    args = kinds[1](str(folder), seed=seed, gradient_checkpointing=False, **ALWAYS | settings)
     trainer = kinds[0](
         model,
         [demo.rate],

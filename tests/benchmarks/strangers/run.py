@@ -117,21 +117,27 @@ def healthy_jobs(seeds: list[int]) -> list[Job]:
 # One run -------------------------------------------------------------------------------------------------------------
 
 
-def build(job: Job, out: Path, episodes: int | None) -> tuple[Any, Callable[[Any], float], DiagnosticsCallback]:
-    """The trainer, what measures its exam, and the doctor at work in it."""
-    folder = out / job.half / job.name
+def build(
+    job: Job, out: Path, folder: Path, episodes: int | None, changes: dict[str, Any]
+) -> tuple[Any, Callable[[Any], float], DiagnosticsCallback]:
+    """The trainer, what measures its exam, and the doctor at work in it.
+
+    Args:
+        folder: of the run's log.
+        changes: settings in place of the run's own.
+    """
     short = {} if episodes is None else {"total_episodes": episodes}
     if job.case is not None:
         case, callback = job.case, DiagnosticsCallback(yardstick=exact if job.case.kind == "ppo" else None)
         make = {"ppo": doctor._ppo, "reward": doctor._reward, "dpo": doctor._dpo, "online": doctor._online}[case.kind]
-        settings = doctor.USUAL[case.kind] | case.settings | (short if case.kind == "ppo" else {})
+        settings = doctor.USUAL[case.kind] | case.settings | (short if case.kind == "ppo" else {}) | changes
         return *make(case, False, settings, job.seed, folder, callback), callback
     parts = broken.Parts(job.seed, out / "made")
     for _, mistake in job.mistakes:
         broken.apply(mistake, parts)
-    parts.settings |= short
+    parts.settings |= short | changes
     callback = DiagnosticsCallback(yardstick=broken.Exact(parts.prompts))
-    args = PPOConfig(str(folder), seed=parts.seed, **doctor.ALWAYS, **parts.settings)
+    args = PPOConfig(str(folder), seed=parts.seed, **doctor.ALWAYS | parts.settings)
     roles = parts.base | ({"reward": None} if parts.functions else {})
     base = SharedBase.from_pretrained(demo.model_path(), policy=LoraConfig(**parts.lora), dtype="float32", **roles)
     if parts.change_base is not None:
@@ -149,19 +155,29 @@ def build(job: Job, out: Path, episodes: int | None) -> tuple[Any, Callable[[Any
     return trainer, lambda _: demo.run_exam(base, parts.tokenizer).covered, callback
 
 
-def run(job: Job, out: Path, episodes: int | None = None) -> dict[str, Any]:
+def run(
+    job: Job,
+    out: Path,
+    episodes: int | None = None,
+    changes: dict[str, Any] | None = None,
+    folder: Path | None = None,
+) -> dict[str, Any]:
     """Make a run, and judge its log.
+
+    Args:
+        changes: settings in place of the run's own.
+        folder: of its log; None: beside its result.
 
     Returns:
         What is kept: see `verdict.judge`; "exam", 0 to 1 (of a reward model its pairs in order); "died", what ended it
         before its time; "refused", whether that was before anything was logged; "same", whether the doctor says of the
         log in the folder what it said in the process.
     """
-    folder, started = out / job.half / job.name, time.perf_counter()
+    folder, started = folder or out / job.half / job.name, time.perf_counter()
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was ended
     died, exam, trainer = "", 0.0, None
     try:
-        trainer, well, callback = build(job, out, episodes)
+        trainer, well, callback = build(job, out, folder, episodes, changes or {})
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         exam = float(well(trainer))
@@ -229,9 +245,17 @@ def claimed(path: Path) -> Iterator[bool]:
 
 
 def work_through(
-    jobs: list[Job], out: Path, limit_seconds: float, make: Callable[[Job], dict[str, Any]]
+    jobs: list[Job],
+    out: Path,
+    limit_seconds: float,
+    make: Callable[[Job], dict[str, Any]],
+    said: Callable[[Job, dict[str, Any]], str] | None = None,
 ) -> tuple[int, int]:
     """Make every run that is not there and that no other process is making; start none after `limit_seconds`.
+
+    Args:
+        said: what to print of a result, nothing where it is empty; None: the doctor's roots and the exam, and of the
+            half that only measures neither.
 
     Returns:
         How many were made, and how many failed by what is no refusal: an error of the benchmark, to be mended.
@@ -253,11 +277,16 @@ def work_through(
             _write(path, result)
             made += 1
             gc.collect()
-        names = [f"{root['name']}@{result['first_seen'][root['name']]['step']:.0f}" for root in result["roots"]]
-        told = "" if job.half == "measure" else f": {names} exam {result['exam']:.2f} {result['died']}"
-        differs = "" if result["same"] else " THE FOLDER SAYS OTHERWISE"
-        print(f"{job.name}{told} {result['seconds']:.0f} s{differs}", flush=True)
+        if line := (said or _said)(job, result):
+            print(line, flush=True)
     return made, failed
+
+
+def _said(job: Job, result: dict[str, Any]) -> str:
+    names = [f"{root['name']}@{result['first_seen'][root['name']]['step']:.0f}" for root in result["roots"]]
+    told = "" if job.half == "measure" else f": {names} exam {result['exam']:.2f} {result['died']}"
+    differs = "" if result["same"] else " THE FOLDER SAYS OTHERWISE"
+    return f"{job.name}{told} {result['seconds']:.0f} s{differs}"
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

@@ -196,6 +196,29 @@ def lead(result: Result, healthy: Result, truth: Truth) -> float | None:
     return min(seen) / fell if fell and seen else None
 
 
+# What a mistake costs ------------------------------------------------------------------------------------------------
+
+
+def recipes(results: Sequence[Result], healthy: Sequence[Result]) -> dict[int, Result]:
+    """The healthy recipe's run at each seed.
+
+    Raises:
+        ValueError: it has not been run at a seed of `results`.
+    """
+    recipe = {run["seed"]: run for run in healthy if run["id"] == HEALTHY_RUN}
+    missing = sorted({run["seed"] for run in results} - set(recipe))
+    if missing:
+        raise ValueError(
+            f"The healthy recipe has not been run at seed {missing[0]}: what a mistake costs is not known."
+        )
+    return recipe
+
+
+def is_harmed(exam: float, healthy: float) -> bool:
+    """Whether an exam is so far below that of the healthy run of the same seed that something is wrong."""
+    return healthy - exam >= HARM - 1e-9
+
+
 # The table -----------------------------------------------------------------------------------------------------------
 
 
@@ -209,13 +232,8 @@ def table(results: Sequence[Result], healthy: Sequence[Result], truth: Truth, re
     Raises:
         ValueError: the recipe has not been run at a seed.
     """
-    recipe = {run["seed"]: run for run in healthy if run["id"] == HEALTHY_RUN}
-    missing = sorted({run["seed"] for run in results} - set(recipe))
-    if missing:
-        raise ValueError(
-            f"The healthy recipe has not been run at seed {missing[0]}: what a mistake costs is not known."
-        )
-    harmful = [run for run in results if recipe[run["seed"]]["exam"] - run["exam"] >= HARM - 1e-9]
+    recipe = recipes(results, healthy)
+    harmful = [run for run in results if is_harmed(run["exam"], recipe[run["seed"]]["exam"])]
     harmless = [run for run in results if run not in harmful]
     named = [run for run in harmful if is_named(run, truth, refusals)]
     false = [run for run in harmful if begins_falsely(run, truth)]
