@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from trl_ext.diagnostics import Finding, Remedy, roots
+from trl_ext.diagnostics.trial import BESIDE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "strangers"))
 import cure
@@ -145,6 +146,26 @@ def test_every_case_of_the_catalogue_that_has_a_trainer_of_ours_or_dpo_is_a_job(
     assert len({job.name for job in jobs}) == len(jobs) == 2 * len(cases)
     assert {job.case.settings.get("total_episodes") for job in jobs if job.kind == "ppo" and job.case} == {64}
     assert not any("total_episodes" in job.case.settings for job in jobs if job.kind != "ppo" and job.case)
+
+
+def job_of(kind: str) -> cure.Job:
+    """The first mistake of a half, or of a kind in the catalogue."""
+    if kind == "half":
+        mistake = ("kl_coef:high", {"settings": {"kl_coef": 4.0}})
+        return cure.Job("kl_coef:high#0", "work", "settings", 1, (mistake,))
+    return next(job for job in cure.catalogue_jobs([1], None) if job.kind == kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["half", "ppo", "reward", "dpo"])
+def test_a_fork_is_the_mistaken_trainer_with_the_changes(kind: str, tmp_path: Path) -> None:
+    job, folder = job_of(kind), tmp_path / "1-with"
+    changes = {**BESIDE, "learning_rate": 0.125, "output_dir": str(folder)}
+    args = cure._fork(job, tmp_path, None, changes).args
+    mistake = {"kl_coef": 4.0} if job.case is None else job.case.settings
+    expected = {**mistake, **changes, "seed": 1, "report_to": []}
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert changes["output_dir"] == str(folder)  # it is the caller's
 
 
 def test_nothing_is_told_of_the_half_that_only_measures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
