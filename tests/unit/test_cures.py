@@ -160,7 +160,7 @@ def job_of(kind: str) -> cure.Job:
 @pytest.mark.parametrize("kind", ["half", "ppo", "reward", "dpo"])
 def test_a_fork_is_the_mistaken_trainer_with_the_changes(kind: str, tmp_path: Path) -> None:
     job, folder = job_of(kind), tmp_path / "1-with"
-    changes = {**BESIDE, "learning_rate": 0.125, "output_dir": str(folder)}
+    changes = {**BESIDE, "eval_strategy": "no", "learning_rate": 0.125, "output_dir": str(folder)}
     args = cure._fork(job, tmp_path, None, changes).args
     mistake = {"kl_coef": 4.0} if job.case is None else job.case.settings
     expected = {**mistake, **changes, "seed": 1, "report_to": []}
