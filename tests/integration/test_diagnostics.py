@@ -102,7 +102,8 @@ def test_stop_saves_and_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_act_changes_what_a_run_in_progress_can_take(tmp_path: Path) -> None:
-    trainer = trainer_for(tmp_path, total_episodes=16 * 12, per_device_train_batch_size=16, kl_coef=1e-4)
+    settings = {"per_device_train_batch_size": 16, "kl_coef": 1e-4, "learning_rate": 3e-3}
+    trainer = trainer_for(tmp_path, total_episodes=16 * 24, **settings)
     callback = DiagnosticsCallback(on_problem="act")
     trainer.add_callback(callback)
     trainer.train()

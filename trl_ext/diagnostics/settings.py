@@ -31,8 +31,8 @@ DUAL = "Ye et al. 2020, arXiv:1912.09729"
 STANDS = ("steps_too_small", "no_progress", "value_not_learning", "kl_drowns_score")
 FLIES = (
     *("clipping_saturated", "gradients_explode", "gradients_not_finite", "value_loss_explodes", "entropy_collapse"),
-    *("mode_collapse", "entropy_rises", "kl_runs_away", "over_optimisation", "truncation", "repetition_exploitation"),
-    *("negative_kl", "no_progress", "value_not_learning", "constant_scores", "completions_shrink"),
+    *("mode_collapse", "entropy_rises", "kl_runs_away", "over_optimisation", "repetition_exploitation"),
+    *("completions_shrink", "negative_kl", "no_progress", "value_not_learning"),
 )
 
 
@@ -295,7 +295,7 @@ RANGES: tuple[Range, ...] = (
         0.03,
         0.0,
         f"{ANDRYCHOWICZ}, section 3.8",
-        above=Side("the bonus pays for noise", (*FLIES, "term_drowns_score")),
+        above=Side("the bonus pays for noise", (*FLIES, "term_drowns_score", "truncation")),
     ),
     Range(
         "max_approx_kl",
@@ -348,7 +348,7 @@ RANGES: tuple[Range, ...] = (
         1.0,
         f"{ZIEGLER}, section 2.1",
         below=Side("completions hardly differ", ("entropy_collapse", *STANDS)),
-        above=Side("completions are noise", FLIES),
+        above=Side("completions are noise", (*FLIES, "truncation")),
     ),
     Range(
         "normalization_samples",
