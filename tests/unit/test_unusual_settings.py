@@ -138,12 +138,12 @@ START, END = "<!-- ranges: begin -->", "<!-- ranges: end -->"
 
 def table() -> str:
     """The ranges as the page shows them."""
-    lines = ["| setting | usual | below it | above it | source |", "|---|---|---|---|---|"]
+    lines = ["| setting | usual | what a value beyond it does | source |", "|---|---|---|---|"]
     for one in RANGES:
         unit = f" {one.unit}" if one.unit else ""
         usual = f"at least {one.low:g}" if one.high == float("inf") else f"{one.low:g} to {one.high:g}"
-        sides = [side.why if side is not None else "" for side in (one.below, one.above)]
-        lines.append(f"| `{one.setting}` | {usual}{unit} | {sides[0]} | {sides[1]} | {one.source} |")
+        told = [f"{end}: {side.why}" for end in ("below", "above") if (side := getattr(one, end)) is not None]
+        lines.append(f"| `{one.setting}` | {usual}{unit} | {'; '.join(told)} | {one.source} |")
     return "\n".join(lines)
 
 
