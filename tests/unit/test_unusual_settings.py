@@ -138,12 +138,12 @@ START, END = "<!-- ranges: begin -->", "<!-- ranges: end -->"
 
 def table() -> str:
     """The ranges as the page shows them."""
-    lines = ["| setting | usual | what a value beyond it does | source |", "|---|---|---|---|"]
+    lines = ["| setting | usual | what a value beyond it does (source of the setting) |", "|---|---|---|"]
     for one in RANGES:
         unit = f" {one.unit}" if one.unit else ""
         usual = f"at least {one.low:g}" if one.high == float("inf") else f"{one.low:g} to {one.high:g}"
         told = [f"{end}: {side.why}" for end in ("below", "above") if (side := getattr(one, end)) is not None]
-        lines.append(f"| `{one.setting}` | {usual}{unit} | {'; '.join(told)} | {one.source} |")
+        lines.append(f"| `{one.setting}` | {usual}{unit} | {'; '.join(told)} ({one.source}) |")
     return "\n".join(lines)
 
 
