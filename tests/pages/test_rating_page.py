@@ -61,6 +61,14 @@ def controls(browser: Any) -> dict[str, Any]:
     return {element.accessible_name: element for element in found if element.is_displayed()}
 
 
+def wait_for_url(browser: Any, url: str) -> None:
+    """The browser tells the new address a moment after the page has changed it."""
+    from selenium.webdriver.support import expected_conditions
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(browser, 20).until(expected_conditions.url_to_be(url))
+
+
 def wait_for(browser: Any, text: str) -> None:
     from selenium.common.exceptions import StaleElementReferenceException
     from selenium.webdriver.support.ui import WebDriverWait
@@ -246,7 +254,7 @@ def test_a_whole_work_of_two_raters_and_its_end(
     link = rate(write_answers(tmp_path / "a.jsonl"), "--store", store, "--mode", "labels", "--per-item", "2")
     for rater, key in (("Ann", "g"), ("Bob", "x")):
         fresh.get(f"{link}?rater={rater}")
-        assert fresh.current_url == link  # out of the address bar
+        wait_for_url(fresh, link)  # the name is out of the address bar
         for number in range(12):
             wait_for(fresh, f"{number} by you")
             press(fresh, key)
@@ -287,7 +295,7 @@ def test_a_link_for_others_works_once_opened(fresh: Any, rate: Callable[..., str
     fresh.get("data:text/html,<title>elsewhere</title>")
     fresh.execute_script("location = arguments[0]", f"{link}&rater=Ann")  # as from a mail
     wait_for(fresh, "Ann")
-    assert fresh.current_url == page
+    wait_for_url(fresh, page)
     assert fresh.execute_script("return getComputedStyle(document.body).display") == "flex"  # the style came too
     press(fresh, "4")
     wait_for(fresh, "Saved: 4 stars")
