@@ -128,6 +128,7 @@ def test_keys_and_names(fresh: Any, rate: Callable[..., str], tmp_path: Path, st
 def test_a_ranking_by_keys_and_by_buttons(fresh: Any, rate: Callable[..., str], tmp_path: Path, store: Path) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
 
     fresh.get(rate(write_answers(tmp_path / "a.jsonl"), "--store", store, "--mode", "ranking"))
 
@@ -137,27 +138,31 @@ def test_a_ranking_by_keys_and_by_buttons(fresh: Any, rate: Callable[..., str], 
             f"{e.get_attribute('data-letter')}{e.find_element('css selector', '.number').text}" for e in items
         )
 
-    assert order() == "A1 B2 C3 D4"
+    def comes(expected: str) -> None:
+        """A busy browser works off keys and clicks a moment after they were sent."""
+        WebDriverWait(fresh, 20).until(lambda _: order() == expected, f"{expected} did not come")
+
+    comes("A1 B2 C3 D4")
     press(fresh, "d")
     ActionChains(fresh).key_down(Keys.SHIFT).send_keys(Keys.UP, Keys.UP).key_up(Keys.SHIFT).perform()
-    assert order() == "A1 D2 B3 C4"
+    comes("A1 D2 B3 C4")
     press(fresh, Keys.DOWN, "t")
-    assert order() == "A1 D2 B2 C3"
+    comes("A1 D2 B2 C3")
     assert fresh.find_element("id", "said").get_attribute("textContent") == (
         "Answer B has place 2, tied with the answer above."
     )
     named = controls(fresh)
     click(named["Move answer C up"])
-    assert order() == "A1 D2 C2 B2"  # among the tied it is one of them
+    comes("A1 D2 C2 B2")  # among the tied it is one of them
     click(named["Move answer C up"])
-    assert order() == "A1 C2 D3 B3"  # and leaves them so
+    comes("A1 C2 D3 B3")  # and leaves them so
     assert fresh.switch_to.active_element.accessible_name == "Move answer C up"  # for the next press
     click(named["Tie answer C with the one above"])
-    assert order() == "A1 C1 D2 B2"
+    comes("A1 C1 D2 B2")
     click(named["Move answer A down"])
-    assert order() == "C1 A2 D3 B3"  # the tie is broken
+    comes("C1 A2 D3 B3")  # the tie is broken
     click(named["Tie answer A with the one above"])
-    assert order() == "C1 A1 D2 B2"
+    comes("C1 A1 D2 B2")
     assert not named["Move answer C up"].is_enabled() and not named["Tie answer C with the one above"].is_enabled()
     shown = {
         e.get_attribute("data-letter"): e.find_element("css selector", ".text").get_attribute("textContent")
