@@ -37,6 +37,9 @@ def test_a_problem_is_said_once_and_written_down(tmp_path: Path, caplog: pytest.
     assert len(said) == 2 and said[0].startswith("problem: All scores are the same (steps 2 to 6).")
     log = read_run(tmp_path / "out")
     assert log.config["num_ppo_epochs"] == 2 and log.config["rollout_batch_size"] == 8
+    policy = trainer.base.model.peft_config[trainer.base.adapters["policy"]]
+    assert (log.config["lora_r"], log.config["lora_alpha"]) == (policy.r, policy.lora_alpha)
+    assert log.config["steps_of_run"] == trainer.state.max_steps == 12
     assert [finding.name for finding in diagnose(log)] == ["constant_scores", "truncation"]
     assert len(log.samples) == 6 * 8 and log.samples[0].tokens > 0
     assert json.loads((tmp_path / "out" / "run.json").read_text())["versions"]["trl"]

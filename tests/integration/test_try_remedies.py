@@ -14,7 +14,8 @@ from tests.integration.test_ppo_trainer import LORA, cats, config, rows_with
 from trl_ext import DiagnosticsCallback, PPOTrainer, launch
 from trl_ext.cli import main
 from trl_ext.diagnostics import Finding, Remedy, diagnose, read_run, try_remedies
-from trl_ext.launch.remaking import recipe_file, trainer_maker
+from trl_ext.launch.remaking import trainer_maker
+from trl_ext.launch.settings import recipe_file
 
 STEPS = {"num_ppo_epochs": 1, "num_mini_batches": 2, "per_device_train_batch_size": 8}
 
@@ -169,3 +170,14 @@ def test_a_folder_that_no_recipe_wrote(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"settings": {}}))
     with pytest.raises(ValueError, match="try_remedies"):
         trainer_maker(tmp_path)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_script_of_one_s_own_is_not_taken_for_the_recipe_of_its_name() -> None:
+    """Its trainer would be another one than what `--try` makes."""
+    for file, known in ((recipe_file("ppo_lora"), True), (Path("ppo_lora.py"), False)):
+        Path(file.name).write_text(recipe_file("ppo_lora").read_text(encoding="utf-8"), encoding="utf-8")
+        Path("ppo_lora.yaml").write_text(recipe_file("ppo_lora").with_suffix(".yaml").read_text(), encoding="utf-8")
+        sys.argv = [str(file), *FLAGS, "--output_dir", f"run-{known}"]
+        _, args, _ = launch.parse(str(file), *runpy.run_path(str(recipe_file("ppo_lora")))["TYPES"])
+        assert (getattr(args, "recipe", None) is not None) == known

@@ -10,8 +10,8 @@ import yaml
 from tests.unit.test_diagnostics import CONFIG, HEALTHY, rows
 from trl_ext import PPOConfig
 from trl_ext.diagnostics import Limits, RunLog, diagnose, roots
-from trl_ext.diagnostics.pages import page
-from trl_ext.diagnostics.settings import FLIES, RANGES, STANDS, Range, doubts
+from trl_ext.diagnostics.remedies import MOVES
+from trl_ext.diagnostics.settings import RANGES, Range, doubts
 
 STILL = {**HEALTHY, "objective/scores": 0.1}
 RUN = {**CONFIG, "max_steps": 160, "num_ppo_epochs": 4, "num_mini_batches": 2, "lora_r": 16, "lora_alpha": 32}
@@ -48,7 +48,7 @@ def test_each_is_suspected_where_it_can_be_the_cause(one: Range, end: str) -> No
     else:
         settings = {one.setting: beyond(one, end)}
     side = getattr(one, end)
-    assert set(side.makes) <= {*STANDS, *FLIES} | {name for name in side.makes if page(name)}
+    assert set(side.makes) <= set(MOVES), "of the catalogue"
     (doubt,) = [doubt for doubt in doubts(log_with(STILL, **settings), Limits()) if doubt.setting == one.setting]
     assert doubt.far > 1 and one.setting in doubt.text and doubt.side is side
 
@@ -88,6 +88,14 @@ def test_a_setting_that_the_log_acquits_is_not_blamed() -> None:
     assert named(log_with({**STILL, "policy/skipped_minibatches": 0.0}, max_ratio=1.001)) == []
     assert named(log_with(STILL, max_grad_norm=1e-3)) == ["max_grad_norm"]
     assert named(log_with({**STILL, "grad_norm": 1e-4}, max_grad_norm=1e-3)) == [], "none is as large"
+
+
+def test_a_share_of_the_run_is_known_whatever_the_run_s_length_was_given_as() -> None:
+    assert named(log_with(STILL, warmup_steps=0.9)) == ["warmup_steps"], "below 1 it is a share"
+    assert named(log_with(STILL, warmup_steps=0.1)) == []
+    epochs = {"max_steps": -1, "num_train_epochs": 3.0}
+    assert named(log_with(STILL, value_warmup_rollouts=10, **epochs)) == [], "of who knows how many"
+    assert named(log_with(STILL, value_warmup_rollouts=10, **epochs, steps_of_run=160)) == ["value_warmup_rollouts"]
 
 
 def test_a_setting_that_another_finding_names_is_named_once() -> None:

@@ -108,6 +108,7 @@ class DiagnosticsCallback(RolloutCallback):
         self._config["dtype"] = str(precision).removeprefix("torch.")
         self._config |= _lora_settings(model)
         self._config["reference_named"] = getattr(model, "reference_named", None)
+        self._config["steps_of_run"] = state.max_steps
         self._config["rate_changed"] = self._state.get("rate_changed", False)
         for name, value in _data_figures(kwargs.get("train_dataloader"), self._config.get("objective")).items():
             self._state["measured"][f"data/{name}"] = [value]
@@ -273,11 +274,9 @@ def _lora_settings(model: Any) -> dict[str, Any]:
     named = getattr(model, "adapters", None)  # a SharedBase's
     peft_model, name = (model.model, named["policy"]) if isinstance(named, dict) else (model, "default")
     config = (getattr(peft_model, "peft_config", None) or {}).get(name)
-    return (
-        {}
-        if config is None
-        else {"lora_r": getattr(config, "r", None), "lora_alpha": getattr(config, "lora_alpha", None)}
-    )
+    if config is None:
+        return {}
+    return {"lora_r": getattr(config, "r", None), "lora_alpha": getattr(config, "lora_alpha", None)}
 
 
 def _data_figures(dataloader: Any, objective: str | None) -> dict[str, float]:

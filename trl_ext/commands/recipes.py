@@ -7,7 +7,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from trl_ext.launch.remaking import recipe_file
+from trl_ext.launch.settings import recipe_file
 
 # Of so few judgements, pairs of what the policy says most teach most: in each, what is right stands beside what is not.
 # A firmer hold on the first policy keeps it from the reward model's mistakes, of which they leave many.

@@ -123,7 +123,7 @@ IDLE: dict[str, Callable[[RunLog, Any], str | None]] = {
 
 def why_idle(log: RunLog, name: str, value: Any) -> str | None:
     """Why setting `name` to `value` would move nothing in this run; None where it may."""
-    if "output_dir" in log.config and name not in log.config and not name.startswith("lora_"):
+    if "output_dir" in log.config and name not in log.config:
         return "this trainer has no such setting"
     return IDLE[name](log, value) if name in IDLE else None
 

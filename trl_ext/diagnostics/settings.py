@@ -103,17 +103,20 @@ class Doubt:
 
 
 def _share_of_run(name: str, per: Callable[[RunLog], float]) -> Callable[[RunLog], float]:
-    """A setting that counts something, over how many of it the run has."""
+    """A setting that counts something, over how many of it the run has; below 1 it is a share already, as Transformers
+    reads warmup_steps."""
 
     def share(log: RunLog) -> float:
-        count = per(log)
-        return float(log.setting(name, 0.0)) / count if count > 0 else math.nan
+        found, count = float(log.setting(name, 0.0)), per(log)
+        if 0 < found < 1:
+            return found
+        return found / count if count > 0 else math.nan
 
     return share
 
 
 def _steps(log: RunLog) -> float:
-    return float(log.setting("max_steps", 0.0))
+    return float(log.setting("steps_of_run", log.setting("max_steps", 0.0)))
 
 
 def _rollouts(log: RunLog) -> float:

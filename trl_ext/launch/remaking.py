@@ -15,9 +15,8 @@ from typing import Any
 import yaml
 
 from trl_ext.launch.precedence import settled
-from trl_ext.launch.settings import parse
+from trl_ext.launch.settings import parse, recipe_file
 
-PACKAGE = Path(__file__).parents[1]
 # What belongs to the run itself, and what would contradict that nothing is saved, or evaluated.
 OWN = ("resume_from_checkpoint", "save_steps", "load_best_model_at_end", "log_completions")
 EVALUATIONS = ("eval_steps", "eval_on_start")
@@ -67,12 +66,6 @@ def changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
     left_out = (*OWN, *(EVALUATIONS if changes.get("eval_strategy") == "no" else ()))
     kept = {name: value for name, value in settings.items() if name not in left_out}
     return settled([("The remedy", changes), ("The run", kept)])
-
-
-def recipe_file(name: str) -> Path:
-    """A recipe's script. A wheel has the recipes inside the package, a clone beside it."""
-    folder = next(path for path in (PACKAGE / "recipes", PACKAGE.parent / "recipes") if path.is_dir())
-    return folder / f"{name}.py"
 
 
 @contextmanager

@@ -41,6 +41,7 @@ USER_ERRORS = (
 )
 
 
+PACKAGE = Path(__file__).parents[1]
 # What every recipe does unless it is told otherwise, whatever the model.
 DEFAULTS = {"use_peft": True, "lora_dropout": 0.0, "lora_target_modules": ["all-linear"], "report_to": "none"}
 _claims: list[Any] = []  # on output_dir, until the process ends
@@ -94,10 +95,18 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
             _claims.append(runs.claimed_by(part))
             part.resume_from_checkpoint = checkpoint_of(part, ensemble)
             # For run.json: from it `trl-ext doctor --try` makes the trainer anew.
-            part.recipe = {"name": Path(script).stem, "folder": os.getcwd(), "settings": settings}
+            name = Path(script).stem
+            if Path(script).resolve() == recipe_file(name):  # not a script of one's own, perhaps of the same name
+                part.recipe = {"name": name, "folder": os.getcwd(), "settings": settings}
             check_trackers(part.report_to)
             check_push(part)
     return parsed
+
+
+def recipe_file(name: str) -> Path:
+    """Where the recipe of this name is, or would be. A wheel has them inside the package, a clone beside it."""
+    folder = next(path for path in (PACKAGE / "recipes", PACKAGE.parent / "recipes") if path.is_dir())
+    return folder / f"{name}.py"
 
 
 def check_names(arguments: Sequence[str], levels: Sequence[tuple[str, dict[str, Any]]], types: Sequence[Any]) -> None:

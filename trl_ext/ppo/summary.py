@@ -168,12 +168,13 @@ def distinct(items: list[object]) -> float:
 
 
 def held(rollout: Rollout) -> float:
-    """Share of the completions that stand word for word in their prompt."""
-    pairs = [
-        (as_text(prompt), as_text(said).strip())
-        for prompt, said in zip(rollout.prompts, rollout.completions, strict=True)
-    ]
-    return sum(bool(said) and said in prompt for prompt, said in pairs) / max(len(pairs), 1)
+    """Share of the completions that stand word for word in their prompt, in any of its messages."""
+    found = 0
+    for prompt, completion in zip(rollout.prompts, rollout.completions, strict=True):
+        said = as_text(completion).strip()
+        messages = [prompt] if isinstance(prompt, str) else [[message] for message in prompt]
+        found += bool(said) and any(said in as_text(message) for message in messages)
+    return found / max(len(rollout.prompts), 1)
 
 
 def alike(scores: Tensor) -> float:
