@@ -166,8 +166,14 @@ def loop_of_one_round(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_folder_that_no_recipe_wrote(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({"settings": {}}))
+@pytest.mark.parametrize(
+    "recipe",
+    [None, {"name": "my_own"}, {"name": "rlhf_loop"}, {"name": "ppo_lora", "stage": "ppo"}],
+    ids=["none", "a script of one's own", "a loop's, without its stage", "no loop's, with a stage"],
+)
+def test_a_folder_that_no_recipe_wrote(recipe: Any, tmp_path: Path) -> None:
+    about = {"settings": {}, "recipe": recipe and {**recipe, "folder": ".", "settings": {}}}
+    (tmp_path / "run.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="try_remedies"):
         trainer_maker(tmp_path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import runpy
@@ -29,25 +30,26 @@ def trainer_maker(run_dir: str | Path) -> Callable[[dict[str, Any]], Any]:
     which "stage" this is: it is given the run's folder too, where the files of the stages before lie beside it.
 
     Raises:
-        ValueError: no recipe wrote the folder.
+        ValueError: no recipe of today wrote the folder.
     """
     run = Path(run_dir).resolve()
     about = json.loads((run / "run.json").read_text(encoding="utf-8")) if (run / "run.json").is_file() else {}
-    recipe = about.get("recipe")
-    if recipe is None:
+    recipe: dict[str, Any] = about.get("recipe") or {}
+    script, stage = recipe_file(recipe.get("name", "")), recipe.get("stage")
+    names = runpy.run_path(str(script)) if script.is_file() else {}
+    beside = [run] if stage is not None else []
+    if not names or len(inspect.signature(names["make_trainer"]).parameters) != len(names["TYPES"]) + len(beside):
         raise ValueError(
             f"{str(run_dir)!r} was not written by one of the recipes, so its trainer cannot be made anew: call "
             "trl_ext.diagnostics.try_remedies(make_trainer, findings) with a function that makes it."
         )
-    script, stage = recipe_file(recipe["name"]), recipe.get("stage")
-    names = runpy.run_path(str(script))
     # Of an ensemble each member has its own, of a loop each round.
     seeds = {name: value for name in ("seed", "data_seed") if (value := about["settings"].get(name)) is not None}
 
     def make_trainer(changes: dict[str, Any]) -> Any:
         changes = {name: str(Path(v).resolve()) if name == "output_dir" else v for name, v in changes.items()}
         settings = recipe["settings"] | seeds
-        if stage in settings:  # whose settings lie together under its name
+        if stage is not None and stage in settings:  # whose settings lie together under its name
             changes = {stage: changed(settings[stage], changes), "output_dir": changes["output_dir"]}
         settings = changed(settings, changes)
         with tempfile.TemporaryDirectory() as folder, _called_in(recipe["folder"]):
@@ -55,7 +57,7 @@ def trainer_maker(run_dir: str | Path) -> Callable[[dict[str, Any]], Any]:
             file.write_text(yaml.safe_dump(settings | {"disable_tqdm": True}), encoding="utf-8")
             with _arguments([str(script), "--config", str(file)]):
                 parsed = parse(str(script), *names["TYPES"])
-            return names["make_trainer"](*parsed, *([run] if stage is not None else []))
+            return names["make_trainer"](*parsed, *beside)
 
     return make_trainer
 
