@@ -132,6 +132,7 @@ def test_vf_coef_is_offered_where_it_is_the_cause(
     (found,) = diagnose(log)
     assert found.name == "value_not_learning" and found.remedy.changes == changes
     assert len(found.suspects) == suspects
+    assert found.severity == ("warning" if suspects else "problem"), "of an unknown cause it is worth a look"
     if suspects:
         assert "cannot tell" in found.cause
         assert {"learning_rate": 5e-3} in [suspect.changes for suspect in found.suspects]

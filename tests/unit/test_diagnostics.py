@@ -761,6 +761,44 @@ def test_rules_are_the_users() -> None:
     assert [finding.name for finding in diagnose(log_of(), rules=[too_long])] == ["too_long"]
 
 
+@pytest.mark.parametrize(("kl", "changes"), [(0.01, {"kl_coef": 0.1}), (2.0, {"learning_rate": 1e-4})])
+def test_a_score_that_does_not_rise_is_asked_first_what_the_kl_suggests(kl: float, changes: dict[str, float]) -> None:
+    (found,) = diagnose(log_of(**{"objective/scores": 0.1, "objective/kl": kl}))
+    assert found.name == "no_progress" and found.suspects[0].changes == changes
+
+
+def test_scores_that_are_alike_and_rise_all_the_same_are_worth_a_look_only() -> None:
+    for score, severity in ((0.1, "problem"), (HEALTHY["objective/scores"], "warning")):
+        (found,) = [
+            one
+            for one in diagnose(log_of(**{**SICK["scores_alike"], "objective/scores": score}))
+            if one.name == "scores_alike"
+        ]
+        assert found.severity == severity
+
+
+def test_one_yardstick_that_agrees_a_little_is_enough() -> None:
+    assert "score_unrelated" not in names_of(log_of(**{"agreement/exact": 0.3, "agreement/other": 0.0}))
+
+
+def test_prompts_that_held_completions_at_the_start_are_named_later_too() -> None:
+    held = [0.8] * 3 + [0.1] * 13
+    assert "prompts_hold_completions" in names_of(log_of(**{"prompts/hold_completion": held}))
+
+
+def test_few_prompts_are_a_problem_where_they_are_very_few() -> None:
+    for distinct, severity in ((1 / 16, "problem"), (1 / 4, "warning")):
+        (found,) = diagnose(log_of(**{"prompts/distinct": distinct}))
+        assert (found.name, found.severity) == ("few_prompts", severity)
+
+
+def test_a_score_may_rise_slowly_or_for_a_while() -> None:
+    slowly = [0.07 * i + (-1) ** i for i in range(40)]  # no four logs in a row lie clearly above the first four
+    assert Series(list(range(40)), slowly).ever_rose(3.0) and not Series(list(range(20)), slowly[:20]).ever_rose(3.0)
+    for_a_while = [0.1 * (-1) ** i + 2.0 * (10 <= i < 16) for i in range(40)]
+    assert Series(list(range(40)), for_a_while).ever_rose(3.0)
+
+
 def test_noise_is_not_the_trend() -> None:
     line = Series(list(range(50)), [0.1 * i for i in range(50)])
     assert line.noise() == pytest.approx(0.1 / math.sqrt(2))

@@ -61,6 +61,12 @@ def test_a_setting_that_makes_what_is_found_is_its_cause() -> None:
     assert "denominator" in top.follows[0].because.mechanism and "Kingma" in top.follows[0].because.source
 
 
+def test_the_cause_is_as_severe_as_what_it_makes() -> None:
+    for metrics, severity in ((STILL, "warning"), ({**HEALTHY, "policy/clipfrac_avg": 0.6}, "problem")):
+        first = diagnose(log_with(metrics, cliprange=20.0))[0]
+        assert (first.name, first.severity) == ("unusual_settings", severity)
+
+
 def test_several_are_named_the_farthest_first() -> None:
     found = named(log_with(STILL, adam_epsilon=1.0, weight_decay=0.2, lam=0.9))
     assert found == ["adam_epsilon", "weight_decay"]
@@ -102,6 +108,12 @@ def test_a_setting_that_another_finding_names_is_named_once() -> None:
     drowned = {"objective/kl": 0.001, "objective/kl_coef": 10.0, "objective/scores": 0.1}
     log = log_with({**HEALTHY, **drowned}, kl_coef=10.0, reward_weights=[0.01])
     assert named(log) == ["reward_weights"]
+
+
+def test_weights_that_kl_coef_does_not_suit() -> None:
+    away = {"objective/kl": lambda t: 7 * t, "objective/kl_coef": 0.05}
+    assert named(log_with({**HEALTHY, **away}, kl_coef=0.05, reward_weights=[100.0])) == ["reward_weights"]
+    assert named(log_with({**HEALTHY, **away}, kl_coef=0.4, reward_weights=[100.0])) == [], "it suits them"
 
 
 @pytest.mark.parametrize(
