@@ -131,7 +131,10 @@ def _ppo(case: Case, cured: bool, settings: dict, seed: int, folder: Path, callb
     if case.prompts is not None and not cured:
         prompts = case.prompts(prompts)
     args = PPOConfig(str(folder), seed=seed, **ALWAYS | settings)
-    trainer = PPOTrainer(base, list(functions) or None, args, prompts, processing_class=tokenizer, callbacks=[callback])
+    held_out = demo.load("prompts", "test").select(range(64)) if "eval_strategy" in settings else None
+    trainer = PPOTrainer(
+        base, list(functions) or None, args, prompts, held_out, processing_class=tokenizer, callbacks=[callback]
+    )
     return trainer, lambda _: demo.run_exam(base, tokenizer).covered
 
 

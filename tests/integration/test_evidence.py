@@ -12,7 +12,7 @@ from tests.helpers import DEVICE, prompt_dataset, saved_model, word_tokenizer
 from tests.integration.test_ppo_trainer import LORA, cats, config, rows_with, trained_state, trainer_for
 from trl_ext import PPOConfig, PPOTrainer, RolloutCallback, SharedBase
 from trl_ext.core import clipped_policy_loss, estimate_advantages
-from trl_ext.ppo.evidence import ROWS, TWINS, Schedule
+from trl_ext.ppo.evidence import ROWS, TWINS, Schedule, reading
 
 
 def rewarding(kind: str) -> Any:
@@ -83,7 +83,37 @@ def test_a_score_of_the_prompt_alone_has_no_variance_within_prompts(tmp_path: Pa
     trainer.train()
     assert measured(trainer, "score/within_prompt") == [0.0]
     assert measured(trainer, "noise/of_the_prompt") == [0.0]
-    assert calls == [32, 2 * TWINS], "once for the rollout, once for all that is scored anew"
+    assert calls == [32, 2 * TWINS, TWINS], "the rollout; again, with second completions; with other rows' prompts"
+
+
+@pytest.mark.parametrize("num_generations", [1, 4])
+def test_a_score_that_reads_no_prompt_is_not_moved_by_another(num_generations: int, tmp_path: Path) -> None:
+    changes = {"per_device_train_batch_size": 32, "total_episodes": 32, "num_generations": num_generations}
+    of_the_prompt, _ = rewarding("of_the_prompt")
+    moved = []
+    for name, function in (("completion", cats), ("prompt", of_the_prompt)):
+        trainer = trainer_for(tmp_path / name, function, **changes)
+        trainer.train()
+        moved += measured(trainer, "score/moved_by_prompt")
+    assert moved[0] == 0.0 and moved[1] > 0.5
+
+
+def test_completions_that_are_the_same_tell_nothing_of_what_a_score_reads(tmp_path: Path) -> None:
+    """Greedy, as top_k=1 makes it: the second completion of a prompt is the first one, so that no score differs."""
+    trainer = trainer_for(tmp_path, per_device_train_batch_size=32, total_episodes=32, top_k=1)
+    trainer.train()
+    assert measured(trainer, "score/within_prompt") == []
+
+
+def test_prompts_that_a_chat_model_was_not_taught_to_read() -> None:
+    tokenizer = word_tokenizer()
+    assert reading(["a"], tokenizer) == {}
+    tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
+    messages = [{"role": "user", "content": "a"}]
+    assert reading(["a", messages], tokenizer) == {"prompts/plain": 0.5, "prompts/unknown_markers": 1.0}
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    assert reading([messages], tokenizer) == {"prompts/plain": 0.0, "prompts/unknown_markers": 0.5}
+    assert reading(["a"], tokenizer) == {"prompts/plain": 1.0}
 
 
 def test_noise_does_not_repeat(tmp_path: Path) -> None:
@@ -105,7 +135,7 @@ def test_a_function_that_may_be_costly_is_not_called_for_a_measurement(kind: str
     function.repeatable = True
     trainer = trainer_for(tmp_path / "again", function, total_episodes=8)
     trainer.train()
-    assert calls == [8, 8, 8, 16] and measured(trainer, f"noise/{kind}") == [0.0]
+    assert calls == [8, 8, 8, 16, 8] and measured(trainer, f"noise/{kind}") == [0.0]
 
 
 def test_repeated_prompts_of_a_rollout_need_no_second_completions(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,8 @@ class DiagnosticsCallback(RolloutCallback):
             self._state["measured"][f"data/{name}"] = [value]
         self._config["reward_names"] = self._state.get("reward_names")
         self._write_settings(args, state)
+        if self.rules is None and hasattr(args, "steps_per_rollout"):
+            self._tell(diagnose(replace(self.log_of(state), kind="ppo"), self.limits), state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Have the first step logged: in DPO it shows whether the reference is right."""
@@ -165,18 +167,24 @@ class DiagnosticsCallback(RolloutCallback):
             for row in (logs, state.log_history[-1]):
                 row.update(measured)
             self._state["measured"].clear()
-        names = {finding.name for finding in self.findings}
-        present = diagnose(self.log_of(state), self.limits, self.rules)
+        for finding in self._tell(diagnose(self.log_of(state), self.limits, self.rules), state):
+            if finding.severity == "problem":
+                self._respond(finding, args, state, control, kwargs)
+
+    def _tell(self, present: Sequence[Finding], state: TrainerState) -> list[Finding]:
+        """Report the findings that are new, and return those that no earlier part of the run reported."""
+        known, new = {finding.topic for finding in self.findings}, []
         for finding in present:
-            if finding.name not in names:
-                self.findings.append(finding)
-                if finding.name not in self._state["named"]:
-                    self._state["named"].append(finding.name)
-                    edge = cause_of(finding, present)
-                    if state.is_world_process_zero:
-                        logger.warning("%s", finding if edge is None else _as_consequence(finding, edge))
-                    if finding.severity == "problem":
-                        self._respond(finding, args, state, control, kwargs)
+            if finding.topic in known:
+                continue
+            self.findings.append(finding)
+            if finding.topic not in self._state["named"]:
+                self._state["named"].append(finding.topic)
+                new.append(finding)
+                edge = cause_of(finding, present)
+                if state.is_world_process_zero:
+                    logger.warning("%s", finding if edge is None else _as_consequence(finding, edge))
+        return new
 
     def _note_functions(self, args: Any, state: TrainerState, logs: dict[str, Any]) -> None:
         """Note the reward functions in the order of their weights: a saved log is sorted by name."""

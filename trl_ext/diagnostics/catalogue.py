@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from trl_ext.diagnostics import distributions, preferences, samples, scores, signal, updates
 from trl_ext.diagnostics.finding import SEVERITIES, Finding, Rule
@@ -43,6 +43,7 @@ ON_SAMPLES: tuple[Rule, ...] = (
     updates.steps_too_small,
     samples.repetition_exploitation,
     scores.score_scale,
+    scores.score_drifts,
     scores.functions_at_odds,
     samples.length_exploitation,
     samples.completions_shrink,
@@ -79,6 +80,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "other": GRADIENTS,
 }
 
+# Causes that are named only where they made something that was found.
+SECOND_LOOK: tuple[Callable[[RunLog, Limits, Sequence[Finding]], Finding | None], ...] = (
+    signal.prompts_unlike_the_model,
+    signal.score_ignores_prompt,
+    unusual_settings,
+)
+
 
 def diagnose(log: RunLog, limits: Limits | None = None, rules: Sequence[Rule] | None = None) -> list[Finding]:
     """What is wrong with a run, problems before warnings, causes before symptoms.
@@ -91,8 +99,9 @@ def diagnose(log: RunLog, limits: Limits | None = None, rules: Sequence[Rule] | 
     limits = limits if limits is not None else Limits()
     results = [rule(log, limits) for rule in (rules if rules is not None else RULES[log.kind])]
     findings = [bearing(finding, log) for finding in results if finding is not None]
-    if rules is None and (settings := unusual_settings(log, limits, findings)) is not None:
-        findings.insert(0, bearing(settings, log))
+    for rule in SECOND_LOOK if rules is None else ():
+        if (cause := rule(log, limits, findings)) is not None:
+            findings.insert(0, bearing(cause, log))
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
 
 

@@ -75,6 +75,7 @@ class Finding:
         cause: the likely one.
         remedy: what cures it.
         suspects: the likeliest causes, where the log cannot tell which it is; the remedy then has no settings.
+        from_the_start: it was there in the first rollout, before a step was taken.
         explains: findings of this run that follow from it, each with the mechanism and its source, where that depends
             on the run; what always holds is in `graph.EDGES`.
     """
@@ -89,6 +90,7 @@ class Finding:
     remedy: Remedy
     samples: list[Sample] = field(default_factory=list)
     suspects: tuple[Suspect, ...] = ()
+    from_the_start: bool = False
     explains: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
@@ -96,9 +98,16 @@ class Finding:
         """The page of the docs that explains it, which `trl-ext explain <name>` prints."""
         return f"docs/diagnostics/{self.name}.md"
 
+    @property
+    def topic(self) -> str:
+        """Under which it is told once: its name; of settings, with which they are."""
+        settings = [name.removeprefix("times_off/") for name in self.figures if name.startswith("times_off/")]
+        return f"{self.name} {' '.join(sorted(settings))}".strip()
+
     def __str__(self) -> str:
+        when = f"steps {self.steps[0]} to {self.steps[1]}" if self.steps[1] else "before the first step"
         return (
-            f"{self.severity}: {self.title} (steps {self.steps[0]} to {self.steps[1]}). {self.evidence} "
+            f"{self.severity}: {self.title} ({when}). {self.evidence} "
             f"Likely cause: {self.cause} Remedy: {self.remedy} "
             f"{''.join(f'Perhaps {suspect} ' for suspect in self.suspects)}More: trl-ext explain {self.name}."
         )

@@ -84,6 +84,7 @@ EDGES: tuple[Edge, ...] = (
         value_not_learning="No value role can predict what is noise: it explains at most the share that repeats.",
         steps_too_small="Advantages that are noise point nowhere, so steps cancel and the score does not rise.",
         functions_at_odds="A noisy function has the largest spread, and correlates with nothing.",
+        score_unrelated="Noise has nothing to do with anything.",
         noise_drowns_signal="A score that is noise makes gradients that are.",
         entropy_rises="Steps on noise alone wander off, away from what the policy knew.",
         no_progress="Advantages that are noise point nowhere.",
@@ -92,12 +93,21 @@ EDGES: tuple[Edge, ...] = (
         "score_ignores_completion",
         WILLIAMS,
         steps_too_small="Where the score is the same for every completion the policy's gradient is 0 but for noise.",
+        score_unrelated="A score that is not of the completion says nothing of it.",
         kl_drowns_score="A score that no completion changes pulls nowhere, and any penalty is stronger.",
         entropy_collapse="Steps on noise alone make likely what happened to be sampled.",
         kl_runs_away="Steps on noise alone drift away from the reference.",
         noise_drowns_signal="Where no completion is better than another, gradients have nothing in common.",
         entropy_rises="Steps on noise alone wander off, away from what the policy knew.",
         no_progress="No completion scores more than another, whatever is written.",
+    ),
+    *_edges(
+        "score_ignores_prompt",
+        HACKING,
+        score_unrelated="What stands for good answers depends on what was asked.",
+        mode_collapse="One completion is as good for every prompt.",
+        entropy_collapse="One completion is as good for every prompt.",
+        constant_scores="One completion for every prompt has one score.",
     ),
     *_edges(
         "score_opposed",
@@ -111,12 +121,11 @@ EDGES: tuple[Edge, ...] = (
         "score_unrelated",
         HACKING,
         over_optimisation="What raises the score has nothing to do with what it was to stand for.",
+        scores_alike="What something else is given for may be had by nearly all, or by hardly any.",
+        constant_scores="What something else is given for may be had by all.",
         kl_runs_away="A score for something else pays for going elsewhere.",
         mode_collapse="Something else may be had by one completion for all prompts.",
         entropy_collapse="Something else may be had by one completion.",
-        length_exploitation="It may be length that is scored.",
-        completions_shrink="It may be brevity that is scored.",
-        repetition_exploitation="It may be something that can be repeated.",
         truncation="Who is not paid for a good end does not end.",
         no_progress="A score for what the policy cannot change does not rise.",
         noise_drowns_signal="A score for what the policy cannot change gives gradients with nothing in common.",
@@ -140,6 +149,15 @@ EDGES: tuple[Edge, ...] = (
         value_not_learning="Values see the returns of few completions.",
         held_out_differs="Which prompts get scores is not chance.",
         over_optimisation="What is not scored is not held to anything.",
+    ),
+    *_edges(
+        "prompts_unlike_the_model",
+        ZIEGLER,
+        truncation="Who was not taught to answer such prompts was not taught where to end.",
+        score_unrelated="A score says little of answers that are none.",
+        held_out_differs="Held-out prompts may be written as the model was taught to read them.",
+        no_progress="The answers that are scored are far from those the model knows.",
+        value_not_learning="What is read as noise predicts nothing.",
     ),
     *_edges(
         "few_prompts",
@@ -210,6 +228,7 @@ EDGES: tuple[Edge, ...] = (
         truncation="An EOS that generation forbids or delays is not written.",
         repetition_exploitation="Tokens that are forced after the end of an answer repeat it.",
         no_progress="Steps on tokens that another distribution drew do not climb the policy's own score.",
+        score_unrelated="A score says little of text that no policy would write by itself.",
     ),
     *_edges(
         "first_ratio",
@@ -249,6 +268,24 @@ EDGES: tuple[Edge, ...] = (
         kl_runs_away="A penalty chosen for scores of a few units does not count beside these.",
         clipping_saturated="Advantages of another scale make other steps where they are not whitened.",
         no_progress="Values and clip ranges are made for scores of a few units.",
+    ),
+    *_edges(
+        "held_out_differs",
+        "Cobbe et al. 2019, arXiv:1812.02341",
+        score_unrelated="To prompts of a kind that model and score do not know, good and bad answers score by chance.",
+        over_optimisation="What is learned for one kind of prompts need not serve another.",
+        no_progress="To prompts of a kind that the model does not know it has no good answers to find.",
+    ),
+    *_edges(
+        "score_drifts",
+        GAE,
+        value_loss_explodes="Values run after scores that change by themselves.",
+        value_not_learning="Values run after scores that change by themselves.",
+        gradients_explode="The value role's gradient grows with its error.",
+        kl_drowns_score="The penalty suits the scale that scores had before.",
+        kl_runs_away="The penalty suits the scale that scores had before.",
+        steps_too_small="Scores that shrink leave the penalty alone to be followed.",
+        no_progress="What changes by itself does not tell good completions from bad ones.",
     ),
     *_edges(
         "gradients_absent",
@@ -314,6 +351,7 @@ EDGES: tuple[Edge, ...] = (
     *_edges(
         "length_exploitation",
         "Singhal et al. 2023, arXiv:2310.03716",
+        score_unrelated="What is scored is length.",
         truncation="Completions grow to the limit.",
         over_optimisation="What grows is length, not what the score stands for.",
         kl_runs_away="Each further token adds to a completion's KL.",
@@ -321,6 +359,7 @@ EDGES: tuple[Edge, ...] = (
     *_edges(
         "completions_shrink",
         HACKING,
+        score_unrelated="What is scored is brevity.",
         over_optimisation="What shrinks is what the score was to stand for.",
         kl_runs_away="An early EOS is unlikely under the reference.",
         mode_collapse="Completions of next to nothing are alike.",
@@ -330,6 +369,7 @@ EDGES: tuple[Edge, ...] = (
     *_edges(
         "repetition_exploitation",
         HACKING,
+        score_unrelated="What is scored can be repeated.",
         truncation="Who repeats does not end.",
         over_optimisation="What is repeated raises the score, not what it stands for.",
         kl_runs_away="Repetition is unlikely under the reference.",
@@ -338,6 +378,7 @@ EDGES: tuple[Edge, ...] = (
     *_edges(
         "truncation",
         f"{N_PLUS}, the EOS trick",
+        score_unrelated="What is cut off before it has been said is not scored for what it says.",
         penalty_dominates="Where many completions are cut, the penalty varies more than the score.",
         kl_runs_away="To be short is worth more than to stay near the reference.",
         no_progress="What is cut off has not said what it would be scored for.",
@@ -355,6 +396,11 @@ EDGES: tuple[Edge, ...] = (
         entropy_collapse="Without a penalty the best is one completion, with certainty.",
     ),
     *_edges(
+        "score_ignores_prompt",
+        HACKING,
+        over_optimisation="What raises such a score need not answer what was asked.",
+    ),
+    *_edges(
         "mode_collapse",
         WILLIAMS,
         no_progress="One completion for all prompts is right for few.",
@@ -365,6 +411,9 @@ EDGES: tuple[Edge, ...] = (
         likelihood_displacement="Margins beyond what the pairs ask for are made by pushing both answers down.",
     ),
 )
+
+# What makes a difference before anything is learned. No other cause explains what is there in the first rollout.
+BEFORE_A_STEP = ("sampling_differs", "copied_completions", "prompts_unlike_the_model")
 
 
 @dataclass(frozen=True)
@@ -401,6 +450,8 @@ def cause_of(finding: Finding, findings: Sequence[Finding], edges: Sequence[Edge
         if finding.name in one.explains:
             return Edge(one.name, finding.name, *one.explains[finding.name])
     for edge in edges:
+        if finding.from_the_start and edge.cause not in BEFORE_A_STEP:
+            continue
         if edge.consequence == finding.name and edge.cause in by_name and edge.holds(by_name[edge.cause], finding):
             return edge
     return None

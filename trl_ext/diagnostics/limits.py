@@ -9,6 +9,7 @@ class Limits:
 
     Attributes:
         least_rows: logs (rollouts in PPO) before trends are judged.
+        enough: completions from which what nearly all of them share is told without waiting for a third log; chosen.
         sampling_gap_z: standard errors that sampling may stray from scoring, over a whole run: the gap is a martingale
             with mean 0, so 6 is out of reach of chance.
         sampling_gap: nats per token that it must stray besides; chosen, above rounding errors.
@@ -36,7 +37,8 @@ class Limits:
         clipfrac: share of tokens; PPO's papers and TRL's docs see 0.1 to 0.3 in healthy runs.
         huge_approxkl: nats per token that an update moves the policy; healthy updates stay below 0.3 (measured).
         tiny_approxkl: nats per token that an update moves the policy; healthy updates make 1e-4 and more (measured).
-        repeats: second completions of prompts from which the variance within prompts is judged, and copies are.
+        repeats: second completions of prompts from which copies are judged.
+        unlike: second completions, unlike the first, from which the variance within prompts is judged; chosen.
         within_prompt: share of the scores' variance within prompts below which the score ignores the completion: 0 in
             theory, above it for rounding; healthy runs here begin above 0.4 (measured).
         noise: share of a function's variance that does not repeat, a mean of several measurements.
@@ -49,6 +51,7 @@ class Limits:
         few_prompts: distinct prompts over those that a rollout has room for; chosen.
         far_off: factor by which a setting is outside its usual range that is told before anything shows; chosen.
         holds: share of the completions that stand in their prompt; chosen: extracts do, answers rarely.
+        not_read: share of prompts, or of a template's markers, that the model was not taught to read; chosen.
         empty_prompts: share of prompts without a text; chosen.
         opposed: correlation of score and yardstick over completions below which one is the other turned round; chosen,
             as strong as `length_correlation`.
@@ -58,6 +61,8 @@ class Limits:
         held_out_gap: standard deviations between the scores of training and held-out prompts.
         score_std: spread of scores beyond which values, which start at 0, take long to arrive.
         score_drift: factor by which that spread may grow.
+        beyond_kl: times the change of the mean score that a policy at the run's KL can make; chosen, for scores whose
+            tails are not normal.
         explained_variance: below it the value role explains little; a useful one reaches 0.5 and more.
         explained_nothing: below it the finding is a problem, above it a warning; a value role on its slow way to scores
             far from 0 is above it by the first time that the rule judges (measured).
@@ -68,6 +73,7 @@ class Limits:
         length_shrinkage: share of its start that the length falls to; chosen. Where the score rewards it, less than 1 /
             `length_growth` is worth a look.
         length_correlation: of score and length.
+        length_is_scored: the same in the first rollouts, from which any growth is told; chosen.
         repetition: share of a completion's trigrams that occurred in it before; healthy runs here stay below 0.01
             (measured).
         distinct: different completions to different prompts.
@@ -100,6 +106,7 @@ class Limits:
     """
 
     least_rows: int = 6
+    enough: int = 48
     sampling_gap_z: float = 6.0
     sampling_gap: float = 0.005
     negative_kl: float = 0.1
@@ -120,16 +127,18 @@ class Limits:
     huge_approxkl: float = 1.0
     tiny_approxkl: float = 2e-5
     repeats: int = 12
+    unlike: int = 6
     within_prompt: float = 0.02
     noise: float = 0.2
     noise_alone: float = 0.5
     gradient_noise: float = 5.0
-    unrelated: float = 0.2
+    unrelated: float = 0.25
     alike: float = 0.9
     unscored: float = 0.5
     few_prompts: float = 0.5
-    far_off: float = 10.0
+    far_off: float = 5.0
     holds: float = 0.5
+    not_read: float = 0.5
     empty_prompts: float = 0.05
     opposed: float = -0.5
     penalty_share: float = 0.5
@@ -138,6 +147,7 @@ class Limits:
     held_out_gap: float = 0.8
     score_std: float = 10.0
     score_drift: float = 5.0
+    beyond_kl: float = 2.0
     explained_variance: float = 0.05
     explained_nothing: float = 0.01
     value_loss_growth: float = 10.0
@@ -146,6 +156,7 @@ class Limits:
     length_growth: float = 1.4
     length_shrinkage: float = 0.5
     length_correlation: float = 0.5
+    length_is_scored: float = 0.7
     repetition: float = 0.15
     distinct: float = 0.2
     improbable: float = 5.0

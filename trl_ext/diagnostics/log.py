@@ -64,8 +64,8 @@ class Series:
 
     def best(self, count: int = 4) -> float:
         """The highest mean of `count` values in a row."""
-        means = [fmean(self.values[i : i + count]) for i in range(max(1, len(self) - count + 1))]
-        return max(means) if self.values else math.nan
+        starts = range(max(len(self) - count + 1, min(len(self), 1)))
+        return max((fmean(self.values[i : i + count]) for i in starts), default=math.nan)
 
     def noise(self) -> float:
         """Standard deviation of one value about its neighbours: root mean square of successive differences, over the
@@ -74,10 +74,13 @@ class Series:
         return math.sqrt(fmean(gap * gap for gap in gaps) / 2) if gaps else math.nan
 
     def rise(self, count: int = 4) -> tuple[float, float]:
-        """The recent mean less that of the start, and the same in standard errors of such a difference."""
+        """The recent mean less that of the start, and the same in standard errors of such a difference; NaN where there
+        are no values."""
         gained, spread = self.recent(count) - self.start(count), self.noise()
         error = spread * math.sqrt(2 / count)
-        return gained, gained / error if error > 0 else math.copysign(math.inf, gained) if gained else 0.0
+        if error > 0 or math.isnan(gained):
+            return gained, gained / error
+        return gained, math.copysign(math.inf, gained) if gained else 0.0
 
     def ever_rose(self, errors: float) -> bool:
         """Whether the best lies so many standard errors above the start, or the second half above the first."""
@@ -151,6 +154,10 @@ class RunLog:
         """A field of the config; `default` where it is unknown or None."""
         value = self.config.get(name)
         return default if value is None else value
+
+    def seen(self, series: Series) -> float:
+        """Completions that a metric of rollouts was taken over; 0 where a rollout's size is not known."""
+        return len(series) * float(self.setting("rollout_batch_size", 0))
 
     @property
     def in_half_precision(self) -> bool:

@@ -13,19 +13,20 @@ from trl_ext.diagnostics.log import RunLog
 def truncation(log: RunLog, limits: Limits) -> Finding | None:
     """Completions do not end."""
     cut = log.series("truncated")
-    if len(cut) < 3 or cut.recent(3) < limits.truncated:
+    if (len(cut) < 3 and log.seen(cut) < limits.enough) or not cut.recent(3) >= limits.truncated:
         return None
     longest, penalty = log.setting("max_completion_length"), float(log.setting("missing_eos_penalty", 0.0))
     return Finding(
         name="truncation",
         severity="problem",
         title="Completions are cut off before they end",
-        steps=(cut.steps[-3], cut.steps[-1]),
+        steps=(cut.steps[-3:][0], cut.steps[-1]),
         evidence=(
             f"{cut.recent(3):.0%} of the completions reach the length limit{f' of {longest}' if longest else ''} "
             f"without EOS; {cut.start():.0%} did at the start."
         ),
         figures={"truncated": cut.recent(3), "start": cut.start()},
+        from_the_start=cut.values[0] >= limits.truncated,
         cause="too short a limit, a reward for length, or a model that was never taught to stop.",
         remedy=Remedy(
             text="Raise the limit, and take a penalty off the score of a completion that was cut.",
@@ -40,9 +41,12 @@ def truncation(log: RunLog, limits: Limits) -> Finding | None:
 def length_exploitation(log: RunLog, limits: Limits) -> Finding | None:
     """Completions grow because length is rewarded; a warning where the log does not correlate score and length."""
     length, pull = log.series("length"), log.series("completions/score_length_correlation")
-    if len(length) < limits.least_rows or length.recent() < limits.length_growth * length.start():
+    if len(length) < limits.least_rows or length.rise()[1] < limits.noticeable:
         return None
-    if length.rise()[1] < limits.noticeable or (pull and max(pull.start(), pull.recent()) < limits.length_correlation):
+    is_scored = pull.start() > limits.length_is_scored
+    if not is_scored and length.recent() < limits.length_growth * length.start():
+        return None
+    if pull and max(pull.start(), pull.recent()) < limits.length_correlation:
         return None
     shown = f" Score and length correlate at {max(pull.start(), pull.recent()):.2f}." if pull else ""
     return Finding(
@@ -50,7 +54,7 @@ def length_exploitation(log: RunLog, limits: Limits) -> Finding | None:
         severity="problem" if pull else "warning",
         title="Completions grow because length is rewarded" if pull else "Completions grow",
         steps=(length.steps[0], length.steps[-1]),
-        evidence=f"The mean length went from {length.start():.0f} to {length.recent():.0f} tokens.{shown}",
+        evidence=f"The mean length went from {length.start():.1f} to {length.recent():.1f} tokens.{shown}",
         figures={"length": length.recent(), "start": length.start()},
         cause=f"a reward that is higher for longer completions{'' if pull else ', or a task that takes more words'}.",
         remedy=Remedy(
@@ -249,7 +253,7 @@ def few_prompts(log: RunLog, limits: Limits) -> Finding | None:
     """Each rollout has the same few prompts again and again."""
     distinct, size = log.series("prompts/distinct"), float(log.setting("rollout_batch_size") or 0)
     room = size / float(log.setting("num_generations", 1))
-    if len(distinct) < 3 or room < 16:
+    if room < 16 or (len(distinct) < 3 and log.seen(distinct) < limits.enough):
         return None
     count = distinct.recent(len(distinct)) * size
     if count > limits.few_prompts * room:
@@ -272,7 +276,9 @@ def few_prompts(log: RunLog, limits: Limits) -> Finding | None:
 def prompts_hold_completions(log: RunLog, limits: Limits) -> Finding | None:
     """What the policy is to write stands in its prompt already."""
     held = log.series("prompts/hold_completion")
-    if len(held) < 3 or max(held.start(), held.recent()) < limits.holds:
+    if len(held) < 3 and log.seen(held) < limits.enough:
+        return None
+    if not max(held.start(), held.recent()) >= limits.holds:
         return None
     return Finding(
         name="prompts_hold_completions",
@@ -296,7 +302,9 @@ def prompts_hold_completions(log: RunLog, limits: Limits) -> Finding | None:
 def empty_prompts(log: RunLog, limits: Limits) -> Finding | None:
     """Prompts without a text."""
     empty = log.series("prompts/empty")
-    if len(empty) < 3 or empty.recent(len(empty)) < limits.empty_prompts:
+    if len(empty) < 3 and log.seen(empty) < limits.enough:
+        return None
+    if not empty.recent(len(empty)) >= limits.empty_prompts:
         return None
     share = empty.recent(len(empty))
     return Finding(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from trl_ext.diagnostics.distributions import budget_of, stronger, weaker
 from trl_ext.diagnostics.finding import Finding, Remedy, Suspect
@@ -16,15 +17,17 @@ AGREEMENT = "agreement/"  # with the score, by yardstick
 def constant_scores(log: RunLog, limits: Limits) -> Finding | None:
     """Every completion gets the same score."""
     spread, score = log.series("score_std"), log.series("score")
-    if len(spread) < 3 or spread.recent(3) > 1e-4 * max(abs(score.recent(3)), 1e-2):
+    if len(spread) < 3 and log.seen(spread) < limits.enough:
+        return None
+    if not spread.recent(3) <= 1e-4 * max(abs(score.recent(3)), 1e-2):
         return None
     return Finding(
         name="constant_scores",
         severity="problem",
         title="All scores are the same",
-        steps=(spread.steps[-3], spread.steps[-1]),
+        steps=(spread.steps[-3:][0], spread.steps[-1]),
         evidence=(
-            f"The last three rollouts scored {score.recent(3):.3g} with a standard deviation of {spread.recent(3):.1g}."
+            f"The latest rollouts scored {score.recent(3):.3g} with a standard deviation of {spread.recent(3):.1g}."
         ),
         figures={"score": score.recent(3), "score_std": spread.recent(3)},
         cause=(
@@ -81,7 +84,7 @@ def no_progress(log: RunLog, limits: Limits) -> Finding | None:
 def score_scale(log: RunLog, limits: Limits) -> Finding | None:
     """The spread of the scores is too large for a value role that starts at 0, or it drifts."""
     spread = log.series("score_std")
-    if len(spread) < 3:
+    if len(spread) < 3 and log.seen(spread) < limits.enough:
         return None
     large = spread.recent(3) > limits.score_std
     drift = spread.recent() / spread.start() if len(spread) >= limits.least_rows and spread.start() > 1e-6 else 1.0
@@ -100,6 +103,54 @@ def score_scale(log: RunLog, limits: Limits) -> Finding | None:
             "suppose scores of a few units."
         ),
         remedy=Remedy(text="Normalise the scores, or clip them.", changes={"score_normalization": "running"}),
+        samples=log.last_samples(),
+    )
+
+
+def score_drifts(log: RunLog, limits: Limits) -> Finding | None:
+    """The mean score changes by more than the policy's move from the reference can make.
+
+    A policy at a KL of d nats from another one moves the mean of a score of spread s by at most s * sqrt(2 d), where
+    the score's tails are those of a normal variable (Donsker and Varadhan 1983).
+    """
+    names = ("score", "score_std", "kl", "objective/kl_std", "prompts/distinct")
+    size, rows = float(log.setting("rollout_batch_size", 0)), [row for row in log.rows if "objective/kl_std" in row]
+    score, spread, kl, kl_std, distinct = (replace(log, rows=rows).series(name) for name in names)
+    if size < 16 or len(score) < 4 or not len(score) == len(spread) == len(kl) == len(kl_std) == len(distinct):
+        return None
+    at, in_a_row = 0, 0
+    for at in range(1, len(score)):
+        width = max(spread.values[0], spread.values[at])
+        nats = max(kl.values[at], 0.0) + limits.noticeable * kl_std.values[at] / math.sqrt(size)
+        chance = limits.noticeable * math.sqrt(2 / (size * max(distinct.values[at], 1 / size)))
+        explained = width * (limits.beyond_kl * math.sqrt(2 * nats) + chance)
+        in_a_row = in_a_row + 1 if abs(score.values[at] - score.values[0]) > explained else 0
+        if in_a_row == 3:
+            break
+    if in_a_row < 3:
+        return None
+    return Finding(
+        name="score_drifts",
+        severity="problem",
+        title="Scores change though the policy has hardly moved",
+        steps=(score.steps[0], score.steps[at]),
+        evidence=(
+            f"The mean score went from {score.values[0]:.3g} to {score.values[at]:.3g}, at a KL of {kl.values[at]:.2f} "
+            f"nats per completion; with a spread of {spread.values[0]:.3g} such a policy can change it by "
+            f"{spread.values[0] * math.sqrt(2 * max(kl.values[at], 0.0)):.2g}."
+        ),
+        figures={"from": score.values[0], "to": score.values[at], "kl": kl.values[at]},
+        cause=(
+            "a reward function whose scores depend on when it is called: a sum that is never reset, a schedule, a "
+            "judge that changed; or prompts that come sorted."
+        ),
+        remedy=Remedy(
+            text=(
+                "Score the same completion twice, some rollouts apart: it must get the same score again. Shuffle the "
+                "prompts."
+            ),
+            code="print(reward_func(prompts=prompts, completions=completions, trainer_state=trainer.state))",
+        ),
         samples=log.last_samples(),
     )
 
@@ -146,18 +197,17 @@ def over_optimisation(log: RunLog, limits: Limits) -> Finding | None:
 
 def score_opposed(log: RunLog, limits: Limits) -> Finding | None:
     """The score likes best those completions that the yardstick likes least, from the first rollouts on."""
-    for name, first, error in _early_agreement(log, limits):
-        if first > min(limits.opposed, -limits.noticeable * error):
+    for name, first, error, rows in _early_agreement(log, limits):
+        if first + limits.noticeable * error > (0.0 if rows == limits.least_rows else limits.opposed):
+            continue
+        if first > limits.opposed:
             continue
         return Finding(
             name="score_opposed",
             severity="problem",
             title="The score is the opposite of what it stands for",
-            steps=(log.rows[0]["step"], log.rows[limits.least_rows - 1]["step"]),
-            evidence=(
-                f"Over the completions of the first {limits.least_rows} rollouts the score and {name} correlate at "
-                f"{first:.2f}."
-            ),
+            steps=(log.rows[0]["step"], log.rows[rows - 1]["step"]),
+            evidence=f"Over the completions of {_first(rows)} the score and {name} correlate at {first:.2f}.",
             figures={"correlation": first},
             cause=(
                 "the wrong sign: a distance, an error or a loss returned as the score; or a score for something that "
@@ -175,19 +225,19 @@ def score_opposed(log: RunLog, limits: Limits) -> Finding | None:
 def score_unrelated(log: RunLog, limits: Limits) -> Finding | None:
     """The score says nothing of what it is to stand for, from the first rollouts on."""
     related = _early_agreement(log, limits)
-    if not related or max(first + limits.noticeable * error for _, first, error in related) > 2 * limits.unrelated:
+    if not related or max(first + limits.noticeable * error for _, first, error, _ in related) > 2 * limits.unrelated:
         return None
-    name, first, error = max(related, key=lambda one: one[1])
+    name, first, error, rows = max(related, key=lambda one: one[1])
     if not -limits.unrelated < first < limits.unrelated:
         return None
     return Finding(
         name="score_unrelated",
         severity="problem",
         title="The score has nothing to do with what it stands for",
-        steps=(log.rows[0]["step"], log.rows[limits.least_rows - 1]["step"]),
+        steps=(log.rows[0]["step"], log.rows[rows - 1]["step"]),
         evidence=(
-            f"Over the completions of the first {limits.least_rows} rollouts the score and {name} correlate at "
-            f"{first:.2f} (standard error {error:.2f})."
+            f"Over the completions of {_first(rows)} the score and {name} correlate at {first:.2f} (standard error "
+            f"{error:.2f})."
         ),
         figures={"correlation": first, "error": error},
         cause=(
@@ -202,27 +252,41 @@ def score_unrelated(log: RunLog, limits: Limits) -> Finding | None:
     )
 
 
-def _early_agreement(log: RunLog, limits: Limits) -> list[tuple[str, float, float]]:
-    """Of each yardstick its correlation with the score over the first rollouts, a mean, and the standard error of that.
-    Early, while the policy is near its start: later ones differ by what was learned."""
+def _early_agreement(log: RunLog, limits: Limits) -> list[tuple[str, float, float, int]]:
+    """Of each yardstick its correlation with the score over the first rollouts, a mean, the standard error of that, and
+    how many rollouts it is of. Early, while the policy is near its start: later ones differ by what was learned.
+
+    The error is that of so many independent completions (Fisher 1915), or what rollouts differ by where that is more.
+    """
     found = []
     for name, r in _correlations_with_score(log).items():
-        if len(r) >= limits.least_rows:
-            early = Series(r.steps[: limits.least_rows], r.values[: limits.least_rows])
-            found.append((name, early.start(limits.least_rows), early.noise() / math.sqrt(limits.least_rows)))
+        rows = min(len(r), limits.least_rows)
+        completions = float(log.setting("rollout_batch_size", 0)) * rows
+        if not rows or (rows < limits.least_rows and completions < limits.enough):
+            continue
+        early = Series(r.steps[:rows], r.values[:rows])
+        mean, error = early.start(rows), early.noise() / math.sqrt(rows) if rows > 1 else 0.0
+        of_chance = (1 - mean * mean) / math.sqrt(max(completions - 3, 1.0)) if completions else 0.0
+        found.append((name, mean, max(error, of_chance), rows))
     return found
+
+
+def _first(rows: int) -> str:
+    return f"the first {rows} rollouts" if rows > 1 else "the first rollout"
 
 
 def scores_alike(log: RunLog, limits: Limits) -> Finding | None:
     """Nearly all completions get the same score from the start, so there is little to learn from."""
     alike, spread = log.series("objective/scores_alike"), log.series("score_std")
-    if len(alike) < 3 or not limits.alike <= alike.start() or spread.start() == 0.0:
+    if len(alike) < 3 and log.seen(alike) < limits.enough:
+        return None
+    if not limits.alike <= alike.start() or spread.start() == 0.0:
         return None
     return Finding(
         name="scores_alike",
         severity="warning" if log.series("score").ever_rose(limits.noticeable) else "problem",
         title="Nearly all completions get the same score",
-        steps=(alike.steps[0], alike.steps[2]),
+        steps=(alike.steps[0], alike.steps[:3][-1]),
         evidence=(
             f"In the first rollouts {alike.start():.0%} of the completions have one score, {alike.recent():.0%} now."
         ),
@@ -245,7 +309,9 @@ def scores_alike(log: RunLog, limits: Limits) -> Finding | None:
 def mostly_unscored(log: RunLog, limits: Limits) -> Finding | None:
     """Reward functions abstain from most completions."""
     unscored, size = log.series("objective/unscored"), log.setting("rollout_batch_size")
-    if len(unscored) < 3 or not size or unscored.recent(len(unscored)) < limits.unscored * float(size):
+    if not size or (len(unscored) < 3 and log.seen(unscored) < limits.enough):
+        return None
+    if not unscored.recent(len(unscored)) >= limits.unscored * float(size):
         return None
     share = unscored.recent(len(unscored)) / float(size)
     return Finding(

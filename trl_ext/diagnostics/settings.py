@@ -1,7 +1,8 @@
 """Settings far from where papers and recipes have them, and the problems that each can make.
 
 A setting is suspected where a problem is found that it can make and that nothing else explains; one that is off by a
-factor of `Limits.far_off` is told at once, until the score rises. On its own an unusual value is no mistake.
+factor of `Limits.far_off` is told before the first rollout, until the score rises. On its own an unusual value is no
+mistake.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl_ext.diagnostics.distributions import suggested_kl_coef
+from trl_ext.diagnostics.distributions import PLAIN_SAMPLING, suggested_kl_coef
 from trl_ext.diagnostics.finding import Finding, Remedy
 from trl_ext.diagnostics.graph import roots
 from trl_ext.diagnostics.limits import Limits
@@ -59,6 +60,7 @@ class Range:
         instead: what to set it to.
         source: where the setting is made or studied.
         below, above: what a value outside does; None: nothing that is known.
+        origin: from where distances are counted: of a discount from 1, as its horizon is 1 / (1 - gamma).
         value: it, from the log, where it is not the setting's own; NaN where it is unknown.
         unit: what the range counts, where that is not the setting itself.
     """
@@ -70,6 +72,7 @@ class Range:
     source: str
     below: Side | None = None
     above: Side | None = None
+    origin: float = 0.0
     value: Callable[[RunLog], float] | None = None
     unit: str = ""
 
@@ -163,6 +166,7 @@ RANGES: tuple[Range, ...] = (
         0.9,
         ADAM,
         above=Side("steps go on in the direction of rollouts long past", FLIES),
+        origin=1.0,
     ),
     Range(
         "adam_beta2",
@@ -172,6 +176,7 @@ RANGES: tuple[Range, ...] = (
         ADAM,
         below=Side("steps are scaled by the latest gradients alone", FLIES),
         above=Side("the first gradients set the scale of all steps", (*STANDS, *FLIES)),
+        origin=1.0,
     ),
     Range(
         "weight_decay",
@@ -255,6 +260,7 @@ RANGES: tuple[Range, ...] = (
         3.0,
         DUAL,
         below=Side("what is bad is hardly unlearned", (*STANDS, "kl_runs_away", "entropy_rises")),
+        origin=1.0,
     ),
     Range(
         "vf_coef",
@@ -275,6 +281,7 @@ RANGES: tuple[Range, ...] = (
         1.0,
         N_PLUS,
         below=Side("a score at the end reaches only the last tokens", (*STANDS, "credit_fades")),
+        origin=1.0,
     ),
     Range(
         "lam",
@@ -283,6 +290,7 @@ RANGES: tuple[Range, ...] = (
         0.95,
         GAE,
         below=Side("tokens learn from the values after them alone, which know little yet", (*STANDS, "credit_fades")),
+        origin=1.0,
     ),
     Range(
         "lam_value",
@@ -291,6 +299,7 @@ RANGES: tuple[Range, ...] = (
         None,
         GAE,
         below=Side("values learn from the values after them alone", ("value_not_learning", "no_progress")),
+        origin=1.0,
     ),
     Range(
         "entropy_coef",
@@ -315,6 +324,7 @@ RANGES: tuple[Range, ...] = (
         10.0,
         "TRL 0.11's ratio_threshold",
         below=Side("minibatches are left out as soon as the policy moves", STANDS),
+        origin=1.0,
     ),
     Range(
         "value_warmup_rollouts",
@@ -377,7 +387,14 @@ RANGES: tuple[Range, ...] = (
 
 def doubts(log: RunLog, limits: Limits) -> list[Doubt]:
     """The settings of a run that are far from the usual, the farthest first."""
-    found = [*_outside(log), *_weights(log, limits), *_clip_range(log), *_kinds(log)]
+    found = [
+        *_outside(log),
+        *_weights(log, limits),
+        *_coefficient(log, limits),
+        *_clip_range(log),
+        *_sampling(log),
+        *_kinds(log),
+    ]
     return sorted(found, key=lambda doubt: -doubt.far)
 
 
@@ -390,7 +407,9 @@ def _outside(log: RunLog) -> Iterator[Doubt]:
         if side is None:
             continue
         end = one.low if now < one.low else one.high
-        far = math.inf if now == 0.0 or end == 0.0 else max(now / end, end / now)
+        mine, usual_one = abs(now - one.origin), abs(end - one.origin)
+        nothing = 0.0 in (now, end, mine, usual_one)
+        far = math.inf if nothing else max(mine / usual_one, usual_one / mine)
         value = f"{now:.3g}"
         if one.value is not None:
             value = f"{float(log.setting(one.setting, 1)):g}, which makes {now:.3g} {one.unit}"
@@ -418,6 +437,49 @@ def _weights(log: RunLog, limits: Limits) -> Iterator[Doubt]:
         yield Doubt(
             "reward_weights", text, Side("the KL does not count beside such scores", FLIES), instead, ZIEGLER, largest
         )
+
+
+def _coefficient(log: RunLog, limits: Limits) -> Iterator[Doubt]:
+    """A kl_coef beside which the scores do not count; their spread is known from the first rollout on."""
+    suggested, now = suggested_kl_coef(log, limits), float(log.setting("kl_coef", 0.0))
+    times = now / suggested if suggested > 0 else math.nan
+    if times > limits.drowned:
+        text = f"kl_coef is {now:g}, and the spread of the scores suggests {suggested:.2g}"
+        instead = float(f"{suggested:.1g}")
+        yield Doubt(
+            "kl_coef", text, Side("a step costs more in KL than it gains in score", STANDS), instead, ZIEGLER, times
+        )
+
+
+# Processors of generation_kwargs that keep tokens from being sampled, or make others likelier, whatever their value.
+BIASES = {
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "suppress_tokens"),
+    *("begin_suppress_tokens", "bad_words_ids", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id"),
+    *("exponential_decay_length_penalty", "typical_p", "epsilon_cutoff", "eta_cutoff", "guidance_scale"),
+    *("num_beams", "penalty_alpha", "min_length", "min_new_tokens", "force_words_ids", "constraints"),
+}
+
+
+def _sampling(log: RunLog) -> Iterator[Doubt]:
+    """Settings under which completions are drawn from another distribution than the policy's."""
+    top_p, top_k, min_p = (
+        float(log.setting(name, other)) for name, other in (("top_p", 1), ("top_k", 0), ("min_p", 0))
+    )
+    repetition, others = float(log.setting("repetition_penalty", 1.0)), log.setting("generation_kwargs") or {}
+    told = [
+        ("top_p", top_p, top_p < 0.9, PLAIN_SAMPLING["top_p"]),
+        ("top_k", top_k, 0 < top_k < 40, PLAIN_SAMPLING["top_k"]),
+        ("min_p", min_p, min_p > 0.05, PLAIN_SAMPLING["min_p"]),
+        ("repetition_penalty", repetition, not 0.9 < repetition < 1.1, PLAIN_SAMPLING["repetition_penalty"]),
+        *(("generation_kwargs", {name: others[name]}, bool(others[name]), None) for name in others if name in BIASES),
+    ]
+    side = Side(
+        "what is sampled is not what the policy is scored and trained on", ("sampling_differs", "negative_kl", *STANDS)
+    )
+    for name, value, far, instead in told:
+        if far:
+            text = f"{name} is {value}, and PPO samples from the whole distribution"
+            yield Doubt(name, text, side, instead, N_PLUS, math.inf)
 
 
 def _clip_range(log: RunLog) -> Iterator[Doubt]:
@@ -456,9 +518,8 @@ def _kinds(log: RunLog) -> Iterator[Doubt]:
 
 def unusual_settings(log: RunLog, limits: Limits, findings: Sequence[Finding]) -> Finding | None:
     """Settings far from the usual that can make one of `findings` which nothing else explains, or, before the score has
-    risen, that are off by orders of magnitude."""
-    score = log.series("score")
-    rose = not score or score.ever_rose(limits.noticeable)
+    risen, that are off by orders of magnitude: those are told of a log without a row, too."""
+    rose = log.kind not in ("ppo", "online") or log.series("score").ever_rose(limits.noticeable)
     unexplained = {top.finding.name: top.finding for top in roots(findings)}
     named = {setting for finding in findings for setting in finding.remedy.changes}
     blamed = []

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import fmean
 
-from trl_ext.diagnostics.finding import Finding, Remedy
+from trl_ext.diagnostics.finding import SEVERITIES, Finding, Remedy
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
 
@@ -40,7 +41,7 @@ def share_of_functions(log: RunLog) -> float:
 def score_ignores_completion(log: RunLog, limits: Limits) -> Finding | None:
     """Two completions of one prompt get the same score."""
     share, repeats = within_prompt(log)
-    if repeats < limits.repeats or share > limits.within_prompt:
+    if repeats < limits.unlike or share > limits.within_prompt:
         return None
     return Finding(
         name="score_ignores_completion",
@@ -58,6 +59,71 @@ def score_ignores_completion(log: RunLog, limits: Limits) -> Finding | None:
             code="print(reward_func(prompts=[p, p], completions=[good, bad]))",
         ),
         samples=log.last_samples(),
+    )
+
+
+# What a score that does not look at the prompt lets happen. Where none of it does, it may be what is wanted: a tone, a
+# length, a sentiment.
+WITHOUT_A_PROMPT = ("mode_collapse", "entropy_collapse", "over_optimisation", "score_unrelated", "constant_scores")
+
+
+def score_ignores_prompt(log: RunLog, limits: Limits, findings: Sequence[Finding]) -> Finding | None:
+    """A completion gets the same score as the answer to another prompt, and that has done harm."""
+    moved, spread = log.series("evidence/score/moved_by_prompt"), log.series("score_std")
+    if not moved.start() <= limits.within_prompt or not spread.start() > 0.0:
+        return None
+    harm = [finding for finding in findings if finding.name in WITHOUT_A_PROMPT]
+    if not harm:
+        return None
+    return Finding(
+        name="score_ignores_prompt",
+        severity=min((finding.severity for finding in harm), key=SEVERITIES.index),
+        title="The score does not depend on the prompt",
+        steps=log.steps,
+        evidence=(
+            "Scored as answers to other rows' prompts, completions get the same scores: they change by "
+            f"{moved.start():.1%} of what unrelated scores differ by."
+        ),
+        figures={"moved": moved.start()},
+        cause="the reward function reads the completion alone, so what is good for one prompt is good for all.",
+        remedy=Remedy(
+            text="Let it read the prompt, or a column that goes with it; else hold the policy nearer to the reference.",
+            code="print(reward_func(prompts=[p, other], completions=[answer, answer]))",
+        ),
+        samples=log.last_samples(),
+    )
+
+
+NOT_READ = ("truncation", "score_unrelated", "held_out_differs", "no_progress")
+
+
+def prompts_unlike_the_model(log: RunLog, limits: Limits, findings: Sequence[Finding]) -> Finding | None:
+    """Prompts are not written as the model was taught to read them, and that has done harm."""
+    plain, unknown = (log.series(f"evidence/prompts/{name}").start() for name in ("plain", "unknown_markers"))
+    harm = [finding for finding in findings if finding.name in NOT_READ]
+    if not harm or not max(plain if plain > 0 else 0.0, unknown if unknown > 0 else 0.0) > limits.not_read:
+        return None
+    by_marker = unknown > limits.not_read
+    return Finding(
+        name="prompts_unlike_the_model",
+        severity=min((finding.severity for finding in harm), key=SEVERITIES.index),
+        title="Prompts are not written as the model was taught to read them",
+        steps=log.steps,
+        evidence=(
+            f"{unknown:.0%} of the markers that the chat template writes are no tokens of the tokenizer, which takes "
+            "them to pieces."
+            if by_marker
+            else f"{plain:.0%} of the prompts are plain texts, though the tokenizer has a chat template: no turn begins "
+            "or ends."
+        ),
+        figures={"plain": plain, "unknown_markers": unknown},
+        cause="the chat template of another model." if by_marker else "texts where a chat model expects messages.",
+        remedy=Remedy(
+            text="Take the tokenizer of the model that is trained, with its own template, and give prompts as messages.",
+            code="dataset.map(lambda row: {'prompt': [{'role': 'user', 'content': row['prompt']}]})",
+        ),
+        samples=log.last_samples(),
+        from_the_start=True,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,13 +31,14 @@ from trl_ext.ppo.pretraining import PretrainMix
 from trl_ext.random_state import RandomState
 from trl_ext.rewards import RewardError
 from trl_ext.roles import Role
-from trl_ext.types import Experience, concatenate
+from trl_ext.types import Experience, Rollout, concatenate
 
 logger = logging.getLogger(__name__)
 
 ROWS = 8  # whose gradient is taken apart, and which are scored again
 TWINS = 16  # prompts that are answered a second time
 SHARE = 0.008  # of an update that gradients may take, and second completions, each over the whole run
+MARKER = re.compile(r"<\|[^\s|<>{}]+\|>|<(?:start|end)_of_turn>")  # of a turn, in chat templates
 TENSORS, NUMBERS = 32, 64  # so many numbers of so many parameters stand for the policy's gradient
 
 
@@ -116,7 +118,10 @@ class Evidence:
         with self._apart(rollout):
             metrics = {**self._shares(experience), **self._credit(experience), **within_prompts(experience)}
             if rollout % self.schedule.gradients == 0:
+                metrics |= reading(experience.rollout.prompts, self.collector.tokenizer)
                 metrics |= self._scored_again(experience, inputs, trainer_state, rollout)
+                if rollout % self.schedule.twins == 0:
+                    metrics |= self._moved_by_prompt(experience, inputs, trainer_state)
                 if policy_trains and self.sees_whole_gradients:
                     step = trainer_state.global_step
                     metrics |= self._attempt(lambda: self._gradients(experience, step)) or {}
@@ -196,7 +201,7 @@ class Evidence:
         parts = gather_object([part])
         if any(one is None for one in parts):
             return {}
-        first, again, other = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        first, again, other, unlike = (torch.cat(columns) for columns in zip(*parts, strict=True))
         metrics: dict[str, float] = {}
         if collector.scorer is not None:
             for i, name in enumerate(collector.score_names):
@@ -204,9 +209,8 @@ class Evidence:
                 variance = column[~column.isnan()].double().var(unbiased=False)
                 metrics[f"noise/{name}"] = evidence.noise_share(first[:, i], again[:, i], float(variance))
         if len(other) and all(repeatable):
-            totals = torch.cat([collector.combination(one, training=False) for one in (again, other)])
-            groups = torch.arange(len(again)).repeat(2)
-            metrics |= _within(totals, groups)
+            totals = [collector.combination(one, training=False)[unlike] for one in (again, other)]
+            metrics |= _within(torch.cat(totals), torch.arange(len(totals[0])).repeat(2))
         return metrics
 
     @property
@@ -219,20 +223,71 @@ class Evidence:
 
     def _second_scores(
         self, before: Experience, inputs: list[dict[str, Any]], trainer_state: Any, twins: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Scores by function of the same completions, as they were and once more, and of second completions of their
-        prompts (none of these where there are no `twins`). All that is scored anew is scored in one call."""
-        collector, rollout = self.collector, before.rollout
+        prompts, with which of these are unlike the first (neither where there are no `twins`). All that is scored anew
+        is scored in one call."""
+        rollout = before.rollout
         if twins:
-            pad = int(collector.generation_config.pad_token_id)
-            rollout = concatenate([replace(rollout, sampling_logprobs=None), collector.answered(inputs)], pad)
+            rollout = concatenate(
+                [replace(rollout, sampling_logprobs=None), self.collector.answered(inputs)], self._pad
+            )
+        scores = self._scores(rollout, inputs * (2 if twins else 1), trainer_state)
+        tokens, count = rollout.completion_tokens, len(inputs)
+        unlike = [one != other for one, other in zip(tokens[:count], tokens[count:], strict=False)]
+        return before.scores.by_function, scores[:count], scores[count:], torch.tensor(unlike, dtype=torch.bool)
+
+    def _scores(self, rollout: Rollout, inputs: list[dict[str, Any]], trainer_state: Any) -> Tensor:
+        """By function, (batch, functions)."""
         pass_ = None
-        if collector.scorer is None:
+        if self.collector.scorer is None:
             with self.accelerator.autocast():
-                pass_ = collector.score_pass(rollout, roles=["reward"])
-        anew = inputs * (2 if twins else 1)
-        scores = collector.score(rollout, pass_, anew, trainer_state, RewardLog(), measured=True)
-        return before.scores.by_function, scores[: len(inputs)], scores[len(inputs) :]
+                pass_ = self.collector.score_pass(rollout, roles=["reward"])
+        return self.collector.score(rollout, pass_, inputs, trainer_state, RewardLog(), measured=True)
+
+    def _moved_by_prompt(
+        self, experience: Experience, inputs: list[dict[str, Any]], trainer_state: Any
+    ) -> dict[str, float]:
+        """How much scores change where a completion is scored as the answer to another row's prompt, with that row's
+        columns: mean squared difference over twice the variance. 0: the prompt does not count."""
+        scorer, accelerator = self.collector.scorer, self.accelerator
+        if scorer is not None and not all(scorer.repeatable):
+            return {}
+        rows = torch.arange(min(-(-TWINS // accelerator.num_processes), len(inputs)))
+        before = experience.rows(rows + accelerator.process_index * len(inputs))
+        part = self._attempt(lambda: self._swapped_scores(before, [inputs[i] for i in rows], trainer_state))
+        parts = gather_object([part])
+        if any(one is None for one in parts):
+            return {}
+        own, swapped = (
+            self.collector.combination(torch.cat(columns), training=False) for columns in zip(*parts, strict=True)
+        )
+        variance = own[~own.isnan()].double().var(unbiased=False)
+        return (
+            {"score/moved_by_prompt": evidence.noise_share(own, swapped, float(variance))} if len(own) >= ROWS else {}
+        )
+
+    def _swapped_scores(
+        self, before: Experience, inputs: list[dict[str, Any]], trainer_state: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Scores by function of completions as they were, and as answers to the prompt of another row; rows whose
+        prompt stays the same are left out."""
+        rollout, others = before.rollout, torch.arange(len(inputs)).roll(self.args.num_generations)
+        theirs = rollout.rows(others)
+        mixed = replace(
+            rollout,
+            prompts=theirs.prompts,
+            prompt_ids=theirs.prompt_ids,
+            prompt_mask=theirs.prompt_mask,
+            sampling_logprobs=None,
+        )
+        scores = self._scores(mixed, [inputs[i] for i in others], trainer_state)
+        unlike = [a != b for a, b in zip(rollout.prompt_tokens, theirs.prompt_tokens, strict=True)]
+        return before.scores.by_function[unlike], scores[unlike]
+
+    @property
+    def _pad(self) -> int:
+        return int(self.collector.generation_config.pad_token_id)
 
     # The policy's gradient by term ------------------------------------------------------------------------------------
 
@@ -330,15 +385,43 @@ class Evidence:
 
 def within_prompts(experience: Experience) -> dict[str, float]:
     """The share of the scores' variance that lies within a prompt, where the rollout has prompts more than once."""
-    scored = ~experience.scores.total.isnan()
-    return _within(experience.scores.total[scored], same_prompt(experience.rollout.prompt_tokens)[scored])
+    rollout, total = experience.rollout, experience.scores.total
+    places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    for i, (prompt, completion) in enumerate(zip(rollout.prompt_tokens, rollout.completion_tokens, strict=True)):
+        if not math.isnan(total[i]):
+            places.setdefault((tuple(prompt), tuple(completion)), i)
+    kept = list(places.values())
+    return _within(total[kept], same_prompt(rollout.prompt_tokens)[kept])
 
 
 def _within(scores: Tensor, groups: Tensor) -> dict[str, float]:
+    """Of completions that are unlike each other: those that are the same have the same score, whatever it reads."""
     within, between, freedom = evidence.variance_components(scores, groups)
     if freedom < 4 or within + between == 0.0:  # of fewer nothing can be told
         return {}
     return {"score/within_prompt": within / (within + between), "score/repeats": float(freedom)}
+
+
+def reading(prompts: Sequence[Any], tokenizer: Any) -> dict[str, float]:
+    """How far prompts are from what a chat model was taught to read.
+
+    Returns:
+        "prompts/plain": share of prompts that are texts, though the tokenizer has a chat template.
+        "prompts/unknown_markers": of the markers that its template writes, the share that is no single token; not there
+        where no prompt is written by the template, or it writes no markers.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        return {}
+    messages = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    figures = {"prompts/plain": 1 - len(messages) / len(prompts)}
+    markers = (
+        set(MARKER.findall(tokenizer.chat_template)) if messages and isinstance(tokenizer.chat_template, str) else ()
+    )
+    if markers:
+        none = (None, tokenizer.unk_token_id)
+        unknown = [tokenizer.convert_tokens_to_ids(marker) in none for marker in markers]
+        figures["prompts/unknown_markers"] = sum(unknown) / len(unknown)
+    return figures
 
 
 def held_out_gap(trained: Experience | None, held_out: Experience) -> dict[str, float]:

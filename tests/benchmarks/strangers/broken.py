@@ -264,6 +264,7 @@ class Exact:
 
 # What a run is built from --------------------------------------------------------------------------------------------
 
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 40}  # every fifth rollout, as in recipes/ppo_lora.yaml
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
@@ -279,20 +280,20 @@ class Parts:
         base: further arguments of `SharedBase.from_pretrained`.
         functions: reward functions; empty: the demo's reward role.
         prompts: the training prompts, with `country` and `capital`.
-        held_out: the same for evaluations; None: there are none.
+        held_out: the same for evaluations.
         change_base: what is done to the base once it is built.
         make_generator: makes who answers, from the base; None: the base answers.
     """
 
     seed: int
     made: Path
-    settings: dict[str, Any] = field(default_factory=lambda: dict(PPO))
+    settings: dict[str, Any] = field(default_factory=lambda: PPO | EVALUATED)
     lora: dict[str, Any] = field(default_factory=lambda: dict(LORA))
     base: dict[str, Any] = field(default_factory=lambda: {"value": "adapter", "reward": demo.reward_adapter()})
     functions: list[Any] = field(default_factory=list)
     tokenizer: Any = field(default_factory=lambda: AutoTokenizer.from_pretrained(demo.model_path()))
     prompts: Dataset = field(default_factory=lambda: demo.load("prompts", "train"))
-    held_out: Dataset | None = None
+    held_out: Dataset = field(default_factory=lambda: demo.load("prompts", "test").select(range(64)))
     change_base: Callable[[SharedBase], None] | None = None
     make_generator: Callable[[SharedBase], Any] | None = None
 
@@ -379,7 +380,6 @@ def _held_out_of_another_kind(parts: Parts) -> None:
     parts.held_out = Dataset.from_list(
         [{**row, "prompt": _asked(f"Which country has the capital {row['capital']}?")} for row in rows]
     )
-    parts.settings |= EVALUATED
 
 
 def _wrong_country_column(parts: Parts) -> None:
@@ -387,8 +387,6 @@ def _wrong_country_column(parts: Parts) -> None:
     shifted = [{**row, "capital": rows[i - 1]["capital"]} for i, row in enumerate(rows)]
     parts.prompts, parts.functions = Dataset.from_list(shifted), [demo.rate]
 
-
-EVALUATED = {"eval_strategy": "steps", "eval_steps": 40}  # every fifth rollout
 
 PROMPTS: dict[str, Callable[[Parts], None]] = {
     "one_prompt": partial(_rows_become, lambda i: 0),

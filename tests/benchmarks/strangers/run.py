@@ -130,7 +130,8 @@ def build(
     if job.case is not None:
         case, callback = job.case, DiagnosticsCallback(yardstick=exact if job.case.kind == "ppo" else None)
         make = {"ppo": doctor._ppo, "reward": doctor._reward, "dpo": doctor._dpo, "online": doctor._online}[case.kind]
-        settings = doctor.USUAL[case.kind] | case.settings | (short if case.kind == "ppo" else {}) | changes
+        of_ppo = broken.EVALUATED | short if case.kind == "ppo" else {}
+        settings = doctor.USUAL[case.kind] | of_ppo | case.settings | changes
         return *make(case, False, settings, job.seed, folder, callback), callback
     parts = broken.Parts(job.seed, out / "made")
     for _, mistake in job.mistakes:
@@ -191,7 +192,7 @@ def run(
     _tidy(folder)
     found = judged(folder)
     if trainer is not None:
-        told = {finding.name for finding in callback.findings}
+        told = {finding.topic for finding in callback.findings}
         same = _as_json(in_process) == _as_json(found["roots"]) and told >= set(found["first_seen"])
     return {
         "id": job.id,

@@ -34,17 +34,17 @@ def judge(log: RunLog) -> Result:
     """The doctor's verdict on a log.
 
     Returns:
-        "roots": at the end, in the doctor's order. "first_seen": of every finding that was made on the way, the step
-        and the episode. "yardstick": (episode, mean rating, 1 to 5) of each rollout. "rollouts": how many were logged.
+        "roots": at the end, in the doctor's order. "first_seen": of every topic that was told on the way the finding,
+        as it was, with the step and the episode. "yardstick": (episode, mean rating, 1 to 5) of each rollout. "rollouts": how many were logged.
     """
-    seen: dict[str, dict[str, float]] = {}
+    seen: dict[str, dict[str, Any]] = {}
     points = sorted({row["step"] for row in [*log.rows, *log.evals]})
     every = max(math.ceil(len(points) / LOOKS), 1)
-    for step in sorted(points[::-every]):  # the last among them
+    for step in [0, *sorted(points[::-every])]:  # before the first rollout; the last is among them
         so_far = until(log, step)
         episode = max((row.get("episode", 0.0) for row in so_far.rows), default=0.0)
         for finding in diagnose(so_far):
-            seen.setdefault(finding.name, {"step": step, "episode": episode})
+            seen.setdefault(finding.topic, {"step": step, "episode": episode, **as_plain(Explained(finding, None, ()))})
     yardstick = [
         (row["episode"], row[name])
         for row in log.rows
@@ -190,9 +190,7 @@ def lead(result: Result, healthy: Result, truth: Truth) -> float | None:
     if result["refused"] or not result["yardstick"] or not healthy["yardstick"]:
         return None
     fell = fall(result["yardstick"], healthy["yardstick"])
-    true = {root["name"] for root in result["roots"] if is_true(root, result["mistakes"], truth)}
-    true |= {name for group, _ in result["mistakes"] for name in truth[group]}
-    seen = [place["episode"] for name, place in result["first_seen"].items() if name in true]
+    seen = [told["episode"] for told in result["first_seen"].values() if is_true(told, result["mistakes"], truth)]
     return min(seen) / fell if fell and seen else None
 
 
