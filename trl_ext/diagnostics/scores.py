@@ -89,20 +89,31 @@ def score_scale(log: RunLog, limits: Limits) -> Finding | None:
     large = spread.recent(3) > limits.score_std
     drift = spread.recent() / spread.start() if len(spread) >= limits.least_rows and spread.start() > 1e-6 else 1.0
     drifts = drift > limits.score_drift and spread.recent() > 1.0
-    if not (large or drifts):
+    middle, alike = log.series("objective/scores_iqr").start(), log.series("objective/scores_alike").start()
+    dwarfed = 0.0 <= middle < limits.dwarfed * spread.start() and alike < 0.5  # where more are one, there is no middle
+    if not (large or drifts or dwarfed):
         return None
+    title = "too large" if large else "drifts" if drifts else "another one for a few completions"
+    of_middle = f" Half of them lie within {middle:.2g}." if dwarfed and not (large or drifts) else ""
     return Finding(
         name="score_scale",
         severity="problem",
-        title="The scores' scale is too large" if large else "The scores' scale drifts",
+        title=f"The scores' scale {'drifts' if title == 'drifts' else f'is {title}'}",
         steps=(spread.steps[0], spread.steps[-1]),
-        evidence=f"Their standard deviation is {spread.recent(3):.3g}, at the start {spread.start():.3g}.",
-        figures={"score_std": spread.recent(3), "start": spread.start()},
+        evidence=f"Their standard deviation is {spread.recent(3):.3g}, at the start {spread.start():.3g}.{of_middle}",
+        figures={"score_std": spread.recent(3), "start": spread.start(), **({"middle": middle} if of_middle else {})},
         cause=(
-            "a reward function or reward model without bounds; kl_coef, clipping of values and learning rate all "
+            "a function that scores some prompts on another scale than others, so that all the others look alike."
+            if of_middle
+            else "a reward function or reward model without bounds; kl_coef, clipping of values and learning rate all "
             "suppose scores of a few units."
         ),
-        remedy=Remedy(text="Normalise the scores, or clip them.", changes={"score_normalization": "running"}),
+        remedy=Remedy(
+            text="Bring all prompts to one scale, or clip the scores.",
+            changes={"reward_clip_range": [round(log.series("score").start() + sign * middle, 3) for sign in (-2, 2)]},
+        )
+        if of_middle and middle > 0
+        else Remedy(text="Normalise the scores, or clip them.", changes={"score_normalization": "running"}),
         samples=log.last_samples(),
     )
 
