@@ -157,6 +157,9 @@ SICK: dict[str, dict[str, Any]] = {
     },
     "no_progress": {"objective/scores": 0.1},
     "score_unrelated": {"agreement/exact": [0.1, -0.1] * 8},
+    "score_drifts": {"objective/scores": lambda t: 6 * t, "objective/kl": 0.1, "objective/kl_std": 0.2},
+    "score_ignores_prompt": {"evidence/score/moved_by_prompt": 0.0, "agreement/exact": [0.1, -0.1] * 8},
+    "prompts_unlike_the_model": {"evidence/prompts/unknown_markers": 1.0, "completions/clipped_ratio": 0.9},
     "scores_alike": {"objective/scores_alike": 0.97, "objective/scores": 0.1},
     "mostly_unscored": {"objective/unscored": 50.0},
     "few_prompts": {"prompts/distinct": 1 / 16},
@@ -221,6 +224,26 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("score_unrelated", {"agreement/exact": [0.35, 0.2] * 8}, {}),
     ("score_unrelated", {"agreement/exact": [0.9, -0.9] * 8}, {}),  # too noisy to say
     ("score_unrelated", {"agreement/exact": [0.6] * 6 + [0.0] * 10}, {}),  # exploited, later
+    ("score_drifts", {"objective/kl": lambda t: 0.1 + 5 * t}, {}),  # the policy has moved
+    ("score_drifts", {"objective/kl_std": 20.0}, {}),  # or may have
+    ("score_drifts", {"objective/scores": lambda t: 1.5 * t}, {}),  # 1.5 of 2 x 0.45 + 0.53 that it can make
+    ("score_drifts", {"prompts/distinct": 1 / 64}, {}),  # one prompt a rollout, each another one
+    ("score_drifts", {"objective/scores": [0.1] * 10 + [6.0] * 2 + [0.1] * 4}, {}),  # two rollouts
+    ("score_ignores_prompt", {"evidence/score/moved_by_prompt": 0.1}, {}),
+    ("score_ignores_prompt", {"agreement/exact": 0.9}, {}),  # no harm is done
+    ("score_ignores_prompt", {"objective/scores_std": 0.0}, {}),  # that is constant_scores
+    ("prompts_unlike_the_model", {"evidence/prompts/unknown_markers": 0.4}, {}),
+    ("prompts_unlike_the_model", {"completions/clipped_ratio": 0.1}, {}),  # it can read them
+    ("score_scale", {"objective/scores_std": 1.0, "objective/scores_shorth": 0.2, "objective/scores_alike": 0.1}, {}),
+    ("score_scale", {"objective/scores_std": 1.0, "objective/scores_shorth": 0.0, "objective/scores_alike": 0.8}, {}),
+    (
+        "length_exploitation",
+        {
+            "completions/mean_length": lambda t: 8 + 2 * t + 0.1 * math.sin(40 * t),
+            "completions/score_length_correlation": 0.6,
+        },
+        {},
+    ),
     ("scores_alike", {"objective/scores_alike": 0.85}, {}),
     ("scores_alike", {"objective/scores_alike": [0.4] * 4 + [0.97] * 12}, {}),  # converged
     ("scores_alike", {"objective/scores_std": 0.0}, {}),  # that is constant_scores
@@ -268,6 +291,48 @@ def test_each_problem_is_named(name: str) -> None:
     assert all(isinstance(value, float) for value in finding.figures.values())
     assert finding.page == f"docs/diagnostics/{name}.md"
     json.dumps(finding.remedy.changes)  # an exact setting
+
+
+def test_few_scores_that_dwarf_all_others() -> None:
+    (finding,) = diagnose(log_of(**{"objective/scores_shorth": 0.02, "objective/scores_alike": 0.2}))
+    assert finding.name == "score_scale" and "Half of them lie within 0.02" in finding.evidence
+    low, high = finding.remedy.changes["reward_clip_range"]
+    assert high - low == pytest.approx(0.08, rel=0.05)  # 0.02 four times
+
+
+def test_length_that_is_scored_is_told_before_completions_have_grown_much() -> None:
+    grows = {"completions/mean_length": lambda t: 8 + 2 * t + 0.1 * math.sin(40 * t)}
+    assert names_of(log_of(**grows, **{"completions/score_length_correlation": 0.8})) == ["length_exploitation"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("constant_scores", {}),
+        ("scores_alike", {"objective/scores_alike": 0.97}),
+        ("mostly_unscored", {}),
+        ("few_prompts", {}),
+        ("empty_prompts", {}),
+        ("prompts_hold_completions", {}),
+        ("score_scale", {}),
+        ("truncation", {}),
+        ("score_opposed", {}),
+        ("score_not_repeatable", {}),
+    ],
+)
+def test_what_many_completions_share_is_told_of_the_first_rollout(name: str, changes: dict[str, Any]) -> None:
+    first = rows(**{**HEALTHY, **SICK[name], **changes})[:1]
+    assert name in names_of(RunLog.of(first, {**CONFIG, **SETTINGS.get(name, {})}))
+    if name not in ("score_not_repeatable", "score_opposed"):
+        few = {**CONFIG, "rollout_batch_size": 16}
+        assert name not in names_of(RunLog.of(first, few)), "16 completions may well be alike"
+
+
+def test_what_was_so_before_a_step_was_not_learned() -> None:
+    sick = {"completions/clipped_ratio": 0.9, "agreement/exact": [0.1, -0.1] * 8}
+    assert [top.finding.name for top in roots(diagnose(log_of(**sick)))] == ["truncation"]
+    later = {**sick, "completions/clipped_ratio": lambda t: 0.9 * min(1.0, 4 * t)}
+    assert [top.finding.name for top in roots(diagnose(log_of(**later)))] == ["score_unrelated", "truncation"]
 
 
 def test_sampling_that_is_corrected_for_is_a_warning_that_says_how_much_is_cut() -> None:

@@ -239,7 +239,7 @@ def test_the_yardstick_is_exact_whatever_became_of_the_prompts() -> None:
 def test_a_mistake_changes_its_own_part_alone() -> None:
     changed = parts()
     broken.apply({"settings": {"kl_coef": 4.0}, "lora": {"r": 1}}, changed)
-    assert changed.settings == broken.PPO | {"kl_coef": 4.0}
+    assert changed.settings == broken.PPO | broken.EVALUATED | {"kl_coef": 4.0}
     assert changed.lora == broken.LORA | {"r": 1}
     broken.apply({"settings": {"generation_kwargs": {"suppress_tokens": "eos"}}}, changed)
     assert changed.settings["generation_kwargs"] == {"suppress_tokens": [changed.tokenizer.eos_token_id]}
@@ -357,14 +357,20 @@ def test_rollouts_of_another_size_are_compared_at_the_same_episode() -> None:
     assert fell is not None and 320 + 192 * 0.4 <= fell <= 320 + 192 * 0.4 + 4
 
 
+def told(name: str, episode: float) -> dict[str, Any]:
+    return {"step": 8, "episode": episode, **root(name)}
+
+
 def test_the_lead_is_of_the_first_true_finding_over_the_fall() -> None:
     falling = [[at, 2.0 if at > 256 else 3.0] for at, _ in LEVEL]  # falls at 320 - 8.3 points - and 384
-    seen = {"kl_drowns_score": {"step": 8, "episode": 192.0}, "truncation": {"step": 8, "episode": 64.0}}
+    seen = {name: told(name, at) for name, at in (("kl_drowns_score", 192.0), ("truncation", 64.0))}
     run_ = result(yardstick=falling, first_seen=seen, roots=[root("kl_drowns_score")])
     healthy = result("", yardstick=LEVEL)
     assert verdict.lead(run_, healthy, TRUTH) == 192 / 384
     assert verdict.lead({**run_, "first_seen": {"truncation": seen["truncation"]}}, healthy, TRUTH) is None
     assert verdict.lead({**run_, "yardstick": LEVEL}, healthy, TRUTH) is None
+    named = {**told("unusual_settings", 0.0), "changes": {"kl_coef": 0.1}}
+    assert verdict.lead({**run_, "first_seen": {"unusual_settings kl_coef": named}}, healthy, TRUTH) == 0.0
 
 
 def log(rows: int, **of_row: Callable[[int], float]) -> verdict.RunLog:
@@ -390,7 +396,8 @@ def same_scores_from(rollout: int, rows: int) -> verdict.RunLog:
 def test_a_log_is_judged_as_it_was_on_the_way() -> None:
     judged = verdict.judge(same_scores_from(5, rows=10))
     assert [one["name"] for one in judged["roots"]] == ["constant_scores"]
-    assert judged["first_seen"] == {"constant_scores": {"step": 56, "episode": 448.0}}  # three rollouts: 5, 6, 7
+    (seen,) = judged["first_seen"].values()
+    assert (seen["name"], seen["step"], seen["episode"]) == ("constant_scores", 56, 448.0)  # three rollouts: 5, 6, 7
     assert judged["yardstick"] == [(64.0 * i, 2.0) for i in range(1, 11)]
     many = verdict.judge(same_scores_from(201, rows=400))
     assert abs(many["first_seen"]["constant_scores"]["step"] - 203 * 8) <= 4 * 8
@@ -403,7 +410,7 @@ def test_a_log_is_judged_as_it_was_on_the_way() -> None:
 def test_the_table_adds_up() -> None:
     recipe = [result("", seed, 0.9, id=verdict.HEALTHY_RUN, yardstick=LEVEL) for seed in (1, 2)]
     falling = [[at, 2.0 if at > 256 else 3.0] for at, _ in LEVEL]
-    seen = {"kl_drowns_score": {"step": 8, "episode": 192.0}}
+    seen = {"kl_drowns_score": told("kl_drowns_score", 192.0)}
     results = [
         result(roots=[root("kl_drowns_score")], first_seen=seen, yardstick=falling),  # named
         result(seed=2, roots=[root("truncation"), root("kl_drowns_score")]),  # second, after a false one
@@ -414,21 +421,21 @@ def test_the_table_adds_up() -> None:
         result("noise:pure_noise", kind="reward", roots=[root("score_not_repeatable", "warning")]),
     ]
     healthy = [*recipe, result("", 1, 0.8, id="healthy:ppo:other", roots=[root("truncation", evidence="Cut.")])]
-    told = verdict.table(results, healthy, TRUTH, REFUSALS)
-    assert "Of 6 harmful runs (of 7) the true cause is among the first two roots in 4 (67%)" in told
-    assert "the first root is a false cause in 1 (17%)" in told
-    assert "| settings | 6 | 5 | 3 | 1 |" in told
-    assert "| reward | 1 | 1 | 1 | 0 |" in told
-    assert "in 1 of 6 harmful runs" in told and "came first in 1. Median of its rollout over the fall's: 0.50" in told
-    assert "### Misses: 2" in told
-    assert "- vf_coef:high#0, seed 1: exam 20%, healthy 90%; truncation (warning), x (problem)" in told
-    assert "- gamma:low#0, seed 2: exam 80%, healthy 90%; nothing" in told
-    assert "### False first roots in harmful runs: 1" in told
-    assert "### False problems in harmless runs: 1" in told
-    assert "| kl_coef:high | kl_drowns_score 1, truncation 1 |" in told
-    assert "| min_p:high | refused 1 |" in told
-    assert "### 3 healthy runs: 1 with a problem" in told
-    assert "- healthy:ppo:other, seed 1: exam 80%; truncation: Cut." in told
+    text = verdict.table(results, healthy, TRUTH, REFUSALS)
+    assert "Of 6 harmful runs (of 7) the true cause is among the first two roots in 4 (67%)" in text
+    assert "the first root is a false cause in 1 (17%)" in text
+    assert "| settings | 6 | 5 | 3 | 1 |" in text
+    assert "| reward | 1 | 1 | 1 | 0 |" in text
+    assert "in 1 of 6 harmful runs" in text and "came first in 1. Median of its rollout over the fall's: 0.50" in text
+    assert "### Misses: 2" in text
+    assert "- vf_coef:high#0, seed 1: exam 20%, healthy 90%; truncation (warning), x (problem)" in text
+    assert "- gamma:low#0, seed 2: exam 80%, healthy 90%; nothing" in text
+    assert "### False first roots in harmful runs: 1" in text
+    assert "### False problems in harmless runs: 1" in text
+    assert "| kl_coef:high | kl_drowns_score 1, truncation 1 |" in text
+    assert "| min_p:high | refused 1 |" in text
+    assert "### 3 healthy runs: 1 with a problem" in text
+    assert "- healthy:ppo:other, seed 1: exam 80%; truncation: Cut." in text
     with pytest.raises(ValueError, match="not been run at seed 3"):
         verdict.table([result(seed=3)], recipe, TRUTH, REFUSALS)
 

@@ -77,6 +77,41 @@ def test_what_is_off_by_orders_of_magnitude_is_told_at_once_and_until_the_score_
     (found,) = diagnose(first)
     assert found.severity == "warning" and found.remedy.changes == {"adam_epsilon": 1e-5} and not found.explains
     assert named(log_with(HEALTHY, adam_epsilon=1.0)) == []
+    before = RunLog("ppo", [], config={**RUN, "adam_epsilon": 1.0, "generation_kwargs": {"min_new_tokens": 8}})
+    (found,) = diagnose(before)
+    assert set(found.remedy.changes) == {"adam_epsilon"} and "generation_kwargs" in found.evidence
+    assert "before the first step" in str(found)
+    assert diagnose(RunLog("ppo", [], config=RUN)) == diagnose(RunLog("dpo", [], config=before.config)) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "suspected"),
+    [
+        ({"top_p": 0.5}, ["top_p"]),
+        ({"top_p": 0.95, "top_k": 50, "min_p": 0.01, "repetition_penalty": 1.05}, []),
+        ({"top_k": 1, "min_p": 0.3, "repetition_penalty": 1.5}, ["top_k", "min_p", "repetition_penalty"]),
+        ({"generation_kwargs": {"num_beams": 4, "use_cache": True}}, ["generation_kwargs"]),
+        ({"generation_kwargs": {"use_cache": True}}, []),
+        ({"kl_coef": 0.5}, []),  # nobody knows before the scores' spread is
+    ],
+)
+def test_settings_that_cannot_be_meant_are_told_before_the_first_rollout(
+    settings: dict[str, Any], suspected: list[str]
+) -> None:
+    found = diagnose(RunLog("ppo", [], config={**RUN, **settings}))
+    assert [one.removeprefix("times_off/") for finding in found for one in finding.figures] == suspected
+
+
+def test_a_penalty_is_measured_by_the_scores_spread() -> None:
+    assert named(RunLog.of(rows(**STILL)[:1], {**RUN, "kl_coef": 0.05})) == []
+    far = {**STILL, "objective/kl_coef": 20.0}
+    assert named(RunLog.of(rows(**far)[:1], {**RUN, "kl_coef": 20.0})) == ["kl_coef"]
+
+
+@pytest.mark.parametrize(("setting", "value", "far"), [("gamma", 0.5, 10.0), ("max_ratio", 1.001, 50.0)])
+def test_what_lies_near_1_is_measured_from_there(setting: str, value: float, far: float) -> None:
+    (found,) = doubts(RunLog("ppo", [], config={**RUN, setting: value}), Limits())
+    assert found.far == pytest.approx(far)
 
 
 def test_an_unusual_setting_that_works_is_none_of_the_doctor_s_business() -> None:
@@ -85,7 +120,7 @@ def test_an_unusual_setting_that_works_is_none_of_the_doctor_s_business() -> Non
 
 def test_a_setting_is_not_blamed_for_what_something_else_explains() -> None:
     noise = {**STILL, "evidence/noise/judge": 0.9}
-    assert [top.finding.name for top in roots(diagnose(log_with(noise, adam_epsilon=5e-4)))] == ["score_not_repeatable"]
+    assert [top.finding.name for top in roots(diagnose(log_with(noise, adam_epsilon=4e-4)))] == ["score_not_repeatable"]
     assert named(log_with({**HEALTHY, "completions/clipped_ratio": 0.9}, adam_epsilon=1.0)) == [], "it cuts nothing off"
 
 

@@ -194,18 +194,19 @@ def budget_of(tokens: float, limits: Limits) -> float:
 
 def stronger(log: RunLog, limits: Limits) -> dict[str, float]:
     """A larger coefficient: the suggested one, or four times the present one where that is more; empty if unknown."""
-    now = _coefficient_now(log)
+    now = coefficient_now(log)
     value = max(v for v in (suggested_kl_coef(log, limits), 4 * now, 0.0) if not math.isnan(v))
     return {_field(log): float(f"{value:.1g}")} if value else {}
 
 
 def weaker(log: RunLog) -> dict[str, float]:
     """A quarter of the present coefficient; empty where there is none."""
-    now = _coefficient_now(log)
+    now = coefficient_now(log)
     return {_field(log): float(f"{now / 4:.1g}")} if now else {}
 
 
-def _coefficient_now(log: RunLog) -> float:
+def coefficient_now(log: RunLog) -> float:
+    """The coefficient of the KL penalty as last logged, else as set."""
     now = log.series("kl_coef").recent()
     return float(log.setting(_field(log), 0.0)) if math.isnan(now) else now
 

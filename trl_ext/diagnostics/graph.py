@@ -24,6 +24,10 @@ def _always(cause: Finding, consequence: Finding) -> bool:
     return True
 
 
+def _from_the_start(cause: Finding, consequence: Finding) -> bool:
+    return cause.from_the_start
+
+
 def _of_value(cause: Finding, consequence: Finding) -> bool:
     return "value" in cause.title
 
@@ -126,7 +130,6 @@ EDGES: tuple[Edge, ...] = (
         kl_runs_away="A score for something else pays for going elsewhere.",
         mode_collapse="Something else may be had by one completion for all prompts.",
         entropy_collapse="Something else may be had by one completion.",
-        truncation="Who is not paid for a good end does not end.",
         no_progress="A score for what the policy cannot change does not rise.",
         noise_drowns_signal="A score for what the policy cannot change gives gradients with nothing in common.",
         value_not_learning="A score for what the role cannot see cannot be predicted.",
@@ -155,6 +158,7 @@ EDGES: tuple[Edge, ...] = (
         ZIEGLER,
         truncation="Who was not taught to answer such prompts was not taught where to end.",
         score_unrelated="A score says little of answers that are none.",
+        score_ignores_prompt="What a reward model cannot read does not change its score.",
         held_out_differs="Held-out prompts may be written as the model was taught to read them.",
         no_progress="The answers that are scored are far from those the model knows.",
         value_not_learning="What is read as noise predicts nothing.",
@@ -273,6 +277,7 @@ EDGES: tuple[Edge, ...] = (
         "held_out_differs",
         "Cobbe et al. 2019, arXiv:1812.02341",
         score_unrelated="To prompts of a kind that model and score do not know, good and bad answers score by chance.",
+        score_ignores_prompt="What a reward model cannot read does not change its score.",
         over_optimisation="What is learned for one kind of prompts need not serve another.",
         no_progress="To prompts of a kind that the model does not know it has no good answers to find.",
     ),
@@ -352,6 +357,7 @@ EDGES: tuple[Edge, ...] = (
         "length_exploitation",
         "Singhal et al. 2023, arXiv:2310.03716",
         score_unrelated="What is scored is length.",
+        score_ignores_prompt="Length is counted without a look at the prompt.",
         truncation="Completions grow to the limit.",
         over_optimisation="What grows is length, not what the score stands for.",
         kl_runs_away="Each further token adds to a completion's KL.",
@@ -360,6 +366,7 @@ EDGES: tuple[Edge, ...] = (
         "completions_shrink",
         HACKING,
         score_unrelated="What is scored is brevity.",
+        score_ignores_prompt="Length is counted without a look at the prompt.",
         over_optimisation="What shrinks is what the score was to stand for.",
         kl_runs_away="An early EOS is unlikely under the reference.",
         mode_collapse="Completions of next to nothing are alike.",
@@ -370,6 +377,7 @@ EDGES: tuple[Edge, ...] = (
         "repetition_exploitation",
         HACKING,
         score_unrelated="What is scored can be repeated.",
+        score_ignores_prompt="What can be repeated is counted without a look at the prompt.",
         truncation="Who repeats does not end.",
         over_optimisation="What is repeated raises the score, not what it stands for.",
         kl_runs_away="Repetition is unlikely under the reference.",
@@ -378,7 +386,12 @@ EDGES: tuple[Edge, ...] = (
     *_edges(
         "truncation",
         f"{N_PLUS}, the EOS trick",
+        _from_the_start,
         score_unrelated="What is cut off before it has been said is not scored for what it says.",
+    ),
+    *_edges(
+        "truncation",
+        f"{N_PLUS}, the EOS trick",
         penalty_dominates="Where many completions are cut, the penalty varies more than the score.",
         kl_runs_away="To be short is worth more than to stay near the reference.",
         no_progress="What is cut off has not said what it would be scored for.",

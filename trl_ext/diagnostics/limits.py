@@ -60,7 +60,7 @@ class Limits:
         rounding: share of a step, by squares, that rounding takes: in float32 1e-12 (measured).
         held_out_gap: standard deviations between the scores of training and held-out prompts.
         score_std: spread of scores beyond which values, which start at 0, take long to arrive.
-        dwarfed: middle half of the scores over their standard deviation below which few dwarf the others: 1.35 for
+        dwarfed: width of half of the scores over their standard deviation below which few dwarf the others: 1.35 for
             normal scores; chosen.
         score_drift: factor by which that spread may grow.
         beyond_kl: times the change of the mean score that a policy at the run's KL can make; chosen, for scores whose
@@ -146,7 +146,7 @@ class Limits:
     penalty_share: float = 0.5
     half_life: float = 5.0
     rounding: float = 0.3
-    held_out_gap: float = 0.8
+    held_out_gap: float = 0.5
     score_std: float = 10.0
     dwarfed: float = 0.1
     score_drift: float = 5.0

@@ -89,8 +89,8 @@ def score_scale(log: RunLog, limits: Limits) -> Finding | None:
     large = spread.recent(3) > limits.score_std
     drift = spread.recent() / spread.start() if len(spread) >= limits.least_rows and spread.start() > 1e-6 else 1.0
     drifts = drift > limits.score_drift and spread.recent() > 1.0
-    middle, alike = log.series("objective/scores_iqr").start(), log.series("objective/scores_alike").start()
-    dwarfed = 0.0 <= middle < limits.dwarfed * spread.start() and alike < 0.5  # where more are one, there is no middle
+    middle, alike = log.series("objective/scores_shorth").start(), log.series("objective/scores_alike").start()
+    dwarfed = 0.0 <= middle < limits.dwarfed * spread.start() and alike < 0.5  # where more are one, half of them are
     if not (large or drifts or dwarfed):
         return None
     title = "too large" if large else "drifts" if drifts else "another one for a few completions"

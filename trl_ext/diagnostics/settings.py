@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl_ext.diagnostics.distributions import PLAIN_SAMPLING, suggested_kl_coef
+from trl_ext.diagnostics.distributions import PLAIN_SAMPLING, coefficient_now, suggested_kl_coef
 from trl_ext.diagnostics.finding import Finding, Remedy
 from trl_ext.diagnostics.graph import roots
 from trl_ext.diagnostics.limits import Limits
@@ -441,7 +441,7 @@ def _weights(log: RunLog, limits: Limits) -> Iterator[Doubt]:
 
 def _coefficient(log: RunLog, limits: Limits) -> Iterator[Doubt]:
     """A kl_coef beside which the scores do not count; their spread is known from the first rollout on."""
-    suggested, now = suggested_kl_coef(log, limits), float(log.setting("kl_coef", 0.0))
+    suggested, now = suggested_kl_coef(log, limits), coefficient_now(log)
     times = now / suggested if suggested > 0 else math.nan
     if times > limits.drowned:
         text = f"kl_coef is {now:g}, and the spread of the scores suggests {suggested:.2g}"

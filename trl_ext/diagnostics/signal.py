@@ -113,13 +113,13 @@ def prompts_unlike_the_model(log: RunLog, limits: Limits, findings: Sequence[Fin
             f"{unknown:.0%} of the markers that the chat template writes are no tokens of the tokenizer, which takes "
             "them to pieces."
             if by_marker
-            else f"{plain:.0%} of the prompts are plain texts, though the tokenizer has a chat template: no turn begins "
-            "or ends."
+            else f"{plain:.0%} of the prompts are plain texts, though the tokenizer has a chat template: no turn "
+            "begins or ends."
         ),
         figures={"plain": plain, "unknown_markers": unknown},
         cause="the chat template of another model." if by_marker else "texts where a chat model expects messages.",
         remedy=Remedy(
-            text="Take the tokenizer of the model that is trained, with its own template, and give prompts as messages.",
+            text="Take the tokenizer of the model that is trained, with its template, and give prompts as messages.",
             code="dataset.map(lambda row: {'prompt': [{'role': 'user', 'content': row['prompt']}]})",
         ),
         samples=log.last_samples(),
@@ -306,21 +306,23 @@ def noise_drowns_signal(log: RunLog, limits: Limits) -> Finding | None:
 def held_out_differs(log: RunLog, limits: Limits) -> Finding | None:
     """Prompts that are held out score otherwise than those that are trained on."""
     gap, z = (log.series(f"evidence/held_out/{name}", evals=True) for name in ("score_gap", "score_gap_z"))
-    if len(gap) < 2 or min(map(abs, gap.values[-2:])) < limits.held_out_gap:
+    count = min(len(gap), 4)
+    if count < 2 or len({value > 0 for value in gap.values[-count:]}) > 1:
         return None
-    if min(map(abs, z.values[-2:])) < limits.sampling_gap_z or gap.values[-1] * gap.values[-2] < 0:
+    total = z.recent(count) * math.sqrt(count)
+    if abs(gap.recent(count)) < limits.held_out_gap or abs(total) < limits.sampling_gap_z:
         return None
-    less = "lower" if gap.recent(2) > 0 else "higher"
+    less = "lower" if total > 0 else "higher"
     return Finding(
         name="held_out_differs",
         severity="warning",
         title="Held-out prompts are of another kind than those trained on",
-        steps=(gap.steps[-2], gap.steps[-1]),
+        steps=(gap.steps[-count], gap.steps[-1]),
         evidence=(
-            f"Held-out prompts score {abs(gap.recent(2)):.1f} standard deviations {less} than the training prompts of "
-            f"the same step ({abs(z.recent(2)):.0f} standard errors)."
+            f"Held-out prompts score {abs(gap.recent(count)):.1f} standard deviations {less} than the training prompts "
+            f"of the same step, in {count} evaluations in a row ({abs(total):.0f} standard errors)."
         ),
-        figures={"gap": gap.recent(2), "z": z.recent(2)},
+        figures={"gap": gap.recent(count), "z": total},
         cause="two sources, two templates, or training prompts so few that the policy knows them by heart.",
         remedy=Remedy(text="Draw both from one set.", code="split = dataset.train_test_split(test_size=0.1, seed=0)"),
     )

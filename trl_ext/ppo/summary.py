@@ -22,9 +22,9 @@ def summarize(experience: Experience, args: PPOConfig, names: list[str]) -> dict
 
     Each `objective/` number is a mean over completions, over the scored ones where scores enter: `kl` (k1, summed
     over tokens, nats), `entropy` (-log-prob, summed over tokens, nats), `scores`, `non_score_reward`, `rlhf_reward`;
-    `kl_std` and `scores_std` are standard deviations over completions, `scores_iqr` is the range of the middle half
-    (1.35 standard deviations where scores are normal); `scores_alike` is the share with the most common score;
-    `score_spread`, with several reward roles, is how far these disagree about a completion.
+    `kl_std` and `scores_std` are standard deviations over completions, `scores_shorth` is the width of the narrowest
+    range that holds half of the scores (1.35 standard deviations where they are normal); `scores_alike` is the share
+    with the most common score; `score_spread`, with several reward roles, is how far these disagree about a completion.
 
     Args:
         names: the reward functions' names, or those of several reward roles, one a column of `scores.by_function`.
@@ -44,7 +44,7 @@ def summarize(experience: Experience, args: PPOConfig, names: list[str]) -> dict
         "objective/rlhf_reward": score + non_score,
         "objective/scores": score,
         "objective/scores_std": final[scored].std(unbiased=False) if bool(scored.any()) else 0.0,
-        "objective/scores_iqr": middle_half(total[scored]),
+        "objective/scores_shorth": shorth(total[scored]),
         "objective/scores_alike": alike(total[scored]),
         "objective/kl_coef": args.kl_coef,
         "objective/unscored": (~scored).float().sum(),
@@ -179,12 +179,13 @@ def held(rollout: Rollout) -> float:
     return found / max(len(rollout.prompts), 1)
 
 
-def middle_half(scores: Tensor) -> float:
-    """The interquartile range, of (rows,); 0 where there is none."""
-    if not len(scores):
-        return 0.0
-    low, high = scores.double().quantile(torch.tensor([0.25, 0.75], dtype=torch.float64, device=scores.device))
-    return float(high - low)
+def shorth(scores: Tensor) -> float:
+    """The width of the narrowest range that holds half of the scores, (rows,); 0 where there is none.
+
+    Source: Rousseeuw and Leroy 1988, "A Robust Scale Estimator Based on the Shortest Half".
+    """
+    ordered, half = scores.double().sort().values, len(scores) // 2
+    return float((ordered[half:] - ordered[: len(scores) - half]).min()) if len(scores) else 0.0
 
 
 def alike(scores: Tensor) -> float:

@@ -35,7 +35,8 @@ def judge(log: RunLog) -> Result:
 
     Returns:
         "roots": at the end, in the doctor's order. "first_seen": of every topic that was told on the way the finding,
-        as it was, with the step and the episode. "yardstick": (episode, mean rating, 1 to 5) of each rollout. "rollouts": how many were logged.
+        as it was, with the step and the episode. "yardstick": (episode, mean rating, 1 to 5) of each rollout.
+        "rollouts": how many were logged.
     """
     seen: dict[str, dict[str, Any]] = {}
     points = sorted({row["step"] for row in [*log.rows, *log.evals]})
