@@ -262,10 +262,10 @@ class Evidence:
         own, swapped = (
             self.collector.combination(torch.cat(columns), training=False) for columns in zip(*parts, strict=True)
         )
-        variance = own[~own.isnan()].double().var(unbiased=False)
-        return (
-            {"score/moved_by_prompt": evidence.noise_share(own, swapped, float(variance))} if len(own) >= ROWS else {}
-        )
+        variance = float(own[~own.isnan()].double().var(unbiased=False))
+        if len(own) < ROWS or not variance > 0.0:  # scores that are all the same move with nothing
+            return {}
+        return {"score/moved_by_prompt": evidence.noise_share(own, swapped, variance)}
 
     def _swapped_scores(
         self, before: Experience, inputs: list[dict[str, Any]], trainer_state: Any
