@@ -30,7 +30,7 @@ class Pretender:
         rate = settings["learning_rate"]
         sick = SMALL if rate < 1e-4 else {**HEALTHY, **(SICK["truncation"] if rate > 1 else {})}
         self.history = rows(LENGTH, **sick)
-        self.state = SimpleNamespace(log_history=[], global_step=0)
+        self.state = SimpleNamespace(log_history=[], global_step=0, max_steps=8 * LENGTH)
         self.resumed: str | None = None
 
     def add_callback(self, callback: Any) -> None:
@@ -44,7 +44,8 @@ class Pretender:
         if resume_from_checkpoint:
             self.state.global_step = int(resume_from_checkpoint.rpartition("-")[2])
             self.state.log_history = [row for row in rows(LENGTH, **SMALL) if row["step"] <= self.state.global_step]
-        args = SimpleNamespace(to_dict=lambda: {**CONFIG, "learning_rate": self.settings["learning_rate"]})
+        known = {name: self.settings[name] for name in ("learning_rate", "adam_epsilon") if name in self.settings}
+        args = SimpleNamespace(to_dict=lambda: {**CONFIG, **known})
         control = SimpleNamespace(should_training_stop=False)
         self.given = (args, self.state, control)
         for callback in self.callbacks:
@@ -225,6 +226,23 @@ def test_a_fork_knows_what_the_run_noted_of_its_model(tmp_path: Path) -> None:
 
     (trial,) = try_remedies(Clinic(Still, learning_rate=1e-4), [found], tmp_path / "trial", run)
     assert trial.verdict == "cured"
+
+
+def test_a_setting_that_is_told_at_once_is_tried_until_it_shows_what_it_makes(tmp_path: Path) -> None:
+    """It is gone from the fork with the remedy from the first log on, whatever it was to blame for."""
+    run = RunLog.of(rows(LENGTH, **STILL), {**CONFIG, "adam_epsilon": 1.0, "learning_rate": 1e-4})
+    (found,) = [one for one in diagnose(run) if one.name == "unusual_settings"]
+    assert set(found.explains) == {"no_progress"}
+
+    class Still(Pretender):
+        def __init__(self, settings: dict[str, Any]) -> None:
+            super().__init__(settings)
+            self.history = rows(LENGTH, **STILL)
+
+    clinic = Clinic(Still, learning_rate=1e-4, adam_epsilon=1.0)
+    (trial,) = try_remedies(clinic, [found], tmp_path / "trial", run)
+    assert trial.logs > 12 and trial.verdict == "not cured", "no_progress is seen after twelve logs, and does not go"
+    assert try_remedies(clinic, [replace(found, explains={})], tmp_path / "none", run) == [], "it has made nothing yet"
 
 
 def test_a_remedy_takes_the_place_of_what_it_contradicts() -> None:

@@ -145,9 +145,18 @@ def try_remedies(
 
 
 def candidates(root: Explained) -> list[dict[str, Any]]:
-    """Settings to try, in turn: those of the root's remedy, those of its suspects."""
+    """Settings to try, in turn: those of the root's remedy, those of its suspects. None where the root is nothing but
+    settings that have made no problem yet: what would be cured?"""
+    if root.finding.name == "unusual_settings" and not root.finding.explains:
+        return []
     offered = [root.finding.remedy.changes, *(suspect.changes for suspect in root.finding.suspects)]
     return [changes for i, changes in enumerate(offered) if changes and changes not in offered[:i]]
+
+
+def _is_shown(finding: Finding, found: Sequence[Finding]) -> bool:
+    """Whether a fork has the problem: of settings that are blamed, one of those problems that they are blamed for."""
+    names = {one.name for one in found}
+    return finding.name in names and (not finding.explains or not names.isdisjoint(finding.explains))
 
 
 def _tried(root: Explained, forks: _Forks, run: RunLog | None, run_dir: Path | None, most: int | None) -> list[Trial]:
@@ -158,12 +167,12 @@ def _tried(root: Explained, forks: _Forks, run: RunLog | None, run_dir: Path | N
         checkpoint = None
         if run is not None and run_dir is not None and not FIXED_AT_START & set(changes):
             checkpoint = checkpoint_before(run_dir, first_sign(run, finding.name, forks.limits))
-        without = forks.without(finding.name, checkpoint, most)
+        without = forks.without(finding, checkpoint, most)
         start = _step_of(checkpoint)
         before = len([row for row in without.log.rows if row["step"] <= start])
         count = len(without.log.rows) - before
         metric = _metric(finding, without.log)
-        if finding.name not in {one.name for one in diagnose(without.log, forks.limits)}:
+        if not _is_shown(finding, diagnose(without.log, forks.limits)):
             seen = _after(without.log, metric, start)
             said = Trial(
                 finding=finding.name,
@@ -260,19 +269,20 @@ class _Forks:
         self._without: dict[tuple[str, Path | None], Fork] = {}
         self._made = 0
 
-    def without(self, name: str, checkpoint: Path | None, most: int | None) -> Fork:
-        """As the run was, until `name` is found and half as long again, at most `most` logs."""
-        if (name, checkpoint) not in self._without:
-            self._without[name, checkpoint] = self._run({}, checkpoint, name, most)
-        return self._without[name, checkpoint]
+    def without(self, finding: Finding, checkpoint: Path | None, most: int | None) -> Fork:
+        """As the run was, until the problem is there and half as long again, at most `most` logs."""
+        place = finding.name, checkpoint
+        if place not in self._without:
+            self._without[place] = self._run({}, checkpoint, finding, most)
+        return self._without[place]
 
     def with_(self, changes: Mapping[str, Any], checkpoint: Path | None, logs: int) -> Fork:
         """With `changes`, for as many `logs` in all."""
         return self._run(dict(changes), checkpoint, None, logs)
 
-    def _run(self, changes: dict[str, Any], checkpoint: Path | None, name: str | None, most: int | None) -> Fork:
+    def _run(self, changes: dict[str, Any], checkpoint: Path | None, finding: Finding | None, most: int | None) -> Fork:
         self._made += 1
-        watch = _Watch(self.limits, name, most, {**self._of_model, **changes})
+        watch = _Watch(self.limits, finding, most, {**self._of_model, **changes})
         output_dir = str(self.folder / f"{self._made}-{'with' if changes else 'without'}")
         died = ""
         with _apart():
@@ -296,13 +306,13 @@ class _Watch:
     """Reads a fork's log as it grows, and ends the fork.
 
     Args:
-        name: the finding to wait for; None: only `most` counts.
+        finding: what to wait for; None: only `most` counts.
         most: logs after which it ends; None: any.
         config: settings that the trainer's own do not have, or that were changed.
     """
 
-    def __init__(self, limits: Limits, name: str | None, most: int | None, config: Mapping[str, Any]) -> None:
-        self.limits, self.name, self.most, self.config = limits, name, most, config
+    def __init__(self, limits: Limits, finding: Finding | None, most: int | None, config: Mapping[str, Any]) -> None:
+        self.limits, self.finding, self.most, self.config = limits, finding, most, config
         self.log, self.began, self._begin = RunLog("other", []), False, 0
         self.seen_at: int | None = None
 
@@ -310,8 +320,7 @@ class _Watch:
         """Take in the log so far; whether to end."""
         self.log = log
         count = len(log.rows)
-        waits = self.name is not None and self.seen_at is None
-        if waits and self.name in {finding.name for finding in diagnose(log, self.limits)}:
+        if self.finding is not None and self.seen_at is None and _is_shown(self.finding, diagnose(log, self.limits)):
             self.seen_at = count
         ends = [] if self.most is None else [self.most]
         if self.seen_at is not None:
@@ -328,7 +337,7 @@ class _Watch:
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 watch.began = True
                 size = {"rollout_batch_size": getattr(args, "rollout_batch_size", None)}
-                self.config = {**args.to_dict(), **size, **watch.config}
+                self.config = {**args.to_dict(), **size, "steps_of_run": state.max_steps, **watch.config}
                 watch._begin = len(RunLog.of(state.log_history).rows)
                 schedule = getattr(kwargs.get("lr_scheduler"), "scheduler", kwargs.get("lr_scheduler"))
                 if state.global_step and "learning_rate" in watch.config and schedule is not None:

@@ -307,4 +307,10 @@ def _of_healthy(healthy: Sequence[Result]) -> str:
     ]
     died = [f"- {run['id']}, seed {run['seed']}: {run['died']}" for run in healthy if run["died"]]
     runs = len({line.split(": exam")[0] for line in problems})
-    return "\n".join([f"### {len(healthy)} healthy runs: {runs} with a problem", "", *problems, *died]).rstrip()
+    passed = [
+        f"- {run['id']}, seed {run['seed']}: {', '.join(names)}"
+        for run in healthy
+        if (names := [told["name"] for told in run["first_seen"].values() if told["severity"] == "problem"])
+    ]
+    sections = [f"### {len(healthy)} healthy runs: {runs} with a problem", "", *problems, *died]
+    return "\n".join([*sections, f"Told on the way, at any time: {len(passed)} runs.", "", *passed]).rstrip()
