@@ -102,6 +102,18 @@ def test_settings_that_cannot_be_meant_are_told_before_the_first_rollout(
     assert [one.removeprefix("times_off/") for finding in found for one in finding.figures] == suspected
 
 
+RECIPES = [path for path in (Path(__file__).parents[2] / "recipes").rglob("*.yaml") if "kl_coef" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_no_recipe_begins_with_a_warning(path: Path, tmp_path: Path) -> None:
+    known = {field.name for field in fields(PPOConfig)}
+    settings = {name: value for name, value in yaml.safe_load(path.read_text()).items() if name in known}
+    config = PPOConfig(**{**settings, "output_dir": str(tmp_path), "use_cpu": True, "bf16": False}).to_dict()
+    for given in ({}, config):
+        assert diagnose(RunLog("ppo", [], config={"rollout_batch_size": 64, "steps_of_run": 400, **given})) == []
+
+
 def test_a_penalty_is_measured_by_the_scores_spread() -> None:
     assert named(RunLog.of(rows(**STILL)[:1], {**RUN, "kl_coef": 0.05})) == []
     far = {**STILL, "objective/kl_coef": 20.0}
