@@ -7,7 +7,7 @@ from pathlib import Path
 
 INSTALLED = Path(__file__).parent / "texts"
 IN_A_CLONE = Path(__file__).parents[2] / "docs" / "diagnostics"
-NO_PROBLEM = {"index", "sources"}  # pages about all of them
+NO_PROBLEM = {"index", "sources", "strangers"}  # pages about all of them
 
 
 def page(name: str) -> str:
