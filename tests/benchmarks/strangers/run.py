@@ -284,7 +284,10 @@ def work_through(
 
 
 def _said(job: Job, result: dict[str, Any]) -> str:
-    names = [f"{root['name']}@{result['first_seen'][root['name']]['step']:.0f}" for root in result["roots"]]
+    first: dict[str, float] = {}
+    for told in result["first_seen"].values():
+        first.setdefault(told["name"], told["step"])
+    names = [f"{root['name']}@{first[root['name']]:.0f}" for root in result["roots"]]
     told = "" if job.half == "measure" else f": {names} exam {result['exam']:.2f} {result['died']}"
     differs = "" if result["same"] else " THE FOLDER SAYS OTHERWISE"
     return f"{job.name}{told} {result['seconds']:.0f} s{differs}"
