@@ -536,3 +536,11 @@ def test_kept_logs_are_judged_by_the_present_rules(tmp_path: Path) -> None:
     assert first["exam"] == old["exam"]
     assert second["died"] == "ValueError: no." and second["roots"] == []
     assert run.rejudge(tmp_path, "work") == (2, 0)
+
+
+def test_what_is_printed_of_a_run_of_the_half_that_only_measures_tells_nothing_of_it() -> None:
+    found = result(roots=[root("unusual_settings")], seconds=3.0, same=True)
+    found["first_seen"] = {"unusual_settings kl_coef": {**told("unusual_settings", 64.0), "step": 16}}
+    said = {half: run._said(run.Job("kl_coef:high#0", half, "settings", 1), found) for half in ("work", "measure")}
+    assert said["work"] == "kl_coef-high#0-1: ['unusual_settings@16'] exam 0.20  3 s"
+    assert said["measure"] == "kl_coef-high#0-1 3 s"
