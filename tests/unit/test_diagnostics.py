@@ -225,6 +225,7 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("score_unrelated", {"agreement/exact": [0.9, -0.9] * 8}, {}),  # too noisy to say
     ("score_unrelated", {"agreement/exact": [0.6] * 6 + [0.0] * 10}, {}),  # exploited, later
     ("score_drifts", {"objective/kl": lambda t: 0.1 + 5 * t}, {}),  # the policy has moved
+    ("score_drifts", {"objective/kl": [8.0] + [0.1] * 15}, {}),  # it came back from where it began
     ("score_drifts", {"objective/kl_std": 20.0}, {}),  # or may have
     ("score_drifts", {"objective/scores": lambda t: 1.5 * t}, {}),  # 1.5 of 2 x 0.45 + 0.53 that it can make
     ("score_drifts", {"prompts/distinct": 1 / 64}, {}),  # one prompt a rollout, each another one
@@ -326,6 +327,16 @@ def test_what_many_completions_share_is_told_of_the_first_rollout(name: str, cha
     if name not in ("score_not_repeatable", "score_opposed"):
         few = {**CONFIG, "rollout_batch_size": 16}
         assert name not in names_of(RunLog.of(first, few)), "16 completions may well be alike"
+
+
+@pytest.mark.parametrize(
+    ("rate", "changes"), [(3e-6, {"learning_rate": 3e-4}), (1e-4, {"learning_rate": 1e-3}), (1e-3, {}), (30.0, {})]
+)
+def test_a_learning_rate_that_is_high_is_not_raised(rate: float, changes: dict[str, float]) -> None:
+    found = diagnose(RunLog.of(rows(**{**HEALTHY, **SICK["steps_too_small"]}), {**CONFIG, "learning_rate": rate}))
+    (finding,) = [one for one in found if one.name == "steps_too_small"]
+    assert finding.remedy.changes == changes and ("cannot tell" in finding.cause) is not bool(changes)
+    assert ("unusual_settings" in [one.name for one in found]) is (rate == 30.0)
 
 
 def test_what_was_so_before_a_step_was_not_learned() -> None:

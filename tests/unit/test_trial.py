@@ -120,19 +120,20 @@ def test_a_remedy_that_does_not_go_far_enough_is_followed_by_what_the_fork_says(
     class Stubborn(Clinic):
         def __call__(self, changes: dict[str, Any]) -> Pretender:
             made = super().__call__(changes)
-            if made.settings["learning_rate"] < 1e-2 / 2:  # it needs far more than the doctor thinks
+            if made.settings["learning_rate"] < 1e-3 / 2:  # it needs more than the doctor thinks
                 made.history = rows(LENGTH, **SMALL)
             return made
 
     trials = try_remedies(Stubborn(learning_rate=1e-6), findings_at(1e-6), tmp_path / "trial")
     assert [trial.verdict for trial in trials] == ["not cured", "cured"]
-    assert [trial.changes["learning_rate"] for trial in trials] == [3e-4, 9e-3]
+    assert [trial.changes["learning_rate"] for trial in trials] == [3e-4, 1e-3]
 
 
 @pytest.mark.parametrize(("rate", "words"), [(5.0, "truncation"), (50.0, "It died: ValueError: weights blew up")])
 def test_a_remedy_that_makes_it_worse(rate: float, words: str, tmp_path: Path) -> None:
-    found = findings_at(rate / 30)  # thirty times the rate is what it prescribes
-    (trial,) = try_remedies(Clinic(learning_rate=1e-6), found, tmp_path / "trial")
+    (found,) = [one for one in findings_at(1e-6) if one.name == "steps_too_small"]
+    found = replace(found, remedy=replace(found.remedy, changes={"learning_rate": rate}))
+    (trial,) = try_remedies(Clinic(learning_rate=1e-6), [found], tmp_path / "trial")
     assert trial.verdict == "worse" and words in str(trial)
 
 

@@ -9,7 +9,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,8 @@ class DiagnosticsCallback(RolloutCallback):
             self._state["measured"][f"data/{name}"] = [value]
         self._config["reward_names"] = self._state.get("reward_names")
         self._write_settings(args, state)
-        if self.rules is None and hasattr(args, "steps_per_rollout"):
-            self._tell(diagnose(replace(self.log_of(state), kind="ppo"), self.limits), state)
+        if self.rules is None and hasattr(args, "steps_per_rollout") and not state.log_history:
+            self._tell(diagnose(RunLog("ppo", [], config=self._config), self.limits), state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Have the first step logged: in DPO it shows whether the reference is right."""

@@ -32,6 +32,10 @@ def _of_value(cause: Finding, consequence: Finding) -> bool:
     return "value" in cause.title
 
 
+def _of_policy(cause: Finding, consequence: Finding) -> bool:
+    return "policy" in cause.title
+
+
 @dataclass(frozen=True)
 class Edge:
     """Where both are found, the second is explained by the first.
@@ -172,6 +176,14 @@ EDGES: tuple[Edge, ...] = (
         entropy_collapse="Few prompts need few completions.",
     ),
     *_edges(
+        "prompts_truncated",
+        WILLIAMS,
+        few_prompts="Prompts that are cut to one beginning are one prompt.",
+        score_unrelated="What the model was not asked it cannot answer, well or badly.",
+        score_ignores_prompt="What was cut away changes no score.",
+        no_progress="What the model was not asked it cannot learn to answer.",
+    ),
+    *_edges(
         "empty_prompts",
         WILLIAMS,
         held_out_differs="Held-out prompts that are not empty are of another kind.",
@@ -252,6 +264,8 @@ EDGES: tuple[Edge, ...] = (
         value_not_learning="The sum has the scale of the function that drowns the others, far from where values start.",
         completions_shrink="The function that drowns the others takes something off for what is written.",
         no_progress="Where one function gains what another loses the sum stays.",
+        score_unrelated="The sum is what the function that drowns the others makes of it.",
+        score_ignores_prompt="The function that drowns the others need not read the prompt.",
     ),
     *_edges(
         "penalty_dominates",
@@ -297,6 +311,13 @@ EDGES: tuple[Edge, ...] = (
         WILLIAMS,
         _of_value,
         value_not_learning="Without a gradient nothing is learned.",
+    ),
+    *_edges(
+        "gradients_absent",
+        WILLIAMS,
+        _of_policy,
+        steps_too_small="Without a gradient there is no step.",
+        no_progress="Without a gradient nothing is learned.",
     ),
     *_edges(
         "term_drowns_score",
@@ -426,7 +447,7 @@ EDGES: tuple[Edge, ...] = (
 )
 
 # What makes a difference before anything is learned. No other cause explains what is there in the first rollout.
-BEFORE_A_STEP = ("sampling_differs", "copied_completions", "prompts_unlike_the_model")
+BEFORE_A_STEP = ("sampling_differs", "prompts_truncated", "copied_completions", "prompts_unlike_the_model")
 
 
 @dataclass(frozen=True)

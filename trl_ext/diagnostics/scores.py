@@ -119,22 +119,24 @@ def score_scale(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def score_drifts(log: RunLog, limits: Limits) -> Finding | None:
-    """The mean score changes by more than the policy's move from the reference can make.
+    """The mean score changes by more than the policy's move can make.
 
-    A policy at a KL of d nats from another one moves the mean of a score of spread s by at most s * sqrt(2 d), where
-    the score's tails are those of a normal variable (Donsker and Varadhan 1983).
+    At a KL of d nats from the reference the mean of a score of spread s is at most s * sqrt(2 d) from the reference's,
+    where the score's tails are those of a normal variable (Donsker and Varadhan 1983). The policy moved from where it
+    was in the first rollout to the reference, at most, and from there to where it is.
     """
     names = ("score", "score_std", "kl", "objective/kl_std", "prompts/distinct")
     size, rows = float(log.setting("rollout_batch_size", 0)), [row for row in log.rows if "objective/kl_std" in row]
     score, spread, kl, kl_std, distinct = (replace(log, rows=rows).series(name) for name in names)
     if size < 16 or len(score) < 4 or not len(score) == len(spread) == len(kl) == len(kl_std) == len(distinct):
         return None
+    errors = [limits.noticeable * std / math.sqrt(size) for std in kl_std.values]
+    moves = [math.sqrt(2 * (max(nats, 0.0) + error)) for nats, error in zip(kl.values, errors, strict=True)]
     at, in_a_row = 0, 0
     for at in range(1, len(score)):
         width = max(spread.values[0], spread.values[at])
-        nats = max(kl.values[at], 0.0) + limits.noticeable * kl_std.values[at] / math.sqrt(size)
         chance = limits.noticeable * math.sqrt(2 / (size * max(distinct.values[at], 1 / size)))
-        explained = width * (limits.beyond_kl * math.sqrt(2 * nats) + chance)
+        explained = width * (limits.beyond_kl * (moves[0] + moves[at]) + chance)
         in_a_row = in_a_row + 1 if abs(score.values[at] - score.values[0]) > explained else 0
         if in_a_row == 3:
             break

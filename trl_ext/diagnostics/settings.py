@@ -149,7 +149,7 @@ RANGES: tuple[Range, ...] = (
         3e-4,
         LORA,
         below=Side("steps of such a size move nothing", STANDS),
-        above=Side("each step overshoots", FLIES),
+        above=Side("each step overshoots", (*FLIES, "truncation", "gradients_absent", "steps_too_small")),
     ),
     Range(
         "adam_epsilon",

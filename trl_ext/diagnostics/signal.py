@@ -99,10 +99,12 @@ NOT_READ = ("truncation", "score_unrelated", "held_out_differs", "no_progress")
 
 def prompts_unlike_the_model(log: RunLog, limits: Limits, findings: Sequence[Finding]) -> Finding | None:
     """Prompts are not written as the model was taught to read them, and that has done harm."""
-    plain, unknown = (log.series(f"evidence/prompts/{name}").start() for name in ("plain", "unknown_markers"))
+    names = ("plain", "unknown_markers")
+    shares = {name: series.start() for name in names if (series := log.series(f"evidence/prompts/{name}"))}
     harm = [finding for finding in findings if finding.name in NOT_READ]
-    if not harm or not max(plain if plain > 0 else 0.0, unknown if unknown > 0 else 0.0) > limits.not_read:
+    if not harm or not max(shares.values(), default=0.0) > limits.not_read:
         return None
+    plain, unknown = (shares.get(name, 0.0) for name in names)
     by_marker = unknown > limits.not_read
     return Finding(
         name="prompts_unlike_the_model",
@@ -116,7 +118,7 @@ def prompts_unlike_the_model(log: RunLog, limits: Limits, findings: Sequence[Fin
             else f"{plain:.0%} of the prompts are plain texts, though the tokenizer has a chat template: no turn "
             "begins or ends."
         ),
-        figures={"plain": plain, "unknown_markers": unknown},
+        figures=shares,
         cause="the chat template of another model." if by_marker else "texts where a chat model expects messages.",
         remedy=Remedy(
             text="Take the tokenizer of the model that is trained, with its template, and give prompts as messages.",

@@ -136,7 +136,7 @@ def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
         return None
     if log.series("entropy").recent() < limits.entropy:
         return None  # a policy without entropy gets no gradient: that is `entropy_collapse`
-    rate = float(log.setting("learning_rate", math.nan))
+    rate, higher = float(log.setting("learning_rate", math.nan)), higher_rate(log)
     return Finding(
         name="steps_too_small",
         severity="problem",
@@ -147,8 +147,16 @@ def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
             f"(learning rate {rate:.1g})."
         ),
         figures={"approxkl": approxkl.recent(), "learning_rate": rate},
-        cause="a learning rate that suits full fine-tuning; LoRA wants one 10 to 100 times as large.",
-        remedy=Remedy(text="Raise the learning rate.", changes=higher_rate(log)),
+        cause=(
+            "a learning rate that suits full fine-tuning; LoRA wants one 10 to 100 times as large."
+            if higher
+            else "I cannot tell: the learning rate is not small."
+        ),
+        remedy=Remedy(text="Raise the learning rate.", changes=higher)
+        if higher
+        else Remedy(
+            text="Look for what takes the steps away: Adam's epsilon, clipping, a guard, a policy without a gradient."
+        ),
     )
 
 
@@ -377,6 +385,7 @@ def lower_rate(log: RunLog, times: float) -> dict[str, float]:
 
 
 def higher_rate(log: RunLog) -> dict[str, float]:
-    """A higher learning rate, and one at which LoRA learns something in a short run."""
-    rate = log.setting("learning_rate")
-    return {"learning_rate": float(f"{max(30 * float(rate), 3e-4):.1g}")} if rate else {}
+    """A higher learning rate, and one at which LoRA learns something in a short run; empty where it is as high."""
+    rate = float(log.setting("learning_rate") or math.inf)
+    higher = min(max(30 * rate, 3e-4), 1e-3)
+    return {"learning_rate": float(f"{higher:.1g}")} if higher > 2 * rate else {}
