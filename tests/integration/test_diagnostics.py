@@ -45,6 +45,30 @@ def test_a_problem_is_said_once_and_written_down(tmp_path: Path, caplog: pytest.
     assert json.loads((tmp_path / "out" / "run.json").read_text())["versions"]["trl"]
 
 
+def test_a_setting_that_cannot_be_meant_is_told_before_anything_is_sampled(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[int] = []
+
+    def watched(completions: list[str], **kwargs: Any) -> list[float]:
+        asked.append(len(told()))
+        return cats(completions)
+
+    def told() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == "trl_ext.callbacks.diagnostics"]
+
+    settings = {"adam_epsilon": 1.0, "total_episodes": 16, "save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_for(tmp_path, watched, **settings)
+    trainer.add_callback(DiagnosticsCallback())
+    trainer.train()
+    assert asked[0] == 1 and "adam_epsilon is 1" in told()[0] and "(before the first step)" in told()[0]
+    assert len([one for one in told() if "adam_epsilon" in one]) == 1
+    resumed = trainer_for(tmp_path / "resumed", cats, **settings)
+    resumed.add_callback(DiagnosticsCallback())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert len([one for one in told() if "adam_epsilon" in one]) == 1, "nor a second time"
+
+
 def test_the_yardstick_is_logged_and_not_trained_on(tmp_path: Path) -> None:
     plain = trainer_for(tmp_path / "plain")
     plain.train()

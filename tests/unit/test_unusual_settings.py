@@ -114,6 +114,14 @@ def test_no_recipe_begins_with_a_warning(path: Path, tmp_path: Path) -> None:
         assert diagnose(RunLog("ppo", [], config={"rollout_batch_size": 64, "steps_of_run": 400, **given})) == []
 
 
+def test_what_was_there_before_a_step_is_blamed_on_sampling_alone() -> None:
+    cut = {**HEALTHY, "completions/clipped_ratio": 0.9}
+    assert named(log_with(cut, learning_rate=1.0)) == []
+    assert named(log_with(cut, temperature=5.0)) == ["temperature"]
+    later = {**HEALTHY, "completions/clipped_ratio": lambda t: 0.9 * min(1.0, 4 * t)}
+    assert named(log_with(later, learning_rate=1.0)) == ["learning_rate"]
+
+
 def test_a_penalty_is_measured_by_the_scores_spread() -> None:
     assert named(RunLog.of(rows(**STILL)[:1], {**RUN, "kl_coef": 0.05})) == []
     far = {**STILL, "objective/kl_coef": 20.0}

@@ -516,6 +516,11 @@ def _kinds(log: RunLog) -> Iterator[Doubt]:
         yield Doubt("whiten_advantages", text, side, True, N_PLUS, 2.0)
 
 
+def _can_make(doubt: Doubt, finding: Finding) -> bool:
+    """What is there before a step is taken is made by how completions are sampled alone."""
+    return not finding.from_the_start or doubt.setting in ("temperature", *PLAIN_SAMPLING)
+
+
 def unusual_settings(log: RunLog, limits: Limits, findings: Sequence[Finding]) -> Finding | None:
     """Settings far from the usual that can make one of `findings` which nothing else explains, or, before the score has
     risen, that are off by orders of magnitude: those are told of a log without a row, too."""
@@ -524,7 +529,7 @@ def unusual_settings(log: RunLog, limits: Limits, findings: Sequence[Finding]) -
     named = {setting for finding in findings for setting in finding.remedy.changes}
     blamed = []
     for doubt in doubts(log, limits):
-        made = [name for name in doubt.side.makes if name in unexplained]
+        made = [name for name in doubt.side.makes if name in unexplained and _can_make(doubt, unexplained[name])]
         acts = doubt.setting not in named and why_idle(log, doubt.setting, doubt.instead) is None
         if acts and (made or (doubt.far >= limits.far_off and not rose)):
             blamed.append((doubt, made))
