@@ -232,6 +232,8 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("score_drifts", {"objective/scores": [0.1] * 10 + [6.0] * 2 + [0.1] * 4}, {}),  # two rollouts
     ("score_ignores_prompt", {"evidence/score/moved_by_prompt": 0.1}, {}),
     ("score_ignores_prompt", {"agreement/exact": 0.9}, {}),  # no harm is done
+    # A problem that has nothing to do with it.
+    ("score_ignores_prompt", {"agreement/exact": 0.9, "completions/clipped_ratio": 0.9}, {}),
     ("score_ignores_prompt", {"objective/scores_std": 0.0}, {}),  # that is constant_scores
     ("prompts_unlike_the_model", {"evidence/prompts/unknown_markers": 0.4}, {}),
     ("prompts_unlike_the_model", {"completions/clipped_ratio": 0.1}, {}),  # it can read them
@@ -337,6 +339,32 @@ def test_a_learning_rate_that_is_high_is_not_raised(rate: float, changes: dict[s
     (finding,) = [one for one in found if one.name == "steps_too_small"]
     assert finding.remedy.changes == changes and ("cannot tell" in finding.cause) is not bool(changes)
     assert ("unusual_settings" in [one.name for one in found]) is (rate == 30.0)
+
+
+@pytest.mark.parametrize(
+    ("r", "rollouts", "name"),
+    [
+        (-0.9, 1, "score_opposed"),
+        (-0.6, 1, None),  # 64 completions: three standard errors from -0.5 are 0.24
+        (-0.6, 6, "score_opposed"),
+        (0.0, 1, "score_unrelated"),
+        (0.2, 1, None),  # may be 0.57
+        (0.2, 6, "score_unrelated"),
+    ],
+)
+def test_how_sure_the_first_rollouts_make(r: float, rollouts: int, name: str | None) -> None:
+    found = names_of(RunLog.of(rows(**{**HEALTHY, "agreement/exact": r})[:rollouts], CONFIG))
+    assert [one for one in found if one.startswith("score_")] == ([name] if name else [])
+
+
+@pytest.mark.parametrize(
+    ("gaps", "found"), [([0.8] * 4, True), ([0.8, -0.8, 0.8, 0.8], False), ([0.8], False), ([0.4] * 4, False)]
+)
+def test_held_out_prompts_of_another_kind_score_to_one_side(gaps: list[float], found: bool) -> None:
+    evals = [{"step": 8 * i, "evidence/held_out/score_gap": gap} for i, gap in enumerate(gaps)]
+    evals = [{**one, "evidence/held_out/score_gap_z": 20 * one["evidence/held_out/score_gap"]} for one in evals]
+    log = RunLog("ppo", log_of().rows, evals, CONFIG)
+    assert ("held_out_differs" in names_of(log)) is found
 
 
 def test_what_was_so_before_a_step_was_not_learned() -> None:
