@@ -237,6 +237,7 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("score_ignores_prompt", {"objective/scores_std": 0.0}, {}),  # that is constant_scores
     ("prompts_unlike_the_model", {"evidence/prompts/unknown_markers": 0.4}, {}),
     ("prompts_unlike_the_model", {"completions/clipped_ratio": 0.1}, {}),  # it can read them
+    ("score_scale", {"objective/scores_std": 1.0, "objective/scores": lambda t: 8 + t}, {}),
     ("score_scale", {"objective/scores_std": 1.0, "objective/scores_shorth": 0.2, "objective/scores_alike": 0.1}, {}),
     ("score_scale", {"objective/scores_std": 1.0, "objective/scores_shorth": 0.0, "objective/scores_alike": 0.8}, {}),
     (
@@ -294,6 +295,15 @@ def test_each_problem_is_named(name: str) -> None:
     assert all(isinstance(value, float) for value in finding.figures.values())
     assert finding.page == f"docs/diagnostics/{name}.md"
     json.dumps(finding.remedy.changes)  # an exact setting
+
+
+def test_scores_far_from_where_values_start() -> None:
+    offset = {**HEALTHY, "objective/scores": lambda t: 100 + t}
+    (finding,) = [one for one in diagnose(RunLog.of(rows(**offset), CONFIG)) if one.name == "score_scale"]
+    assert finding.title == "The scores are far from 0" and "values start at 0" in finding.evidence
+    assert finding.remedy.changes == {"score_normalization": "running"}
+    without = {name: value for name, value in offset.items() if name != "loss/value_avg"}
+    assert "score_scale" not in names_of(RunLog.of(rows(**without), CONFIG)), "no value role has to get there"
 
 
 def test_few_scores_that_dwarf_all_others() -> None:

@@ -1,5 +1,6 @@
 """Settings far from the usual: suspected where they can be the cause, and only there."""
 
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,21 @@ def test_what_was_there_before_a_step_is_blamed_on_sampling_alone() -> None:
     assert named(log_with(cut, temperature=5.0)) == ["temperature"]
     later = {**HEALTHY, "completions/clipped_ratio": lambda t: 0.9 * min(1.0, 4 * t)}
     assert named(log_with(later, learning_rate=1.0)) == ["learning_rate"]
+
+
+def test_a_setting_that_stands_far_down_in_the_report_is_told_at_its_head() -> None:
+    """Three roots, the last of which says to lower the learning rate; the first two say nothing of it."""
+    wild = {
+        **HEALTHY,
+        "completions/repetition": lambda t: 0.7 * t,
+        "completions/distinct": lambda t: 0.7 - 0.65 * min(1.0, 2 * t),
+        "loss/value_avg": lambda t: 0.5 * math.exp(5 * t),
+    }
+    found = diagnose(log_with(wild, learning_rate=0.1))
+    assert next(one for one in found if one.name == "value_loss_explodes").remedy.changes == {"learning_rate": 1e-3}
+    assert roots(found)[0].finding.name == "unusual_settings" and named(log_with(wild, learning_rate=0.1))
+    drowned = {**HEALTHY, "objective/kl": 0.001, "objective/kl_coef": 10.0, "objective/scores": 0.1}
+    assert named(log_with({**drowned, "val/explained_variance": 0.0}, kl_coef=10.0)) == [], "the first root says it"
 
 
 def test_a_penalty_is_measured_by_the_scores_spread() -> None:

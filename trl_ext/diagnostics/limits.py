@@ -59,7 +59,8 @@ class Limits:
         half_life: tokens over which a score at the end loses half of its weight; lambda 0.95 has 13.
         rounding: share of a step, by squares, that rounding takes: in float32 1e-12 (measured).
         held_out_gap: standard deviations between the scores of training and held-out prompts.
-        score_std: spread of scores beyond which values, which start at 0, take long to arrive.
+        score_std: spread of scores, or their mean in units of their spread, beyond which values, which start at 0, take
+            long to arrive.
         dwarfed: width of half of the scores over their standard deviation below which few dwarf the others: 1.35 for
             normal scores; chosen.
         score_drift: factor by which that spread may grow.

@@ -81,39 +81,42 @@ def no_progress(log: RunLog, limits: Limits) -> Finding | None:
     )
 
 
+NORMALISE = Remedy(text="Normalise the scores, or clip them.", changes={"score_normalization": "running"})
+
+
 def score_scale(log: RunLog, limits: Limits) -> Finding | None:
-    """The spread of the scores is too large for a value role that starts at 0, or it drifts."""
-    spread = log.series("score_std")
+    """Scores are too large for a value role that starts at 0, or far from it; or their scale drifts, or is another one
+    for a few."""
+    spread, start = log.series("score_std"), log.series("score").start()
+    half, alike = log.series("objective/scores_shorth").start(), log.series("objective/scores_alike").start()
     if len(spread) < 3 and log.seen(spread) < limits.enough:
         return None
-    large = spread.recent(3) > limits.score_std
     drift = spread.recent() / spread.start() if len(spread) >= limits.least_rows and spread.start() > 1e-6 else 1.0
-    drifts = drift > limits.score_drift and spread.recent() > 1.0
-    middle, alike = log.series("objective/scores_shorth").start(), log.series("objective/scores_alike").start()
-    dwarfed = 0.0 <= middle < limits.dwarfed * spread.start() and alike < 0.5  # where more are one, half of them are
-    if not (large or drifts or dwarfed):
+    cause, remedy, more = "a reward function or reward model without bounds.", NORMALISE, ""
+    if spread.recent(3) > limits.score_std:
+        title = "The scores' scale is too large"
+    elif drift > limits.score_drift and spread.recent() > 1.0:
+        title = "The scores' scale drifts"
+    elif log.series("value_loss") and abs(start) > limits.score_std * max(spread.start(), 1.0):
+        title, more = "The scores are far from 0", f" Their mean is {start:.3g}, and values start at 0."
+    elif 0.0 < half < limits.dwarfed * spread.start() and alike < 0.5:  # where more are one, half of them are
+        title, more = "A few scores dwarf all others", f" Half of them lie within {half:.2g}."
+        cause = "a function that scores some prompts on another scale than others, so that all the others look alike."
+        remedy = Remedy(
+            text="Bring all prompts to one scale, or clip the scores.",
+            changes={"reward_clip_range": [round(start - 2 * half, 3), round(start + 2 * half, 3)]},
+        )
+    else:
         return None
-    title = "too large" if large else "drifts" if drifts else "another one for a few completions"
-    of_middle = f" Half of them lie within {middle:.2g}." if dwarfed and not (large or drifts) else ""
     return Finding(
         name="score_scale",
         severity="problem",
-        title=f"The scores' scale {'drifts' if title == 'drifts' else f'is {title}'}",
+        title=title,
         steps=(spread.steps[0], spread.steps[-1]),
-        evidence=f"Their standard deviation is {spread.recent(3):.3g}, at the start {spread.start():.3g}.{of_middle}",
-        figures={"score_std": spread.recent(3), "start": spread.start(), **({"middle": middle} if of_middle else {})},
-        cause=(
-            "a function that scores some prompts on another scale than others, so that all the others look alike."
-            if of_middle
-            else "a reward function or reward model without bounds; kl_coef, clipping of values and learning rate all "
-            "suppose scores of a few units."
-        ),
-        remedy=Remedy(
-            text="Bring all prompts to one scale, or clip the scores.",
-            changes={"reward_clip_range": [round(log.series("score").start() + sign * middle, 3) for sign in (-2, 2)]},
-        )
-        if of_middle and middle > 0
-        else Remedy(text="Normalise the scores, or clip them.", changes={"score_normalization": "running"}),
+        evidence=f"Their standard deviation is {spread.recent(3):.3g}, at the start {spread.start():.3g}.{more}",
+        figures={"score_std": spread.recent(3), "start": spread.start(), "mean": start},
+        cause=f"{cause} kl_coef, clipping of values and learning rate all suppose scores of a few units.",
+        remedy=remedy,
         samples=log.last_samples(),
     )
 

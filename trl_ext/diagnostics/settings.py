@@ -342,7 +342,7 @@ RANGES: tuple[Range, ...] = (
         0.2,
         0.01,
         PPO_PAPER,
-        below=Side("the penalty grows until updates hardly move the policy", STANDS),
+        below=Side("the penalty grows until updates hardly move the policy", (*STANDS, "gradients_explode")),
         above=Side("the penalty shrinks until nothing holds an update back", FLIES),
     ),
     Range(
@@ -361,7 +361,7 @@ RANGES: tuple[Range, ...] = (
         1.0,
         f"{ZIEGLER}, section 2.1",
         below=Side("completions hardly differ", ("entropy_collapse", *STANDS)),
-        above=Side("completions are noise", (*FLIES, "truncation")),
+        above=Side("completions are noise", (*FLIES, "truncation", "score_ignores_prompt", "score_unrelated")),
     ),
     Range(
         "normalization_samples",
@@ -516,6 +516,9 @@ def _kinds(log: RunLog) -> Iterator[Doubt]:
         yield Doubt("whiten_advantages", text, side, True, N_PLUS, 2.0)
 
 
+FIRST = 2  # causes that a report begins with: a setting that one of them names is not told again
+
+
 def _can_make(doubt: Doubt, finding: Finding) -> bool:
     """What is there before a step is taken is made by how completions are sampled alone."""
     return not finding.from_the_start or doubt.setting in ("temperature", *PLAIN_SAMPLING)
@@ -527,11 +530,13 @@ def unusual_settings(log: RunLog, limits: Limits, findings: Sequence[Finding]) -
     rose = log.kind not in ("ppo", "online") or log.series("score").ever_rose(limits.noticeable)
     unexplained = {top.finding.name: top.finding for top in roots(findings)}
     named = {setting for finding in findings for setting in finding.remedy.changes}
+    said = {setting for finding in list(unexplained.values())[:FIRST] for setting in finding.remedy.changes}
     blamed = []
     for doubt in doubts(log, limits):
         made = [name for name in doubt.side.makes if name in unexplained and _can_make(doubt, unexplained[name])]
-        acts = doubt.setting not in named and why_idle(log, doubt.setting, doubt.instead) is None
-        if acts and (made or (doubt.far >= limits.far_off and not rose)):
+        at_once = doubt.far >= limits.far_off and not rose and doubt.setting not in named
+        acts = doubt.setting not in said and why_idle(log, doubt.setting, doubt.instead) is None
+        if acts and (made or at_once):
             blamed.append((doubt, made))
     if not blamed:
         return None
