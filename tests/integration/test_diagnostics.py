@@ -128,6 +128,15 @@ def test_stop_saves_and_ends_the_run(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "diagnostics.json").is_file()
 
 
+def test_stop_ends_a_resumed_run_whose_problem_nobody_was_told(tmp_path: Path) -> None:
+    settings = {"total_episodes": 8 * 6, "save_strategy": "steps", "save_steps": 8}
+    trainer_for(tmp_path, reward=nothing, **settings).train()
+    resumed = trainer_for(tmp_path / "resumed", reward=nothing, **settings)
+    resumed.add_callback(DiagnosticsCallback(on_problem="stop"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-8"))
+    assert resumed.state.global_step == 10 < resumed.state.max_steps
+
+
 def test_act_changes_what_a_run_in_progress_can_take(tmp_path: Path) -> None:
     settings = {"per_device_train_batch_size": 16, "kl_coef": 1e-4, "learning_rate": 3e-3}
     trainer = trainer_for(tmp_path, total_episodes=16 * 24, **settings)

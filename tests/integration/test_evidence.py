@@ -98,11 +98,25 @@ def test_a_score_that_reads_no_prompt_is_not_moved_by_another(num_generations: i
     assert moved[0] == 0.0 and moved[1] > 0.5
 
 
-def test_completions_that_are_the_same_tell_nothing_of_what_a_score_reads(tmp_path: Path) -> None:
-    """Greedy, as top_k=1 makes it: the second completion of a prompt is the first one, so that no score differs."""
-    trainer = trainer_for(tmp_path, per_device_train_batch_size=32, total_episodes=32, top_k=1)
+@pytest.mark.parametrize("num_generations", [1, 4])
+def test_completions_that_are_the_same_tell_nothing_of_what_a_score_reads(num_generations: int, tmp_path: Path) -> None:
+    """Greedy, as top_k=1 makes it: all completions of a prompt are the first one, so that no score differs."""
+    function, _ = rewarding("of_the_prompt")
+    changes = {"per_device_train_batch_size": 32, "total_episodes": 32, "num_generations": num_generations}
+    trainer = trainer_for(tmp_path / "greedy", function, **changes, top_k=1)
     trainer.train()
     assert measured(trainer, "score/within_prompt") == []
+    trainer = trainer_for(tmp_path / "sampled", function, **changes)
+    trainer.train()
+    assert measured(trainer, "score/within_prompt") == [0.0]
+
+
+def test_scores_that_are_all_the_same_tell_nothing_of_what_they_read(tmp_path: Path) -> None:
+    trainer = trainer_for(
+        tmp_path, lambda completions, **_: [1.0] * len(completions), per_device_train_batch_size=32, total_episodes=32
+    )
+    trainer.train()
+    assert measured(trainer, "score/moved_by_prompt") == []
 
 
 def test_prompts_that_a_chat_model_was_not_taught_to_read() -> None:

@@ -382,6 +382,11 @@ def test_what_was_so_before_a_step_was_not_learned() -> None:
     assert [top.finding.name for top in roots(diagnose(log_of(**sick)))] == ["truncation"]
     later = {**sick, "completions/clipped_ratio": lambda t: 0.9 * min(1.0, 4 * t)}
     assert [top.finding.name for top in roots(diagnose(log_of(**later)))] == ["score_unrelated", "truncation"]
+    grows = SICK["length_exploitation"]
+    tops = roots(diagnose(log_of(**grows, **{"completions/clipped_ratio": 0.9})))
+    assert [top.finding.name for top in tops] == ["length_exploitation", "truncation"]
+    tops = roots(diagnose(log_of(**grows, **{"completions/clipped_ratio": later["completions/clipped_ratio"]})))
+    assert [top.finding.name for top in tops] == ["length_exploitation"]
 
 
 def test_sampling_that_is_corrected_for_is_a_warning_that_says_how_much_is_cut() -> None:

@@ -92,7 +92,8 @@ def test_what_is_off_by_orders_of_magnitude_is_told_at_once_and_until_the_score_
         ({"top_p": 0.95, "top_k": 50, "min_p": 0.01, "repetition_penalty": 1.05}, []),
         ({"top_k": 1, "min_p": 0.3, "repetition_penalty": 1.5}, ["top_k", "min_p", "repetition_penalty"]),
         ({"generation_kwargs": {"num_beams": 4, "use_cache": True}}, ["generation_kwargs"]),
-        ({"generation_kwargs": {"use_cache": True}}, []),
+        ({"generation_kwargs": {"no_repeat_ngram_size": 1}}, ["generation_kwargs"]),
+        ({"generation_kwargs": {"use_cache": True, "num_beams": 1, "min_new_tokens": 0, "bad_words_ids": None}}, []),
         ({"kl_coef": 0.5}, []),  # nobody knows before the scores' spread is
     ],
 )
@@ -136,6 +137,14 @@ def test_a_setting_that_stands_far_down_in_the_report_is_told_at_its_head() -> N
     assert roots(found)[0].finding.name == "unusual_settings" and named(log_with(wild, learning_rate=0.1))
     drowned = {**HEALTHY, "objective/kl": 0.001, "objective/kl_coef": 10.0, "objective/scores": 0.1}
     assert named(log_with({**drowned, "val/explained_variance": 0.0}, kl_coef=10.0)) == [], "the first root says it"
+
+
+def test_what_is_told_once_is_told_again_with_another_setting() -> None:
+    one, both = (
+        diagnose(RunLog("ppo", [], config={**RUN, **more}))[0].topic
+        for more in ({"adam_epsilon": 1.0}, {"adam_epsilon": 1.0, "learning_rate": 1.0})
+    )
+    assert (one, both) == ("unusual_settings adam_epsilon", "unusual_settings adam_epsilon learning_rate")
 
 
 def test_a_penalty_is_measured_by_the_scores_spread() -> None:

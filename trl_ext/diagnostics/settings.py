@@ -451,12 +451,13 @@ def _coefficient(log: RunLog, limits: Limits) -> Iterator[Doubt]:
         )
 
 
-# Processors of generation_kwargs that keep tokens from being sampled, or make others likelier, whatever their value.
-BIASES = {
-    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "suppress_tokens"),
-    *("begin_suppress_tokens", "bad_words_ids", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id"),
-    *("exponential_decay_length_penalty", "typical_p", "epsilon_cutoff", "eta_cutoff", "guidance_scale"),
-    *("num_beams", "penalty_alpha", "min_length", "min_new_tokens", "force_words_ids", "constraints"),
+# Fields of generation_kwargs that keep tokens from being sampled or make others likelier, and where they do not.
+BIASES: dict[str, Any] = {
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "num_beams", "typical_p"), 1),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "suppress_tokens"), 0),
+    **dict.fromkeys(("begin_suppress_tokens", "bad_words_ids", "sequence_bias", "forced_bos_token_id"), 0),
+    **dict.fromkeys(("forced_eos_token_id", "exponential_decay_length_penalty", "epsilon_cutoff", "eta_cutoff"), 0),
+    **dict.fromkeys(("penalty_alpha", "min_length", "min_new_tokens", "force_words_ids", "constraints"), 0),
 }
 
 
@@ -471,7 +472,11 @@ def _sampling(log: RunLog) -> Iterator[Doubt]:
         ("top_k", top_k, 0 < top_k < 40, PLAIN_SAMPLING["top_k"]),
         ("min_p", min_p, min_p > 0.05, PLAIN_SAMPLING["min_p"]),
         ("repetition_penalty", repetition, not 0.9 < repetition < 1.1, PLAIN_SAMPLING["repetition_penalty"]),
-        *(("generation_kwargs", {name: others[name]}, bool(others[name]), None) for name in others if name in BIASES),
+        *(
+            ("generation_kwargs", {name: value}, bool(value) and value != BIASES[name], None)
+            for name, value in others.items()
+            if name in BIASES
+        ),
     ]
     side = Side(
         "what is sampled is not what the policy is scored and trained on", ("sampling_differs", "negative_kl", *STANDS)
