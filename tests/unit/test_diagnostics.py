@@ -368,7 +368,7 @@ def test_how_sure_the_first_rollouts_make(r: float, rollouts: int, name: str | N
 
 
 @pytest.mark.parametrize(
-    ("gaps", "found"), [([0.8] * 4, True), ([0.8, -0.8, 0.8, 0.8], False), ([0.8], False), ([0.4] * 4, False)]
+    ("gaps", "found"), [([0.8] * 4, True), ([3.0, -0.8, 3.0, 3.0], False), ([0.8], False), ([0.4] * 4, False)]
 )
 def test_held_out_prompts_of_another_kind_score_to_one_side(gaps: list[float], found: bool) -> None:
     evals = [{"step": 8 * i, "evidence/held_out/score_gap": gap} for i, gap in enumerate(gaps)]
