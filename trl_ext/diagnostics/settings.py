@@ -521,6 +521,7 @@ def _kinds(log: RunLog) -> Iterator[Doubt]:
         yield Doubt("whiten_advantages", text, side, True, N_PLUS, 2.0)
 
 
+OF_THE_ADAPTER = "lora_alpha"  # which no trainer's settings have
 FIRST = 2  # causes that a report begins with: a setting that one of them names is not told again
 
 
@@ -562,8 +563,10 @@ def unusual_settings(log: RunLog, limits: Limits, findings: Sequence[Finding]) -
         cause="; ".join(f"{doubt.setting}: {doubt.side.why}" for doubt, _ in blamed) + ".",
         remedy=Remedy(
             text="Set what you have no reason for to the usual value.",
-            changes={doubt.setting: doubt.instead for doubt, _ in blamed if doubt.instead is not None},
-            code="; ".join(f"{doubt.setting}: the default" for doubt, _ in blamed if doubt.instead is None),
+            changes={doubt.setting: doubt.instead for doubt, _ in blamed if doubt.setting != OF_THE_ADAPTER},
+            code="LoraConfig(r=16, lora_alpha=32)"
+            if any(doubt.setting == OF_THE_ADAPTER for doubt, _ in blamed)
+            else "",
         ),
         explains=explains,
     )
