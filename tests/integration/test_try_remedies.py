@@ -125,7 +125,7 @@ def test_a_reward_model_of_an_ensemble_is_made_anew_with_its_own_seed() -> None:
     steps = ["--max_steps", "16", "--per_device_train_batch_size", "32", "--logging_steps", "2"]
     train("reward", "--ensemble", "2", "--learning_rate", "1e-4", *steps)
     first = tried("run/1")
-    assert (first["finding"], first["changes"]) == ("chance_level", {"learning_rate": 3e-3})
+    assert (first["finding"], first["changes"]) == ("chance_level", {"learning_rate": 1e-3})
     of_members = [read_run(f"run/{i}").series("accuracy").values[: first["logs"]] for i in range(2)]
     assert first["without"]["values"] == of_members[1] != of_members[0]
     assert first["with"]["values"][-1] > first["without"]["values"][-1]

@@ -262,7 +262,8 @@ class Evidence:
         own, swapped = (
             self.collector.combination(torch.cat(columns), training=False) for columns in zip(*parts, strict=True)
         )
-        variance = float(own[~own.isnan()].double().var(unbiased=False))
+        known = own[~own.isnan()].double()
+        variance = float(known.var(unbiased=False)) if len(known) else 0.0
         if len(own) < ROWS or not variance > 0.0:  # scores that are all the same move with nothing
             return {}
         return {"score/moved_by_prompt": evidence.noise_share(own, swapped, variance)}
