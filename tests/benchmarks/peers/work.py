@@ -106,7 +106,8 @@ def by_length(completions: list[str], **_: Any) -> list[float]:
 class EndAt(LogitsProcessor):
     """A row ends when its completion has as many tokens as its prompt's number says, EOS included, and not before.
 
-    What a row begins with tells its prompt, so rows may come in any order, leave, and go on in a later `generate`.
+    What a row begins with tells its prompt, so rows may come in any order, leave, and go on in a later `generate`. A
+    batch without a prompt of the update is none of it (a trainer tries a model out), and ends as it likes.
     """
 
     def __init__(self, lengths: dict[tuple[int, ...], int], mask: torch.Tensor | None, pad: int, eos: int) -> None:
@@ -114,11 +115,13 @@ class EndAt(LogitsProcessor):
         self.ends = torch.empty(0)
 
     def _end(self, row: list[int], mask: list[int]) -> int:
-        """The column of the row's last token."""
+        """The column of the row's last token; -1 where it begins with no prompt."""
         start = next((i for i, real in enumerate(mask) if real), 0)
         start = next((i for i in range(start, len(row)) if row[i] != self.pad), len(row))
         known = [size for size in {*map(len, self.lengths)} if tuple(row[start : start + size]) in self.lengths]
-        if len(known) != 1:
+        if not known:
+            return -1
+        if len(known) > 1:
             raise ValueError(f"{len(known)} prompts begin the row {row[start:]}: one was expected.")
         return start + known[0] + self.lengths[tuple(row[start : start + known[0]])] - 1
 
@@ -128,6 +131,10 @@ class EndAt(LogitsProcessor):
             masks = [mask for mask in masks for _ in range(len(input_ids) // len(masks))]  # several of a prompt
             rows = zip(input_ids.tolist(), masks)  # noqa: B905 (Python 3.11 everywhere, but of its day)
             self.ends = torch.tensor([self._end(row, mask) for row, mask in rows], device=scores.device)
+            if 0 < int((self.ends < 0).sum()) < len(self.ends):
+                raise ValueError("Some rows begin with a prompt of the update, and others with none.")
+        if bool((self.ends < 0).all()):
+            return scores
         scores = scores.clone()
         forced = torch.full_like(scores, -1e4)
         forced[:, self.eos] = 0.0
