@@ -11,7 +11,7 @@ import pytest
 from tests.integration.test_ppo_trainer import cats, rows_with, trainer_for
 from trl_ext import DiagnosticsCallback
 from trl_ext.cli import main
-from trl_ext.diagnostics import diagnose, read_run
+from trl_ext.diagnostics import Finding, Remedy, diagnose, read_run
 from trl_ext.diagnostics.scores import weights_of
 from trl_ext.rewards.texts import length_penalty
 
@@ -163,6 +163,32 @@ def test_act_scales_the_learning_rate_of_any_schedule(tmp_path: Path) -> None:
     jumps = [b / a for a, b in pairwise(rates) if a > 0 and b > 0]
     assert sum(jump > 100 for jump in jumps) == 1, "1e-7 to 3e-4, once"
     assert rates[-1] < max(rates), "and the schedule goes on falling"
+
+
+def test_act_scales_the_learning_rate_once_for_settings_that_are_told_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def blamed(*settings: str) -> Finding:
+        return Finding(
+            name="unusual_settings",
+            severity="problem",
+            title="",
+            steps=(1, 2),
+            evidence="",
+            figures={f"times_off/{name}": 9.0 for name in settings},
+            cause="",
+            remedy=Remedy(text="", changes={"learning_rate": 1e-3}),
+        )
+
+    def told(log: Any, *_: Any) -> list[Finding]:
+        return [blamed("learning_rate")] if len(log.rows) < 2 else [blamed("learning_rate", "lam")]
+
+    monkeypatch.setattr("trl_ext.callbacks.diagnostics.diagnose", told)
+    trainer = trainer_for(tmp_path, total_episodes=24, learning_rate=1e-2, lr_scheduler_type="constant")
+    callback = DiagnosticsCallback(on_problem="act")
+    trainer.add_callback(callback)
+    trainer.train()
+    assert len(callback.findings) == 2 and trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
 
 
 def test_the_evaluation_s_prompts_are_watched(tmp_path: Path) -> None:

@@ -168,7 +168,8 @@ class DiagnosticsCallback(RolloutCallback):
                 row.update(measured)
             self._state["measured"].clear()
         for finding in self._tell(diagnose(self.log_of(state), self.limits, self.rules), state):
-            if finding.severity == "problem":
+            if finding.severity == "problem" and finding.name not in self._state.setdefault("acted", []):
+                self._state["acted"].append(finding.name)  # of settings there may be several, and a rate is scaled once
                 self._respond(finding, args, state, control, kwargs)
 
     def _tell(self, present: Sequence[Finding], state: TrainerState) -> list[Finding]:
@@ -232,9 +233,9 @@ def _as_consequence(finding: Finding, edge: Edge) -> str:
 
 
 def _initial_state() -> dict[str, Any]:
-    """Names of reported findings, changed settings, measurements since the last log, and the reward functions in the
-    order of their weights."""
-    return {"named": [], "settings": {}, "measured": {}, "reward_names": []}
+    """Topics of reported findings, names of those that were acted on, changed settings, measurements since the last
+    log, and the reward functions in the order of their weights."""
+    return {"named": [], "acted": [], "settings": {}, "measured": {}, "reward_names": []}
 
 
 def _read_samples(folder: Path, step: int) -> list[Sample]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,6 +111,11 @@ class Finding:
             f"Likely cause: {self.cause} Remedy: {self.remedy} "
             f"{''.join(f'Perhaps {suspect} ' for suspect in self.suspects)}More: trl-ext explain {self.name}."
         )
+
+
+def worst(findings: Iterable[Finding]) -> str:
+    """The worst severity of some findings, at least one."""
+    return min((finding.severity for finding in findings), key=SEVERITIES.index)
 
 
 Rule = Callable[[RunLog, Limits], Finding | None]

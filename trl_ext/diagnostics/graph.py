@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from trl_ext.diagnostics.finding import SEVERITIES, Finding
+from trl_ext.diagnostics.finding import SEVERITIES, Finding, worst
 
 PPO_PAPER = "Schulman et al. 2017, arXiv:1707.06347, section 3"
 GAE = "Schulman et al. 2016, arXiv:1506.02438, section 3"
@@ -476,7 +476,7 @@ class Explained:
     @property
     def severity(self) -> str:
         """The worst of its own and of what follows."""
-        return min((one.finding.severity for one in self), key=SEVERITIES.index)
+        return worst(one.finding for one in self)
 
 
 def cause_of(finding: Finding, findings: Sequence[Finding], edges: Sequence[Edge] = EDGES) -> Edge | None:

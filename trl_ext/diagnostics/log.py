@@ -64,8 +64,9 @@ class Series:
 
     def best(self, count: int = 4) -> float:
         """The highest mean of `count` values in a row."""
-        starts = range(max(len(self) - count + 1, min(len(self), 1)))
-        return max((fmean(self.values[i : i + count]) for i in starts), default=math.nan)
+        if not self.values:
+            return math.nan
+        return max(fmean(self.values[i : i + count]) for i in range(max(1, len(self) - count + 1)))
 
     def noise(self) -> float:
         """Standard deviation of one value about its neighbours: root mean square of successive differences, over the
@@ -155,9 +156,10 @@ class RunLog:
         value = self.config.get(name)
         return default if value is None else value
 
-    def seen(self, series: Series) -> float:
-        """Completions that a metric of rollouts was taken over; 0 where a rollout's size is not known."""
-        return len(series) * float(self.setting("rollout_batch_size", 0))
+    def suffices(self, series: Series, completions: float) -> bool:
+        """Whether a metric of rollouts is of three logs, or of fewer with so many completions; of fewer where a
+        rollout's size is not known it does not suffice."""
+        return len(series) >= 3 or len(series) * float(self.setting("rollout_batch_size", 0)) >= completions
 
     @property
     def in_half_precision(self) -> bool:

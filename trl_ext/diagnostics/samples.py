@@ -13,7 +13,7 @@ from trl_ext.diagnostics.log import RunLog
 def truncation(log: RunLog, limits: Limits) -> Finding | None:
     """Completions do not end."""
     cut = log.series("truncated")
-    if (len(cut) < 3 and log.seen(cut) < limits.enough) or not cut.recent(3) >= limits.truncated:
+    if not log.suffices(cut, limits.enough) or not cut.recent(3) >= limits.truncated:
         return None
     longest, penalty = log.setting("max_completion_length"), float(log.setting("missing_eos_penalty", 0.0))
     return Finding(
@@ -253,7 +253,7 @@ def few_prompts(log: RunLog, limits: Limits) -> Finding | None:
     """Each rollout has the same few prompts again and again."""
     distinct, size = log.series("prompts/distinct"), float(log.setting("rollout_batch_size") or 0)
     room = size / float(log.setting("num_generations", 1))
-    if room < 16 or (len(distinct) < 3 and log.seen(distinct) < limits.enough):
+    if room < 16 or not log.suffices(distinct, limits.enough):
         return None
     count = distinct.recent(len(distinct)) * size
     if count > limits.few_prompts * room:
@@ -276,7 +276,7 @@ def few_prompts(log: RunLog, limits: Limits) -> Finding | None:
 def prompts_hold_completions(log: RunLog, limits: Limits) -> Finding | None:
     """What the policy is to write stands in its prompt already."""
     held = log.series("prompts/hold_completion")
-    if len(held) < 3 and log.seen(held) < limits.enough:
+    if not log.suffices(held, limits.enough):
         return None
     if not max(held.start(), held.recent()) >= limits.holds:
         return None
@@ -302,7 +302,7 @@ def prompts_hold_completions(log: RunLog, limits: Limits) -> Finding | None:
 def empty_prompts(log: RunLog, limits: Limits) -> Finding | None:
     """Prompts without a text."""
     empty = log.series("prompts/empty")
-    if len(empty) < 3 and log.seen(empty) < limits.enough:
+    if not log.suffices(empty, limits.enough):
         return None
     if not empty.recent(len(empty)) >= limits.empty_prompts:
         return None

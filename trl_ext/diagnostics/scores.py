@@ -17,7 +17,7 @@ AGREEMENT = "agreement/"  # with the score, by yardstick
 def constant_scores(log: RunLog, limits: Limits) -> Finding | None:
     """Every completion gets the same score."""
     spread, score = log.series("score_std"), log.series("score")
-    if len(spread) < 3 and log.seen(spread) < limits.enough:
+    if not log.suffices(spread, limits.enough):
         return None
     if not spread.recent(3) <= 1e-4 * max(abs(score.recent(3)), 1e-2):
         return None
@@ -89,7 +89,7 @@ def score_scale(log: RunLog, limits: Limits) -> Finding | None:
     for a few."""
     spread, start = log.series("score_std"), log.series("score").start()
     half, alike = log.series("objective/scores_shorth").start(), log.series("objective/scores_alike").start()
-    if len(spread) < 3 and log.seen(spread) < limits.enough:
+    if not log.suffices(spread, limits.enough):
         return None
     drift = spread.recent() / spread.start() if len(spread) >= limits.least_rows and spread.start() > 1e-6 else 1.0
     cause, remedy, more = "a reward function or reward model without bounds.", NORMALISE, ""
@@ -129,8 +129,9 @@ def score_drifts(log: RunLog, limits: Limits) -> Finding | None:
     was in the first rollout to the reference, at most, and from there to where it is.
     """
     names = ("score", "score_std", "kl", "objective/kl_std", "prompts/distinct")
-    size, rows = float(log.setting("rollout_batch_size", 0)), [row for row in log.rows if "objective/kl_std" in row]
-    score, spread, kl, kl_std, distinct = (replace(log, rows=rows).series(name) for name in names)
+    size = float(log.setting("rollout_batch_size", 0))
+    of_rollouts = replace(log, rows=[row for row in log.rows if "objective/kl_std" in row])
+    score, spread, kl, kl_std, distinct = (of_rollouts.series(name) for name in names)
     if size < 16 or len(score) < 4 or not len(score) == len(spread) == len(kl) == len(kl_std) == len(distinct):
         return None
     errors = [limits.noticeable * std / math.sqrt(size) for std in kl_std.values]
@@ -294,7 +295,7 @@ def _first(rows: int) -> str:
 def scores_alike(log: RunLog, limits: Limits) -> Finding | None:
     """Nearly all completions get the same score from the start, so there is little to learn from."""
     alike, spread = log.series("objective/scores_alike"), log.series("score_std")
-    if len(alike) < 3 and log.seen(alike) < limits.enough:
+    if not log.suffices(alike, limits.enough):
         return None
     if not limits.alike <= alike.start() or spread.start() == 0.0:
         return None
@@ -325,7 +326,7 @@ def scores_alike(log: RunLog, limits: Limits) -> Finding | None:
 def mostly_unscored(log: RunLog, limits: Limits) -> Finding | None:
     """Reward functions abstain from most completions."""
     unscored, size = log.series("objective/unscored"), log.setting("rollout_batch_size")
-    if not size or (len(unscored) < 3 and log.seen(unscored) < limits.enough):
+    if not size or not log.suffices(unscored, limits.enough):
         return None
     if not unscored.recent(len(unscored)) >= limits.unscored * float(size):
         return None

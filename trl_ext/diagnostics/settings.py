@@ -8,12 +8,12 @@ mistake.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trl_ext.diagnostics.distributions import PLAIN_SAMPLING, coefficient_now, suggested_kl_coef
-from trl_ext.diagnostics.finding import Finding, Remedy
+from trl_ext.diagnostics.finding import Finding, Remedy, worst
 from trl_ext.diagnostics.graph import roots
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
@@ -466,7 +466,7 @@ def _sampling(log: RunLog) -> Iterator[Doubt]:
     top_p, top_k, min_p = (
         float(log.setting(name, other)) for name, other in (("top_p", 1), ("top_k", 0), ("min_p", 0))
     )
-    repetition, others = float(log.setting("repetition_penalty", 1.0)), log.setting("generation_kwargs") or {}
+    repetition, others = float(log.setting("repetition_penalty", 1.0)), log.setting("generation_kwargs")
     told = [
         ("top_p", top_p, top_p < 0.9, PLAIN_SAMPLING["top_p"]),
         ("top_k", top_k, 0 < top_k < 40, PLAIN_SAMPLING["top_k"]),
@@ -474,7 +474,7 @@ def _sampling(log: RunLog) -> Iterator[Doubt]:
         ("repetition_penalty", repetition, not 0.9 < repetition < 1.1, PLAIN_SAMPLING["repetition_penalty"]),
         *(
             ("generation_kwargs", {name: value}, bool(value) and value != BIASES[name], None)
-            for name, value in others.items()
+            for name, value in (others.items() if isinstance(others, Mapping) else ())
             if name in BIASES
         ),
     ]
@@ -550,12 +550,11 @@ def unusual_settings(log: RunLog, limits: Limits, findings: Sequence[Finding]) -
     for doubt, made in blamed:
         for name in made:
             explains.setdefault(name, (f"{doubt.setting}: {doubt.side.why}.", doubt.source))
-    worst = {unexplained[name].severity for name in explains}
     (first, _), *others = blamed
     more = f", and {len(others)} more" if len(others) > 1 else f", and so is {others[0][0].setting}" if others else ""
     return Finding(
         name="unusual_settings",
-        severity="problem" if "problem" in worst else "warning",
+        severity=worst(unexplained[name] for name in explains) if explains else "warning",
         title=f"{first.setting} is far from the usual{more}",
         steps=log.steps,
         evidence=f"{'; '.join(doubt.text for doubt, _ in blamed)}.",

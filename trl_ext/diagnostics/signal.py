@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from trl_ext.diagnostics.finding import SEVERITIES, Finding, Remedy
+from trl_ext.diagnostics.finding import Finding, Remedy, worst
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
 
@@ -77,7 +77,7 @@ def score_ignores_prompt(log: RunLog, limits: Limits, findings: Sequence[Finding
         return None
     return Finding(
         name="score_ignores_prompt",
-        severity=min((finding.severity for finding in harm), key=SEVERITIES.index),
+        severity=worst(harm),
         title="The score does not depend on the prompt",
         steps=log.steps,
         evidence=(
@@ -108,7 +108,7 @@ def prompts_unlike_the_model(log: RunLog, limits: Limits, findings: Sequence[Fin
     by_marker = unknown > limits.not_read
     return Finding(
         name="prompts_unlike_the_model",
-        severity=min((finding.severity for finding in harm), key=SEVERITIES.index),
+        severity=worst(harm),
         title="Prompts are not written as the model was taught to read them",
         steps=log.steps,
         evidence=(
@@ -125,7 +125,6 @@ def prompts_unlike_the_model(log: RunLog, limits: Limits, findings: Sequence[Fin
             code="dataset.map(lambda row: {'prompt': [{'role': 'user', 'content': row['prompt']}]})",
         ),
         samples=log.last_samples(),
-        from_the_start=True,
     )
 
 

@@ -387,12 +387,13 @@ class Evidence:
 def within_prompts(experience: Experience) -> dict[str, float]:
     """The share of the scores' variance that lies within a prompt, where the rollout has prompts more than once."""
     rollout, total = experience.rollout, experience.scores.total
-    places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
-    for i, (prompt, completion) in enumerate(zip(rollout.prompt_tokens, rollout.completion_tokens, strict=True)):
-        if not math.isnan(total[i]):
-            places.setdefault((tuple(prompt), tuple(completion)), i)
-    kept = list(places.values())
-    return _within(total[kept], same_prompt(rollout.prompt_tokens)[kept])
+    groups, first = same_prompt(rollout.prompt_tokens), dict[tuple[int, tuple[int, ...]], int]()
+    rows = zip(groups.tolist(), rollout.completion_tokens, total.tolist(), strict=True)
+    for i, (group, completion, score) in enumerate(rows):
+        if not math.isnan(score):
+            first.setdefault((group, tuple(completion)), i)
+    kept = list(first.values())
+    return _within(total[kept], groups[kept])
 
 
 def _within(scores: Tensor, groups: Tensor) -> dict[str, float]:
