@@ -181,7 +181,7 @@ def test_act_scales_the_learning_rate_once_for_settings_that_are_told_twice(
         )
 
     def told(log: Any, *_: Any) -> list[Finding]:
-        return [blamed("learning_rate")] if len(log.rows) < 2 else [blamed("learning_rate", "lam")]
+        return [[], [blamed("learning_rate")], [blamed("learning_rate", "lam")]][min(len(log.rows), 2)]
 
     monkeypatch.setattr("trl_ext.callbacks.diagnostics.diagnose", told)
     trainer = trainer_for(tmp_path, total_episodes=24, learning_rate=1e-2, lr_scheduler_type="constant")
