@@ -483,7 +483,8 @@ def _sampling(log: RunLog) -> Iterator[Doubt]:
     )
     for name, value, far, instead in told:
         if far:
-            text = f"{name} is {value}, and PPO samples from the whole distribution"
+            said = f"{value:g}" if isinstance(value, float) else value
+            text = f"{name} is {said}, and PPO samples from the whole distribution"
             yield Doubt(name, text, side, instead, N_PLUS, math.inf)
 
 
