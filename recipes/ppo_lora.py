@@ -34,6 +34,9 @@ class PPOArguments(launch.DataArguments):
         default=None, metadata={"help": "KL to hold, nats per completion: kl_coef adapts, beginning where it is set."}
     )
     kl_horizon: float = field(default=1000, metadata={"help": "Episodes over which kl_coef adapts."})
+    yardstick: str | None = field(
+        default=None, metadata={"help": "A function by dotted path that is not trained on: the doctor's better judge."}
+    )
     ptx_dataset: str | None = field(default=None, metadata={"help": "Texts (column 'text') for ptx_coef's term."})
 
 
@@ -52,7 +55,8 @@ def make_trainer(script: PPOArguments, args: PPOConfig, model_args: ModelConfig)
     roles |= {"value": script.value, "reference": script.reference_adapter}
     roles["reward"] = launch.reward_folder(script.reward_adapter, functions, model_args)
     base = launch.load_shared_base(model_args, trust_remote_code=args.trust_remote_code, **roles)
-    callbacks = [DiagnosticsCallback()]
+    yardstick = launch.import_functions([script.yardstick])[0] if script.yardstick else None
+    callbacks = [DiagnosticsCallback(yardstick=yardstick)]
     if script.kl_target is not None:
         callbacks += [AdaptiveKLCallback(AdaptiveKLController(args.kl_coef, script.kl_target, script.kl_horizon))]
     return PPOTrainer(

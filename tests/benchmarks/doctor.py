@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from doctor_cases import CASES, DPO, ONLINE, PPO, REWARD, Case, exact
+from doctor_cases import CASES, DPO, ONLINE, PPO, REWARD, Case
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -87,7 +87,7 @@ def run(case: Case, cured: bool, prescribed: dict[str, Any], seed: int, folder: 
     settings = USUAL[case.kind] | case.settings
     if cured:
         settings = settings | (case.cure if case.cure is not None else prescribed)
-    callback = DiagnosticsCallback(yardstick=exact if case.kind == "ppo" else None)
+    callback = DiagnosticsCallback(yardstick=demo.exact if case.kind == "ppo" else None)
     build = {"ppo": _ppo, "reward": _reward, "dpo": _dpo, "online": _online}[case.kind]
     trainer, well = build(case, cured, settings, seed, folder, callback)
     died = ""

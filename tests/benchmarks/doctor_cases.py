@@ -156,15 +156,6 @@ def same_reference(completions: list[Any], **kwargs: Any) -> list[float]:
     return [8 * SequenceMatcher(None, reference, text).ratio() for text in _texts(completions)]
 
 
-def exact(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
-    """The demo's exact ratings, told from the prompt alone: what the reward model stands for."""
-    asked = [re.sub(r"[?.]$", "", as_text(prompt)) for prompt in prompts]
-    named_capitals = [
-        next((c for name, c in capitals().items() if re.search(rf"\b{name}\b", text)), "") for text in asked
-    ]
-    return demo.rate(prompts, completions, named_capitals)
-
-
 def cut_prompts(rows: Dataset) -> Dataset:
     """Some facts before each question, none to eleven of them, and of all that the first 16 tokens."""
     tokenizer = AutoTokenizer.from_pretrained(demo.model_path())

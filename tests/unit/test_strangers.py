@@ -26,7 +26,6 @@ import broken
 import run
 import split
 import verdict
-from doctor_cases import exact
 
 from trl_ext import PPOConfig, demo
 from trl_ext.types import as_text
@@ -225,13 +224,13 @@ def test_the_yardstick_is_exact_whatever_became_of_the_prompts() -> None:
     answers = [f"The capital of {row['country']} is {row['capital']}." for row in rows]
     answers[3] = "It is Paris or Lyon."
     plain = list(rows["prompt"])
-    assert broken.Exact(rows)(plain, answers) == exact(plain, answers)
+    assert broken.Exact(rows)(plain, answers) == demo.exact(plain, answers)
     changed = parts()
     broken.apply({"prompts": "all_upper_case"}, changed)
-    assert broken.Exact(changed.prompts)(list(changed.prompts["prompt"]), answers) == exact(plain, answers)
+    assert broken.Exact(changed.prompts)(list(changed.prompts["prompt"]), answers) == demo.exact(plain, answers)
     shifted = parts()
     broken.apply({"prompts": "wrong_country_column"}, shifted)
-    assert broken.Exact(shifted.prompts)(plain, answers) == exact(plain, answers)
+    assert broken.Exact(shifted.prompts)(plain, answers) == demo.exact(plain, answers)
     alike = Dataset.from_list([{"prompt": "?", "country": "France"}, {"prompt": "?", "country": "Spain"}])
     assert broken.Exact(alike)(["?"], ["It is Paris."]) == [(4 + 1) / 2]
 

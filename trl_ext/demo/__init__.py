@@ -5,13 +5,14 @@ feedback comes from noisy raters. The exam counts exactly right answers, which m
 """
 
 from trl_ext.demo.exam import ExamResult, run_exam
-from trl_ext.demo.grading import grade, rate
+from trl_ext.demo.grading import exact, grade, rate
 from trl_ext.demo.reward import reward_adapter
 from trl_ext.demo.store import build, load, model_path
 
 __all__ = [
     "ExamResult",
     "build",
+    "exact",
     "grade",
     "load",
     "model_path",

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from trl_ext.demo.world import CITIES, COUNTRY_OF, FULL_FORMS, SHORT_FORMS
+from trl_ext.demo.world import CITIES, COUNTRIES, COUNTRY_OF, FULL_FORMS, SHORT_FORMS
 from trl_ext.types import as_text
 
 _NAME = r"[A-Z][A-Za-z]*(?: [A-Z][A-Za-z]*)*"
@@ -71,3 +71,16 @@ def rate(
     passes every column, and ignored. Raises ValueError when the lists differ in length.
     """
     return [float(rating(as_text(text), answer)) for text, answer in zip(completions, capital, strict=True)]
+
+
+_CAPITAL_OF = {country.name: country.capital for country in COUNTRIES}
+_ANY_COUNTRY = re.compile(r"\b(?:" + "|".join(sorted(map(re.escape, _CAPITAL_OF), key=len, reverse=True)) + r")\b")
+
+
+def exact(
+    prompts: Sequence[Any], completions: Sequence[str | Sequence[dict[str, Any]]], **kwargs: Any
+) -> list[float]:
+    """Yardstick of the embedded prompts: `rate` for the country that a prompt asks for, its last; 1.0 or 3.0 at most
+    where it names none. It needs no column, so that it measures what a reward function is to stand for whatever became of the data."""
+    asked = [_ANY_COUNTRY.findall(as_text(prompt)) for prompt in prompts]
+    return rate(prompts, completions, [_CAPITAL_OF[names[-1]] if names else "" for names in asked])

@@ -240,7 +240,7 @@ NOT_NORMALISED = {"in_thousands", "in_thousandths", "offset_of_a_hundred", "expo
 
 class Exact:
     """The yardstick: the exact rating of each completion, told from the prompt alone. For prompts that are plain
-    questions it is `doctor_cases.exact`; of a prompt that several questions have become it is the mean over these.
+    questions it is `demo.exact`; of a prompt that several questions have become it is the mean over these.
 
     Args:
         rows: the prompts of the run, each with its country.

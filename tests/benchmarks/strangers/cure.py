@@ -168,7 +168,7 @@ def _whole(job: Job, out: Path, episodes: int | None, trial: Trial, folder: Path
 @contextmanager
 def in_silence(half: str) -> Iterator[None]:
     """Inside, what is said about a run that only measures is lost."""
-    if half != "measure":
+    if not run.only_measures(half):
         yield
         return
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
@@ -266,7 +266,7 @@ def _settings(trial: Result) -> str:
 
 def said(job: Job, case: Result) -> str:
     """What is printed of a case once it is made."""
-    if job.half == "measure":
+    if run.only_measures(job.half):
         return ""
     tried = [
         f"{trial['said']} To the end: {'truly cured' if is_truly_cured(case, trial) else 'NOT CURED'}, exam "
@@ -282,7 +282,7 @@ def said(job: Job, case: Result) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--half", choices=("work", "measure"))
+    which.add_argument("--half", choices=run.HALVES)
     which.add_argument("--catalogue", action="store_true", help="the doctor's own cases, of PPO, rewards and DPO")
     parser.add_argument("--out", type=Path, help="of run.py, runs/strangers; of doctor.py, runs/doctor")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -313,7 +313,7 @@ def main() -> None:
             return make(job, out, args.episodes)
 
     count, failed = run.work_through(chosen, out / "cures", args.limit_seconds, made, said)
-    print(f"{failed} failed" if half == "measure" else f"{count} runs tried, {failed} failed", flush=True)
+    print(f"{failed} failed" if run.only_measures(half) else f"{count} runs tried, {failed} failed", flush=True)
     sys.exit(failed > 0)
 
 

@@ -31,8 +31,10 @@ from filelock import FileLock, Timeout
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import broken
 import doctor
+import more_models
+import more_rewards
 import verdict
-from doctor_cases import Case, exact
+from doctor_cases import Case
 from peft import LoraConfig
 from transformers import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
@@ -41,6 +43,11 @@ from trl_ext import DiagnosticsCallback, PPOConfig, PPOTrainer, SharedBase, demo
 from trl_ext.diagnostics import diagnose, read_run, roots
 
 HERE = Path(__file__).parent
+broken.REWARDS.update(more_rewards.REWARDS)  # of mistakes_2.yaml
+broken.NOT_NORMALISED.update(more_rewards.NOT_NORMALISED)
+broken.PROMPTS.update(more_rewards.PROMPTS)
+broken.MODELS.update(more_models.MODELS)
+HALVES = ("work", "measure", "work_2", "measure_2")  # of the two lists
 KEPT = ("trainer_state.json", "run.json", "diagnostics.json")  # what read_run reads
 
 
@@ -50,7 +57,7 @@ class Job:
 
     Attributes:
         id: "group#number", "pair:a+b" or "healthy:kind:note".
-        half: "work", "measure" or "healthy"; also the folder.
+        half: one of `HALVES`, or "healthy"; also the folder.
         kind: of the mistake, for the table.
         seed: of the run.
         mistakes: groups of mistakes.yaml, each with the mistake in it.
@@ -128,7 +135,7 @@ def build(
     """
     short = {} if episodes is None else {"total_episodes": episodes}
     if job.case is not None:
-        case, callback = job.case, DiagnosticsCallback(yardstick=exact if job.case.kind == "ppo" else None)
+        case, callback = job.case, DiagnosticsCallback(yardstick=demo.exact if job.case.kind == "ppo" else None)
         make = {"ppo": doctor._ppo, "reward": doctor._reward, "dpo": doctor._dpo, "online": doctor._online}[case.kind]
         of_ppo = broken.EVALUATED | short if case.kind == "ppo" else {}
         settings = doctor.USUAL[case.kind] | of_ppo | case.settings | changes
@@ -283,12 +290,17 @@ def work_through(
     return made, failed
 
 
+def only_measures(half: str) -> bool:
+    """Whether nothing is printed of a run while rules are written."""
+    return half.startswith("measure")
+
+
 def _said(job: Job, result: dict[str, Any]) -> str:
     first: dict[str, float] = {}
     for told in result["first_seen"].values():
         first.setdefault(told["name"], told["step"])
     names = [f"{root['name']}@{first[root['name']]:.0f}" for root in result["roots"]]
-    told = "" if job.half == "measure" else f": {names} exam {result['exam']:.2f} {result['died']}"
+    told = "" if only_measures(job.half) else f": {names} exam {result['exam']:.2f} {result['died']}"
     differs = "" if result["same"] else " THE FOLDER SAYS OTHERWISE"
     return f"{job.name}{told} {result['seconds']:.0f} s{differs}"
 
@@ -328,7 +340,7 @@ def rejudge(out: Path, half: str) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/strangers"))
-    parser.add_argument("--half", choices=("work", "measure"))
+    parser.add_argument("--half", choices=HALVES)
     parser.add_argument("--healthy", action="store_true", help="the healthy runs; --half needs the recipe's alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--only", default="", help="a pattern that is found in the id")

@@ -11,20 +11,41 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 HERE = Path(__file__).parent
-SEED = 24_112_026
-PAIRS = 20  # in each half
 
 
-def groups() -> dict[str, dict[str, list[dict[str, Any]]]]:
+@dataclass(frozen=True)
+class Listed:
+    """A list of mistakes.
+
+    Attributes:
+        file: beside this one.
+        suffix: of the names of its halves.
+        seed: of what is drawn.
+        pairs: in each half.
+    """
+
+    file: str
+    suffix: str
+    seed: int
+    pairs: int
+
+
+FIRST = Listed("mistakes.yaml", "", 24_112_026, 20)
+# Written once the rules had been made with both halves of the first, by authors who had not seen a rule.
+SECOND = Listed("mistakes_2.yaml", "_2", 28_112_026, 10)
+
+
+def groups(of: Listed) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Mistakes by kind and group. A mistake is {"settings": ...}, {"reward": ...}, {"prompts": ...} or {"model": ...}
     with "lora" beside it where LoRA's own settings change."""
-    listed = yaml.safe_load((HERE / "mistakes.yaml").read_text(encoding="utf-8"))
+    listed = yaml.safe_load((HERE / of.file).read_text(encoding="utf-8"))
     settings = {
         f"{name}:{direction}": [_of_setting(name, value) for value in values]
         for name, directions in listed["settings"].items()
@@ -45,23 +66,26 @@ def _of_setting(name: str, value: Any) -> dict[str, Any]:
     return {key: part for key, part in (("settings", settings), ("lora", value.get("lora"))) if part}
 
 
-def halves() -> dict[str, Any]:
-    """{"work": ..., "measure": ...}: each with its groups, and pairs of mistakes from different groups."""
-    draw = random.Random(SEED)
+def halves(of: Listed) -> dict[str, Any]:
+    """{"work": ..., "measure": ...}, with the list's suffix: each with its groups, and pairs of mistakes from different
+    groups."""
+    draw = random.Random(of.seed)
     divided: dict[str, dict[str, Any]] = {"work": {}, "measure": {}}
-    for kind in groups().values():
+    for kind in groups(of).values():
         names = sorted(kind)
         draw.shuffle(names)
         middle = len(names) // 2 + draw.randrange(2) * (len(names) % 2)
         for half, part in (("work", names[:middle]), ("measure", names[middle:])):
             divided[half] |= {name: kind[name] for name in sorted(part)}
-    return {name: {"groups": half, "pairs": _pairs(half, draw)} for name, half in divided.items()}
+    return {
+        f"{name}{of.suffix}": {"groups": half, "pairs": _pairs(half, of.pairs, draw)} for name, half in divided.items()
+    }
 
 
-def _pairs(half: dict[str, list[dict[str, Any]]], draw: random.Random) -> list[list[str]]:
+def _pairs(half: dict[str, list[dict[str, Any]]], count: int, draw: random.Random) -> list[list[str]]:
     """Two groups each, no two of one kind of thing that a run has only once, with the number of the mistake in it."""
     pairs: list[list[str]] = []
-    while len(pairs) < PAIRS:
+    while len(pairs) < count:
         pair = sorted(draw.sample(sorted(half), 2))
         kinds = [{key for key in half[name][0] if key != "settings"} for name in pair]
         same_setting = pair[0].split(":")[0] == pair[1].split(":")[0]
@@ -71,7 +95,7 @@ def _pairs(half: dict[str, list[dict[str, Any]]], draw: random.Random) -> list[l
 
 
 def main() -> None:
-    made = halves()
+    made = halves(FIRST) | halves(SECOND)
     (HERE / "halves.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     for name, half in made.items():
         print(f"{name}: {len(half['groups'])} groups, {sum(map(len, half['groups'].values()))} mistakes")

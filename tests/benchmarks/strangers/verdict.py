@@ -85,10 +85,17 @@ def as_plain(top: Explained) -> Root:
 # Whether that is true ------------------------------------------------------------------------------------------------
 
 
-def read_truth(path: Path | None = None) -> tuple[Truth, Truth]:
+TRUTHS = ("truth.yaml", "truth_2.yaml")  # of mistakes.yaml and mistakes_2.yaml
+
+
+def read_truth() -> tuple[Truth, Truth]:
     """The findings that are true of each group, and the words by which a refusal names a group or a kind of group."""
-    content = yaml.safe_load((path or Path(__file__).with_name("truth.yaml")).read_text(encoding="utf-8"))
-    return content["findings"], content["refusals"]
+    findings, refusals = Truth(), Truth()
+    for name in TRUTHS:
+        content = yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+        findings |= content["findings"]
+        refusals |= content["refusals"]
+    return findings, refusals
 
 
 def is_true(root: Root, mistakes: Sequence[tuple[str, dict[str, Any]]], truth: Truth) -> bool:
