@@ -22,6 +22,7 @@ from trl_ext.core import masked_sum
 from trl_ext.core.evidence import correlation
 from trl_ext.diagnostics import Edge, Finding, Limits, Rule, RunLog, Sample, diagnose
 from trl_ext.diagnostics.graph import cause_of
+from trl_ext.diagnostics.scores import AGREEMENT, SHIFTED
 from trl_ext.diagnostics.trial import scale_learning_rate
 from trl_ext.types import Experience, as_text
 
@@ -36,6 +37,7 @@ PACKAGES = ("trl-ext", "trl", "transformers", "peft", "bitsandbytes", "accelerat
 MAX_DATA_ROWS = 5_000  # of a reward model's data
 MAX_SAMPLES = 400  # of rollouts; those of evaluations are not limited
 
+PLACES = 64  # by which scores are looked for on other rows
 Yardstick = Callable[..., Sequence[float | None]]
 
 
@@ -49,8 +51,8 @@ class DiagnosticsCallback(RolloutCallback):
             them (in PPO kl_coef, entropy_coef, vf_coef, missing_eos_penalty; everywhere the learning rate).
         yardstick: a reward function that is not trained on. It measures what the score stands for: a better judge than
             the one that is trained on, exact grading, or people's verdicts. Our PPOTrainer calls it with `prompts`,
-            `completions` and `completion_ids` of every rollout, and logs its mean as `yardstick/<name>` and its
-            correlation with the score as `agreement/<name>`.
+            `completions` and `completion_ids` of every rollout and of every evaluation, and logs its mean as
+            `yardstick/<name>` and its correlation with the score as `agreement/<name>`.
         limits: thresholds; None: the documented ones.
         rules: None: the catalogue's.
         samples: completions of each rollout to keep for findings and reports.
@@ -127,25 +129,37 @@ class DiagnosticsCallback(RolloutCallback):
     ) -> None:
         """Keep some completions, and apply the yardstick to all."""
         self._latest += samples_of(experience, state.global_step, self._keep)
-        rollout = experience.rollout
         if self.yardstick is not None:
-            name = getattr(self.yardstick, "__name__", type(self.yardstick).__name__)
-            scores = self.yardstick(
-                prompts=rollout.prompts, completions=rollout.completions, completion_ids=rollout.completion_tokens
-            )
-            judged = torch.tensor([math.nan if score is None else float(score) for score in scores])
-            of_both = {f"yardstick/{name}": float(judged.nanmean())}
-            of_both[f"agreement/{name}"] = correlation(judged, experience.scores.total.cpu())
-            for metric, value in of_both.items():
-                if math.isfinite(value):
-                    self._state["measured"].setdefault(metric, []).append(value)
+            for metric, value in self._judged(experience, among_others=True).items():
+                self._state["measured"].setdefault(metric, []).append(value)
 
     def on_evaluation_end(
         self, args: Any, state: TrainerState, control: Any, experience: Experience, metrics: dict[str, float]
     ) -> None:
-        """Keep the completions of the first prompts, which are the same at every evaluation."""
+        """Keep the completions of the first prompts, always the same; apply the yardstick to all."""
+        if self.yardstick is not None:
+            metrics.update(self._judged(experience))
         self._watched += samples_of(experience, state.global_step, self._keep, watched=True)
         self._write(args, state)
+
+    def _judged(self, experience: Experience, among_others: bool = False) -> dict[str, float]:
+        """The yardstick's mean over a rollout, and its correlation with the score, where they are finite.
+
+        Args:
+            among_others: also the highest correlation that scores have with the verdicts on rows some places above.
+        """
+        assert self.yardstick is not None
+        rollout, scores = experience.rollout, experience.scores.total.cpu()
+        name = getattr(self.yardstick, "__name__", type(self.yardstick).__name__)
+        verdicts = self.yardstick(
+            prompts=rollout.prompts, completions=rollout.completions, completion_ids=rollout.completion_tokens
+        )
+        judged = torch.tensor([math.nan if verdict is None else float(verdict) for verdict in verdicts])
+        figures = {f"yardstick/{name}": float(judged.nanmean()), f"{AGREEMENT}{name}": correlation(judged, scores)}
+        if among_others:
+            shifted = [correlation(judged.roll(places), scores) for places in range(1, min(len(scores), PLACES + 1))]
+            figures[f"{SHIFTED}{name}"] = max((one for one in shifted if math.isfinite(one)), default=math.nan)
+        return {metric: value for metric, value in figures.items() if math.isfinite(value)}
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Write diagnostics.json."""

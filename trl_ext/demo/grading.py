@@ -77,10 +77,10 @@ _CAPITAL_OF = {country.name: country.capital for country in COUNTRIES}
 _ANY_COUNTRY = re.compile(r"\b(?:" + "|".join(sorted(map(re.escape, _CAPITAL_OF), key=len, reverse=True)) + r")\b")
 
 
-def exact(
-    prompts: Sequence[Any], completions: Sequence[str | Sequence[dict[str, Any]]], **kwargs: Any
-) -> list[float]:
-    """Yardstick of the embedded prompts: `rate` for the country that a prompt asks for, its last; 1.0 or 3.0 at most
-    where it names none. It needs no column, so that it measures what a reward function is to stand for whatever became of the data."""
+def exact(prompts: Sequence[Any], completions: Sequence[str | Sequence[dict[str, Any]]], **kwargs: Any) -> list[float]:
+    """A yardstick for the embedded prompts: `rate`, for the country that a prompt asks for, the last that it names.
+
+    It needs no column, so it measures what a score is to stand for whatever became of the data.
+    """
     asked = [_ANY_COUNTRY.findall(as_text(prompt)) for prompt in prompts]
     return rate(prompts, completions, [_CAPITAL_OF[names[-1]] if names else "" for names in asked])

@@ -184,12 +184,7 @@ def suggested_kl_coef(log: RunLog, limits: Limits) -> float:
     spread, length = log.series("score_std"), log.series("length")
     if not spread or not length or spread.start() == 0.0:
         return math.nan
-    return spread.start() / budget_of(length.start(), limits)
-
-
-def budget_of(tokens: float, limits: Limits) -> float:
-    """The KL that a completion of so many tokens may well spend, nats."""
-    return min(limits.budget_per_token * max(tokens, 1.0), limits.budget)
+    return spread.start() / limits.budget_of(length.start())
 
 
 def stronger(log: RunLog, limits: Limits) -> dict[str, float]:
@@ -257,7 +252,7 @@ def kl_drowns_score(log: RunLog, limits: Limits) -> Finding | None:
     suggested = suggested_kl_coef(log, limits)
     if len(kl) < limits.least_rows or not coefficient or math.isnan(suggested):
         return None
-    stays = abs(kl.recent()) < limits.stays * budget_of(length.recent(), limits)
+    stays = abs(kl.recent()) < limits.stays * limits.budget_of(length.recent())
     gained = score.rise()[1] > limits.noticeable
     if not stays or gained or coefficient.recent() < limits.drowned * max(suggested, 1e-6):
         return None

@@ -36,6 +36,10 @@ class Limits:
         temperature: sampling below it explains a low entropy.
         clipfrac: share of tokens; PPO's papers and TRL's docs see 0.1 to 0.3 in healthy runs.
         huge_approxkl: nats per token that an update moves the policy; healthy updates stay below 0.3 (measured).
+        large_approxkl: the same in half of all updates; healthy runs stay below 0.03 (measured).
+        small_approxkl: the same in half of all updates, below which learning is slow; healthy runs make 5e-4 and more
+            (measured).
+        unspent: share of `budget` (and of `budget_per_token`) up to which the policy has moved little; chosen.
         tiny_approxkl: nats per token that an update moves the policy; healthy updates make 1e-4 and more (measured).
         repeats: second completions of prompts from which copies are judged.
         unlike: second completions, unlike the first, from which the variance within prompts is judged; chosen.
@@ -128,6 +132,9 @@ class Limits:
     temperature: float = 0.5
     clipfrac: float = 0.4
     huge_approxkl: float = 1.0
+    large_approxkl: float = 0.1
+    small_approxkl: float = 3.5e-4
+    unspent: float = 0.3
     tiny_approxkl: float = 2e-5
     repeats: int = 12
     unlike: int = 6
@@ -185,3 +192,7 @@ class Limits:
     dpo_margin: float = 5.0
     reference_gap: float = 0.005
     reference_gap_half: float = 0.1
+
+    def budget_of(self, tokens: float) -> float:
+        """The KL that a completion of so many tokens may well spend, nats."""
+        return min(self.budget_per_token * max(tokens, 1.0), self.budget)

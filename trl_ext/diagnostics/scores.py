@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from trl_ext.diagnostics.distributions import budget_of, stronger, weaker
+from trl_ext.diagnostics.distributions import stronger, weaker
 from trl_ext.diagnostics.finding import Finding, Remedy, Suspect
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog, Series
 from trl_ext.diagnostics.updates import lower_rate
 
 AGREEMENT = "agreement/"  # with the score, by yardstick
+SHIFTED = "agreement_shifted/"  # the same with the verdicts on other rows, the highest
 
 
 def constant_scores(log: RunLog, limits: Limits) -> Finding | None:
@@ -49,7 +50,7 @@ def no_progress(log: RunLog, limits: Limits) -> Finding | None:
         return None
     if score.ever_rose(limits.noticeable):
         return None
-    near = abs(kl.recent()) < limits.stays * budget_of(length.recent(), limits)
+    near = abs(kl.recent()) < limits.stays * limits.budget_of(length.recent())
     return Finding(
         name="no_progress",
         severity="warning",

@@ -98,17 +98,20 @@ def gradients_explode(log: RunLog, limits: Limits) -> Finding | None:
 def clipping_saturated(log: RunLog, limits: Limits) -> Finding | None:
     """So many tokens are clipped that most of each update is lost; or steps are too large for clipping to hold them."""
     clipped, approxkl = log.series("clipfrac"), log.series("approxkl")
-    if len(clipped) < 3 or (clipped.recent(3) < limits.clipfrac and not approxkl.recent(3) > limits.huge_approxkl):
+    if len(clipped) < 3:
+        return None
+    saturated = clipped.recent(3) >= limits.clipfrac or approxkl.recent(3) > limits.huge_approxkl
+    if not saturated and not (len(approxkl) >= limits.least_rows and median(approxkl.values) > limits.large_approxkl):
         return None
     narrow = float(log.setting("cliprange", 0.2)) < 0.1
     return Finding(
         name="clipping_saturated",
-        severity="problem",
+        severity="problem" if saturated else "warning",
         title="The clip range is too narrow" if narrow else "Updates are too large: the clip range does not hold them",
         steps=(clipped.steps[-3], clipped.steps[-1]),
         evidence=(
             f"{clipped.recent(3):.0%} of the tokens are clipped, and an update moves the policy "
-            f"{approxkl.recent(3):.2g} nats per token."
+            f"{approxkl.recent(3):.2g} nats per token, {median(approxkl.values):.2g} in the middle of all."
         ),
         figures={"clipfrac": clipped.recent(3), "approxkl": approxkl.recent(3)},
         cause="the clip range is too narrow."
@@ -126,38 +129,55 @@ def clipping_saturated(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
-    """Updates hardly change the policy."""
+    """Updates hardly change the policy: the score does not rise, or it rises more slowly than it could."""
     approxkl, score = _at_full_rate(log, "approxkl"), log.series("score")
-    if len(approxkl) < limits.least_rows or approxkl.recent() > limits.tiny_approxkl:
+    if len(approxkl) < limits.least_rows or log.series("score_std").recent() == 0.0:
         return None
     if log.setting("num_ppo_epochs", 4) * log.setting("num_mini_batches", 1) == 1:
         return None  # it is measured before each step, so with one step a rollout it is always 0
-    if log.series("score_std").recent() == 0.0 or score.rise()[1] > limits.noticeable:
-        return None
     if log.series("entropy").recent() < limits.entropy:
         return None  # a policy without entropy gets no gradient: that is `entropy_collapse`
-    rate, higher = float(log.setting("learning_rate", math.nan)), higher_rate(log)
+    rises = score.rise()[1] > limits.noticeable
+    stands = approxkl.recent() <= limits.tiny_approxkl and not rises
+    if not stands and not _learns_slowly(log, approxkl, limits):
+        return None
+    moved = approxkl.recent() if stands else median(approxkl.values)
+    rate, more, cause = float(log.setting("learning_rate", math.nan)), *_larger_steps(log)
     return Finding(
         name="steps_too_small",
-        severity="problem",
-        title="Steps are too small to learn",
+        severity="problem" if stands else "warning",
+        title="Steps are too small to learn" if stands else "Steps are small, and learning is slow",
         steps=log.steps,
         evidence=(
-            f"An update moves the policy {approxkl.recent():.1g} nats per token, and the score does not rise "
-            f"(learning rate {rate:.1g})."
+            f"An update moves the policy {moved:.1g} nats per token, and the score "
+            f"{'rises slowly' if rises else 'does not rise'} (learning rate {rate:.1g})."
         ),
-        figures={"approxkl": approxkl.recent(), "learning_rate": rate},
-        cause=(
-            "a learning rate that suits full fine-tuning; LoRA wants one 10 to 100 times as large."
-            if higher
-            else "I cannot tell: the learning rate is not small."
-        ),
-        remedy=Remedy(text="Raise the learning rate.", changes=higher)
-        if higher
+        figures={"approxkl": moved, "learning_rate": rate},
+        cause=cause or "I cannot tell: the learning rate is not small.",
+        remedy=Remedy(text="Take larger steps, or more of them.", changes=more)
+        if more
         else Remedy(
             text="Look for what takes the steps away: Adam's epsilon, clipping, a guard, a policy without a gradient."
         ),
     )
+
+
+def _learns_slowly(log: RunLog, approxkl: Series, limits: Limits) -> bool:
+    """Whether most updates are small, and little has been spent of the KL that a completion may well spend."""
+    kl, length = log.series("kl"), log.series("length")
+    if len(approxkl) < 2 * limits.least_rows or not kl or not length:
+        return False
+    unspent = kl.recent() < limits.unspent * limits.budget_of(length.recent())
+    return median(approxkl.values) <= limits.small_approxkl and unspent
+
+
+def _larger_steps(log: RunLog) -> tuple[dict[str, float], str]:
+    """What makes an update move the policy more, and why it moves so little; empty where neither can be said."""
+    if higher := higher_rate(log):
+        return higher, "a learning rate that suits full fine-tuning; LoRA wants one 10 to 100 times as large."
+    if log.setting("num_ppo_epochs", 4) == 1:
+        return {"num_ppo_epochs": 4}, "one epoch takes few steps on each rollout."
+    return {}, ""
 
 
 def _at_full_rate(log: RunLog, name: str) -> Series:
