@@ -50,6 +50,9 @@ class Limits:
         gradient_noise: times that noise exceeds signal in the gradient of a whole rollout, by squares; chosen.
         unrelated: correlation of score and yardstick over completions up to which the one says nothing of the other;
             chosen.
+        related: the same of held-out completions from which the score is right for them; chosen.
+        misaligned: the same with the yardstick's verdicts on rows some places away, the highest of 64, from which
+            scores belong to those; chosen, far above the 0.3 that chance makes of 64 completions.
         alike: share of the completions of the first rollouts that get the same score; chosen.
         unscored: share of the completions that get no score; chosen.
         few_prompts: distinct prompts over those that a rollout has room for; chosen.
@@ -75,6 +78,8 @@ class Limits:
             far from 0 is above it by the first time that the rule judges (measured).
         value_loss_growth: times its start.
         value_error: times the error of a constant, the mean score.
+        value_far_off: times the distance of the first scores from 0 that values start from them; up to 2.4 in healthy
+            runs, with whitened rewards (measured).
         truncated: share of completions cut at the length limit.
         length_growth: times its start.
         length_shrinkage: share of its start that the length falls to; chosen. Where the score rewards it, less than 1 /
@@ -143,9 +148,11 @@ class Limits:
     noise_alone: float = 0.5
     gradient_noise: float = 5.0
     unrelated: float = 0.25
+    related: float = 0.5
+    misaligned: float = 0.6
     alike: float = 0.9
     unscored: float = 0.5
-    few_prompts: float = 0.5
+    few_prompts: float = 0.6
     far_off: float = 5.0
     holds: float = 0.5
     not_read: float = 0.5
@@ -163,6 +170,7 @@ class Limits:
     explained_nothing: float = 0.01
     value_loss_growth: float = 10.0
     value_error: float = 4.0
+    value_far_off: float = 5.0
     truncated: float = 0.5
     length_growth: float = 1.4
     length_shrinkage: float = 0.5

@@ -25,6 +25,10 @@ LOGGED_NAMES: dict[str, tuple[str, ...]] = {
 }
 
 
+AGREEMENT = "agreement/"  # of the score with a yardstick, by its name
+SHIFTED = "agreement_shifted/"  # of the score with its verdicts on rows some places away, the highest
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """One completion. `kl` in nats, `tokens` counted with the EOS; NaN and -1 where unknown. `watched`: every

@@ -56,6 +56,7 @@ MOVES: dict[str, tuple[str, str]] = {
     "score_drifts": ("score", "down"),
     "score_ignores_completion": ("evidence/score/within_prompt", "up"),
     "score_ignores_prompt": ("evidence/score/moved_by_prompt", "up"),
+    "score_misaligned": ("agreement/", "up"),
     "score_not_repeatable": ("evidence/noise/", "down"),
     "score_opposed": ("agreement/", "up"),
     "score_scale": ("score_std", "down"),
@@ -68,6 +69,7 @@ MOVES: dict[str, tuple[str, str]] = {
     "unusual_settings": ("score", "up"),
     "value_loss_explodes": ("value_loss", "down"),
     "value_not_learning": ("val/explained_variance", "up"),
+    "value_starts_far_off": ("value_loss", "down"),
 }
 
 

@@ -11,23 +11,26 @@ from trl_ext.diagnostics.log import RunLog
 
 
 def truncation(log: RunLog, limits: Limits) -> Finding | None:
-    """Completions do not end."""
+    """Completions do not end; a warning where they did not at the start, and have learned to."""
     cut = log.series("truncated")
-    if not log.suffices(cut, limits.enough) or not cut.recent(3) >= limits.truncated:
+    if not log.suffices(cut, limits.enough) or not max(cut.recent(3), cut.start()) >= limits.truncated:
         return None
     longest, penalty = log.setting("max_completion_length"), float(log.setting("missing_eos_penalty", 0.0))
+    now = cut.recent(3) >= limits.truncated
     return Finding(
         name="truncation",
-        severity="problem",
-        title="Completions are cut off before they end",
-        steps=(cut.steps[-3:][0], cut.steps[-1]),
+        severity="problem" if now else "warning",
+        title="Completions are cut off before they end" if now else "Completions were cut off before they ended",
+        steps=(cut.steps[-3:][0], cut.steps[-1]) if now else (cut.steps[0], cut.steps[:3][-1]),
         evidence=(
             f"{cut.recent(3):.0%} of the completions reach the length limit{f' of {longest}' if longest else ''} "
             f"without EOS; {cut.start():.0%} did at the start."
         ),
         figures={"truncated": cut.recent(3), "start": cut.start()},
         from_the_start=cut.values[0] >= limits.truncated,
-        cause="too short a limit, a reward for length, or a model that was never taught to stop.",
+        cause="too short a limit, a reward for length, or a model that was never taught to stop."
+        if now
+        else "too short a limit for what the policy had to say, so that it learned to say less.",
         remedy=Remedy(
             text="Raise the limit, and take a penalty off the score of a completion that was cut.",
             changes={"max_completion_length": 2 * int(longest), "missing_eos_penalty": max(1.0, penalty)}

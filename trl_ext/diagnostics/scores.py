@@ -8,11 +8,8 @@ from dataclasses import replace
 from trl_ext.diagnostics.distributions import stronger, weaker
 from trl_ext.diagnostics.finding import Finding, Remedy, Suspect
 from trl_ext.diagnostics.limits import Limits
-from trl_ext.diagnostics.log import RunLog, Series
+from trl_ext.diagnostics.log import AGREEMENT, SHIFTED, RunLog, Series
 from trl_ext.diagnostics.updates import lower_rate
-
-AGREEMENT = "agreement/"  # with the score, by yardstick
-SHIFTED = "agreement_shifted/"  # the same with the verdicts on other rows, the highest
 
 
 def constant_scores(log: RunLog, limits: Limits) -> Finding | None:
@@ -233,6 +230,34 @@ def score_opposed(log: RunLog, limits: Limits) -> Finding | None:
             ),
             remedy=Remedy(
                 text="Score a good and a bad completion by hand: the good one must get more.",
+                code="print(reward_func(prompts=[p, p], completions=[good, bad]))",
+            ),
+            samples=log.last_samples(),
+        )
+    return None
+
+
+def score_misaligned(log: RunLog, limits: Limits) -> Finding | None:
+    """Scores are those of other rows: they go with the yardstick's verdicts some places away."""
+    for name in log.names(SHIFTED):
+        own, other = log.series(f"{AGREEMENT}{name}"), log.series(f"{SHIFTED}{name}")
+        if not log.suffices(other, limits.enough) or not own.start() < limits.unrelated:
+            continue
+        if other.start() < limits.misaligned:
+            continue
+        return Finding(
+            name="score_misaligned",
+            severity="problem",
+            title="Scores belong to other rows",
+            steps=(other.steps[0], other.steps[:3][-1]),
+            evidence=(
+                f"The score of a completion and {name}'s verdict on it correlate at {own.start():.2f}, with that on "
+                f"another row, always as many places away, at {other.start():.2f}."
+            ),
+            figures={"own": own.start(), "other": other.start()},
+            cause="a list that is off by some rows: scores that come late, are sorted back wrongly, or joined by place.",
+            remedy=Remedy(
+                text="Score a good and a bad completion by hand, in both orders: each must keep its score.",
                 code="print(reward_func(prompts=[p, p], completions=[good, bad]))",
             ),
             samples=log.last_samples(),

@@ -33,7 +33,7 @@ STANDS = ("steps_too_small", "no_progress", "value_not_learning", "kl_drowns_sco
 FLIES = (
     *("clipping_saturated", "gradients_explode", "gradients_not_finite", "value_loss_explodes", "entropy_collapse"),
     *("mode_collapse", "entropy_rises", "kl_runs_away", "over_optimisation", "repetition_exploitation"),
-    *("completions_shrink", "negative_kl", "no_progress", "value_not_learning"),
+    *("completions_shrink", "negative_kl", "no_progress", "value_not_learning", "value_starts_far_off"),
 )
 
 

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from trl_ext.diagnostics.finding import Finding, Remedy, worst
 from trl_ext.diagnostics.limits import Limits
-from trl_ext.diagnostics.log import RunLog
+from trl_ext.diagnostics.log import AGREEMENT, RunLog, Series
 
 
 def within_prompt(log: RunLog) -> tuple[float, float]:
@@ -36,6 +36,9 @@ def share_of_functions(log: RunLog) -> float:
     """The share of the whole reward's variance that the reward functions make; NaN where it is not known."""
     shares = [log.series(f"evidence/share_of/{name}").recent() for name in log.names("evidence/share_of/")]
     return sum(shares) if shares else math.nan
+
+
+SOURCE = "Cobbe et al. 2019, arXiv:1812.02341"
 
 
 def score_ignores_completion(log: RunLog, limits: Limits) -> Finding | None:
@@ -305,7 +308,12 @@ def noise_drowns_signal(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def held_out_differs(log: RunLog, limits: Limits) -> Finding | None:
-    """Prompts that are held out score otherwise than those that are trained on."""
+    """Prompts that are held out score otherwise than those that are trained on, or are scored for what is meant where
+    those that are trained on are not."""
+    for name in log.names(AGREEMENT):
+        trained, held_out = log.series(f"{AGREEMENT}{name}"), log.series(f"{AGREEMENT}{name}", evals=True)
+        if held_out and trained.start(limits.least_rows) < limits.unrelated and held_out.best(2) > limits.related:
+            return _scored_otherwise(name, trained, held_out)
     gap, z = (log.series(f"evidence/held_out/{name}", evals=True) for name in ("score_gap", "score_gap_z"))
     count = min(len(gap), 4)
     if count < 2 or len({value > 0 for value in gap.values[-count:]}) > 1:
@@ -326,4 +334,32 @@ def held_out_differs(log: RunLog, limits: Limits) -> Finding | None:
         figures={"gap": gap.recent(count), "z": total},
         cause="two sources, two templates, or training prompts so few that the policy knows them by heart.",
         remedy=Remedy(text="Draw both from one set.", code="split = dataset.train_test_split(test_size=0.1, seed=0)"),
+    )
+
+
+def _scored_otherwise(name: str, trained: Series, held_out: Series) -> Finding:
+    meant = "What is not read, or joined to another row, is not scored for what is meant."
+    return Finding(
+        name="held_out_differs",
+        severity="problem",
+        title="Held-out prompts are of another kind than those trained on",
+        steps=(trained.steps[0], held_out.steps[-1]),
+        evidence=(
+            f"On held-out prompts the score and yardstick {name} correlate at {held_out.best(2):.2f}, on the training "
+            f"prompts at {trained.start(6):.2f}: the score is right, and something is wrong with the prompts or columns "
+            "that are trained on."
+        ),
+        figures={"trained": trained.start(6), "held_out": held_out.best(2)},
+        cause="training prompts in another form than the model reads, or columns that belong to other rows.",
+        remedy=Remedy(
+            text="Read some training rows beside held-out ones, all their columns.",
+            code="print(train_dataset[0], eval_dataset[0])",
+        ),
+        explains={
+            "score_unrelated": (meant, SOURCE),
+            "score_ignores_prompt": (meant, SOURCE),
+            "scores_alike": (meant, SOURCE),
+            "score_opposed": (meant, SOURCE),
+            "no_progress": (meant, SOURCE),
+        },
     )

@@ -398,6 +398,34 @@ def value_loss_explodes(log: RunLog, limits: Limits) -> Finding | None:
     )
 
 
+def value_starts_far_off(log: RunLog, limits: Limits) -> Finding | None:
+    """Values are far from the returns from the first rollout on, farther than a role that says 0."""
+    loss, rollout = log.series("value_loss"), log.setting("rollout_batch_size")
+    if not loss or not rollout or log.rows[0].get("episode") != rollout:
+        return None
+    # Half a squared error. What is asked of values is the score, less a KL that is 0 before the first step.
+    error = math.sqrt(2 * loss.values[0])
+    of_zero = max(abs(log.series(name).start(1)) for name in ("score", "objective/rlhf_reward", "score_std"))
+    if error < limits.value_far_off * max(of_zero, 1.0):
+        return None
+    return Finding(
+        name="value_starts_far_off",
+        severity="problem",
+        title="Values start far from the returns",
+        steps=(loss.steps[0], loss.steps[0]),
+        evidence=(
+            f"In the first rollout values are {error:.3g} off; a role that says 0 would be {of_zero:.3g} off. Until "
+            "they have come to the returns, what advantages tell is how far a token is from the end."
+        ),
+        figures={"error": error, "of_zero": of_zero},
+        cause="a value role that goes on from a head for scores of another scale, or steps that ruin it at once.",
+        remedy=Remedy(
+            text="Let the value role begin anew, or from the reward role whose scores it is to predict.",
+            code="SharedBase.from_pretrained(..., value='adapter')",
+        ),
+    )
+
+
 def lower_rate(log: RunLog, times: float) -> dict[str, float]:
     """A lower learning rate, and one that LoRA can take."""
     rate = log.setting("learning_rate")

@@ -240,7 +240,8 @@ NOT_NORMALISED = {"in_thousands", "in_thousandths", "offset_of_a_hundred", "expo
 
 class Exact:
     """The yardstick: the exact rating of each completion, told from the prompt alone. For prompts that are plain
-    questions it is `demo.exact`; of a prompt that several questions have become it is the mean over these.
+    questions, and those that the run does not train on, it is `demo.exact`; of a prompt that several questions have
+    become it is the mean over these.
 
     Args:
         rows: the prompts of the run, each with its country.
@@ -257,8 +258,10 @@ class Exact:
         """One rating a completion, 1 to 5."""
         ratings = []
         for prompt, completion in zip(prompts, completions, strict=True):
-            named = self._capitals[as_text(prompt)]
-            ratings.append(statistics.fmean(demo.rate([prompt] * len(named), [completion] * len(named), named)))
+            if named := self._capitals.get(as_text(prompt), []):
+                ratings.append(statistics.fmean(demo.rate([prompt] * len(named), [completion] * len(named), named)))
+            else:
+                ratings += demo.exact([prompt], [completion])
         return ratings
 
 
