@@ -252,7 +252,7 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("scores_alike", {"objective/scores_alike": [0.4] * 4 + [0.97] * 12}, {}),  # converged
     ("scores_alike", {"objective/scores_std": 0.0}, {}),  # that is constant_scores
     ("mostly_unscored", {"objective/unscored": 30.0}, {}),
-    ("few_prompts", {"prompts/distinct": 0.55}, {}),
+    ("few_prompts", {"prompts/distinct": 0.65}, {}),
     ("few_prompts", {"prompts/distinct": 1 / 4}, {"num_generations": 4}),  # all that there is room for
     ("few_prompts", {}, {"rollout_batch_size": 8}),
     ("empty_prompts", {"prompts/empty": 0.03}, {}),

@@ -32,8 +32,10 @@ from trl_ext.types import as_text
 
 FOLDER = Path(broken.__file__).parent
 HALVES = json.loads((FOLDER / "halves.json").read_text(encoding="utf-8"))
-LISTED = yaml.safe_load((FOLDER / "mistakes.yaml").read_text(encoding="utf-8"))
-GROUPS = {name: mistakes for kind in split.groups().values() for name, mistakes in kind.items()}
+LISTS = [split.FIRST, split.SECOND]
+LISTED = [yaml.safe_load((FOLDER / of.file).read_text(encoding="utf-8")) for of in LISTS]
+GROUPS = [{name: many for kind in split.groups(of).values() for name, many in kind.items()} for of in LISTS]
+ALL_GROUPS = GROUPS[0] | GROUPS[1]
 HEALTHY = {"per_device_train_batch_size": 32, "num_mini_batches": 2, "score_normalization": "reference"}
 SETTINGS = [
     pytest.param(mistake["settings"], id=f"{name}#{i}")
@@ -45,9 +47,13 @@ SETTINGS = [
 
 
 def test_the_halves_are_what_the_script_draws() -> None:
-    assert split.halves() == HALVES
-    assert not set(HALVES["work"]["groups"]) & set(HALVES["measure"]["groups"])
-    assert set(GROUPS) == {*HALVES["work"]["groups"], *HALVES["measure"]["groups"]}
+    assert split.halves(split.FIRST) | split.halves(split.SECOND) == HALVES
+    assert tuple(HALVES) == run.HALVES
+    for of, groups in zip(LISTS, GROUPS, strict=True):
+        work, measure = (set(HALVES[f"{half}{of.suffix}"]["groups"]) for half in ("work", "measure"))
+        assert not work & measure
+        assert set(groups) == work | measure
+    assert not set(GROUPS[0]) & set(GROUPS[1])
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -62,13 +68,14 @@ def test_a_mistaken_setting_can_be_set(settings: dict, tmp_path: Path) -> None:
 
 
 def test_what_is_named_in_words_is_there_as_code() -> None:
-    assert {name for cause in LISTED["rewards"].values() for name in cause} == set(broken.REWARDS)
-    assert set(LISTED["prompts"]) == set(broken.PROMPTS)
-    assert set(LISTED["models"]) == set(broken.MODELS)
-    unscaled = {
-        name for cause in LISTED["rewards"].values() for name, words in cause.items() if "not normalised" in words
-    }
-    assert unscaled == broken.NOT_NORMALISED
+    rewards = [
+        {name: words for cause in listed["rewards"].values() for name, words in cause.items()} for listed in LISTED
+    ]
+    assert {*rewards[0], *rewards[1]} == set(broken.REWARDS)
+    assert {*LISTED[0]["prompts"], *LISTED[1]["prompts"]} == set(broken.PROMPTS)
+    assert {*LISTED[0]["models"], *LISTED[1]["models"]} == set(broken.MODELS)
+    unscaled = {name for name, words in rewards[0].items() if "not normalised" in words}
+    assert unscaled == broken.NOT_NORMALISED & set(rewards[0])
 
 
 # Ratings 5, 2, 4 and 1.
@@ -150,7 +157,8 @@ def test_a_broken_reward_is_what_its_words_say(name: str) -> None:
 
 def test_the_rewards_without_a_number_are_random_or_a_similarity() -> None:
     others = {"pure_noise", "mostly_noise", "a_little_noise", "random_judge_of_pairs", "noise_that_grows"}
-    assert set(broken.REWARDS) - set(EXPECTED) == {*others, "same_reference", "sigmoid_of_ten"}
+    first = {name for cause in LISTED[0]["rewards"].values() for name in cause}
+    assert first - set(EXPECTED) == {*others, "same_reference", "sigmoid_of_ten"}
     for name in others:
         function = broken.BrokenReward(name, 1)
         assert any(scored(function) != scored(function) for _ in range(5)), name
@@ -260,16 +268,18 @@ def test_three_bits_of_mantissa_and_back() -> None:
 # What is true --------------------------------------------------------------------------------------------------------
 
 TRUTH, REFUSALS = verdict.read_truth()
+FIRST_NOT_YET = set(yaml.safe_load((FOLDER / verdict.TRUTHS[0]).read_text(encoding="utf-8"))["not_yet"])
 
 
-def test_the_truth_is_told_of_every_group_in_names_that_there_are() -> None:
-    content = yaml.safe_load((FOLDER / "truth.yaml").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(("truths", "groups"), zip(verdict.TRUTHS, GROUPS, strict=True))
+def test_the_truth_is_told_of_every_group_in_names_that_there_are(truths: str, groups: dict[str, Any]) -> None:
+    content = yaml.safe_load((FOLDER / truths).read_text(encoding="utf-8"))
     pages = {page.stem for page in (FOLDER.parents[2] / "docs" / "diagnostics").glob("*.md")}
     told = {name for names in content["findings"].values() for name in names}
-    assert set(content["findings"]) == set(GROUPS)
-    assert told <= pages | set(content["not_yet"])
+    assert set(content["findings"]) == set(groups)
+    assert told <= pages | set(content["not_yet"]) | FIRST_NOT_YET
     assert not set(content["not_yet"]) - told
-    assert set(content["refusals"]) <= {*GROUPS, "prompts"}
+    assert set(content["refusals"]) <= {*groups, "prompts"}
 
 
 def root(name: str = "clipping_saturated", severity: str = "problem", **more: Any) -> verdict.Root:
@@ -309,11 +319,11 @@ def root(name: str = "clipping_saturated", severity: str = "problem", **more: An
     ],
 )
 def test_what_is_a_true_cause(group: str, number: int, found: verdict.Root, true: bool) -> None:
-    assert verdict.is_true(found, [(group, GROUPS[group][number])], TRUTH) is true
+    assert verdict.is_true(found, [(group, ALL_GROUPS[group][number])], TRUTH) is true
 
 
 def test_of_two_mistakes_either_cause_is_true() -> None:
-    both = [("kl_coef:high", GROUPS["kl_coef:high"][0]), ("noise:pure_noise", GROUPS["noise:pure_noise"][0])]
+    both = [("kl_coef:high", ALL_GROUPS["kl_coef:high"][0]), ("noise:pure_noise", ALL_GROUPS["noise:pure_noise"][0])]
     assert verdict.is_true(root("kl_drowns_score"), both, TRUTH)
     assert verdict.is_true(root("score_not_repeatable"), both, TRUTH)
     assert not verdict.is_true(root("truncation"), both, TRUTH)
@@ -322,7 +332,7 @@ def test_of_two_mistakes_either_cause_is_true() -> None:
 def result(group: str = "kl_coef:high", seed: int = 1, exam: float = 0.2, **more: Any) -> verdict.Result:
     own = {"id": f"{group}#0", "kind": "settings", "seed": seed, "exam": exam, "died": "", "refused": False}
     found = {"roots": [], "first_seen": {}, "yardstick": []}
-    return {**own, **found, "mistakes": [(group, GROUPS[group][0])] if group in GROUPS else [], **more}
+    return {**own, **found, "mistakes": [(group, ALL_GROUPS[group][0])] if group in ALL_GROUPS else [], **more}
 
 
 def test_a_refusal_that_names_the_setting_names_the_cause() -> None:

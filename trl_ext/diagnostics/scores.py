@@ -255,7 +255,7 @@ def score_misaligned(log: RunLog, limits: Limits) -> Finding | None:
                 f"another row, always as many places away, at {other.start():.2f}."
             ),
             figures={"own": own.start(), "other": other.start()},
-            cause="a list that is off by some rows: scores that come late, are sorted back wrongly, or joined by place.",
+            cause="a list that is off by some rows: scores that come late, sorted back wrongly or joined by place.",
             remedy=Remedy(
                 text="Score a good and a bad completion by hand, in both orders: each must keep its score.",
                 code="print(reward_func(prompts=[p, p], completions=[good, bad]))",

@@ -523,7 +523,7 @@ def _kinds(log: RunLog) -> Iterator[Doubt]:
 
 
 OF_THE_ADAPTER = "lora_alpha"  # which no trainer's settings have
-FIRST = 2  # causes that a report begins with: a setting that one of them names is not told again
+FIRST = 1  # causes that a report begins with: a setting that one of them names is not told again
 
 
 def _can_make(doubt: Doubt, finding: Finding) -> bool:

@@ -345,9 +345,9 @@ def _scored_otherwise(name: str, trained: Series, held_out: Series) -> Finding:
         title="Held-out prompts are of another kind than those trained on",
         steps=(trained.steps[0], held_out.steps[-1]),
         evidence=(
-            f"On held-out prompts the score and yardstick {name} correlate at {held_out.best(2):.2f}, on the training "
-            f"prompts at {trained.start(6):.2f}: the score is right, and something is wrong with the prompts or columns "
-            "that are trained on."
+            f"On held-out prompts the score and yardstick {name} correlate at {held_out.best(2):.2f}, on "
+            f"training prompts at {trained.start(6):.2f}: the score is right, and something is wrong with the prompts "
+            "or columns that are trained on."
         ),
         figures={"trained": trained.start(6), "held_out": held_out.best(2)},
         cause="training prompts in another form than the model reads, or columns that belong to other rows.",

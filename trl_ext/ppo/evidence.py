@@ -226,14 +226,16 @@ class Evidence:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Scores by function of the same completions, as they were and once more, and of second completions of their
         prompts, with which of these are unlike the first (neither where there are no `twins`). All that is scored anew
-        is scored in one call."""
+        is scored in one call, the last row first: what its place or its neighbours decide does not repeat."""
         rollout = before.rollout
         if twins:
             rollout = concatenate(
                 [replace(rollout, sampling_logprobs=None), self.collector.answered(inputs)], self._pad
             )
-        scores = self._scores(rollout, inputs * (2 if twins else 1), trainer_state)
         tokens, count = rollout.completion_tokens, len(inputs)
+        backwards = torch.arange(len(tokens)).flip(0)
+        rows = [inputs[i % count] for i in backwards.tolist()]
+        scores = self._scores(rollout.rows(backwards), rows, trainer_state).flip(0)
         unlike = [one != other for one, other in zip(tokens[:count], tokens[count:], strict=False)]
         return before.scores.by_function, scores[:count], scores[count:], torch.tensor(unlike, dtype=torch.bool)
 
