@@ -119,6 +119,7 @@ class Evidence:
             metrics = {**self._shares(experience), **self._credit(experience), **within_prompts(experience)}
             if rollout % self.schedule.gradients == 0:
                 metrics |= reading(experience.rollout.prompts, self.collector.tokenizer)
+                metrics |= self.prompts_read(experience.rollout, len(inputs))
                 metrics |= self._scored_again(experience, inputs, trainer_state, rollout)
                 if rollout % self.schedule.twins == 0:
                     metrics |= self._moved_by_prompt(experience, inputs, trainer_state)
@@ -287,6 +288,37 @@ class Evidence:
         scores = self._scores(mixed, [inputs[i] for i in others], trainer_state)
         unlike = [a != b for a, b in zip(rollout.prompt_tokens, theirs.prompt_tokens, strict=True)]
         return before.scores.by_function[unlike], scores[unlike]
+
+    def prompts_read(self, rollout: Rollout, stride: int) -> dict[str, float]:
+        """How surprising the policy finds some prompts: nats per token of each, a mean over prompts and its standard
+        error. Every process must call it.
+
+        Args:
+            stride: rows of `rollout` from one process's first to the next one's.
+        """
+        count = min(-(-ROWS // self.accelerator.num_processes), stride)
+        few = rollout.rows(torch.arange(count) + self.accelerator.process_index * stride)
+        parts = gather_object([self._attempt(lambda: self._nats_of_prompts(few))])
+        if any(part is None for part in parts):
+            return {}
+        nats = torch.cat(parts)
+        nats = nats[~nats.isnan()]
+        error = float(nats.std()) / math.sqrt(len(nats)) if len(nats) > 1 else math.nan
+        return {"prompts/surprise": float(nats.mean()), "prompts/surprise_error": error}
+
+    def _nats_of_prompts(self, rollout: Rollout) -> Tensor:
+        """(prompts,) float64, NaN where a prompt has one token or none."""
+        mask = rollout.prompt_mask
+        read = mask[:, 1:] & mask[:, :-1]  # what has a token before it
+        longest = int(read.sum(dim=1).max())
+        if not longest:
+            return torch.full((len(mask),), math.nan, dtype=torch.float64)
+        kept, device = slice(mask.shape[1] - longest - 1, None), self.collector.base.device
+        ids, seen = rollout.prompt_ids[:, kept].to(device), mask[:, kept].to(device)
+        with torch.no_grad(), self.collector.base.scoring(), self.accelerator.autocast():
+            logprobs = self.collector.base(ids, seen, longest, roles=["policy"])["logprobs"].double().cpu()
+        read = read[:, -longest:]
+        return torch.where(read, -logprobs, 0.0).sum(dim=1) / read.sum(dim=1)
 
     @property
     def _pad(self) -> int:

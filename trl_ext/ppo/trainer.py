@@ -507,7 +507,7 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
             experience = together(lambda: make_experience(scored, self.args))
             metrics = together(lambda: summarize(experience, self.args, self.collector.score_names)) | logged
             if self.args.evidence:
-                metrics |= held_out_gap(self.experience, experience)
+                metrics |= held_out_gap(self.experience, experience) | self.updater.held_out_evidence(experience)
             metrics["completions/eos_rate"] = 1.0 - metrics["completions/clipped_ratio"]
             self.events.on_evaluation_end(experience, metrics)
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}

@@ -214,6 +214,14 @@ class Updater:
                 self.pretrain_mix,
             )
 
+    def held_out_evidence(self, held_out: Experience) -> dict[str, float]:
+        """What is measured of an evaluation's prompts, as of a rollout's; nothing before training begins."""
+        share = len(held_out.kl) // self.accelerator.num_processes
+        if self.evidence is None or not share:
+            return {}
+        read = self.evidence.prompts_read(held_out.rollout, share)
+        return {f"evidence/{name}": value for name, value in read.items() if math.isfinite(value)}
+
     # Experience -------------------------------------------------------------------------------------------------------
 
     def begin_step(self, global_step: int) -> None:
