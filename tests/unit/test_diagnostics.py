@@ -155,6 +155,8 @@ SICK: dict[str, dict[str, Any]] = {
         "objective/entropy": 12.0,
         "policy/entropy_avg": 1.5,
     },
+    "score_misaligned": {"agreement/exact": 0.1, "agreement_shifted/exact": 0.9},
+    "value_starts_far_off": {"loss/value_avg": lambda t: 900 * (1 - t / 2), "episode": lambda t: 64 + 960 * t},
     "no_progress": {"objective/scores": 0.1},
     "score_unrelated": {"agreement/exact": [0.1, -0.1] * 8},
     "score_drifts": {"objective/scores": lambda t: 6 * t, "objective/kl": 0.1, "objective/kl_std": 0.2},
@@ -222,6 +224,14 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("score_opposed", {"agreement/exact": [0.4] * 6 + [-0.9] * 10}, {}),  # exploited, later
     ("score_opposed", {"agreement/exact": [-1.0, 0.9, -1.0, -0.9, -1.0, -1.0] + [-1.0] * 10}, {}),  # noise
     ("score_unrelated", {"agreement/exact": [0.35, 0.2] * 8}, {}),
+    ("score_unrelated", {"agreement/exact": -0.9}, {}),  # that is score_opposed
+    ("score_misaligned", {"agreement_shifted/exact": 0.5}, {}),
+    ("score_misaligned", {"agreement/exact": 0.3}, {}),  # prompts alike: other rows' verdicts are its own
+    ("value_starts_far_off", {"loss/value_avg": lambda t: 10 * (1 - t / 2)}, {}),  # 4.5, and scores lie 1 from 0
+    ("value_starts_far_off", {"objective/scores": lambda t: 10 + t}, {}),  # whose own distance is as far: score_scale
+    ("value_starts_far_off", {"episode": lambda t: 128 + 960 * t}, {}),  # a log of later rollouts, too
+    ("score_drifts", {"objective/scores": 0.1, "agreement/exact": [0.9] * 8 + [0.3] * 8}, {}),
+    ("score_drifts", {"objective/scores": 0.1, "agreement/exact": lambda t: 0.9 - 2 * t}, {}),  # bit by bit
     ("score_unrelated", {"agreement/exact": [0.9, -0.9] * 8}, {}),  # too noisy to say
     ("score_unrelated", {"agreement/exact": [0.6] * 6 + [0.0] * 10}, {}),  # exploited, later
     ("score_drifts", {"objective/kl": lambda t: 0.1 + 5 * t}, {}),  # the policy has moved
@@ -235,7 +245,7 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     # A problem that has nothing to do with it.
     ("score_ignores_prompt", {"agreement/exact": 0.9, "completions/clipped_ratio": 0.9}, {}),
     ("score_ignores_prompt", {"objective/scores_std": 0.0}, {}),  # that is constant_scores
-    ("prompts_unlike_the_model", {"evidence/prompts/unknown_markers": 0.4}, {}),
+    ("prompts_unlike_the_model", {"evidence/prompts/unknown_markers": 0.2}, {}),
     ("prompts_unlike_the_model", {"completions/clipped_ratio": 0.1}, {}),  # it can read them
     ("score_scale", {"objective/scores_std": 1.0, "objective/scores": lambda t: 8 + t}, {}),
     ("score_scale", {"objective/scores_std": 1.0, "objective/scores_shorth": 0.2, "objective/scores_alike": 0.1}, {}),
@@ -253,6 +263,11 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("scores_alike", {"objective/scores_std": 0.0}, {}),  # that is constant_scores
     ("mostly_unscored", {"objective/unscored": 30.0}, {}),
     ("few_prompts", {"prompts/distinct": 0.65}, {}),
+    ("truncation", {"completions/clipped_ratio": [0.4] * 4 + [0.0] * 12}, {}),
+    ("clipping_saturated", {"policy/clipfrac_avg": 0.1, "policy/approxkl_avg": 0.05}, {}),
+    ("steps_too_small", {"policy/approxkl_avg": 5e-4}, {}),
+    # Small steps, but the policy has spent what it may.
+    ("steps_too_small", {"policy/approxkl_avg": 1e-4, "objective/scores": HEALTHY["objective/scores"]}, {}),
     ("few_prompts", {"prompts/distinct": 1 / 4}, {"num_generations": 4}),  # all that there is room for
     ("few_prompts", {}, {"rollout_batch_size": 8}),
     ("empty_prompts", {"prompts/empty": 0.03}, {}),
@@ -306,6 +321,78 @@ def test_scores_far_from_where_values_start() -> None:
     assert "score_scale" not in names_of(RunLog.of(rows(**without), CONFIG)), "no value role has to get there"
 
 
+def test_small_steps_are_a_warning_where_the_score_rises_and_little_kl_is_spent() -> None:
+    slow = {**HEALTHY, "policy/approxkl_avg": 2e-4, "objective/kl": 0.3}
+    for settings, changes in (({}, {}), ({"num_ppo_epochs": 1, "num_mini_batches": 2}, {"num_ppo_epochs": 4})):
+        (finding,) = diagnose(RunLog.of(rows(**slow), {**CONFIG, **settings}))
+        assert (finding.name, finding.severity) == ("steps_too_small", "warning")
+        assert "0.0002 nats per token, and the score rises slowly" in finding.evidence
+        assert finding.remedy.changes == changes
+    assert diagnose(RunLog.of(rows(**{**slow, "policy/approxkl_avg": 5e-4}), CONFIG)) == []
+
+
+def test_one_step_a_rollout_may_be_too_few() -> None:
+    slow = {**HEALTHY, "policy/approxkl_avg": 0.0, "objective/kl": lambda t: 0.3 * t}
+    one = {**CONFIG, "num_ppo_epochs": 1, "num_mini_batches": 1, "per_device_train_batch_size": 64}
+    (finding,) = diagnose(RunLog.of(rows(**slow), one))
+    assert (finding.name, finding.severity) == ("steps_too_small", "warning")
+    assert "rollouts of one step the KL came to 0.27 nats" in finding.evidence
+    assert finding.remedy.changes == {"num_ppo_epochs": 4}
+    (finding,) = diagnose(RunLog.of(rows(**slow), {**one, "objective": "reinforce"}))
+    assert finding.remedy.changes == {"per_device_train_batch_size": 16, "num_mini_batches": 4}
+    assert diagnose(RunLog.of(rows(**{**slow, "objective/kl": lambda t: 2 * t}), one)) == [], "it has moved"
+    there = {**slow, "objective/scores": lambda t: min(3 * t, 1.0) + 0.02 * math.sin(40 * t)}
+    assert diagnose(RunLog.of(rows(**there), one)) == [], "the score has got to where it stays"
+
+
+def test_large_updates_are_a_warning() -> None:
+    (finding,) = diagnose(log_of(**{"policy/approxkl_avg": [0.05, 0.2] * 8 + [0.2]}))
+    assert (finding.name, finding.severity) == ("clipping_saturated", "warning")
+    assert finding.remedy.changes == {"learning_rate": 1e-4}
+
+
+def test_completions_that_were_cut_at_the_start_explain_what_came_of_it() -> None:
+    cut = {"completions/clipped_ratio": [0.9] * 4 + [0.0] * 12, "objective/kl": lambda t: 7 * t}
+    (top,) = roots(diagnose(log_of(**cut)))
+    assert top.finding.name == "truncation" and [one.finding.name for one in top][1:] == ["kl_runs_away"]
+    assert top.finding.severity == "warning" and top.severity == "problem"
+    assert top.finding.title == "Completions were cut off before they ended" and top.finding.from_the_start
+    assert top.finding.remedy.changes["max_completion_length"] == 32
+
+
+def test_a_judge_that_is_replaced_is_told_by_its_agreement() -> None:
+    replaced = log_of(**{"agreement/exact": [0.95] * 8 + [-0.1, 0.0] * 4})
+    (finding,) = [one for one in diagnose(replaced) if one.name == "score_drifts"]
+    assert finding.severity == "problem"
+    assert "correlate at 0.95 up to step" in finding.evidence and "at -0.07 from step" in finding.evidence
+    assert finding.steps == (replaced.rows[7]["step"], replaced.rows[8]["step"])
+
+
+def test_held_out_prompts_tell_a_wrong_reward_from_wrong_training_prompts() -> None:
+    wrong = {**HEALTHY, "agreement/exact": [0.1, -0.1] * 8}
+    evals = [{"step": 40 * i, "eval_agreement/exact": 0.8} for i in (1, 2)]
+    (top,) = roots(diagnose(RunLog.of([*rows(**wrong), *evals], CONFIG)))
+    assert (top.finding.name, top.finding.severity) == ("held_out_differs", "problem")
+    assert "correlate at 0.80, on training prompts at 0.00" in top.finding.evidence
+    assert [one.finding.name for one in top][1:] == ["score_unrelated"]
+    evals = [{"step": 40 * i, "eval_agreement/exact": 0.3} for i in (1, 2)]
+    assert names_of(RunLog.of([*rows(**wrong), *evals], CONFIG)) == ["score_unrelated"]
+
+
+@pytest.mark.parametrize(
+    ("nats", "error", "told"), [(22.0, 1.0, True), (5.0, 0.5, True), (22.0, 3.0, False), (12.0, 0.1, False)]
+)
+def test_training_prompts_that_surprise_the_model_more_or_less_than_held_out_ones(
+    nats: float, error: float, told: bool
+) -> None:
+    surprise = {"evidence/prompts/surprise": nats, "evidence/prompts/surprise_error": error}
+    evals = [{"step": 40, "eval_evidence/prompts/surprise": 11.0, "eval_evidence/prompts/surprise_error": error}]
+    found = diagnose(RunLog.of([*rows(**{**HEALTHY, **surprise}), *evals], CONFIG))
+    assert [one.name for one in found] == ["held_out_differs"] * told
+    for one in found:
+        assert one.severity == "warning" and "nats a token, held-out ones by 11.0 (" in one.evidence
+
+
 def test_few_scores_that_dwarf_all_others() -> None:
     (finding,) = diagnose(log_of(**{"objective/scores_shorth": 0.02, "objective/scores_alike": 0.2}))
     assert finding.name == "score_scale" and "Half of them lie within 0.02" in finding.evidence
@@ -357,6 +444,8 @@ def test_a_learning_rate_that_is_high_is_not_raised(rate: float, changes: dict[s
         (-0.9, 1, "score_opposed"),
         (-0.6, 1, None),  # 64 completions: three standard errors from -0.5 are 0.24
         (-0.6, 6, "score_opposed"),
+        (-0.4, 1, None),
+        (-0.4, 6, "score_unrelated"),
         (0.0, 1, "score_unrelated"),
         (0.2, 1, None),  # may be 0.57
         (0.2, 6, "score_unrelated"),

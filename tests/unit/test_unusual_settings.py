@@ -46,6 +46,10 @@ def named(log: RunLog) -> list[str]:
 def test_each_is_suspected_where_it_can_be_the_cause(one: Range, end: str) -> None:
     if one.setting == "gradient_accumulation_steps":
         settings: dict[str, Any] = {"rollout_batch_size": 2}
+    elif one.setting == "total_episodes":
+        settings = {"total_episodes": 64, "max_steps": 8}
+    elif one.unit.startswith("optimizer steps"):
+        settings = {"num_ppo_epochs": 1, "max_steps": 2}
     else:
         settings = {one.setting: beyond(one, end)}
     side = getattr(one, end)

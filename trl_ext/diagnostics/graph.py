@@ -179,6 +179,8 @@ EDGES: tuple[Edge, ...] = (
         ZIEGLER,
         truncation="Who was not taught to answer such prompts was not taught where to end.",
         score_unrelated="A score says little of answers that are none.",
+        entropy_collapse="What cannot be answered may have one answer, next to nothing, with certainty.",
+        mode_collapse="What cannot be answered may have one answer, next to nothing.",
         score_ignores_prompt="What a reward model cannot read does not change its score.",
         held_out_differs="Held-out prompts may be written as the model was taught to read them.",
         no_progress="The answers that are scored are far from those the model knows.",

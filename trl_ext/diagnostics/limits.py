@@ -48,8 +48,10 @@ class Limits:
         noise: share of a function's variance that does not repeat, a mean of several measurements.
         noise_alone: the same from which one measurement is enough, and from which it is a problem.
         gradient_noise: times that noise exceeds signal in the gradient of a whole rollout, by squares; chosen.
-        unrelated: correlation of score and yardstick over completions up to which the one says nothing of the other;
+        unrelated: correlation of score and yardstick over completions up to which the score is for something else;
             chosen.
+        agreement_drop: by which that correlation falls from one rollout to the next; healthy runs stay below 0.2
+            (measured).
         related: the same of held-out completions from which the score is right for them; chosen.
         misaligned: the same with the yardstick's verdicts on rows some places away, the highest of 64, from which
             scores belong to those; chosen, far above the 0.3 that chance makes of 64 completions.
@@ -66,6 +68,9 @@ class Limits:
         half_life: tokens over which a score at the end loses half of its weight; lambda 0.95 has 13.
         rounding: share of a step, by squares, that rounding takes: in float32 1e-12 (measured).
         held_out_gap: standard deviations between the scores of training and held-out prompts.
+        surprise: share by which training prompts surprise the model more or less than held-out ones; chosen, above what
+            other phrasings make.
+        surprise_z: standard errors by which they do; chosen.
         score_std: spread of scores, or their mean in units of their spread, beyond which values, which start at 0, take
             long to arrive.
         dwarfed: width of half of the scores over their standard deviation below which few dwarf the others: 1.35 for
@@ -148,6 +153,7 @@ class Limits:
     noise_alone: float = 0.5
     gradient_noise: float = 5.0
     unrelated: float = 0.25
+    agreement_drop: float = 0.7
     related: float = 0.5
     misaligned: float = 0.6
     alike: float = 0.9
@@ -155,13 +161,15 @@ class Limits:
     few_prompts: float = 0.6
     far_off: float = 5.0
     holds: float = 0.5
-    not_read: float = 0.5
+    not_read: float = 0.25
     empty_prompts: float = 0.05
     opposed: float = -0.5
     penalty_share: float = 0.5
     half_life: float = 5.0
     rounding: float = 0.3
     held_out_gap: float = 0.5
+    surprise: float = 0.2
+    surprise_z: float = 4.0
     score_std: float = 10.0
     dwarfed: float = 0.1
     score_drift: float = 5.0

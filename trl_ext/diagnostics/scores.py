@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from statistics import fmean
 
 from trl_ext.diagnostics.distributions import stronger, weaker
 from trl_ext.diagnostics.finding import Finding, Remedy, Suspect
@@ -120,6 +121,29 @@ def score_scale(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def score_drifts(log: RunLog, limits: Limits) -> Finding | None:
+    """Scores depend on when they are given: what they mean changes from one rollout to the next, or their mean changes
+    by more than the policy's move can make."""
+    return _meaning_changes(log, limits) or _mean_drifts(log, limits)
+
+
+def _meaning_changes(log: RunLog, limits: Limits) -> Finding | None:
+    """From one rollout on the score does not go with the yardstick any more. What a policy learns takes longer."""
+    for name in log.names(AGREEMENT):
+        r = log.series(f"{AGREEMENT}{name}")
+        for at in range(3, len(r) - 2):
+            before, after = r.values[at - 3 : at], r.values[at : at + 3]
+            if min(before) - max(after) > limits.agreement_drop:
+                return _drifts(
+                    (r.steps[at - 1], r.steps[at]),
+                    f"Score and yardstick {name} correlate at {fmean(before):.2f} up to step {r.steps[at - 1]}, and at "
+                    f"{fmean(after):.2f} from step {r.steps[at]} on.",
+                    {"before": fmean(before), "after": fmean(after)},
+                    log,
+                )
+    return None
+
+
+def _mean_drifts(log: RunLog, limits: Limits) -> Finding | None:
     """The mean score changes by more than the policy's move can make.
 
     At a KL of d nats from the reference the mean of a score of spread s is at most s * sqrt(2 d) from the reference's,
@@ -144,17 +168,24 @@ def score_drifts(log: RunLog, limits: Limits) -> Finding | None:
             break
     if in_a_row < 3:
         return None
+    return _drifts(
+        (score.steps[0], score.steps[at]),
+        f"The mean score went from {score.values[0]:.3g} to {score.values[at]:.3g}, at a KL of {kl.values[at]:.2f} "
+        f"nats per completion; with a spread of {spread.values[0]:.3g} such a policy can change it by "
+        f"{spread.values[0] * math.sqrt(2 * max(kl.values[at], 0.0)):.2g}.",
+        {"from": score.values[0], "to": score.values[at], "kl": kl.values[at]},
+        log,
+    )
+
+
+def _drifts(steps: tuple[int, int], evidence: str, figures: dict[str, float], log: RunLog) -> Finding:
     return Finding(
         name="score_drifts",
         severity="problem",
         title="Scores change though the policy has hardly moved",
-        steps=(score.steps[0], score.steps[at]),
-        evidence=(
-            f"The mean score went from {score.values[0]:.3g} to {score.values[at]:.3g}, at a KL of {kl.values[at]:.2f} "
-            f"nats per completion; with a spread of {spread.values[0]:.3g} such a policy can change it by "
-            f"{spread.values[0] * math.sqrt(2 * max(kl.values[at], 0.0)):.2g}."
-        ),
-        figures={"from": score.values[0], "to": score.values[at], "kl": kl.values[at]},
+        steps=steps,
+        evidence=evidence,
+        figures=figures,
         cause=(
             "a reward function whose scores depend on when it is called: a sum that is never reset, a schedule, a "
             "judge that changed; or prompts that come sorted."
@@ -271,12 +302,15 @@ def score_unrelated(log: RunLog, limits: Limits) -> Finding | None:
     if not related or max(first + limits.noticeable * error for _, first, error, _ in related) > 2 * limits.unrelated:
         return None
     name, first, error, rows = max(related, key=lambda one: one[1])
-    if not -limits.unrelated < first < limits.unrelated:
+    early = rows < limits.least_rows and first <= -limits.unrelated  # it may be the opposite: that takes longer to tell
+    if first >= limits.unrelated or early or score_opposed(log, limits) is not None:
         return None
     return Finding(
         name="score_unrelated",
         severity="problem",
-        title="The score has nothing to do with what it stands for",
+        title="The score has nothing to do with what it stands for"
+        if first > -limits.unrelated
+        else "The score goes against what it stands for rather than with it",
         steps=(log.rows[0]["step"], log.rows[rows - 1]["step"]),
         evidence=(
             f"Over the completions of {_first(rows)} the score and {name} correlate at {first:.2f} (standard error "

@@ -126,6 +126,15 @@ def _rollouts(log: RunLog) -> float:
     return _steps(log) / (float(log.setting("num_ppo_epochs", 4)) * float(log.setting("num_mini_batches", 1)))
 
 
+def _rollouts_of_episodes(log: RunLog) -> float:
+    return _rollouts(log) if log.setting("total_episodes") and _steps(log) > 0 else math.nan
+
+
+def _steps_of_one_epoch(log: RunLog) -> float:
+    """Where more epochs would make more of them."""
+    return _steps(log) if log.setting("num_ppo_epochs", 4) == 1 and _steps(log) > 0 else math.nan
+
+
 def _completions_of_a_step(log: RunLog) -> float:
     size, parts = log.setting("rollout_batch_size"), log.setting("num_mini_batches", 1)
     return float(size) / float(parts) if size else math.nan
@@ -204,6 +213,26 @@ RANGES: tuple[Range, ...] = (
         above=Side("the learning rate hardly gets to its setting", STANDS),
         value=_share_of_run("warmup_steps", _steps),
         unit="of the run",
+    ),
+    Range(
+        "total_episodes",
+        20,
+        math.inf,
+        None,
+        ZIEGLER,
+        below=Side("the run ends before much can be learned", (*STANDS, "noise_drowns_signal")),
+        value=_rollouts_of_episodes,
+        unit="rollouts",
+    ),
+    Range(
+        "num_ppo_epochs",
+        80,
+        math.inf,
+        4,
+        f"{PPO_PAPER}; {ANDRYCHOWICZ}, section 3.5",
+        below=Side("one epoch makes so few steps that the run ends before much can be learned", STANDS),
+        value=_steps_of_one_epoch,
+        unit="optimizer steps in the run",
     ),
     Range(
         "num_ppo_epochs",

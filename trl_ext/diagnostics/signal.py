@@ -97,7 +97,7 @@ def score_ignores_prompt(log: RunLog, limits: Limits, findings: Sequence[Finding
     )
 
 
-NOT_READ = ("truncation", "score_unrelated", "held_out_differs", "no_progress")
+NOT_READ = ("truncation", "score_unrelated", "held_out_differs", "no_progress", "entropy_collapse", "mode_collapse")
 
 
 def prompts_unlike_the_model(log: RunLog, limits: Limits, findings: Sequence[Finding]) -> Finding | None:
@@ -308,12 +308,36 @@ def noise_drowns_signal(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def held_out_differs(log: RunLog, limits: Limits) -> Finding | None:
-    """Prompts that are held out score otherwise than those that are trained on, or are scored for what is meant where
-    those that are trained on are not."""
+    """Prompts that are held out are of another kind than those that are trained on: they are scored for what is meant
+    where those that are trained on are not, they surprise the model more or less, or they score otherwise."""
     for name in log.names(AGREEMENT):
         trained, held_out = log.series(f"{AGREEMENT}{name}"), log.series(f"{AGREEMENT}{name}", evals=True)
         if held_out and trained.start(limits.least_rows) < limits.unrelated and held_out.best(2) > limits.related:
             return _scored_otherwise(name, trained, held_out)
+    return _read_otherwise(log, limits) or _scores_elsewhere(log, limits)
+
+
+def _read_otherwise(log: RunLog, limits: Limits) -> Finding | None:
+    trained, held_out = (log.series("evidence/prompts/surprise", evals=of_eval) for of_eval in (False, True))
+    errors = [log.series("evidence/prompts/surprise_error", evals=of_eval) for of_eval in (False, True)]
+    if not (trained and held_out and all(errors)):
+        return None
+    # An evaluation always begins with the same prompts, so it is no surer for having been made again.
+    gap = trained.start() - held_out.start()
+    error = math.hypot(errors[0].start() / math.sqrt(min(len(trained), 3)), errors[1].start())
+    if abs(gap) < limits.surprise_z * error or abs(gap) < limits.surprise * held_out.start():
+        return None
+    return _of_another_kind(
+        (trained.steps[0], held_out.steps[0]),
+        f"Training prompts surprise the model by {trained.start():.1f} nats a token, held-out ones by "
+        f"{held_out.start():.1f} ({abs(gap) / max(error, 1e-12):.0f} standard errors).",
+        {"trained": trained.start(), "held_out": held_out.start()},
+        "two sources, two templates or languages, or something that is written into the prompts of one of them alone.",
+        "Texts of another kind than the model, or its reward, knows are answered and scored by chance.",
+    )
+
+
+def _scores_elsewhere(log: RunLog, limits: Limits) -> Finding | None:
     gap, z = (log.series(f"evidence/held_out/{name}", evals=True) for name in ("score_gap", "score_gap_z"))
     count = min(len(gap), 4)
     if count < 2 or len({value > 0 for value in gap.values[-count:]}) > 1:
@@ -322,44 +346,52 @@ def held_out_differs(log: RunLog, limits: Limits) -> Finding | None:
     if abs(gap.recent(count)) < limits.held_out_gap or abs(total) < limits.sampling_gap_z:
         return None
     less = "lower" if total > 0 else "higher"
-    return Finding(
-        name="held_out_differs",
-        severity="warning",
-        title="Held-out prompts are of another kind than those trained on",
-        steps=(gap.steps[-count], gap.steps[-1]),
-        evidence=(
-            f"Held-out prompts score {abs(gap.recent(count)):.1f} standard deviations {less} than the training prompts "
-            f"of the same step, in {count} evaluations in a row ({abs(total):.0f} standard errors)."
-        ),
-        figures={"gap": gap.recent(count), "z": total},
-        cause="two sources, two templates, or training prompts so few that the policy knows them by heart.",
-        remedy=Remedy(text="Draw both from one set.", code="split = dataset.train_test_split(test_size=0.1, seed=0)"),
+    return _of_another_kind(
+        (gap.steps[-count], gap.steps[-1]),
+        f"Held-out prompts score {abs(gap.recent(count)):.1f} standard deviations {less} than the training prompts of "
+        f"the same step, in {count} evaluations in a row ({abs(total):.0f} standard errors).",
+        {"gap": gap.recent(count), "z": total},
+        "two sources, two templates, or training prompts so few that the policy knows them by heart.",
     )
 
 
 def _scored_otherwise(name: str, trained: Series, held_out: Series) -> Finding:
-    meant = "What is not read, or joined to another row, is not scored for what is meant."
+    return _of_another_kind(
+        (trained.steps[0], held_out.steps[-1]),
+        f"On held-out prompts the score and yardstick {name} correlate at {held_out.best(2):.2f}, on training prompts "
+        f"at {trained.start(6):.2f}: the score is right, and something is wrong with the prompts or columns that are "
+        "trained on.",
+        {"trained": trained.start(6), "held_out": held_out.best(2)},
+        "training prompts in another form than the model reads, or columns that belong to other rows.",
+        "What is not read, or joined to another row, is not scored for what is meant.",
+        severity="problem",
+    )
+
+
+# What prompts that are not read, or columns of other rows, let the log show.
+OF_PROMPTS = ("score_unrelated", "score_ignores_prompt", "scores_alike", "score_opposed", "no_progress", "truncation")
+
+
+def _of_another_kind(
+    steps: tuple[int, int],
+    evidence: str,
+    figures: dict[str, float],
+    cause: str,
+    makes: str = "",
+    severity: str = "warning",
+) -> Finding:
+    """`makes`: how it makes `OF_PROMPTS`; empty: it does not."""
     return Finding(
         name="held_out_differs",
-        severity="problem",
+        severity=severity,
         title="Held-out prompts are of another kind than those trained on",
-        steps=(trained.steps[0], held_out.steps[-1]),
-        evidence=(
-            f"On held-out prompts the score and yardstick {name} correlate at {held_out.best(2):.2f}, on "
-            f"training prompts at {trained.start(6):.2f}: the score is right, and something is wrong with the prompts "
-            "or columns that are trained on."
-        ),
-        figures={"trained": trained.start(6), "held_out": held_out.best(2)},
-        cause="training prompts in another form than the model reads, or columns that belong to other rows.",
+        steps=steps,
+        evidence=evidence,
+        figures=figures,
+        cause=cause,
         remedy=Remedy(
-            text="Read some training rows beside held-out ones, all their columns.",
+            text="Read some training rows beside held-out ones, all their columns, and draw both from one set.",
             code="print(train_dataset[0], eval_dataset[0])",
         ),
-        explains={
-            "score_unrelated": (meant, SOURCE),
-            "score_ignores_prompt": (meant, SOURCE),
-            "scores_alike": (meant, SOURCE),
-            "score_opposed": (meant, SOURCE),
-            "no_progress": (meant, SOURCE),
-        },
+        explains=dict.fromkeys(OF_PROMPTS, (makes, SOURCE)) if makes else {},
     )

@@ -133,26 +133,28 @@ def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
     approxkl, score = _at_full_rate(log, "approxkl"), log.series("score")
     if len(approxkl) < limits.least_rows or log.series("score_std").recent() == 0.0:
         return None
-    if log.setting("num_ppo_epochs", 4) * log.setting("num_mini_batches", 1) == 1:
-        return None  # it is measured before each step, so with one step a rollout it is always 0
     if log.series("entropy").recent() < limits.entropy:
         return None  # a policy without entropy gets no gradient: that is `entropy_collapse`
-    rises = score.rise()[1] > limits.noticeable
-    stands = approxkl.recent() <= limits.tiny_approxkl and not rises
-    if not stands and not _learns_slowly(log, approxkl, limits):
+    rises, rate = score.rise()[1] > limits.noticeable, float(log.setting("learning_rate", math.nan))
+    # It is measured before each step, so with one step a rollout it is always 0.
+    known = log.setting("num_ppo_epochs", 4) * log.setting("num_mini_batches", 1) > 1
+    stands = known and approxkl.recent() <= limits.tiny_approxkl and not rises
+    if not stands and not _learns_slowly(log, approxkl if known else None, limits):
         return None
-    moved = approxkl.recent() if stands else median(approxkl.values)
-    rate, more, cause = float(log.setting("learning_rate", math.nan)), *_larger_steps(log)
+    moved = approxkl.recent() if stands else median(approxkl.values) if known else math.nan
+    more, cause = _larger_steps(log)
+    by_step = f"An update moves the policy {moved:.1g} nats per token, and"
+    by_rollout = f"In {len(score)} rollouts of one step the KL came to {log.series('kl').recent():.2g} nats, and"
     return Finding(
         name="steps_too_small",
         severity="problem" if stands else "warning",
-        title="Steps are too small to learn" if stands else "Steps are small, and learning is slow",
+        title="Steps are too small to learn" if stands else "Steps are small or few, and learning is slow",
         steps=log.steps,
         evidence=(
-            f"An update moves the policy {moved:.1g} nats per token, and the score "
-            f"{'rises slowly' if rises else 'does not rise'} (learning rate {rate:.1g})."
+            f"{by_step if known else by_rollout} the score {'rises slowly' if rises else 'does not rise'} (learning "
+            f"rate {rate:.1g})."
         ),
-        figures={"approxkl": moved, "learning_rate": rate},
+        figures={"learning_rate": rate, **({"approxkl": moved} if known else {"kl": log.series("kl").recent()})},
         cause=cause or "I cannot tell: the learning rate is not small.",
         remedy=Remedy(text="Take larger steps, or more of them.", changes=more)
         if more
@@ -162,22 +164,31 @@ def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
     )
 
 
-def _learns_slowly(log: RunLog, approxkl: Series, limits: Limits) -> bool:
-    """Whether most updates are small, and little has been spent of the KL that a completion may well spend."""
-    kl, length = log.series("kl"), log.series("length")
-    if len(approxkl) < 2 * limits.least_rows or not kl or not length:
+def _learns_slowly(log: RunLog, approxkl: Series | None, limits: Limits) -> bool:
+    """Whether little has been spent of the KL that a completion may well spend, and most updates are small; where that
+    is not known, whether the score still rises."""
+    score, kl, length = log.series("score"), log.series("kl"), log.series("length")
+    if len(score) < 2 * limits.least_rows or not kl or not length:
         return False
-    unspent = kl.recent() < limits.unspent * limits.budget_of(length.recent())
-    return median(approxkl.values) <= limits.small_approxkl and unspent
+    if not kl.recent() < limits.unspent * limits.budget_of(length.recent()):
+        return False
+    if approxkl:
+        return median(approxkl.values) <= limits.small_approxkl
+    half = len(score) // 2
+    return replace(score, steps=score.steps[half:], values=score.values[half:]).rise()[1] > limits.noticeable
 
 
 def _larger_steps(log: RunLog) -> tuple[dict[str, float], str]:
-    """What makes an update move the policy more, and why it moves so little; empty where neither can be said."""
+    """What makes a rollout move the policy more, and why it moves it so little; empty where neither can be said."""
     if higher := higher_rate(log):
         return higher, "a learning rate that suits full fine-tuning; LoRA wants one 10 to 100 times as large."
-    if log.setting("num_ppo_epochs", 4) == 1:
+    if log.setting("num_ppo_epochs", 4) > 1:
+        return {}, ""
+    rows, parts = int(log.setting("per_device_train_batch_size", 1)), int(log.setting("num_mini_batches", 1))
+    if log.setting("objective") != "reinforce":  # which has no ratio that would hold a second epoch
         return {"num_ppo_epochs": 4}, "one epoch takes few steps on each rollout."
-    return {}, ""
+    smaller = {"per_device_train_batch_size": rows // 4, "num_mini_batches": 4 * parts} if rows >= 4 else {}
+    return smaller, "large minibatches take few steps on each rollout."
 
 
 def _at_full_rate(log: RunLog, name: str) -> Series:

@@ -38,7 +38,9 @@ logger = logging.getLogger(__name__)
 ROWS = 8  # whose gradient is taken apart, and which are scored again
 TWINS = 16  # prompts that are answered a second time
 SHARE = 0.008  # of an update that gradients may take, and second completions, each over the whole run
-MARKER = re.compile(r"<\|[^\s|<>{}]+\|>|<(?:start|end)_of_turn>")  # of a turn, in chat templates
+MARKER = re.compile(
+    r"<\|[^\s|<>{}]+\|>|<(?:start|end)_of_turn>|<think>"
+)  # of a turn or a part of it, in chat templates
 TENSORS, NUMBERS = 32, 64  # so many numbers of so many parameters stand for the policy's gradient
 
 

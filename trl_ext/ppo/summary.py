@@ -170,12 +170,13 @@ def distinct(items: list[object]) -> float:
 
 
 def held(rollout: Rollout) -> float:
-    """Share of the completions that stand word for word in their prompt, in any of its messages."""
+    """Share of the completions that stand word for word in their prompt, in any of its messages. One without a letter
+    or a digit does not count."""
     found = 0
     for prompt, completion in zip(rollout.prompts, rollout.completions, strict=True):
         said = as_text(completion).strip()
         messages = [prompt] if isinstance(prompt, str) else [[message] for message in prompt]
-        found += bool(said) and any(said in as_text(message) for message in messages)
+        found += any(map(str.isalnum, said)) and any(said in as_text(message) for message in messages)
     return found / max(len(rollout.prompts), 1)
 
 
