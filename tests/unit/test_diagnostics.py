@@ -331,6 +331,13 @@ def test_small_steps_are_a_warning_where_the_score_rises_and_little_kl_is_spent(
     assert diagnose(RunLog.of(rows(**{**slow, "policy/approxkl_avg": 5e-4}), CONFIG)) == []
 
 
+def test_tiny_steps_are_told_of_two_rollouts_and_are_a_problem_once_the_score_has_had_time() -> None:
+    tiny = {**HEALTHY, **SICK["steps_too_small"]}
+    for count, severities in ((1, []), (2, ["warning"]), (5, ["warning"]), (6, ["problem"])):
+        found = diagnose(RunLog.of(rows(**tiny)[:count], {**CONFIG, "learning_rate": 3e-6}))
+        assert [one.severity for one in found if one.name == "steps_too_small"] == severities, count
+
+
 def test_one_step_a_rollout_may_be_too_few() -> None:
     slow = {**HEALTHY, "policy/approxkl_avg": 0.0, "objective/kl": lambda t: 0.3 * t}
     one = {**CONFIG, "num_ppo_epochs": 1, "num_mini_batches": 1, "per_device_train_batch_size": 64}
@@ -442,9 +449,9 @@ def test_a_learning_rate_that_is_high_is_not_raised(rate: float, changes: dict[s
     ("r", "rollouts", "name"),
     [
         (-0.9, 1, "score_opposed"),
-        (-0.6, 1, None),  # 64 completions: three standard errors from -0.5 are 0.24
+        (-0.6, 1, "score_unrelated"),  # 64 completions: three standard errors from -0.5 are 0.24
         (-0.6, 6, "score_opposed"),
-        (-0.4, 1, None),
+        (-0.4, 1, "score_unrelated"),
         (-0.4, 6, "score_unrelated"),
         (0.0, 1, "score_unrelated"),
         (0.2, 1, None),  # may be 0.57

@@ -302,8 +302,7 @@ def score_unrelated(log: RunLog, limits: Limits) -> Finding | None:
     if not related or max(first + limits.noticeable * error for _, first, error, _ in related) > 2 * limits.unrelated:
         return None
     name, first, error, rows = max(related, key=lambda one: one[1])
-    early = rows < limits.least_rows and first <= -limits.unrelated  # it may be the opposite: that takes longer to tell
-    if first >= limits.unrelated or early or score_opposed(log, limits) is not None:
+    if first >= limits.unrelated or score_opposed(log, limits) is not None:
         return None
     return Finding(
         name="score_unrelated",

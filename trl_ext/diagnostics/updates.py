@@ -42,13 +42,13 @@ def gradients_absent(log: RunLog, limits: Limits) -> Finding | None:
     """Gradients that never arrive at a role."""
     for role in ("policy", "value"):
         norms = log.series(f"grad_norm/{role}")
-        if len(norms) >= 3 and max(norms.values[-3:]) == 0.0 and log.series("score_std").recent(3) != 0.0:
+        if len(norms) >= 2 and max(norms.values[-3:]) == 0.0 and log.series("score_std").recent(3) != 0.0:
             return Finding(
                 name="gradients_absent",
                 severity="problem",
                 title=f"No gradient reaches the {role} role",
-                steps=(norms.steps[-3], norms.steps[-1]),
-                evidence=f"grad_norm/{role} has been exactly 0 in the last three logs.",
+                steps=(norms.steps[-3:][0], norms.steps[-1]),
+                evidence=f"grad_norm/{role} has been exactly 0 in the last {len(norms.values[-3:])} logs.",
                 figures={"grad_norm": 0.0},
                 cause=f"the {role}'s adapter or head is frozen, or its loss has weight 0.",
                 remedy=Remedy(
@@ -131,24 +131,25 @@ def clipping_saturated(log: RunLog, limits: Limits) -> Finding | None:
 def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
     """Updates hardly change the policy: the score does not rise, or it rises more slowly than it could."""
     approxkl, score = _at_full_rate(log, "approxkl"), log.series("score")
-    if len(approxkl) < limits.least_rows or log.series("score_std").recent() == 0.0:
+    if len(approxkl) < 2 or log.series("score_std").recent() == 0.0:
         return None
     if log.series("entropy").recent() < limits.entropy:
         return None  # a policy without entropy gets no gradient: that is `entropy_collapse`
     rises, rate = score.rise()[1] > limits.noticeable, float(log.setting("learning_rate", math.nan))
     # It is measured before each step, so with one step a rollout it is always 0.
     known = log.setting("num_ppo_epochs", 4) * log.setting("num_mini_batches", 1) > 1
-    stands = known and approxkl.recent() <= limits.tiny_approxkl and not rises
-    if not stands and not _learns_slowly(log, approxkl if known else None, limits):
+    tiny = known and approxkl.recent() <= limits.tiny_approxkl and not rises
+    stands = tiny and len(approxkl) >= limits.least_rows
+    if not tiny and not _learns_slowly(log, approxkl if known else None, limits):
         return None
-    moved = approxkl.recent() if stands else median(approxkl.values) if known else math.nan
+    moved = approxkl.recent() if tiny else median(approxkl.values) if known else math.nan
     more, cause = _larger_steps(log)
     by_step = f"An update moves the policy {moved:.1g} nats per token, and"
     by_rollout = f"In {len(score)} rollouts of one step the KL came to {log.series('kl').recent():.2g} nats, and"
     return Finding(
         name="steps_too_small",
         severity="problem" if stands else "warning",
-        title="Steps are too small to learn" if stands else "Steps are small or few, and learning is slow",
+        title="Steps are too small to learn" if tiny else "Steps are small or few, and learning is slow",
         steps=log.steps,
         evidence=(
             f"{by_step if known else by_rollout} the score {'rises slowly' if rises else 'does not rise'} (learning "
