@@ -94,6 +94,31 @@ def test_a_yardstick_s_agreement_with_the_score_is_logged(tmp_path: Path) -> Non
     assert [row["agreement/fewer"] for row in rows_with(trainer, "agreement/fewer")] == pytest.approx([-1.0, -1.0])
 
 
+def test_scores_that_belong_to_other_rows_are_told(tmp_path: Path) -> None:
+    def late(completions: list[str], **kwargs: Any) -> list[float]:
+        scores = cats(completions)
+        return scores[-3:] + scores[:-3]
+
+    trainer = trainer_for(tmp_path, reward=late, per_device_train_batch_size=32, total_episodes=32)
+    trainer.add_callback(DiagnosticsCallback(yardstick=cats))
+    trainer.train()
+    (row,) = rows_with(trainer, "agreement_shifted/cats")
+    assert row["agreement_shifted/cats"] == pytest.approx(1.0) and abs(row["agreement/cats"]) < 0.5
+
+
+def test_an_evaluation_has_the_yardstick_too(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, reward=cats, eval_strategy="steps", eval_steps=2)
+    trainer.add_callback(DiagnosticsCallback(yardstick=cats))
+    trainer.train()
+    trainer.save_state()
+    evaluated = read_run(tmp_path / "out").series("agreement/cats", evals=True)
+    assert evaluated.values == pytest.approx([1.0] * len(evaluated)) and len(evaluated) > 0
+    for row in rows_with(trainer, "eval_yardstick/cats"):
+        assert row["eval_yardstick/cats"] == pytest.approx(row["eval_rewards/cats/mean"])
+    for name in ("evidence/prompts/surprise", "eval_evidence/prompts/surprise"):
+        assert all(row[name] > 0 for row in rows_with(trainer, name)) and rows_with(trainer, name)
+
+
 def test_weights_stay_with_their_functions_in_saved_logs(tmp_path: Path) -> None:
     """A saved log is sorted by name, where cats come before nothing; weights are in the order of the functions."""
     weights = {"reward_weights": [0.0, 1.0], "save_strategy": "steps", "save_steps": 2}
@@ -219,6 +244,17 @@ def test_a_resumed_run_is_diagnosed_from_its_beginning(tmp_path: Path) -> None:
     assert finding.steps == (2, 6), "three logs, two of them from before"
 
 
+def test_a_warning_that_becomes_a_problem_is_told_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"learning_rate": 1e-7, "total_episodes": 8 * 8, "save_strategy": "steps", "save_steps": 14}
+    for checkpoint in (None, str(tmp_path / "out" / "checkpoint-14")):
+        trainer = trainer_for(tmp_path, **settings)
+        trainer.add_callback(DiagnosticsCallback())
+        trainer.train(resume_from_checkpoint=checkpoint)
+        said = [record.getMessage().split(" (")[0] for record in caplog.records if record.name.endswith("diagnostics")]
+        steps = [one for one in said if "Steps are too small" in one]
+        assert steps == ["warning: Steps are too small to learn", "problem: Steps are too small to learn"], "once each"
+
+
 def test_what_was_done_before_an_interruption_is_kept_and_not_done_again(tmp_path: Path) -> None:
     settings = {"learning_rate": 1e-7, "total_episodes": 8 * 12, "save_strategy": "steps", "save_steps": 16}
     rates = []
@@ -243,6 +279,11 @@ def test_a_resumed_run_keeps_its_completions_and_its_yardstick(tmp_path: Path) -
         kept.append((yardstick, read_run(tmp_path / "out").samples))
     assert len(kept[0][0]) == 3 and len(kept[0][1]) == 6 * 8
     assert kept[0] == kept[1], "the checkpoint lies between two logs"
+
+
+def test_a_yardstick_that_is_no_function() -> None:
+    with pytest.raises(ValueError, match="yardstick is 'exact': pass a function"):
+        DiagnosticsCallback(yardstick="exact")
 
 
 def test_an_unknown_action() -> None:

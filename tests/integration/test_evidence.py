@@ -86,6 +86,46 @@ def test_a_score_of_the_prompt_alone_has_no_variance_within_prompts(tmp_path: Pa
     assert calls == [32, 2 * TWINS, TWINS], "the rollout; again, with second completions; with other rows' prompts"
 
 
+@pytest.mark.parametrize(
+    ("kind", "repeats"), [("place", False), ("row above", False), ("rank", True), ("completion", True)]
+)
+def test_what_a_place_or_a_neighbour_decides_does_not_repeat(kind: str, repeats: bool, tmp_path: Path) -> None:
+    """The second look hands the last row over first. A rank needs other rows beside it to change."""
+
+    def function(completions: list[str], **_: Any) -> list[float]:
+        scores = cats(completions)
+        return {
+            "place": [float(i) for i in range(len(scores))],
+            "row above": scores[-1:] + scores[:-1],
+            "rank": [float(sum(other < score for other in scores) > len(scores) / 2) for score in scores],
+            "completion": scores,
+        }[kind]
+
+    trainer = trainer_for(tmp_path, function, per_device_train_batch_size=TWINS, total_episodes=TWINS)
+    trainer.train()
+    (found,) = measured(trainer, "noise/function")
+    assert (found < 0.2) is repeats
+
+
+def test_how_surprising_prompts_are(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, cats, per_device_train_batch_size=32, total_episodes=32)
+    trainer.train()
+    (row,) = rows_with(trainer, "evidence/prompts/surprise")
+    rows = trainer.experience.rollout.rows(torch.arange(ROWS))
+    base, nats = trainer.base, []
+    for ids in rows.prompt_tokens:
+        if len(ids) < 2:  # nothing stands before it
+            continue
+        with torch.no_grad():
+            batch = torch.tensor([ids])
+            logprobs = base(batch, torch.ones_like(batch), len(ids) - 1, roles=["reference"])["ref_logprobs"]
+        nats.append(-float(logprobs.double().mean()))
+    mean = sum(nats) / len(nats)
+    error = (sum((x - mean) ** 2 for x in nats) / (len(nats) - 1) / len(nats)) ** 0.5
+    assert row["evidence/prompts/surprise"] == pytest.approx(mean, rel=1e-4)
+    assert row["evidence/prompts/surprise_error"] == pytest.approx(error, rel=1e-3)
+
+
 @pytest.mark.parametrize("num_generations", [1, 4])
 def test_a_score_that_reads_no_prompt_is_not_moved_by_another(num_generations: int, tmp_path: Path) -> None:
     changes = {"per_device_train_batch_size": 32, "total_episodes": 32, "num_generations": num_generations}

@@ -68,6 +68,10 @@ class DiagnosticsCallback(RolloutCallback):
     ) -> None:
         if on_problem not in ACTIONS:
             raise ValueError(f"on_problem is {on_problem!r}: choose one of {', '.join(ACTIONS)}.")
+        if yardstick is not None and not callable(yardstick):
+            raise ValueError(
+                f"yardstick is {yardstick!r}: pass a function, or in a recipe its dotted path (module.function)."
+            )
         self.on_problem, self.yardstick, self.limits, self.rules = on_problem, yardstick, limits, rules
         self.findings: list[Finding] = []
         """Each finding once, as it was when first made."""
@@ -187,14 +191,15 @@ class DiagnosticsCallback(RolloutCallback):
                 self._respond(finding, args, state, control, kwargs)
 
     def _tell(self, present: Sequence[Finding], state: TrainerState) -> list[Finding]:
-        """Report the findings that are new, and return those that no earlier part of the run reported."""
-        known, new = {finding.topic for finding in self.findings}, []
+        """Report the findings that are new, and warnings that have become a problem; return those that no earlier part
+        of the run reported."""
+        known, named, new = {finding.topic for finding in self.findings}, self._state["named"], []
         for finding in present:
-            if finding.topic in known:
-                continue
-            self.findings.append(finding)
-            if finding.topic not in self._state["named"]:
-                self._state["named"].append(finding.topic)
+            if finding.topic not in known:
+                self.findings.append(finding)
+            mark = finding.topic if finding.severity == "problem" else f"{finding.topic} (warning)"
+            if not {finding.topic, mark} & set(named):
+                named.append(mark)
                 new.append(finding)
                 edge = cause_of(finding, present)
                 if state.is_world_process_zero:
@@ -247,8 +252,8 @@ def _as_consequence(finding: Finding, edge: Edge) -> str:
 
 
 def _initial_state() -> dict[str, Any]:
-    """Topics of reported findings, names of those that were acted on, changed settings, measurements since the last
-    log, and the reward functions in the order of their weights."""
+    """Topics of reported findings (of a warning with that word), names of those that were acted on, changed settings,
+    measurements since the last log, and the reward functions in the order of their weights."""
     return {"named": [], "acted": [], "settings": {}, "measured": {}, "reward_names": []}
 
 
