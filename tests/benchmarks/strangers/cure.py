@@ -5,14 +5,14 @@ python tests/benchmarks/strangers/cure.py --catalogue           # on the doctor'
 python tests/benchmarks/strangers/cure.py --half work --table   # what has been tried, as Markdown
 
 Of a half, every kept run is tried that its mistake harmed and whose true cause the doctor names among its first two
-roots; of the catalogue, every mistaken run (made first, where it is not there) in which the case's finding is among
-them. `try_remedies` forks the run from its start; each remedy that it calls cured is then run to the end. That is truly
-cured where the exam is within 10 points of the healthy run's at the same seed; in the catalogue, where neither that
-finding nor the case's is there at the end.
+roots; of the catalogue, every mistaken run (made first, where it is not there) in which the case's finding, or one that
+changes the mistaken setting, is among them. `try_remedies` forks the run from its start; each remedy that it calls
+cured is then run to the end. That is truly cured where the exam is within 10 points of the healthy run's at the same
+seed; in the catalogue, where neither that finding nor the case's is there at the end.
 
 A result is one JSON file in the folder `cures`. What is there is not tried again - after the rules changed, rejudge the
-runs and remove the folder - and processes that are started side by side share the work. Of the half `measure` nothing
-is printed but its table.
+runs and remove the folder - and processes that are started side by side share the work. Of a half that only measures
+nothing is printed but its table.
 """
 
 from __future__ import annotations
@@ -97,9 +97,10 @@ def of_catalogue(job: Job, out: Path, episodes: int | None) -> Result:
     doctor.do(case, "mistaken", job.seed, out)
     path = doctor.file_of(out, case, "mistaken", job.seed)
     log = read_run(path.with_suffix(""))
-    first = [top.finding.name for top in roots(diagnose(log))[:2]]
+    first = [top.finding for top in roots(diagnose(log))[:2]]
+    named = any(one.name == case.finds or set(one.remedy.changes) & set(case.settings) for one in first)
     exam = json.loads(path.read_text(encoding="utf-8"))["well"]
-    own = {"exam": exam, "healthy": None, "named": case.finds in first, "finds": case.finds}
+    own = {"exam": exam, "healthy": None, "named": named, "finds": case.finds}
     return (of_log(job, log, out, episodes) if own["named"] else nothing(job, "not named")) | own
 
 
