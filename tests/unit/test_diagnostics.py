@@ -358,6 +358,12 @@ def test_large_updates_are_a_warning() -> None:
     assert finding.remedy.changes == {"learning_rate": 1e-4}
 
 
+def test_clipping_is_told_of_trainers_that_log_no_kl_of_an_update() -> None:
+    without = {name: value for name, value in HEALTHY.items() if name != "policy/approxkl_avg"}
+    (finding,) = diagnose(RunLog.of(rows(**{**without, "policy/clipfrac_avg": 0.6}), CONFIG))
+    assert finding.evidence.endswith("% of the tokens are clipped.") and set(finding.figures) == {"clipfrac"}
+
+
 def test_completions_that_were_cut_at_the_start_explain_what_came_of_it() -> None:
     cut = {"completions/clipped_ratio": [0.9] * 4 + [0.0] * 12, "objective/kl": lambda t: 7 * t}
     (top,) = roots(diagnose(log_of(**cut)))

@@ -104,16 +104,19 @@ def clipping_saturated(log: RunLog, limits: Limits) -> Finding | None:
     if not saturated and not (len(approxkl) >= limits.least_rows and median(approxkl.values) > limits.large_approxkl):
         return None
     narrow = float(log.setting("cliprange", 0.2)) < 0.1
+    moved = (
+        f", and an update moves the policy {approxkl.recent(3):.2g} nats per token, {median(approxkl.values):.2g} in "
+        "the middle of all"
+        if approxkl
+        else ""
+    )
     return Finding(
         name="clipping_saturated",
         severity="problem" if saturated else "warning",
         title="The clip range is too narrow" if narrow else "Updates are too large: the clip range does not hold them",
         steps=(clipped.steps[-3], clipped.steps[-1]),
-        evidence=(
-            f"{clipped.recent(3):.0%} of the tokens are clipped, and an update moves the policy "
-            f"{approxkl.recent(3):.2g} nats per token, {median(approxkl.values):.2g} in the middle of all."
-        ),
-        figures={"clipfrac": clipped.recent(3), "approxkl": approxkl.recent(3)},
+        evidence=f"{clipped.recent(3):.0%} of the tokens are clipped{moved}.",
+        figures={"clipfrac": clipped.recent(3), **({"approxkl": approxkl.recent(3)} if approxkl else {})},
         cause="the clip range is too narrow."
         if narrow
         else "steps are too large, or too many are taken on one rollout.",
