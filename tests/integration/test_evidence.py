@@ -87,16 +87,18 @@ def test_a_score_of_the_prompt_alone_has_no_variance_within_prompts(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("kind", "repeats"), [("place", False), ("row above", False), ("rank", True), ("completion", True)]
+    ("kind", "repeats"),
+    [("place", False), ("row above", False), ("block", False), ("rank", True), ("completion", True)],
 )
 def test_what_a_place_or_a_neighbour_decides_does_not_repeat(kind: str, repeats: bool, tmp_path: Path) -> None:
-    """The second look hands the last row over first. A rank needs other rows beside it to change."""
+    """The second look hands rows over in another order. A rank needs other rows beside it to change."""
 
     def function(completions: list[str], **_: Any) -> list[float]:
         scores = cats(completions)
         return {
             "place": [float(i) for i in range(len(scores))],
             "row above": scores[-1:] + scores[:-1],
+            "block": [sum(scores[i - i % 4 : i - i % 4 + 4]) for i in range(len(scores))],
             "rank": [float(sum(other < score for other in scores) > len(scores) / 2) for score in scores],
             "completion": scores,
         }[kind]

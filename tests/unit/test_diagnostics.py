@@ -157,6 +157,7 @@ SICK: dict[str, dict[str, Any]] = {
     },
     "score_misaligned": {"agreement/exact": 0.1, "agreement_shifted/exact": 0.9},
     "value_starts_far_off": {"loss/value_avg": lambda t: 900 * (1 - t / 2), "episode": lambda t: 64 + 960 * t},
+    "reference_moves": {"objective/kl": 0.0, "objective/kl_std": 0.0},
     "no_progress": {"objective/scores": 0.1},
     "score_unrelated": {"agreement/exact": [0.1, -0.1] * 8},
     "score_drifts": {"objective/scores": lambda t: 6 * t, "objective/kl": 0.1, "objective/kl_std": 0.2},
@@ -223,7 +224,12 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("score_opposed", {"agreement/exact": -0.45}, {}),
     ("score_opposed", {"agreement/exact": [0.4] * 6 + [-0.9] * 10}, {}),  # exploited, later
     ("score_opposed", {"agreement/exact": [-1.0, 0.9, -1.0, -0.9, -1.0, -1.0] + [-1.0] * 10}, {}),  # noise
-    ("score_unrelated", {"agreement/exact": [0.35, 0.2] * 8}, {}),
+    ("score_unrelated", {"agreement/exact": [0.65, 0.5] * 8}, {}),
+    ("score_unrelated", {"agreement/exact": -0.4, "objective/scores_alike": 0.95}, {}),
+    ("reference_moves", {"objective/kl": 1e-4}, {}),
+    ("reference_moves", {"objective/kl_std": 1e-4}, {}),
+    ("reference_moves", {"policy/approxkl_avg": 1e-8}, {}),  # neither moves
+    ("rate_off_schedule", {"learning_rate": lambda t: 1e-3 * (1 + 0.9 * t)}, {}),
     ("score_unrelated", {"agreement/exact": -0.9}, {}),  # that is score_opposed
     ("score_misaligned", {"agreement_shifted/exact": 0.5}, {}),
     ("score_misaligned", {"agreement/exact": 0.3}, {}),  # prompts alike: other rows' verdicts are its own
@@ -381,6 +387,28 @@ def test_a_judge_that_is_replaced_is_told_by_its_agreement() -> None:
     assert finding.steps == (replaced.rows[7]["step"], replaced.rows[8]["step"])
 
 
+def test_a_score_that_follows_its_purpose_in_part_is_a_warning() -> None:
+    (finding,) = diagnose(log_of(**{"agreement/exact": 0.45}))
+    assert (finding.name, finding.severity) == ("score_unrelated", "warning") and "only in part" in finding.title
+
+
+@pytest.mark.parametrize("kwargs", [None, {"min_lr": 0.1}])
+def test_a_rate_above_its_setting(kwargs: dict[str, float] | None) -> None:
+    settings = {**CONFIG, "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": kwargs}
+    found = diagnose(RunLog.of(rows(**{**HEALTHY, "learning_rate": 0.1, "objective/kl": lambda t: 7 * t}), settings))
+    (top,) = roots(found)
+    assert top.finding.name == "rate_off_schedule" and "It is 0.1 at step" in top.finding.evidence
+    assert [one.finding.name for one in top][1:] == ["kl_runs_away"]
+    changes = {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None}
+    assert top.finding.remedy.changes == (changes if kwargs else {})
+    assert diagnose(RunLog.of(rows(**{**HEALTHY, "learning_rate": 0.1}), {**settings, "rate_changed": True})) == []
+
+
+def test_scores_may_come_to_mean_something_else_for_the_better_too() -> None:
+    names = names_of(log_of(**{"agreement/exact": [0.1, -0.1] * 4 + [1.0] * 8}))
+    assert "score_drifts" in names
+
+
 def test_held_out_prompts_tell_a_wrong_reward_from_wrong_training_prompts() -> None:
     wrong = {**HEALTHY, "agreement/exact": [0.1, -0.1] * 8}
     evals = [{"step": 40 * i, "eval_agreement/exact": 0.8} for i in (1, 2)]
@@ -388,6 +416,8 @@ def test_held_out_prompts_tell_a_wrong_reward_from_wrong_training_prompts() -> N
     assert (top.finding.name, top.finding.severity) == ("held_out_differs", "problem")
     assert "correlate at 0.80, on training prompts at 0.00" in top.finding.evidence
     assert [one.finding.name for one in top][1:] == ["score_unrelated"]
+    later = {**wrong, "agreement/exact": [0.1, -0.1] * 4 + [0.8] * 8}
+    assert "held_out_differs" not in names_of(RunLog.of([*rows(**later), *evals], CONFIG)), "by then both are right"
     evals = [{"step": 40 * i, "eval_agreement/exact": 0.3} for i in (1, 2)]
     assert names_of(RunLog.of([*rows(**wrong), *evals], CONFIG)) == ["score_unrelated"]
 
@@ -999,7 +1029,9 @@ def test_scores_that_are_alike_and_rise_all_the_same_are_worth_a_look_only() -> 
 
 
 def test_one_yardstick_that_agrees_a_little_is_enough() -> None:
-    assert "score_unrelated" not in names_of(log_of(**{"agreement/exact": 0.3, "agreement/other": 0.0}))
+    assert names_of(log_of(**{"agreement/exact": 0.7, "agreement/other": 0.0})) == []
+    (finding,) = diagnose(log_of(**{"agreement/exact": 0.4, "agreement/other": 0.0}))
+    assert finding.severity == "warning"
 
 
 def test_prompts_that_held_completions_at_the_start_are_named_later_too() -> None:

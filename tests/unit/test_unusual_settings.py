@@ -46,8 +46,8 @@ def named(log: RunLog) -> list[str]:
 def test_each_is_suspected_where_it_can_be_the_cause(one: Range, end: str) -> None:
     if one.setting == "gradient_accumulation_steps":
         settings: dict[str, Any] = {"rollout_batch_size": 2}
-    elif one.setting == "total_episodes":
-        settings = {"total_episodes": 64, "max_steps": 8}
+    elif one.setting in ("total_episodes", "max_steps"):
+        settings = {one.setting: 64, "max_steps": 8}
     elif one.unit.startswith("optimizer steps"):
         settings = {"num_ppo_epochs": 1, "max_steps": 2}
     else:
@@ -56,6 +56,21 @@ def test_each_is_suspected_where_it_can_be_the_cause(one: Range, end: str) -> No
     assert set(side.makes) <= set(MOVES), "of the catalogue"
     (doubt,) = [doubt for doubt in doubts(log_with(STILL, **settings), Limits()) if doubt.setting == one.setting]
     assert doubt.far > 1 and one.setting in doubt.text and doubt.side is side
+
+
+def test_a_prompt_that_opens_no_answer_is_told_of_the_first_rollout() -> None:
+    kwargs = {"chat_template_kwargs": {"add_generation_prompt": False}}
+    for metrics in (STILL, {**STILL, "completions/clipped_ratio": 0.9}):
+        first = diagnose(log_with(metrics, **kwargs))[0]
+        assert first.name == "unusual_settings" and "add_generation_prompt False" in first.evidence
+    assert named(log_with(STILL, chat_template_kwargs={"enable_thinking": False})) == []
+
+
+def test_rs_lora_scales_by_the_root_of_the_rank() -> None:
+    large = {**HEALTHY, "policy/clipfrac_avg": 0.6}
+    adapter = {"lora_r": 64, "lora_alpha": 128}
+    assert named(log_with(large, **adapter)) == []
+    assert named(log_with(large, **adapter, lora_rslora=True)) == ["lora_alpha"]
 
 
 def test_a_setting_that_makes_what_is_found_is_its_cause() -> None:

@@ -298,13 +298,14 @@ def versions() -> dict[str, str]:
 
 
 def _lora_settings(model: Any) -> dict[str, Any]:
-    """Rank and alpha of the policy's LoRA adapter; empty where there is none."""
+    """Rank and alpha of the policy's LoRA adapter, and whether it is rsLoRA's; empty where there is none."""
     named = getattr(model, "adapters", None)  # a SharedBase's
     peft_model, name = (model.model, named["policy"]) if isinstance(named, dict) else (model, "default")
     config = (getattr(peft_model, "peft_config", None) or {}).get(name)
     if config is None:
         return {}
-    return {"lora_r": getattr(config, "r", None), "lora_alpha": getattr(config, "lora_alpha", None)}
+    names = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_rslora": "use_rslora"}
+    return {name: getattr(config, of_peft, None) for name, of_peft in names.items()}
 
 
 def _data_figures(dataloader: Any, objective: str | None) -> dict[str, float]:

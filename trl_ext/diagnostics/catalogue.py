@@ -28,6 +28,7 @@ ON_SAMPLES: tuple[Rule, ...] = (
     distributions.negative_kl,
     distributions.first_ratio,
     distributions.first_kl,
+    distributions.reference_moves,
     scores.constant_scores,
     scores.mostly_unscored,
     scores.score_opposed,

@@ -179,6 +179,31 @@ def first_kl(log: RunLog, limits: Limits) -> Finding | None:
     )
 
 
+def reference_moves(log: RunLog, limits: Limits) -> Finding | None:
+    """The KL to the reference is exactly 0 in every rollout, though updates move the policy."""
+    kl, spread, approxkl = (log.series(name) for name in ("kl", "objective/kl_std", "approxkl"))
+    if len(kl) < 2 or len(spread) < len(kl) or not approxkl.recent() > limits.tiny_approxkl:
+        return None
+    if max(abs(value) for value in (*kl.values, *spread.values)) > limits.no_kl:
+        return None
+    return Finding(
+        name="reference_moves",
+        severity="problem",
+        title="The reference moves with the policy",
+        steps=(kl.steps[0], kl.steps[-1]),
+        evidence=(
+            f"In {len(kl)} rollouts the KL to the reference is {max(map(abs, kl.values)):.1g} nats, though an update "
+            f"moves the policy {approxkl.recent():.2g} nats per token."
+        ),
+        figures={"kl": max(map(abs, kl.values)), "approxkl": approxkl.recent()},
+        cause="the reference is the adapter that is trained, no frozen copy of it, so that nothing holds the policy.",
+        remedy=Remedy(
+            text="Give the reference weights of its own: the base, or a frozen copy of where the policy starts.",
+            code="SharedBase.from_pretrained(..., policy=adapter, reference='copy')",
+        ),
+    )
+
+
 def suggested_kl_coef(log: RunLog, limits: Limits) -> float:
     """The coefficient at which spending the KL budget costs one standard deviation of the scores; NaN if unknown."""
     spread, length = log.series("score_std"), log.series("length")

@@ -230,7 +230,15 @@ EDGES: tuple[Edge, ...] = (
         "rate_off_schedule",
         ADAM,
         steps_too_small="A rate near 0 makes no steps.",
-        clipping_saturated="A rate that rises again, or never falls, makes large steps late.",
+        clipping_saturated="A rate that is higher than meant, or rises again, makes large steps.",
+        gradients_not_finite="A rate that is higher than meant ruins the weights.",
+        gradients_explode="A rate that is higher than meant makes steps that overshoot.",
+        value_loss_explodes="A rate that is higher than meant makes steps that overshoot.",
+        value_starts_far_off="A rate that is higher than meant ruins the value role at once.",
+        kl_runs_away="A rate that is higher than meant makes steps that overshoot.",
+        mode_collapse="Steps that overshoot end in one completion for every prompt.",
+        repetition_exploitation="Steps that overshoot end in text that repeats.",
+        entropy_rises="Steps that overshoot end in noise.",
         value_not_learning="The value role takes steps at the same rate.",
         no_progress="A rate near 0 makes no steps.",
     ),
@@ -253,7 +261,21 @@ EDGES: tuple[Edge, ...] = (
         "first_kl",
         ZIEGLER,
         kl_drowns_score="The penalty first pulls the policy back to another model, whatever the score says.",
+        score_unrelated="What another adapter writes may be no answer, and a score says little of it.",
+        score_ignores_prompt="What another adapter writes may be no answer, whatever was asked.",
+        truncation="What another adapter writes may not end.",
         no_progress="The penalty first pulls the policy back to another model.",
+    ),
+    *_edges(
+        "reference_moves",
+        ZIEGLER,
+        score_drifts="The policy moves away, and a KL that is always 0 does not show it.",
+        over_optimisation="Nothing holds the policy where the reward model knows what it scores.",
+        entropy_collapse="Without a penalty the best is one completion, with certainty.",
+        mode_collapse="Nothing holds completions apart.",
+        repetition_exploitation="Nothing holds the policy to the reference's language.",
+        length_exploitation="Nothing holds the policy to the reference's lengths.",
+        completions_shrink="Nothing holds the policy to the reference's lengths.",
     ),
     *_edges(
         "sampling_differs",
@@ -483,7 +505,7 @@ EDGES: tuple[Edge, ...] = (
 )
 
 # What makes a difference before anything is learned. No other cause explains what is there in the first rollout.
-BEFORE_A_STEP = ("sampling_differs", "prompts_truncated", "copied_completions", "prompts_unlike_the_model")
+BEFORE_A_STEP = ("first_kl", "sampling_differs", "prompts_truncated", "copied_completions", "prompts_unlike_the_model")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ class Limits:
         first_kl: nats per token to the reference before any step, in float32: 0 where both are the same model, in
             theory and as measured; chosen, far below what an adapter from SFT makes.
         first_kl_half: the same in half precision; chosen, above the 0.03 by which bfloat16 rounds.
+        no_kl: nats per completion, and their spread, that are none: where policy and reference are one model both are
+            0; two that differ by one step of training are far above it (measured).
         kl_per_token: nats per token. Healthy runs here end below 0.2, those that hacked their reward above 0.6
             (measured).
         budget_per_token: nats per token that a completion may spend; kl_coef is suggested so that the penalty for it
@@ -50,7 +52,8 @@ class Limits:
         gradient_noise: times that noise exceeds signal in the gradient of a whole rollout, by squares; chosen.
         unrelated: correlation of score and yardstick over completions up to which the score is for something else;
             chosen.
-        agreement_drop: by which that correlation falls from one rollout to the next; healthy runs stay below 0.2
+        in_part: the same up to which it is so only in part, a warning; healthy runs begin above 0.75 (measured).
+        agreement_drop: by which that correlation changes from one rollout to the next; healthy runs stay below 0.2
             (measured).
         related: the same of held-out completions from which the score is right for them; chosen.
         misaligned: the same with the yardstick's verdicts on rows some places away, the highest of 64, from which
@@ -71,8 +74,8 @@ class Limits:
         surprise: share by which training prompts surprise the model more or less than held-out ones; chosen, above what
             other phrasings make.
         surprise_z: standard errors by which they do; chosen.
-        score_std: spread of scores, or their mean in units of their spread, beyond which values, which start at 0, take
-            long to arrive.
+        score_std: spread of scores, or their mean, beyond which values, which start at 0, take long to arrive.
+        far_from_0: the same, in units of their spread, that mean has to be besides; chosen.
         dwarfed: width of half of the scores over their standard deviation below which few dwarf the others: 1.35 for
             normal scores; chosen.
         score_drift: factor by which that spread may grow.
@@ -131,6 +134,7 @@ class Limits:
     first_approxkl_half: float = 2e-3
     first_kl: float = 0.01
     first_kl_half: float = 0.05
+    no_kl: float = 1e-6
     kl_per_token: float = 0.4
     budget_per_token: float = 0.25
     budget: float = 25.0
@@ -153,6 +157,7 @@ class Limits:
     noise_alone: float = 0.5
     gradient_noise: float = 5.0
     unrelated: float = 0.25
+    in_part: float = 0.55
     agreement_drop: float = 0.7
     related: float = 0.5
     misaligned: float = 0.6
@@ -171,6 +176,7 @@ class Limits:
     surprise: float = 0.2
     surprise_z: float = 4.0
     score_std: float = 10.0
+    far_from_0: float = 3.0
     dwarfed: float = 0.1
     score_drift: float = 5.0
     beyond_kl: float = 2.0
@@ -187,7 +193,7 @@ class Limits:
     repetition: float = 0.15
     distinct: float = 0.2
     improbable: float = 5.0
-    unlikely_twice: float = 2.0
+    unlikely_twice: float = 3.0
     noticeable: float = 3.0
     fighting: float = -0.3
     dominates: float = 10.0

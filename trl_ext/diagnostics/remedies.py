@@ -49,6 +49,7 @@ MOVES: dict[str, tuple[str, str]] = {
     "prompts_unlike_the_model": ("score", "up"),
     "prompts_truncated": ("prompts/at_max_length", "down"),
     "rate_off_schedule": ("learning_rate", "up"),
+    "reference_moves": ("kl", "up"),
     "reference_mismatch": ("rewards/chosen", "down"),
     "repetition_exploitation": ("completions/repetition", "down"),
     "sampling_differs": ("val/sampling_gap_z", "down"),

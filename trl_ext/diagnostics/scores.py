@@ -96,7 +96,7 @@ def score_scale(log: RunLog, limits: Limits) -> Finding | None:
         title = "The scores' scale is too large"
     elif drift > limits.score_drift and spread.recent() > 1.0:
         title = "The scores' scale drifts"
-    elif log.series("value_loss") and abs(start) > limits.score_std * max(spread.start(), 1.0):
+    elif log.series("value_loss") and abs(start) > max(limits.score_std, limits.far_from_0 * spread.start()):
         title, more = "The scores are far from 0", f" Their mean is {start:.3g}, and values start at 0."
     elif 0.0 < half < limits.dwarfed * spread.start() and alike < 0.5:  # where more are one, half of them are
         title, more = "A few scores dwarf all others", f" Half of them lie within {half:.2g}."
@@ -127,12 +127,13 @@ def score_drifts(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def _meaning_changes(log: RunLog, limits: Limits) -> Finding | None:
-    """From one rollout on the score does not go with the yardstick any more. What a policy learns takes longer."""
+    """From one rollout on the score goes with the yardstick as it did not before, or no longer does. What a policy
+    learns takes longer."""
     for name in log.names(AGREEMENT):
         r = log.series(f"{AGREEMENT}{name}")
         for at in range(3, len(r) - 2):
             before, after = r.values[at - 3 : at], r.values[at : at + 3]
-            if min(before) - max(after) > limits.agreement_drop:
+            if max(min(before) - max(after), min(after) - max(before)) > limits.agreement_drop:
                 return _drifts(
                     (r.steps[at - 1], r.steps[at]),
                     f"Score and yardstick {name} correlate at {fmean(before):.2f} up to step {r.steps[at - 1]}, and at "
@@ -297,19 +298,24 @@ def score_misaligned(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def score_unrelated(log: RunLog, limits: Limits) -> Finding | None:
-    """The score says nothing of what it is to stand for, from the first rollouts on."""
+    """The score says nothing of what it is to stand for, from the first rollouts on; in part is a warning."""
     related = _early_agreement(log, limits)
-    if not related or max(first + limits.noticeable * error for _, first, error, _ in related) > 2 * limits.unrelated:
+    if not related or score_opposed(log, limits) is not None:
         return None
     name, first, error, rows = max(related, key=lambda one: one[1])
-    if first >= limits.unrelated or score_opposed(log, limits) is not None:
+    sure = max(first + limits.noticeable * error for _, first, error, _ in related) <= 2 * limits.unrelated
+    # Where nearly all scores are one, chance decides whether the few that differ go against it.
+    few_differ = first <= -limits.unrelated and log.series("objective/scores_alike").start() >= limits.alike
+    unrelated = first < limits.unrelated and sure and not few_differ
+    if not unrelated and not (rows >= limits.least_rows and limits.unrelated <= first < limits.in_part - error):
         return None
+    title = "The score has nothing to do with what it stands for"
+    if first < -limits.unrelated:
+        title = "The score goes against what it stands for rather than with it"
     return Finding(
         name="score_unrelated",
-        severity="problem",
-        title="The score has nothing to do with what it stands for"
-        if first > -limits.unrelated
-        else "The score goes against what it stands for rather than with it",
+        severity="problem" if unrelated else "warning",
+        title=title if unrelated else "The score follows what it stands for only in part",
         steps=(log.rows[0]["step"], log.rows[rows - 1]["step"]),
         evidence=(
             f"Over the completions of {_first(rows)} the score and {name} correlate at {first:.2f} (standard error "

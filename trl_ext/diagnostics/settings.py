@@ -126,8 +126,14 @@ def _rollouts(log: RunLog) -> float:
     return _steps(log) / (float(log.setting("num_ppo_epochs", 4)) * float(log.setting("num_mini_batches", 1)))
 
 
-def _rollouts_of_episodes(log: RunLog) -> float:
-    return _rollouts(log) if log.setting("total_episodes") and _steps(log) > 0 else math.nan
+def _rollouts_by(setting: str) -> Callable[[RunLog], float]:
+    """The rollouts of a run whose length is set by that setting."""
+
+    def rollouts(log: RunLog) -> float:
+        set_so = float(log.setting(setting, 0.0)) > 0
+        return _rollouts(log) if log.kind == "ppo" and set_so and _steps(log) > 0 else math.nan
+
+    return rollouts
 
 
 def _steps_of_one_epoch(log: RunLog) -> float:
@@ -147,7 +153,9 @@ def _prompts_of_a_rollout(log: RunLog) -> float:
 
 def _lora_scaling(log: RunLog) -> float:
     alpha, rank = log.setting("lora_alpha"), log.setting("lora_r")
-    return float(alpha) / float(rank) if alpha is not None and rank else math.nan
+    if alpha is None or not rank:
+        return math.nan
+    return float(alpha) / (math.sqrt(float(rank)) if log.setting("lora_rslora") else float(rank))
 
 
 RANGES: tuple[Range, ...] = (
@@ -214,15 +222,18 @@ RANGES: tuple[Range, ...] = (
         value=_share_of_run("warmup_steps", _steps),
         unit="of the run",
     ),
-    Range(
-        "total_episodes",
-        20,
-        math.inf,
-        None,
-        ZIEGLER,
-        below=Side("the run ends before much can be learned", ("no_progress", "noise_drowns_signal")),
-        value=_rollouts_of_episodes,
-        unit="rollouts",
+    *(
+        Range(
+            setting,
+            20,
+            math.inf,
+            unset,
+            ZIEGLER,
+            below=Side("the run ends before much can be learned", ("no_progress", "noise_drowns_signal")),
+            value=_rollouts_by(setting),
+            unit="rollouts",
+        )
+        for setting, unset in (("total_episodes", None), ("max_steps", -1))
     ),
     Range(
         "num_ppo_epochs",
@@ -406,13 +417,13 @@ RANGES: tuple[Range, ...] = (
     Range(
         "lora_alpha",
         0.25,
-        16.0,
+        8.0,
         None,
-        LORA,
+        f"{LORA}; of use_rslora Kalajdzievski 2023, arXiv:2312.03732",
         below=Side("what the adapter learns hardly counts", STANDS),
         above=Side("a small step of the adapter is a large one of the model", FLIES),
         value=_lora_scaling,
-        unit="times the rank",
+        unit="times what the adapter says",
     ),
 )
 
@@ -540,6 +551,13 @@ def _clip_range(log: RunLog) -> Iterator[Doubt]:
         yield Doubt("reward_clip_range", text, side, None, N_PLUS, math.inf)
 
 
+# What prompts that are not written to be answered make.
+OF_THE_TEMPLATE = (
+    *("score_unrelated", "score_ignores_prompt", "truncation", "entropy_collapse", "mode_collapse", "held_out_differs"),
+    *STANDS,
+)
+
+
 def _kinds(log: RunLog) -> Iterator[Doubt]:
     """Choices that are not numbers."""
     optimizer = str(log.setting("optim", "adamw_torch"))
@@ -548,6 +566,11 @@ def _kinds(log: RunLog) -> Iterator[Doubt]:
             "it knows no scale of each weight's own, for which learning rates of Adam are made", (*STANDS, *FLIES)
         )
         yield Doubt("optim", f"optim is {optimizer}, and the usual is a kind of Adam", side, "adamw_torch", ADAM, 10.0)
+    template = log.setting("chat_template_kwargs")
+    if isinstance(template, Mapping) and template.get("add_generation_prompt") is False:
+        side = Side("no prompt opens the answer that the model is to write", OF_THE_TEMPLATE)
+        text = "chat_template_kwargs has add_generation_prompt False, and PPO asks for an answer"
+        yield Doubt("chat_template_kwargs", text, side, None, ZIEGLER, math.inf)
     if log.config.get("whiten_advantages") is False:
         side = Side("steps have the size of the scores", (*STANDS, *FLIES))
         text = "whiten_advantages is False, and the usual is True"
@@ -560,7 +583,7 @@ FIRST = 1  # causes that a report begins with: a setting that one of them names 
 
 def _can_make(doubt: Doubt, finding: Finding) -> bool:
     """What is there before a step is taken is made by how completions are sampled alone."""
-    return not finding.from_the_start or doubt.setting in ("temperature", *PLAIN_SAMPLING)
+    return not finding.from_the_start or doubt.setting in ("temperature", "chat_template_kwargs", *PLAIN_SAMPLING)
 
 
 def unusual_settings(log: RunLog, limits: Limits, findings: Sequence[Finding]) -> Finding | None:

@@ -312,7 +312,8 @@ def held_out_differs(log: RunLog, limits: Limits) -> Finding | None:
     where those that are trained on are not, they surprise the model more or less, or they score otherwise."""
     for name in log.names(AGREEMENT):
         trained, held_out = log.series(f"{AGREEMENT}{name}"), log.series(f"{AGREEMENT}{name}", evals=True)
-        if held_out and trained.start(limits.least_rows) < limits.unrelated and held_out.best(2) > limits.related:
+        of_trained = max(trained.start(limits.least_rows), trained.recent(limits.least_rows))
+        if held_out and of_trained < limits.unrelated and held_out.best(2) > limits.related:
             return _scored_otherwise(name, trained, held_out)
     return _read_otherwise(log, limits) or _scores_elsewhere(log, limits)
 

@@ -32,7 +32,7 @@ FIXED_AT_START = {
     *("num_generations", "num_train_epochs", "score_normalization", "reward_weights", "value_warmup_rollouts"),
     *("objective", "warmup_steps", "lr_scheduler_type", "normalization_samples"),
     *("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),  # the optimizer's state has them
-    *("lora_r", "lora_alpha"),  # the adapter has them
+    *("lora_r", "lora_alpha", "lora_rslora"),  # the adapter has them
     *("beta", "loss_type", "loss_weights"),  # DPO: what was learned from another loss stays learned
 }
 # Nothing is kept of a fork but its log.
@@ -40,7 +40,7 @@ BESIDE = {"save_strategy": "no", "report_to": "none", "push_to_hub": False}
 # Kinds of runs whose rules read evaluations. Forks of others have none, which cost time and tell nothing.
 EVALUATED = ("reward", "dpo")
 # What a run noted of its model, which a fork's settings do not say.
-OF_MODEL = ("dtype", "lora_r", "lora_alpha", "reference_named", "reward_names")
+OF_MODEL = ("dtype", "lora_r", "lora_alpha", "lora_rslora", "reference_named", "reward_names")
 MOST = 4  # remedies of one finding that are followed by a stronger one
 LEAST = 4  # logs of a fork after it parted: fewer, and what is recent is still of before
 # The seed of torch's generator in a new process: adapters are drawn before a trainer sets its own.

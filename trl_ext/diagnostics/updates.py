@@ -210,9 +210,11 @@ def rate_off_schedule(log: RunLog, limits: Limits) -> Finding | None:
     """The learning rate does not do what its lr_scheduler_type says."""
     rates, kind = log.series("learning_rate"), str(log.setting("lr_scheduler_type", ""))
     done = [_share_done(log, row) for row in log.rows if "learning_rate" in row]
-    if len(rates) < limits.least_rows or kind not in SCHEDULES or log.setting("lr_scheduler_kwargs"):
+    if not rates or log.setting("rate_changed") or not max(rates.values) > 0:
         return None
-    if log.setting("rate_changed") or not max(rates.values) > 0:
+    if max(rates.values) > 2 * float(log.setting("learning_rate", math.inf)):
+        return _above_its_setting(rates, log)
+    if len(rates) < limits.least_rows or kind not in SCHEDULES or log.setting("lr_scheduler_kwargs"):
         return None
     for told in (_ends_early(rates, done), _rises_again(rates), _stays(rates, done, kind), _warms_up_long(rates, done)):
         if told is not None:
@@ -239,6 +241,27 @@ def rate_off_schedule(log: RunLog, limits: Limits) -> Finding | None:
                 ),
             )
     return None
+
+
+def _above_its_setting(rates: Series, log: RunLog) -> Finding:
+    highest, set_to = max(rates.values), float(log.setting("learning_rate"))
+    at, kwargs = rates.values.index(highest), log.setting("lr_scheduler_kwargs")
+    return Finding(
+        name="rate_off_schedule",
+        severity="warning",
+        title="The learning rate is higher than its setting",
+        steps=(rates.steps[0], rates.steps[at]),
+        evidence=f"It is {highest:.2g} at step {rates.steps[at]}, and learning_rate is {set_to:.2g}"
+        f"{f'; lr_scheduler_kwargs is {kwargs}' if kwargs else ''}.",
+        figures={"learning_rate": set_to, "highest": highest},
+        cause="a schedule with a floor above the rate, or an optimizer that was made with another one.",
+        remedy=Remedy(
+            text="Let nothing but learning_rate set it.",
+            changes={"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None} if kwargs else {},
+            code="" if kwargs else "print(trainer.optimizer.param_groups[0]['lr'], trainer.args.learning_rate)",
+            direction="down",
+        ),
+    )
 
 
 def _share_done(log: RunLog, row: dict[str, Any]) -> float:

@@ -229,16 +229,16 @@ class Evidence:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Scores by function of the same completions, as they were and once more, and of second completions of their
         prompts, with which of these are unlike the first (neither where there are no `twins`). All that is scored anew
-        is scored in one call, the last row first: what its place or its neighbours decide does not repeat."""
+        is scored in one call, in another order: what its place or its neighbours decide does not repeat."""
         rollout = before.rollout
         if twins:
             rollout = concatenate(
                 [replace(rollout, sampling_logprobs=None), self.collector.answered(inputs)], self._pad
             )
         tokens, count = rollout.completion_tokens, len(inputs)
-        backwards = torch.arange(len(tokens)).flip(0)
-        rows = [inputs[i % count] for i in backwards.tolist()]
-        scores = self._scores(rollout.rows(backwards), rows, trainer_state).flip(0)
+        order = _far_apart(len(tokens))
+        scores = self._scores(rollout.rows(order), [inputs[i % count] for i in order.tolist()], trainer_state)
+        scores = scores[order.argsort()]
         unlike = [one != other for one, other in zip(tokens[:count], tokens[count:], strict=False)]
         return before.scores.by_function, scores[:count], scores[count:], torch.tensor(unlike, dtype=torch.bool)
 
@@ -438,6 +438,13 @@ def _within(scores: Tensor, groups: Tensor) -> dict[str, float]:
     if freedom < 4 or within + between == 0.0:  # of fewer nothing can be told
         return {}
     return {"score/within_prompt": within / (within + between), "score/repeats": float(freedom)}
+
+
+def _far_apart(rows: int) -> Tensor:
+    """An order of so many rows in which neighbours lie far apart and no block stays together: steps of the golden
+    section, beginning at the last row."""
+    step = next(k for k in range(max(round(0.618 * rows), 1), rows + 2) if math.gcd(k, rows) == 1)
+    return (rows - 1 - step * torch.arange(rows)) % rows
 
 
 def reading(prompts: Sequence[Any], tokenizer: Any) -> dict[str, float]:
