@@ -437,8 +437,8 @@ def test_the_table_adds_up() -> None:
     assert "| reward | 1 | 1 | 1 | 0 |" in text
     assert "in 1 of 6 harmful runs" in text and "came first in 1. Median of its rollout over the fall's: 0.50" in text
     assert "### Misses: 2" in text
-    assert "- vf_coef:high#0, seed 1: exam 20%, healthy 90%; truncation (warning), x (problem)" in text
-    assert "- gamma:low#0, seed 2: exam 80%, healthy 90%; nothing" in text
+    assert "- vf_coef:high#0: exam 20%, healthy 90%; truncation (warning), x (problem)" in text
+    assert "- gamma:low#0: exam 80%, healthy 90%; nothing at seed 2" in text
     assert "### False first roots in harmful runs: 1" in text
     assert "### False problems in harmless runs: 1" in text
     assert "| kl_coef:high | kl_drowns_score 1, truncation 1 |" in text
@@ -447,6 +447,16 @@ def test_the_table_adds_up() -> None:
     assert "- healthy:ppo:other, seed 1: exam 80%; truncation: Cut." in text
     with pytest.raises(ValueError, match="not been run at seed 3"):
         verdict.table([result(seed=3)], recipe, TRUTH, REFUSALS)
+
+
+def test_a_mistake_has_one_line_whatever_its_seeds() -> None:
+    recipe = {seed: result("", seed, 0.9) for seed in (1, 2, 3)}
+    runs = [result(seed=3, exam=0.5, roots=[root("x")]), result(seed=1, roots=[root("x")]), result(seed=2, roots=[])]
+    assert verdict._listed("Misses", runs, recipe).splitlines() == [
+        "### Misses: 3",
+        "",
+        "- kl_coef:high#0: exam 20%, 20%, 50%, healthy 90%, 90%, 90%; x (problem) at seeds 1, 3; nothing at seed 2",
+    ]
 
 
 # The work ------------------------------------------------------------------------------------------------------------

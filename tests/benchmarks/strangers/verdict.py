@@ -283,15 +283,25 @@ def _lead_in_words(leads: Sequence[float], harmful: Sequence[Result]) -> str:
 
 
 def _listed(title: str, runs: Sequence[Result], recipe: dict[int, Result]) -> str:
+    """A line a mistake: its exams, those of the healthy runs, and what was said of it at which seeds."""
     lines = [f"### {title}: {len(runs)}", ""] if runs else [f"### {title}: none"]
+    by_mistake: defaultdict[str, list[Result]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: (run["id"], run["seed"])):
-        names = [f"{root['name']} ({root['severity']})" for root in run["roots"]] or ["nothing"]
-        died = f"; died: {run['died']}" if run["died"] else ""
-        lines.append(
-            f"- {run['id']}, seed {run['seed']}: exam {run['exam']:.0%}, healthy {recipe[run['seed']]['exam']:.0%}; "
-            f"{', '.join(names)}{died}"
-        )
+        by_mistake[run["id"]].append(run)
+    for name, of_one in by_mistake.items():
+        said: defaultdict[str, list[int]] = defaultdict(list)
+        for run in of_one:
+            names = [f"{root['name']} ({root['severity']})" for root in run["roots"]] or ["nothing"]
+            said[", ".join(names) + (f"; died: {run['died']}" if run["died"] else "")].append(run["seed"])
+        exams = ", ".join(f"{run['exam']:.0%}" for run in of_one)
+        healthy = ", ".join(f"{recipe[run['seed']]['exam']:.0%}" for run in of_one)
+        told = "; ".join(f"{words} at {_seeds(seeds)}" for words, seeds in said.items())
+        lines.append(f"- {name}: exam {exams}, healthy {healthy}; {told}")
     return "\n".join(lines)
+
+
+def _seeds(numbers: Sequence[int]) -> str:
+    return f"seed{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def _confusion(harmful: Sequence[Result]) -> str:
