@@ -145,7 +145,7 @@ def score_not_repeatable(log: RunLog, limits: Limits) -> Finding | None:
         severity="problem" if share > limits.noise_alone else "warning",
         title=f"{name} scores the same completion differently the second time",
         steps=log.steps,
-        evidence=f"{share:.0%} of its variance is not there again when completions are scored once more.",
+        evidence=f"{min(share, 1.0):.0%} of its variance is not there again when completions are scored once more.",
         figures={"noise": share, "measurements": float(count)},
         cause="it draws random numbers, keeps a state between calls, or compares each row with those beside it.",
         remedy=Remedy(
