@@ -1,19 +1,15 @@
-"""What a.yaml names in words under `models`, as code on the embedded default, in the way of broken.py."""
+"""What mistakes_2.yaml names in words under `models`, as code on the embedded default, in the way of broken.py."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
-
-sys.path.insert(0, str(Path("/work/main/tests/benchmarks/strangers")))
 from broken import Parts, _with_base, _with_generator
+from transformers import GenerationConfig
 
 from trl_ext import SharedBase, demo
 from trl_ext.generation import TransformersGenerator

@@ -1,4 +1,4 @@
-"""What b.yaml names in words, as code on the embedded default: reward functions and prompts."""
+"""What mistakes_2.yaml names in words, as code on the embedded default: reward functions and prompts."""
 
 from __future__ import annotations
 
