@@ -191,8 +191,8 @@ def _larger_steps(log: RunLog) -> tuple[dict[str, float], str]:
     rows, parts = int(log.setting("per_device_train_batch_size", 1)), int(log.setting("num_mini_batches", 1))
     if log.setting("objective") != "reinforce":  # which has no ratio that would hold a second epoch
         return {"num_ppo_epochs": 4}, "one epoch takes few steps on each rollout."
-    smaller = {"per_device_train_batch_size": rows // 4, "num_mini_batches": 4 * parts} if rows >= 4 else {}
-    return smaller, "large minibatches take few steps on each rollout."
+    smaller: dict[str, float] = {"per_device_train_batch_size": rows // 4, "num_mini_batches": 4 * parts}
+    return (smaller if rows >= 4 else {}), "large minibatches take few steps on each rollout."
 
 
 def _at_full_rate(log: RunLog, name: str) -> Series:
