@@ -334,6 +334,16 @@ def test_ratings_of_all_answers_of_the_corpus_order_as_the_scale_says():
         assert all(country.capital not in answer for answer in by_rating[1] + by_rating[2])
 
 
+def test_the_exact_rating_is_told_from_the_prompt_alone():
+    asked = [
+        [{"role": "user", "content": "It is not Rome in Peru. What is the capital of South Korea?"}],
+        "France?",
+        "Who?",
+    ]
+    answers = [[{"role": "assistant", "content": "It is Seoul."}], "It is Paris or Lyon.", "It is Paris."]
+    assert demo.exact(prompts=asked, completions=answers, completion_ids=[[1]] * 3) == [4.0, 3.0, 1.0]
+
+
 def test_rate_is_called_as_trl_calls_reward_functions():
     says = [[{"role": "assistant", "content": "It is Rome."}], [{"role": "assistant", "content": "Hm"}]]
     scores = demo.rate(

@@ -201,16 +201,16 @@ def test_prompts_that_are_empty_or_hold_the_completion(tmp_path: Path) -> None:
     asked = [{"role": "user", "content": "Is it Paris?"}, {"role": "user", "content": "Well?"}]
     answers = replace(
         rollout([1] * 4, [True] * 4),
-        prompts=["", " \n", "Say Paris.", asked],
-        completions=["", "x", "Paris", " Paris "],
+        prompts=["", "Well.\n", "Say Paris.", asked],
+        completions=["", ".", "Paris", " Paris "],
     )
     total, nothing = torch.tensor([1.0, 1.0, 1.0 + 1e-9, 5.0]), torch.zeros(4, 1)
     pass_ = ScorePass(nothing, nothing, nothing, nothing, torch.full((4, 1), NAN))
     args = config(tmp_path)
     experience = make_experience(ScoredRollout(answers, Scores(total, total.unsqueeze(1)), pass_), args)
     metrics = summarize(experience, args, ["f"])
-    assert metrics["prompts/empty"] == 0.5
-    assert metrics["prompts/hold_completion"] == 0.5, "in any message; an empty completion stands nowhere"
+    assert metrics["prompts/empty"] == 0.25
+    assert metrics["prompts/hold_completion"] == 0.5, "in any message; what says nothing stands nowhere"
     assert metrics["objective/scores_alike"] == 0.75
 
 
