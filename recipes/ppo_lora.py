@@ -23,9 +23,7 @@ class PPOArguments(launch.DataArguments):
     reward_adapter: list[str] | None = field(
         default=None, metadata={"help": "Folder that recipes/reward_lora.py wrote, or 'demo'; see reward_ensemble."}
     )
-    value: str = field(
-        default="adapter", metadata={"help": "'adapter', 'head', or a folder to start the value role from."}
-    )
+    value: str = field(default="adapter", metadata={"help": "'adapter', 'head', or a folder to start it from."})
     reference_adapter: str | None = field(
         default=None, metadata={"help": "A frozen adapter as reference; 'copy': the policy's; None: the model named."}
     )
@@ -34,9 +32,7 @@ class PPOArguments(launch.DataArguments):
         default=None, metadata={"help": "KL to hold, nats per completion: kl_coef adapts, beginning where it is set."}
     )
     kl_horizon: float = field(default=1000, metadata={"help": "Episodes over which kl_coef adapts."})
-    yardstick: str | None = field(
-        default=None, metadata={"help": "A function by dotted path that is not trained on: the doctor's better judge."}
-    )
+    yardstick: str | None = field(default=None, metadata={"help": "The doctor's better judge, by dotted path."})
     ptx_dataset: str | None = field(default=None, metadata={"help": "Texts (column 'text') for ptx_coef's term."})
 
 

@@ -112,7 +112,10 @@ def test_a_bad_row_of_a_stream_ends_both_processes_after_a_checkpoint(folder: Pa
 
 
 # Measured on a few rows, which are others where several processes have some each; no gradients where FSDP2 shards.
-OF_SOME_ROWS = tuple(f"evidence/{name}" for name in ("gradient/", "cosine/", "noise/", "score/"))
+OF_SOME_ROWS = (
+    *(f"evidence/{name}" for name in ("gradient/", "cosine/", "noise/", "score/", "prompts/surprise")),
+    "eval_evidence/prompts/surprise",
+)
 
 
 def assert_equal(one_process: Run, two_processes: Run, nan_ok: bool = False) -> None:

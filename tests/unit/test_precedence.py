@@ -26,7 +26,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str, recipe: 
     script = tmp_path / f"{recipe}_lora.py"
     if not script.exists():
         text = (ROOT / "recipes" / f"{recipe}_lora.yaml").read_text(encoding="utf-8")
-        kept = [line for line in text.splitlines() if not line.startswith(("reward_adapter:", "value:"))]
+        kept = [line for line in text.splitlines() if not line.startswith(("reward_adapter:", "value:", "yardstick:"))]
         script.with_suffix(".yaml").write_text("\n".join(kept), encoding="utf-8")
     words = [*given.split(), *FLAGS]
     if config:

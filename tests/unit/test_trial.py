@@ -150,7 +150,8 @@ def test_the_forks_begin_at_the_last_checkpoint_before_the_first_sign(tmp_path: 
         (run_dir / f"checkpoint-{step}").mkdir(parents=True)
         (run_dir / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     run = RunLog.of(rows(LENGTH, **SMALL), {**CONFIG, "learning_rate": 1e-6})
-    assert first_sign(run, "steps_too_small") == 48, "logs of steps 8, 16, ...: the sixth"
+    assert first_sign(run, "steps_too_small", severity="problem") == 48, "logs of steps 8, 16, ...: the sixth"
+    assert first_sign(run, "steps_too_small") == 16, "a warning before"
     assert first_sign(run, "truncation") is None
     assert checkpoint_before(run_dir, 48) == run_dir / "checkpoint-32"
     assert checkpoint_before(run_dir, 16) is None

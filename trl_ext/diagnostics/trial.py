@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from trl_ext.diagnostics.catalogue import diagnose
 from trl_ext.diagnostics.charts import Line, line_chart, number
-from trl_ext.diagnostics.finding import Finding
+from trl_ext.diagnostics.finding import SEVERITIES, Finding
 from trl_ext.diagnostics.graph import Explained, roots
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog, Series
@@ -153,10 +153,15 @@ def candidates(root: Explained) -> list[dict[str, Any]]:
     return [changes for i, changes in enumerate(offered) if changes and changes not in offered[:i]]
 
 
+def severe(found: Sequence[Finding], severity: str) -> set[str]:
+    """Names of the findings that are at least so severe: a problem may begin as a warning, which may pass."""
+    return {one.name for one in found if SEVERITIES.index(one.severity) <= SEVERITIES.index(severity)}
+
+
 def _is_shown(finding: Finding, found: Sequence[Finding]) -> bool:
     """Whether a fork has the problem: of settings that are blamed, one of those problems that they are blamed for."""
-    names = {one.name for one in found}
-    return finding.name in names and (not finding.explains or not names.isdisjoint(finding.explains))
+    names, known = {one.name for one in found}, severe(found, finding.severity)
+    return finding.name in known and (not finding.explains or not names.isdisjoint(finding.explains))
 
 
 def _tried(root: Explained, forks: _Forks, run: RunLog | None, run_dir: Path | None, most: int | None) -> list[Trial]:
@@ -166,7 +171,7 @@ def _tried(root: Explained, forks: _Forks, run: RunLog | None, run_dir: Path | N
         changes = waiting.pop(0)
         checkpoint = None
         if run is not None and run_dir is not None and not FIXED_AT_START & set(changes):
-            checkpoint = checkpoint_before(run_dir, first_sign(run, finding.name, forks.limits))
+            checkpoint = checkpoint_before(run_dir, first_sign(run, finding.name, forks.limits, finding.severity))
         without = forks.without(finding, checkpoint, most)
         start = _step_of(checkpoint)
         before = len([row for row in without.log.rows if row["step"] <= start])
@@ -225,11 +230,12 @@ def judged(name: str, without: RunLog, with_: RunLog, died: str, limits: Limits)
     return ("not cured" if to_go & {finding.name for finding in found} else "cured"), []
 
 
-def first_sign(log: RunLog, name: str, limits: Limits | None = None) -> int | None:
-    """The optimizer step at which a finding could first be told from the log; None where it cannot."""
+def first_sign(log: RunLog, name: str, limits: Limits | None = None, severity: str = "warning") -> int | None:
+    """The optimizer step at which a finding, at least so severe, could first be told from the log; None where it
+    cannot."""
     for step in sorted({int(row["step"]) for row in (*log.rows, *log.evals)}):
         rows, evals = ([row for row in every if row["step"] <= step] for every in (log.rows, log.evals))
-        if name in {finding.name for finding in diagnose(replace(log, rows=rows, evals=evals), limits)}:
+        if name in severe(diagnose(replace(log, rows=rows, evals=evals), limits), severity):
             return step
     return None
 
