@@ -1,7 +1,7 @@
 """What a run measures beside its training to tell causes apart: cheaply, on few rows, and without changing anything.
 
 Nothing here moves a weight, a random number of the run or a running mean; a run with `PPOConfig(evidence=False)` takes
-the same steps. docs/diagnostics/evidence.md explains each number.
+the same steps. docs/evidence.md explains each number.
 """
 
 from __future__ import annotations
