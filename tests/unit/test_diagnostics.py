@@ -254,6 +254,7 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("prompts_unlike_the_model", {"evidence/prompts/unknown_markers": 0.2}, {}),
     ("prompts_unlike_the_model", {"completions/clipped_ratio": 0.1}, {}),  # it can read them
     ("score_scale", {"objective/scores_std": 1.0, "objective/scores": lambda t: 8 + t}, {}),
+    ("score_scale", {"objective/scores_std": 6.0, "objective/scores": lambda t: 12 + t}, {}),  # twice its spread
     ("score_scale", {"objective/scores_std": 1.0, "objective/scores_shorth": 0.2, "objective/scores_alike": 0.1}, {}),
     ("score_scale", {"objective/scores_std": 1.0, "objective/scores_shorth": 0.0, "objective/scores_alike": 0.8}, {}),
     (
@@ -271,6 +272,7 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("few_prompts", {"prompts/distinct": 0.65}, {}),
     ("truncation", {"completions/clipped_ratio": [0.4] * 4 + [0.0] * 12}, {}),
     ("clipping_saturated", {"policy/clipfrac_avg": 0.1, "policy/approxkl_avg": 0.05}, {}),
+    ("clipping_saturated", {"policy/clipfrac_avg": 0.1, "policy/approxkl_avg": [0.01] * 15 + [0.5]}, {}),  # one update
     ("steps_too_small", {"policy/approxkl_avg": 5e-4}, {}),
     # Small steps, but the policy has spent what it may.
     ("steps_too_small", {"policy/approxkl_avg": 1e-4, "objective/scores": HEALTHY["objective/scores"]}, {}),
@@ -491,6 +493,8 @@ def test_a_learning_rate_that_is_high_is_not_raised(rate: float, changes: dict[s
         (-0.4, 6, "score_unrelated"),
         (0.0, 1, "score_unrelated"),
         (0.2, 1, None),  # may be 0.57
+        (0.4, 1, None),  # in part, perhaps
+        (0.4, 6, "score_unrelated"),
         (0.2, 6, "score_unrelated"),
     ],
 )

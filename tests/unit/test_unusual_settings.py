@@ -1,7 +1,7 @@
 """Settings far from the usual: suspected where they can be the cause, and only there."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,12 @@ def test_a_prompt_that_opens_no_answer_is_told_of_the_first_rollout() -> None:
         first = diagnose(log_with(metrics, **kwargs))[0]
         assert first.name == "unusual_settings" and "add_generation_prompt False" in first.evidence
     assert named(log_with(STILL, chat_template_kwargs={"enable_thinking": False})) == []
+
+
+def test_rollouts_are_counted_where_a_run_has_ppos() -> None:
+    few = RunLog.of(rows(**STILL), {**RUN, "max_steps": 16})
+    assert [doubt.setting for doubt in doubts(few, Limits())] == ["max_steps"]
+    assert doubts(replace(few, kind="online"), Limits()) == []
 
 
 def test_rs_lora_scales_by_the_root_of_the_rank() -> None:
