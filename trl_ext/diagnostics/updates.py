@@ -397,14 +397,17 @@ def _faster(log: RunLog, times: float) -> dict[str, float]:
 def value_loss_explodes(log: RunLog, limits: Limits) -> Finding | None:
     """The value role's errors grow far beyond the spread of the scores."""
     loss, spread, score = log.series("value_loss"), log.series("score_std"), log.series("score")
-    if len(loss) < limits.least_rows or loss.recent(2) < limits.value_loss_growth * max(loss.values[0], 1e-8):
+    if len(loss) < limits.least_rows:
+        return None
+    now = min(loss.values[-2:])  # one bad rollout is none
+    if now < limits.value_loss_growth * max(loss.values[0], 1e-8):
         return None
     if not spread:
         return None  # TRL's PPOTrainer logs none, and scores that grow make the loss grow
     # The loss is half a squared error: for a value role that predicts the mean score it would be half the variance.
-    if loss.recent(2) < limits.value_error * 0.5 * spread.recent(2) ** 2:
+    if now < limits.value_error * 0.5 * spread.recent(2) ** 2:
         return None
-    errors = 2 * loss.recent(2) / max(spread.recent(2) ** 2, 1e-8)
+    errors = 2 * now / max(spread.recent(2) ** 2, 1e-8)
     wandering = abs(score.recent(2) - score.start(2)) > limits.score_drift * spread.recent(2)
     return Finding(
         name="value_loss_explodes",
@@ -412,11 +415,11 @@ def value_loss_explodes(log: RunLog, limits: Limits) -> Finding | None:
         title="The value loss explodes",
         steps=(loss.steps[0], loss.steps[-1]),
         evidence=(
-            f"From {loss.values[0]:.3g} to {loss.recent(2):.3g}, {errors:.3g} times what the mean "
+            f"From {loss.values[0]:.3g} to {now:.3g}, {errors:.3g} times what the mean "
             f"score alone would cost (score {score.start(2):.3g} to {score.recent(2):.3g}, "
             f"spread {spread.recent(2):.3g})."
         ),
-        figures={"value_loss": loss.recent(2), "start": loss.values[0]},
+        figures={"value_loss": now, "start": loss.values[0]},
         cause=(
             "scores that drift faster than values can follow: a sum that is never reset, a reward without bounds."
             if wandering
