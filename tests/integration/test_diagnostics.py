@@ -286,6 +286,13 @@ def test_a_yardstick_that_is_no_function() -> None:
         DiagnosticsCallback(yardstick="exact")
 
 
+def test_a_yardstick_that_leaves_completions_out(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path)
+    trainer.add_callback(DiagnosticsCallback(yardstick=lambda completions, **_: [1.0] * (len(completions) - 1)))
+    with pytest.raises(ValueError, match="returned 7 verdicts on 8 completions: return one of each"):
+        trainer.train()
+
+
 def test_an_unknown_action() -> None:
     with pytest.raises(ValueError, match="on_problem is 'panic': choose one of warn, stop, act"):
         DiagnosticsCallback(on_problem="panic")

@@ -158,6 +158,11 @@ class DiagnosticsCallback(RolloutCallback):
         verdicts = self.yardstick(
             prompts=rollout.prompts, completions=rollout.completions, completion_ids=rollout.completion_tokens
         )
+        if len(verdicts) != len(scores):
+            raise ValueError(
+                f"the yardstick {name} returned {len(verdicts)} verdicts on {len(scores)} completions: return one of "
+                "each"
+            )
         judged = torch.tensor([math.nan if verdict is None else float(verdict) for verdict in verdicts])
         figures = {f"yardstick/{name}": float(judged.nanmean()), f"{AGREEMENT}{name}": correlation(judged, scores)}
         if among_others:

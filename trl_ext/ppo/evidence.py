@@ -38,9 +38,8 @@ logger = logging.getLogger(__name__)
 ROWS = 8  # whose gradient is taken apart, and which are scored again
 TWINS = 16  # prompts that are answered a second time
 SHARE = 0.008  # of an update that gradients may take, and second completions, each over the whole run
-MARKER = re.compile(
-    r"<\|[^\s|<>{}]+\|>|<(?:start|end)_of_turn>|<think>"
-)  # of a turn or a part of it, in chat templates
+# Of a turn or a part of it, in chat templates.
+MARKER = re.compile(r"<\|[^\s|<>{}]+\|>|<(?:start|end)_of_turn>|<think>")
 TENSORS, NUMBERS = 32, 64  # so many numbers of so many parameters stand for the policy's gradient
 
 
@@ -299,8 +298,9 @@ class Evidence:
             stride: rows of `rollout` from one process's first to the next one's.
         """
         count = min(-(-ROWS // self.accelerator.num_processes), stride)
-        few = rollout.rows(torch.arange(count) + self.accelerator.process_index * stride)
-        parts = gather_object([self._attempt(lambda: self._nats_of_prompts(few))])
+        rows = torch.arange(count) + self.accelerator.process_index * stride
+        few = [rollout.rows(part) for part in rows.split(self.args.local_rollout_forward_batch_size)]
+        parts = gather_object([self._attempt(lambda: torch.cat([self._nats_of_prompts(part) for part in few]))])
         if any(part is None for part in parts):
             return {}
         nats = torch.cat(parts)
