@@ -270,6 +270,8 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("scores_alike", {"objective/scores_std": 0.0}, {}),  # that is constant_scores
     ("mostly_unscored", {"objective/unscored": 30.0}, {}),
     ("value_loss_explodes", {"loss/value_avg": [0.5] * 15 + [20.0]}, {}),  # one rollout
+    ("kl_runs_away", {"objective/kl": [0.9] * 15 + [30.0]}, {}),  # one rollout
+    ("score_scale", {"objective/scores_std": [1.0] * 15 + [40.0]}, {}),  # one rollout
     ("few_prompts", {"prompts/distinct": 0.65}, {}),
     ("truncation", {"completions/clipped_ratio": [0.4] * 4 + [0.0] * 12}, {}),
     ("clipping_saturated", {"policy/clipfrac_avg": 0.1, "policy/approxkl_avg": 0.05}, {}),

@@ -57,7 +57,7 @@ class Limits:
             (measured).
         related: the same of held-out completions from which the score is right for them; chosen.
         misaligned: the same with the yardstick's verdicts on rows some places away, the highest of 64, from which
-            scores belong to those; chosen, far above the 0.3 that chance makes of 64 completions.
+            scores belong to those; chosen, above the 0.42 of healthy runs (measured).
         alike: share of the completions of the first rollouts that get the same score; chosen.
         unscored: share of the completions that get no score; chosen.
         few_prompts: distinct prompts over those that a rollout has room for; chosen.

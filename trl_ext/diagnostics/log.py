@@ -66,6 +66,10 @@ class Series:
         """Mean of the last `count` values; NaN where there are none."""
         return fmean(self.values[-count:]) if self.values else math.nan
 
+    def lasting(self) -> float:
+        """The lower of the last two values: what one bad rollout made alone does not last. NaN where there are none."""
+        return min(self.values[-2:], default=math.nan)
+
     def best(self, count: int = 4) -> float:
         """The highest mean of `count` values in a row."""
         if not self.values:

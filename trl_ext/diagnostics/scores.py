@@ -90,11 +90,12 @@ def score_scale(log: RunLog, limits: Limits) -> Finding | None:
     half, alike = log.series("objective/scores_shorth").start(), log.series("objective/scores_alike").start()
     if not log.suffices(spread, limits.enough):
         return None
-    drift = spread.recent() / spread.start() if len(spread) >= limits.least_rows and spread.start() > 1e-6 else 1.0
+    now = min(spread.recent(), spread.lasting())
+    drift = now / spread.start() if len(spread) >= limits.least_rows and spread.start() > 1e-6 else 1.0
     cause, remedy, more = "a reward function or reward model without bounds.", NORMALISE, ""
-    if spread.recent(3) > limits.score_std:
+    if min(spread.recent(3), spread.lasting()) > limits.score_std:
         title = "The scores' scale is too large"
-    elif drift > limits.score_drift and spread.recent() > 1.0:
+    elif drift > limits.score_drift and now > 1.0:
         title = "The scores' scale drifts"
     elif log.series("value_loss") and abs(start) > max(limits.score_std, limits.far_from_0 * spread.start()):
         title, more = "The scores are far from 0", f" Their mean is {start:.3g}, and values start at 0."

@@ -68,7 +68,7 @@ def gradients_explode(log: RunLog, limits: Limits) -> Finding | None:
     roles = [log.series(f"grad_norm/{role}") for role in log.names("grad_norm/")]
     for norms in roles or [log.series("grad_norm")]:
         usual = median(norms.values[: limits.least_rows]) if norms else 0.0
-        if len(norms) <= limits.least_rows or min(norms.values[-2:]) < limits.gradient_growth * max(usual, 1e-8):
+        if len(norms) <= limits.least_rows or norms.lasting() < limits.gradient_growth * max(usual, 1e-8):
             continue
         spread = log.series("score_std")
         rescaled = bool(spread) and spread.recent(2) > limits.score_drift * spread.start()
@@ -399,7 +399,7 @@ def value_loss_explodes(log: RunLog, limits: Limits) -> Finding | None:
     loss, spread, score = log.series("value_loss"), log.series("score_std"), log.series("score")
     if len(loss) < limits.least_rows:
         return None
-    now = min(loss.values[-2:])  # one bad rollout is none
+    now = loss.lasting()
     if now < limits.value_loss_growth * max(loss.values[0], 1e-8):
         return None
     if not spread:
