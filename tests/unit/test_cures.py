@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from trl_ext.diagnostics import Finding, Remedy, roots
-from trl_ext.diagnostics.trial import BESIDE
+from trl_ext.diagnostics.forks import BESIDE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "strangers"))
 import cure
@@ -67,7 +67,7 @@ def test_why_nothing_is_tried(remedies: list[Remedy], why: str) -> None:
         )
         for i, remedy in enumerate(remedies)
     ]
-    assert cure.why_untried(roots(findings)) == why
+    assert cure.why_untried(roots(findings), RunLog("ppo", [])) == why
 
 
 def trial(

@@ -21,9 +21,9 @@ from trl_ext.callbacks.rollout import RolloutCallback
 from trl_ext.core import masked_sum
 from trl_ext.core.evidence import correlation
 from trl_ext.diagnostics import Edge, Finding, Limits, Rule, RunLog, Sample, diagnose
+from trl_ext.diagnostics.forks import scale_learning_rate
 from trl_ext.diagnostics.graph import cause_of
 from trl_ext.diagnostics.log import AGREEMENT, SHIFTED
-from trl_ext.diagnostics.trial import scale_learning_rate
 from trl_ext.types import Experience, as_text
 
 logger = logging.getLogger(__name__)

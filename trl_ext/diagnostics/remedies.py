@@ -74,6 +74,44 @@ MOVES: dict[str, tuple[str, str]] = {
 }
 
 
+# By an argument of PPOTrainer: what is known to be good and can stand in its place, to see whether it is to blame.
+STAND_INS = {
+    "reward_funcs": "the yardstick",
+    "train_dataset": "the held-out prompts",
+    "generator": "Transformers' generate",
+}
+# By finding: the arguments that may be to blame for it, in turn.
+BLAMED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        (
+            *("completions_shrink", "constant_scores", "entropy_rises", "functions_at_odds", "length_exploitation"),
+            *("mode_collapse", "mostly_unscored", "no_progress", "over_optimisation", "repetition_exploitation"),
+            *("score_drifts", "score_ignores_completion", "score_ignores_prompt", "score_misaligned"),
+            *("score_not_repeatable", "score_opposed", "score_scale", "score_unrelated", "scores_alike"),
+            *("noise_drowns_signal", "value_not_learning", "value_starts_far_off"),
+        ),
+        ("reward_funcs",),
+    ),
+    **dict.fromkeys(
+        ("empty_prompts", "few_prompts", "prompts_hold_completions", "prompts_truncated", "prompts_unlike_the_model"),
+        ("train_dataset",),
+    ),
+    "copied_completions": ("train_dataset", "generator"),
+    "held_out_differs": ("train_dataset", "reward_funcs"),
+    "sampling_differs": ("generator",),
+}
+
+
+def stand_ins(name: str, log: RunLog) -> list[dict[str, str]]:
+    """What can be exchanged in this run to see whether it is to blame for the finding `name`, in turn."""
+    there = {
+        "reward_funcs": bool(log.names("yardstick/")),
+        "train_dataset": bool(log.evals),
+        "generator": log.kind == "ppo",
+    }
+    return [{part: STAND_INS[part]} for part in BLAMED.get(name, ()) if there[part]]
+
+
 def normalisation_is_idle(log: RunLog, value: Any) -> str | None:
     """Why normalising the functions' scores would not move the spread; None where it would."""
     if log.setting("score_normalization", "none") != "none":

@@ -77,20 +77,25 @@ class Collector:
         accelerator: Accelerator,
         events: RolloutEvents,
     ) -> None:
-        self.base, self.tokenizer, self.generator, self.scorer = base, tokenizer, generator, scorer
+        self.base, self.tokenizer, self.generator = base, tokenizer, generator
         self.args, self.accelerator, self.events = args, accelerator, events
         self.generation_config = sampling_config(args, base, tokenizer)
-        members = base.reward_roles if scorer is None and len(base.reward_roles) > 1 else ()
-        self.score_names = scorer.names if scorer is not None else list(members) or ["reward_role"]
-        weights = args.reward_weights or [1.0] * (1 if members else len(self.score_names))
-        combine = partial(combine_members, how=args.reward_ensemble, coef=args.reward_uncertainty_coef)
-        self.combination = Combination(
-            weights, args.score_normalization, args.reward_clip_range, len(members), combine if members else None
-        )
+        self.score_by(scorer, args.reward_weights)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.log = RewardLog()
         self.ahead: Ahead | None = None
         self._told = False
+
+    def score_by(self, scorer: Scorer | None, weights: list[float] | None = None) -> None:
+        """Who scores from now on, with nothing known of their scores yet."""
+        self.scorer, args = scorer, self.args
+        members = self.base.reward_roles if scorer is None and len(self.base.reward_roles) > 1 else ()
+        self.score_names = scorer.names if scorer is not None else list(members) or ["reward_role"]
+        weights = weights or [1.0] * (1 if members else len(self.score_names))
+        combine = partial(combine_members, how=args.reward_ensemble, coef=args.reward_uncertainty_coef)
+        self.combination = Combination(
+            weights, args.score_normalization, args.reward_clip_range, len(members), combine if members else None
+        )
 
     def __call__(
         self, inputs: list[dict[str, Any]], trainer_state: Any, following: list[Any] | None = None

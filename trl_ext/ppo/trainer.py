@@ -44,6 +44,7 @@ from trl_ext.ppo.collector import Collector
 from trl_ext.ppo.completions import completions_table, print_completions, save_completions, track_completions
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.evidence import held_out_gap
+from trl_ext.ppo.exchange import EXCHANGES
 from trl_ext.ppo.experience import make_experience
 from trl_ext.ppo.failures import on_all, together
 from trl_ext.ppo.interrupts import Interrupts
@@ -217,6 +218,18 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
         callback = callback() if isinstance(callback, type) else callback
         check_events(callback)
         super().add_callback(callback)
+
+    def exchange(self, part: str) -> bool:
+        """Put what is known to be good in a part's place, before training, to see whether the part is to blame.
+
+        Args:
+            part: "reward_funcs" (the doctor's yardstick scores), "train_dataset" (the held-out prompts) or "generator"
+                (Transformers' `generate`).
+
+        Returns:
+            Whether there is such a thing here; if not, nothing changed.
+        """
+        return EXCHANGES[part](self)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Transformers' `Trainer.train`. Ctrl-C and SIGTERM take effect after the optimizer step under way, with a

@@ -39,7 +39,8 @@ from run import Job, doctor  # which finds doctor.py, a folder above
 from transformers.utils.logging import disable_progress_bar
 
 from trl_ext.diagnostics import Explained, RunLog, Trial, diagnose, read_run, roots, try_remedies
-from trl_ext.diagnostics.trial import FRESH, candidates
+from trl_ext.diagnostics.forks import FRESH
+from trl_ext.diagnostics.trial import candidates
 
 Result = dict[str, Any]
 
@@ -118,7 +119,7 @@ def of_log(job: Job, log: RunLog, out: Path, episodes: int | None) -> Result:
         of a run, None where it was not called cured; "failed": what ended the trial, as where the remedy is refused.
     """
     findings = diagnose(log)
-    if why := why_untried(roots(findings)):
+    if why := why_untried(roots(findings), log):
         return nothing(job, why)
     folder, started = out / "cures" / job.half / job.name, time.perf_counter()
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was ended
@@ -139,9 +140,9 @@ def of_log(job: Job, log: RunLog, out: Path, episodes: int | None) -> Result:
     return nothing(job, "") | {"failed": failed, "trials": plain, "seconds": seconds}
 
 
-def why_untried(tops: Sequence[Explained]) -> str:
-    """What the remedies of the first two roots are, where no root has one that is a setting; else empty."""
-    if any(candidates(top) for top in tops):
+def why_untried(tops: Sequence[Explained], log: RunLog) -> str:
+    """What the remedies of the first two roots are, where no root has one that can be tried; else empty."""
+    if any(candidates(top, log) for top in tops):
         return ""
     said = [f"{top.finding.remedy.text} {top.finding.remedy.code}" for top in tops[:2]]
     return LORA if any(re.search("lora", text, re.IGNORECASE) for text in said) else CODE

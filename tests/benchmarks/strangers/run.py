@@ -41,6 +41,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from trl_ext import DiagnosticsCallback, PPOConfig, PPOTrainer, SharedBase, demo
 from trl_ext.diagnostics import diagnose, read_run, roots
+from trl_ext.diagnostics.forks import exchange
+from trl_ext.diagnostics.remedies import STAND_INS
 
 HERE = Path(__file__).parent
 broken.REWARDS.update(more_rewards.REWARDS)  # of mistakes_2.yaml
@@ -173,7 +175,7 @@ def run(
     """Make a run, and judge its log.
 
     Args:
-        changes: settings in place of the run's own.
+        changes: settings in place of the run's own, and stand-ins.
         folder: of its log; None: beside its result.
 
     Returns:
@@ -185,7 +187,9 @@ def run(
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was ended
     died, exam, trainer = "", 0.0, None
     try:
-        trainer, well, callback = build(job, out, folder, episodes, changes or {})
+        settings = {name: value for name, value in (changes or {}).items() if name not in STAND_INS}
+        trainer, well, callback = build(job, out, folder, episodes, settings)
+        exchange(trainer, changes or {})
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         exam = float(well(trainer))
