@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trl_ext.diagnostics import Finding, Remedy, roots
+from trl_ext.diagnostics import Finding, Remedy, RunLog, roots
 from trl_ext.diagnostics.forks import BESIDE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "strangers"))

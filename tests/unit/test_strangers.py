@@ -330,8 +330,16 @@ def test_of_two_mistakes_either_cause_is_true() -> None:
 
 
 def result(group: str = "kl_coef:high", seed: int = 1, exam: float = 0.2, **more: Any) -> verdict.Result:
-    own = {"id": f"{group}#0", "kind": "settings", "seed": seed, "exam": exam, "died": "", "refused": False}
-    found = {"roots": [], "first_seen": {}, "yardstick": []}
+    own = {
+        "id": f"{group}#0",
+        "kind": "settings",
+        "seed": seed,
+        "exam": exam,
+        "died": "",
+        "refused": False,
+        "exams": [],
+    }
+    found = {"roots": [], "first_seen": {}}
     return {**own, **found, "mistakes": [(group, ALL_GROUPS[group][0])] if group in ALL_GROUPS else [], **more}
 
 
@@ -349,21 +357,20 @@ def test_a_refusal_that_names_the_setting_names_the_cause() -> None:
 
 # When ----------------------------------------------------------------------------------------------------------------
 
-LEVEL = [[64.0 * i, 3.0] for i in range(1, 11)]  # 50 of 100 points at every rollout
+LEVEL = [[128.0 * i, 0.5] for i in range(1, 11)]
+FALLING = [[at, 0.3 if at > 256 else 0.5] for at, _ in LEVEL]
 
 
-def test_the_yardstick_falls_where_it_stays_low() -> None:
-    # 3.0 to 2.4 are 15 points; over three rollouts a third of it is 5, two thirds are 10.
-    assert verdict.fall([[at, 2.4 if at > 256 else 3.0] for at, _ in LEVEL], LEVEL) == 6 * 64
-    assert verdict.fall([[at, 2.4 if at in (128, 192, 256) else 3.0] for at, _ in LEVEL], LEVEL) is None
-    assert verdict.fall([[at, 2.7] for at, _ in LEVEL], LEVEL) is None  # 7.5 points
-    assert verdict.fall([[at, 2.0] for at, _ in LEVEL], LEVEL) == 64
+def test_the_exam_falls_where_it_stays_low() -> None:
+    assert verdict.fall(FALLING, LEVEL) == 3 * 128
+    assert verdict.fall([[at, 0.3 if at in (128, 256) else 0.5] for at, _ in LEVEL], LEVEL) is None
+    assert verdict.fall([[at, 0.41] for at, _ in LEVEL], LEVEL) is None
+    assert verdict.fall([[at, 0.4] for at, _ in LEVEL], LEVEL) == 128
 
 
 def test_rollouts_of_another_size_are_compared_at_the_same_episode() -> None:
-    small = [[2.0 * i, 2.0 if 2 * i > 320 else 3.0] for i in range(1, 321)]
-    fell = verdict.fall(small, LEVEL)
-    assert fell is not None and 320 + 192 * 0.4 <= fell <= 320 + 192 * 0.4 + 4
+    assert verdict.fall([[at, 0.3] for at in (130.0, 260.0, 390.0)], [[128.0, 0.2], [256.0, 0.4], [384.0, 0.4]]) == 260
+    assert verdict.fall([[64.0, 0.0], [128.0, 0.5]], LEVEL) is None, "the other one had no exam yet"
 
 
 def told(name: str, episode: float) -> dict[str, Any]:
@@ -371,13 +378,12 @@ def told(name: str, episode: float) -> dict[str, Any]:
 
 
 def test_the_lead_is_of_the_first_true_finding_over_the_fall() -> None:
-    falling = [[at, 2.0 if at > 256 else 3.0] for at, _ in LEVEL]  # falls at 320 - 8.3 points - and 384
     seen = {name: told(name, at) for name, at in (("kl_drowns_score", 192.0), ("truncation", 64.0))}
-    run_ = result(yardstick=falling, first_seen=seen, roots=[root("kl_drowns_score")])
-    healthy = result("", yardstick=LEVEL)
+    run_ = result(exams=FALLING, first_seen=seen, roots=[root("kl_drowns_score")])
+    healthy = result("", exams=LEVEL)
     assert verdict.lead(run_, healthy, TRUTH) == 192 / 384
     assert verdict.lead({**run_, "first_seen": {"truncation": seen["truncation"]}}, healthy, TRUTH) is None
-    assert verdict.lead({**run_, "yardstick": LEVEL}, healthy, TRUTH) is None
+    assert verdict.lead({**run_, "exams": LEVEL}, healthy, TRUTH) is None
     named = {**told("unusual_settings", 0.0), "changes": {"kl_coef": 0.1}}
     assert verdict.lead({**run_, "first_seen": {"unusual_settings kl_coef": named}}, healthy, TRUTH) == 0.0
 
@@ -397,7 +403,6 @@ def same_scores_from(rollout: int, rows: int) -> verdict.RunLog:
         **{
             "objective/scores": lambda i: 1.0,
             "objective/scores_std": lambda i: 1.0 if i < rollout else 0.0,
-            "yardstick/exact": lambda i: 2.0,
         },
     )
 
@@ -407,7 +412,6 @@ def test_a_log_is_judged_as_it_was_on_the_way() -> None:
     assert [one["name"] for one in judged["roots"]] == ["constant_scores"]
     (seen,) = judged["first_seen"].values()
     assert (seen["name"], seen["step"], seen["episode"]) == ("constant_scores", 56, 448.0)  # three rollouts: 5, 6, 7
-    assert judged["yardstick"] == [(64.0 * i, 2.0) for i in range(1, 11)]
     many = verdict.judge(same_scores_from(201, rows=400))
     assert abs(many["first_seen"]["constant_scores"]["step"] - 203 * 8) <= 4 * 8
     json.dumps(judged)
@@ -417,11 +421,10 @@ def test_a_log_is_judged_as_it_was_on_the_way() -> None:
 
 
 def test_the_table_adds_up() -> None:
-    recipe = [result("", seed, 0.9, id=verdict.HEALTHY_RUN, yardstick=LEVEL) for seed in (1, 2)]
-    falling = [[at, 2.0 if at > 256 else 3.0] for at, _ in LEVEL]
+    recipe = [result("", seed, 0.9, id=verdict.HEALTHY_RUN, exams=LEVEL) for seed in (1, 2)]
     seen = {"kl_drowns_score": told("kl_drowns_score", 192.0)}
     results = [
-        result(roots=[root("kl_drowns_score")], first_seen=seen, yardstick=falling),  # named
+        result(roots=[root("kl_drowns_score")], first_seen=seen, exams=FALLING),  # named
         result(seed=2, roots=[root("truncation"), root("kl_drowns_score")]),  # second, after a false one
         result("vf_coef:high", roots=[root("truncation", "warning"), root("x"), root("term_drowns_score")]),  # third
         result("gamma:low", exam=0.81, roots=[root("truncation")]),  # harmless, and a problem found

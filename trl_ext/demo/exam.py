@@ -48,7 +48,7 @@ def run_exam(
     ``batch_size`` is in questions. The model's train or eval modes and the tokenizer are left as they were.
     """
     rows = load("exam", cache_dir=cache_dir).to_list()
-    answers = _answer(model, tokenizer, [row["prompt"] for row in rows], batch_size)
+    answers = answer_greedily(model, tokenizer, [row["prompt"] for row in rows], batch_size)
     right = {True: 0, False: 0}
     total = {True: 0, False: 0}
     for row, answer in zip(rows, answers, strict=True):
@@ -57,8 +57,8 @@ def run_exam(
     return ExamResult(right[True], total[True], right[False], total[False])
 
 
-def _answer(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[dict[str, str]]], batch_size: int
+def answer_greedily(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[dict[str, str]]], batch_size: int = 64
 ) -> list[str]:
     """The greedy completion of each conversation, as text without special tokens."""
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]

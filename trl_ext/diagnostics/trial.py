@@ -20,6 +20,7 @@ from trl_ext.diagnostics.graph import Explained, roots
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog, Series
 from trl_ext.diagnostics.remedies import STAND_INS, stand_ins
+from trl_ext.diagnostics.updates import STRONGER
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ FIXED_AT_START = {
     *("reward_funcs", "train_dataset"),  # a score's mean and spread, and the order of the prompts
 }
 MOST = 4  # remedies of one finding that are followed by a stronger one
-LEARNS = 12  # logs in which a run must learn something that has a stand-in in the place of what was blamed
+LEARNS = 12  # logs in which a run must learn something with a stand-in, or more with a stronger remedy
+HELPED = ("cured", "in part")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,10 +145,10 @@ def try_remedies(
         if root.finding.name in patient.seen or not candidates(root, run):
             continue
         patient.seen.append(root.finding.name)
-        tried, found = patient.tries(root)
+        tried, log = patient.tries(root)
         trials += tried
-        if tried and tried[-1].verdict in ("cured", "in part"):
-            patient.kept = tried[-1].changes
+        if tried and tried[-1].verdict in HELPED:
+            patient.kept, found = tried[-1].changes, diagnose(log, limits)
             names = {one.name for one in found}
             waiting = [one for one in waiting if one.severity == "problem" or one.finding.name in names]
             waiting += roots(found)
@@ -176,32 +178,44 @@ class _Patient:
     kept: dict[str, Any] = field(default_factory=dict)
     seen: list[str] = field(default_factory=list)
 
-    def tries(self, root: Explained) -> tuple[list[Trial], list[Finding]]:
-        """Remedies of one root, until one helps; and what is found in the last fork."""
+    def tries(self, root: Explained) -> tuple[list[Trial], RunLog]:
+        """Remedies of one root, until one helps; and the log of the last fork."""
         finding, waiting = root.finding, candidates(root, self.run)
-        trials, found = list[Trial](), list[Finding]()
+        trials, log = list[Trial](), RunLog("other", [])
         while waiting:
             changes = waiting.pop(0)
             try:
-                trial, found = self._tried(finding, self.kept | changes)
+                trial, log = self._tried(finding, self.kept | changes)
             except NoStandIn:
                 continue
             if trial.verdict == "not seen":
                 # With what helped before, it went along.
-                return (trials if self.kept else [*trials, trial]), found
-            logger.info("%s", trial)
+                return (trials if self.kept else [*trials, trial]), log
             trials.append(trial)
-            if trial.verdict in ("cured", "in part"):
-                break
+            if trial.verdict in HELPED:
+                return self._further(finding, trials, log)
             # A remedy that did not go far enough: what the doctor says of the fork goes further.
-            further = [one.remedy.changes for one in found if one.name == finding.name]
+            further = [one.remedy.changes for one in diagnose(log, self.limits) if one.name == finding.name]
             tried = [one.changes for one in trials]
             fresh = [one for one in further if one and self.kept | one not in tried and len(trials) < MOST]
             waiting = fresh + waiting
-        return trials, found
+        return trials, log
 
-    def _tried(self, finding: Finding, changes: dict[str, Any]) -> tuple[Trial, list[Finding]]:
-        """One remedy, and what is found in the fork that has it."""
+    def _further(self, finding: Finding, trials: list[Trial], log: RunLog) -> tuple[list[Trial], RunLog]:
+        """Go on in the same direction for as long as the run learns more by it: a finding is gone at once where a
+        setting is half right."""
+        stronger = STRONGER.get(finding.name, lambda log: {})
+        while len(trials) < MOST and (more := stronger(log)):
+            trial, further = self._tried(finding, trials[-1].changes | more)
+            if trial.verdict not in HELPED or not _learns_more(further, log):
+                break
+            trials[-1] = replace(trials[-1], verdict="in part", left=[finding.name])
+            trials.append(trial)
+            log = further
+        return trials, log
+
+    def _tried(self, finding: Finding, changes: dict[str, Any]) -> tuple[Trial, RunLog]:
+        """One remedy, and the log of the fork that has it."""
         checkpoint = self._checkpoint(finding, changes)
         without = self.forks.without(finding, checkpoint, self.most, self.kept)
         start, rows = step_of(checkpoint), len(without.log.rows)
@@ -216,17 +230,18 @@ class _Patient:
             logs=rows - len([row for row in without.log.rows if row["step"] <= start]),
             start=start,
         )
-        found = diagnose(without.log, self.limits)
-        if not is_shown(finding, found):
-            return trial, found
+        if not is_shown(finding, diagnose(without.log, self.limits)):
+            return trial, without.log
         exchanged = bool(STAND_INS.keys() & changes)
-        with_ = self.forks.with_(changes, checkpoint, max(rows, LEARNS) if exchanged else rows)
+        long = exchanged or finding.name in STRONGER
+        with_ = self.forks.with_(changes, checkpoint, max(rows, LEARNS) if long else rows)
         verdict, new, left = judged(finding.name, without.log, with_.log, with_.died, self.limits)
-        if verdict in ("cured", "in part") and exchanged and not _has_learned(with_.log, self.limits):
+        if verdict in HELPED and exchanged and not _learned(with_.log).ever_rose(self.limits.noticeable):
             verdict, left = "not cured", []
         after = _after(with_.log, metric, start)
         trial = replace(trial, changes=changes, verdict=verdict, with_=after, new=new, left=left, died=with_.died)
-        return trial, diagnose(with_.log, self.limits)
+        logger.info("%s", trial)
+        return trial, with_.log
 
     def _checkpoint(self, finding: Finding, changes: Mapping[str, Any]) -> Path | None:
         if self.run is None or self.run_dir is None or FIXED_AT_START & set(changes):
@@ -234,11 +249,17 @@ class _Patient:
         return checkpoint_before(self.run_dir, first_sign(self.run, finding.name, self.limits, finding.severity))
 
 
-def _has_learned(log: RunLog, limits: Limits) -> bool:
-    """Whether the yardstick rose, without one the score. What was blamed for a finding takes it along when it goes,
-    whatever else is wrong."""
+def _learned(log: RunLog) -> Series:
+    """What shows whether a run learns: the yardstick, without one the score. What was blamed for a finding takes it
+    along when it goes, whatever else is wrong."""
     names = log.names("yardstick/")
-    return log.series(f"yardstick/{names[0]}" if names else "score").ever_rose(limits.noticeable)
+    return log.series(f"yardstick/{names[0]}" if names else "score")
+
+
+def _learns_more(log: RunLog, other: RunLog) -> bool:
+    """Whether a fork ends higher than another one, by more than one rollout differs from the next."""
+    mine, others = _learned(log), _learned(other)
+    return mine.recent() - others.recent() > max(mine.noise(), others.noise())
 
 
 def judged(name: str, without: RunLog, with_: RunLog, died: str, limits: Limits) -> tuple[str, list[str], list[str]]:

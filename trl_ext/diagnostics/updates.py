@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -146,7 +147,7 @@ def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
     if not tiny and not _learns_slowly(log, approxkl if known else None, limits):
         return None
     moved = approxkl.recent() if tiny else median(approxkl.values) if known else math.nan
-    more, cause = _larger_steps(log)
+    more, cause = larger_steps(log)
     by_step = f"An update moves the policy {moved:.1g} nats per token, and"
     by_rollout = f"In {len(score)} rollouts of one step the KL came to {log.series('kl').recent():.2g} nats, and"
     return Finding(
@@ -182,7 +183,7 @@ def _learns_slowly(log: RunLog, approxkl: Series | None, limits: Limits) -> bool
     return replace(score, steps=score.steps[half:], values=score.values[half:]).rise()[1] > limits.noticeable
 
 
-def _larger_steps(log: RunLog) -> tuple[dict[str, float], str]:
+def larger_steps(log: RunLog) -> tuple[dict[str, float], str]:
     """What makes a rollout move the policy more, and why it moves it so little; empty where neither can be said."""
     if higher := higher_rate(log):
         return higher, "a learning rate that suits full fine-tuning; LoRA wants one 10 to 100 times as large."
@@ -193,6 +194,10 @@ def _larger_steps(log: RunLog) -> tuple[dict[str, float], str]:
         return {"num_ppo_epochs": 4}, "one epoch takes few steps on each rollout."
     smaller: dict[str, float] = {"per_device_train_batch_size": rows // 4, "num_mini_batches": 4 * parts}
     return (smaller if rows >= 4 else {}), "large minibatches take few steps on each rollout."
+
+
+# By finding: what goes further in the direction of its remedy, from the log of a run that has the remedy.
+STRONGER: dict[str, Callable[[RunLog], dict[str, float]]] = {"steps_too_small": lambda log: larger_steps(log)[0]}
 
 
 def _at_full_rate(log: RunLog, name: str) -> Series:

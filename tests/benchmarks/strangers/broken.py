@@ -267,7 +267,8 @@ class Exact:
 
 # What a run is built from --------------------------------------------------------------------------------------------
 
-EVALUATED = {"eval_strategy": "steps", "eval_steps": 40}  # every fifth rollout, as in recipes/ppo_lora.yaml
+# Every fifth rollout and at the start, as in recipes/ppo_lora.yaml.
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 40, "eval_on_start": True}
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 

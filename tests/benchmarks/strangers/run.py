@@ -40,6 +40,8 @@ from transformers import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
 from trl_ext import DiagnosticsCallback, PPOConfig, PPOTrainer, SharedBase, demo
+from trl_ext.callbacks import RolloutCallback
+from trl_ext.demo.exam import answer_greedily
 from trl_ext.diagnostics import diagnose, read_run, roots
 from trl_ext.diagnostics.forks import exchange
 from trl_ext.diagnostics.remedies import STAND_INS
@@ -50,6 +52,7 @@ broken.NOT_NORMALISED.update(more_rewards.NOT_NORMALISED)
 broken.PROMPTS.update(more_rewards.PROMPTS)
 broken.MODELS.update(more_models.MODELS)
 HALVES = ("work", "measure", "work_2", "measure_2")  # of the two lists
+QUESTIONS, EVERY = 80, 128  # of an exam on the way, and episodes between two
 KEPT = ("trainer_state.json", "run.json", "diagnostics.json")  # what read_run reads
 
 
@@ -123,6 +126,25 @@ def healthy_jobs(seeds: list[int]) -> list[Job]:
     return runs + [Job(name, "healthy", "ppo", seeds[0], (("", change),)) for name, change in more]
 
 
+class Exams(RolloutCallback):
+    """A part of the exam on the way, at every second rollout of the healthy run: what the mistake has cost so far."""
+
+    def __init__(self, base: SharedBase, tokenizer: Any) -> None:
+        self.base, self.tokenizer = base, tokenizer
+        self.rows = [row for row in demo.load("exam").to_list() if row["covered"]][:QUESTIONS]
+        self.taken: list[tuple[float, float]] = []
+        """(episode, share of right answers) of each."""
+
+    def on_update_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take one where it is time."""
+        episode = state.global_step / args.steps_per_rollout * args.rollout_batch_size
+        if episode - (self.taken[-1][0] if self.taken else 0.0) < EVERY:
+            return
+        answers = answer_greedily(self.base, self.tokenizer, [row["prompt"] for row in self.rows])
+        right = [demo.grade(answer, row["capital"]) for answer, row in zip(answers, self.rows, strict=True)]
+        self.taken.append((episode, sum(right) / len(right)))
+
+
 # One run -------------------------------------------------------------------------------------------------------------
 
 
@@ -179,18 +201,20 @@ def run(
         folder: of its log; None: beside its result.
 
     Returns:
-        What is kept: see `verdict.judge`; "exam", 0 to 1 (of a reward model its pairs in order); "died", what ended it
-        before its time; "refused", whether that was before anything was logged; "same", whether the doctor says of the
-        log in the folder what it said in the process.
+        What is kept: see `verdict.judge`; "exam", 0 to 1 (of a reward model its pairs in order); "exams", see `Exams`;
+        "died", what ended it before its time; "refused", whether that was before anything was logged; "same", whether
+        the doctor says of the log in the folder what it said in the process.
     """
     folder, started = folder or out / job.half / job.name, time.perf_counter()
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was ended
-    died, exam, trainer = "", 0.0, None
+    died, exam, trainer, exams = "", 0.0, None, None
     try:
         settings = {name: value for name, value in (changes or {}).items() if name not in STAND_INS}
         trainer, well, callback = build(job, out, folder, episodes, settings)
         exchange(trainer, changes or {})
         trainer.remove_callback(PrinterCallback)
+        if isinstance(trainer, PPOTrainer):
+            trainer.add_callback(exams := Exams(trainer.base, trainer.processing_class))
         trainer.train()
         exam = float(well(trainer))
     except (ValueError, RuntimeError) as error:  # what was logged before still counts
@@ -212,6 +236,7 @@ def run(
         "seed": job.seed,
         "mistakes": job.mistakes,
         "exam": exam,
+        "exams": exams.taken if exams is not None else [],
         "died": died,
         "refused": bool(died) and not found["rollouts"],
         "same": same,
@@ -223,7 +248,7 @@ def run(
 def judged(folder: Path) -> dict[str, Any]:
     """The doctor's verdict on the log in a folder; on a run that was refused, none."""
     if not (folder / KEPT[0]).is_file():
-        return {"roots": [], "first_seen": {}, "yardstick": [], "rollouts": 0}
+        return {"roots": [], "first_seen": {}, "rollouts": 0}
     return verdict.judge(read_run(folder))
 
 

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import yaml
@@ -18,11 +18,8 @@ from trl_ext.diagnostics import Explained, Finding, RunLog, diagnose, roots
 Result = dict[str, Any]
 Root = dict[str, Any]
 Truth = dict[str, list[str]]
-Curve = list[tuple[float, float]]
 
 HARM = 0.10  # of the exam, below the healthy run of the same seed
-FALL = 10.0  # points of 100 that the yardstick falls behind the healthy run's
-WINDOW = 192  # episodes that a yardstick is averaged over: three rollouts of the healthy run
 LOOKS = 100  # at a log as it was on the way
 LORA_WORDS = {"r": ("rank", "lora_rank")}  # what a text calls a field whose name is too short to look for
 HEALTHY_RUN = "healthy:ppo:the recipe"
@@ -35,8 +32,7 @@ def judge(log: RunLog) -> Result:
 
     Returns:
         "roots": at the end, in the doctor's order. "first_seen": of every topic that was told on the way the finding,
-        as it was, with the step and the episode. "yardstick": (episode, mean rating, 1 to 5) of each rollout.
-        "rollouts": how many were logged.
+        as it was, with the step and the episode. "rollouts": how many were logged.
     """
     seen: dict[str, dict[str, Any]] = {}
     points = sorted({row["step"] for row in [*log.rows, *log.evals]})
@@ -46,14 +42,8 @@ def judge(log: RunLog) -> Result:
         episode = max((row.get("episode", 0.0) for row in so_far.rows), default=0.0)
         for finding in diagnose(so_far):
             seen.setdefault(finding.topic, {"step": step, "episode": episode, **as_plain(Explained(finding, None, ()))})
-    yardstick = [
-        (row["episode"], row[name])
-        for row in log.rows
-        for name in row
-        if name.startswith("yardstick/") and "episode" in row
-    ]
     found = [as_plain(top) for top in roots(diagnose(log))]
-    return {"roots": found, "first_seen": seen, "yardstick": yardstick, "rollouts": len(log.rows)}
+    return {"roots": found, "first_seen": seen, "rollouts": len(log.rows)}
 
 
 def until(log: RunLog, step: int) -> RunLog:
@@ -169,23 +159,16 @@ def begins_falsely(result: Result, truth: Truth) -> bool:
 # When ----------------------------------------------------------------------------------------------------------------
 
 
-def smooth(curve: Sequence[Sequence[float]], window: float = WINDOW) -> Curve:
-    """At each episode the mean over the `window` episodes before, of 100 points: the rating of 1 to 5, stretched."""
-    return [
-        (at, fmean((rating - 1) * 25 for episode, rating in curve if at - window < episode <= at)) for at, _ in curve
-    ]
-
-
-def fall(curve: Sequence[Sequence[float]], healthy: Sequence[Sequence[float]], points: float = FALL) -> float | None:
-    """The episode from which on a yardstick stays so many points below that of a healthy run; None where it does not.
+def fall(curve: Sequence[Sequence[float]], healthy: Sequence[Sequence[float]]) -> float | None:
+    """The episode from which on a run's exams, (episode, 0 to 1), stay `HARM` below those of a healthy run; None where
+    they do not.
 
     Both are compared at the same episode, which for rollouts of one size is the same rollout.
     """
-    mine, other = smooth(curve), smooth(healthy)
     since = None
-    for at, value in mine:
-        level = [rating for episode, rating in other if episode <= at] or [other[0][1]]
-        if level[-1] - value < points:
+    for at, value in curve:
+        level = [exam for episode, exam in healthy if episode <= at]
+        if not level or not is_harmed(value, level[-1]):
             since = None
         elif since is None:
             since = at
@@ -193,11 +176,9 @@ def fall(curve: Sequence[Sequence[float]], healthy: Sequence[Sequence[float]], p
 
 
 def lead(result: Result, healthy: Result, truth: Truth) -> float | None:
-    """When a true finding was first made, over when the yardstick fell: below 1 the doctor was first. None where there
-    was no fall to be seen, or no true finding."""
-    if result["refused"] or not result["yardstick"] or not healthy["yardstick"]:
-        return None
-    fell = fall(result["yardstick"], healthy["yardstick"])
+    """When a true finding was first made, over when the exam fell: below 1 the doctor was first. None where there was
+    no fall to be seen, or no true finding."""
+    fell = fall(result["exams"], healthy["exams"])
     seen = [told["episode"] for told in result["first_seen"].values() if is_true(told, result["mistakes"], truth)]
     return min(seen) / fell if fell and seen else None
 
@@ -274,10 +255,10 @@ def _share(part: Sequence[Any], whole: Sequence[Any]) -> str:
 
 def _lead_in_words(leads: Sequence[float], harmful: Sequence[Result]) -> str:
     if not leads:
-        return "Lead: no harmful run has both a true finding and a fall of the yardstick."
+        return "Lead: no harmful run has both a true finding and a fall of the exam."
     ahead = sum(ratio < 1 for ratio in leads)
     return (
-        f"Lead: in {len(leads)} of {len(harmful)} harmful runs a true finding and the yardstick's fall were both seen; "
+        f"Lead: in {len(leads)} of {len(harmful)} harmful runs a true finding and the exam's fall were both seen; "
         f"the finding came first in {ahead}. Median of its rollout over the fall's: {median(leads):.2f}."
     )
 
