@@ -5,7 +5,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from transformers import set_seed
 from tests.unit.test_diagnostics import CONFIG, HEALTHY, SICK, rows
 from trl_ext.diagnostics import Limits, RunLog, diagnose, try_remedies
 from trl_ext.diagnostics.forks import checkpoint_before
+from trl_ext.diagnostics.remedies import stand_ins
 from trl_ext.diagnostics.trial import first_sign, judged
 from trl_ext.launch.remaking import changed
 
@@ -45,7 +46,7 @@ class Pretender:
         if resume_from_checkpoint:
             self.state.global_step = int(resume_from_checkpoint.rpartition("-")[2])
             self.state.log_history = [row for row in rows(LENGTH, **SMALL) if row["step"] <= self.state.global_step]
-        known = {name: self.settings[name] for name in ("learning_rate", "adam_epsilon") if name in self.settings}
+        known = {name: self.settings[name] for name in self.known() if name in self.settings}
         args = SimpleNamespace(to_dict=lambda: {**CONFIG, **known})
         control = SimpleNamespace(should_training_stop=False)
         self.given = (args, self.state, control)
@@ -58,6 +59,9 @@ class Pretender:
             self.log(row)
             if control.should_training_stop:
                 return
+
+    def known(self) -> tuple[str, ...]:
+        return ("learning_rate", "adam_epsilon")
 
     def log(self, row: dict[str, Any]) -> None:
         self.state.log_history.append(row)
@@ -109,10 +113,11 @@ def test_a_remedy_that_cures(tmp_path: Path) -> None:
     assert trial.without.recent() == pytest.approx(1e-8, rel=0.1) and trial.with_.recent() == pytest.approx(
         0.01, rel=0.1
     )
-    assert [one.settings["learning_rate"] for one in clinic.made] == [1e-6, 3e-4]
-    assert len({one.settings["output_dir"] for one in clinic.made}) == 2
+    # A higher one still learns no more.
+    assert [one.settings["learning_rate"] for one in clinic.made] == [1e-6, 3e-4, 1e-3]
+    assert len({one.settings["output_dir"] for one in clinic.made}) == 3
     (told,) = json.loads((tmp_path / "trial" / "trial.json").read_text())
-    assert told["verdict"] == "cured" and len(told["with"]["values"]) == 9
+    assert told["verdict"] == "cured" and len(told["with"]["values"]) == 12
     html = (tmp_path / "trial" / "trial.html").read_text()
     assert "steps_too_small: cured by <code>learning_rate: 0.0003</code>" in html and html.count("<polyline") == 2
 
@@ -128,6 +133,135 @@ def test_a_remedy_that_does_not_go_far_enough_is_followed_by_what_the_fork_says(
     trials = try_remedies(Stubborn(learning_rate=1e-6), findings_at(1e-6), tmp_path / "trial")
     assert [trial.verdict for trial in trials] == ["not cured", "cured"]
     assert [trial.changes["learning_rate"] for trial in trials] == [3e-4, 1e-3]
+
+
+class Ladder(Pretender):
+    """Learns faster with a rate of 1e-3 than with 3e-4, and faster still with four epochs; with more of both not."""
+
+    GAINS: ClassVar = {(3e-4, 1): 1.0, (1e-3, 1): 2.0, (1e-3, 4): 3.0}
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        rate, epochs = settings["learning_rate"], settings.get("num_ppo_epochs", 1)
+        self.settings = {**settings, "num_ppo_epochs": epochs, "num_mini_batches": 2}
+        gain = self.GAINS.get((rate, epochs))
+        if gain is not None:
+            self.history = rows(LENGTH, **{**HEALTHY, "yardstick/exact": lambda t: 3 + gain * t})
+
+    def known(self) -> tuple[str, ...]:
+        return (*super().known(), "num_ppo_epochs", "num_mini_batches")
+
+
+def test_a_remedy_that_helps_is_strengthened_for_as_long_as_the_run_learns_more(tmp_path: Path) -> None:
+    """Steps are no longer called small at a rate at which the run is still slow."""
+    trials = try_remedies(Clinic(Ladder, learning_rate=1e-6), findings_at(1e-6), tmp_path / "trial")
+    assert [one.changes for one in trials] == [
+        {"learning_rate": 3e-4},
+        {"learning_rate": 1e-3},
+        {"learning_rate": 1e-3, "num_ppo_epochs": 4},
+    ]
+    assert [one.verdict for one in trials] == ["in part", "in part", "cured"]
+    assert "cured in part by learning_rate=0.0003" in str(trials[0]) and "Still there: steps_too_small." in str(
+        trials[0]
+    )
+
+
+def test_a_stronger_remedy_by_which_nothing_more_is_learned_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ladder, "GAINS", {(3e-4, 1): 1.0, (1e-3, 1): 1.0})
+    (trial,) = try_remedies(Clinic(Ladder, learning_rate=1e-6), findings_at(1e-6), tmp_path / "trial")
+    assert (trial.verdict, trial.changes) == ("cured", {"learning_rate": 3e-4})
+
+
+class Twofold(Pretender):
+    """Two mistakes at once, each with its own remedy: a rate that is too small, and no penalty on a missing EOS."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        sick = {} if settings["learning_rate"] >= 1e-4 else SICK["steps_too_small"]
+        if settings.get("missing_eos_penalty") is None:
+            sick = {**sick, **SICK["truncation"]}
+        self.history = rows(LENGTH, **{**HEALTHY, **sick})
+
+
+def test_what_helped_is_kept_while_the_next_cause_is_tried(tmp_path: Path) -> None:
+    settings = {"learning_rate": 1e-6, "missing_eos_penalty": None}
+    run = RunLog.of(Twofold(settings).history, {**CONFIG, **settings})
+    found = {one.name: one for one in diagnose(run)}
+    remedy = {"missing_eos_penalty": 1.0}
+    cut = replace(found["truncation"], remedy=replace(found["truncation"].remedy, changes=remedy), suspects=())
+    clinic = Clinic(Twofold, **settings)
+    first, second = try_remedies(clinic, [found["steps_too_small"], cut], tmp_path / "trial", run)
+    assert (first.finding, first.verdict, first.left) == ("steps_too_small", "in part", ["truncation"])
+    assert (second.finding, second.verdict, second.left) == ("truncation", "cured", [])
+    assert second.changes == first.changes | remedy, "one run that has both"
+    rates = [one.settings["learning_rate"] for one in clinic.made]
+    assert rates == [1e-6, 3e-4, 1e-3, 3e-4, 3e-4], "the third was no better than the second"
+
+
+NOISY = {**HEALTHY, "evidence/noise/mine": 0.9, "yardstick/exact": 3.0}
+
+
+class Blamed(Pretender):
+    """A score that changes from call to call; with the yardstick in its place the run learns, or it does not."""
+
+    learns, has = True, True
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__({"learning_rate": 1e-3, **settings})
+        self.history, self.exchanged = rows(LENGTH, **NOISY), list[str]()
+
+    def exchange(self, part: str) -> bool:
+        self.exchanged.append(part)
+        calm = {**NOISY, "evidence/noise/mine": 0.0, "agreement/exact": 1.0}
+        self.history = rows(LENGTH, **({**calm, "yardstick/exact": lambda t: 3 + t} if self.learns else calm))
+        return self.has
+
+
+def blamed(kind: type[Pretender], folder: Path) -> tuple[list[Any], Clinic]:
+    run, clinic = RunLog.of(rows(LENGTH, **NOISY), CONFIG), Clinic(kind)
+    findings = [one for one in diagnose(run) if one.name == "score_not_repeatable"]
+    assert findings and not findings[0].remedy.changes
+    return try_remedies(clinic, findings, folder, run), clinic
+
+
+def test_a_part_that_is_blamed_is_exchanged_for_what_is_known_to_be_good(tmp_path: Path) -> None:
+    (trial,), clinic = blamed(Blamed, tmp_path / "trial")
+    assert (trial.verdict, trial.changes) == ("cured", {"reward_funcs": "the yardstick"})
+    assert "cured by the yardstick in the place of reward_funcs" in str(trial)
+    without, with_ = clinic.made
+    assert (without.exchanged, with_.exchanged) == ([], ["reward_funcs"])
+    assert "reward_funcs" not in with_.settings, "no trainer has such a setting"
+    assert "the yardstick in the place of reward_funcs" in (tmp_path / "trial" / "trial.html").read_text()
+
+
+def test_a_finding_that_goes_with_what_was_exchanged_is_no_cure_where_nothing_is_learned(tmp_path: Path) -> None:
+    """Scores by the yardstick always agree with it, whatever else is wrong."""
+    (trial,), _ = blamed(type("Idle", (Blamed,), {"learns": False}), tmp_path / "trial")
+    assert (trial.verdict, trial.left) == ("in part", ["nothing is learned"])
+
+
+@pytest.mark.parametrize("kind", [Pretender, type("Bare", (Blamed,), {"has": False})])
+def test_where_nothing_can_stand_in_nothing_is_tried(kind: type[Pretender], tmp_path: Path) -> None:
+    class Sick(kind):  # type: ignore[misc, valid-type]
+        def __init__(self, settings: dict[str, Any]) -> None:
+            super().__init__({"learning_rate": 1e-3, **settings})
+            self.history = rows(LENGTH, **NOISY)
+
+    assert blamed(Sick, tmp_path / "trial")[0] == []
+
+
+def test_stand_ins_are_offered_where_the_run_has_them() -> None:
+    run = RunLog.of(rows(**NOISY), CONFIG)
+    assert stand_ins("score_opposed", run) == [{"reward_funcs": "the yardstick"}]
+    blind = {name: value for name, value in HEALTHY.items() if not name.startswith("yardstick/")}
+    assert stand_ins("score_opposed", RunLog.of(rows(**blind), CONFIG)) == [], "no yardstick"
+    assert stand_ins("held_out_differs", run) == [{"reward_funcs": "the yardstick"}], "no evaluations"
+    evaluated = RunLog.of([*rows(**blind), {"step": 128, "eval_objective/scores": 0.1}], CONFIG)
+    assert stand_ins("held_out_differs", evaluated) == [{"train_dataset": "the held-out prompts"}]
+    assert stand_ins("sampling_differs", run) == [{"generator": "Transformers' generate"}]
+    assert stand_ins("overfit", run) == []
 
 
 @pytest.mark.parametrize(("rate", "words"), [(5.0, "truncation"), (50.0, "It died: ValueError: weights blew up")])
@@ -158,8 +292,8 @@ def test_the_forks_begin_at_the_last_checkpoint_before_the_first_sign(tmp_path: 
     assert checkpoint_before(run_dir, 16) is None
     clinic = Clinic(learning_rate=1e-6)
     (trial,) = try_remedies(clinic, diagnose(run), tmp_path / "trial", run, run_dir)
-    assert [one.resumed for one in clinic.made] == [str(run_dir / "checkpoint-32")] * 2
-    assert trial.start == 32 and trial.with_.steps == [40, 48, 56, 64], "as many logs as are called recent"
+    assert [one.resumed for one in clinic.made] == [str(run_dir / "checkpoint-32")] * 3
+    assert trial.start == 32 and trial.without.steps == [40, 48, 56, 64], "as many logs as are called recent"
     assert sorted(path.name for path in run_dir.rglob("*")) == sorted(
         [f"checkpoint-{step}" for step in (16, 32, 48, 64)] + ["trainer_state.json"] * 4
     )

@@ -37,6 +37,7 @@ FIXED_AT_START = {
 MOST = 4  # remedies of one finding that are followed by a stronger one
 LEARNS = 12  # logs in which a run must learn something with a stand-in, or more with a stronger remedy
 HELPED = ("cured", "in part")
+NOTHING_LEARNED = "nothing is learned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,8 @@ class Trial:
         verdict: "cured": the finding went with all that followed from it, and no problem is there; "in part": it went
             so, but problems stay that the fork without the remedy has, too; "not cured": it or some of what followed
             stayed; "worse": another problem came, or the fork died; "not seen": without the remedy it did not come back
-            or did not stay, so nothing can be said. With a stand-in the run must also have learned something.
+            or did not stay, so nothing can be said. With a stand-in, "cured" is a run that also learns; one that does not
+            is cured "in part".
         metric: what the remedy was to move.
         without, with_: that metric in the two forks, after where they part.
         logs: how many logs (rollouts in PPO) the fork without the remedy had.
@@ -195,9 +197,9 @@ class _Patient:
             if trial.verdict in HELPED:
                 return self._further(finding, trials, log)
             # A remedy that did not go far enough: what the doctor says of the fork goes further.
-            further = [one.remedy.changes for one in diagnose(log, self.limits) if one.name == finding.name]
-            tried = [one.changes for one in trials]
-            fresh = [one for one in further if one and self.kept | one not in tried and len(trials) < MOST]
+            told = [one.remedy.changes for one in diagnose(log, self.limits) if one.name == finding.name]
+            further, tried = [changes | one for one in told if one], [one.changes for one in trials]
+            fresh = [one for one in further if self.kept | one not in tried and len(trials) < MOST]
             waiting = fresh + waiting
         return trials, log
 
@@ -236,12 +238,24 @@ class _Patient:
         long = exchanged or finding.name in STRONGER
         with_ = self.forks.with_(changes, checkpoint, max(rows, LEARNS) if long else rows)
         verdict, new, left = judged(finding.name, without.log, with_.log, with_.died, self.limits)
-        if verdict in HELPED and exchanged and not _learned(with_.log).ever_rose(self.limits.noticeable):
-            verdict, left = "not cured", []
+        if exchanged and not with_.died:
+            verdict, new, left = self._with_stand_in(finding, verdict, with_.log)
         after = _after(with_.log, metric, start)
         trial = replace(trial, changes=changes, verdict=verdict, with_=after, new=new, left=left, died=with_.died)
         logger.info("%s", trial)
         return trial, with_.log
+
+    def _with_stand_in(self, finding: Finding, verdict: str, log: RunLog) -> tuple[str, list[str], list[str]]:
+        """The verdict where something stands in for what was blamed. What was blamed takes its finding along, whatever
+        else is wrong: the run must learn, too. A problem that comes to light was hidden; what is known to be good made
+        none."""
+        found = diagnose(log, self.limits)
+        if verdict == "not cured" or finding.name in {one.name for one in found}:
+            return "not cured", [], []
+        problems = [one.name for one in found if one.severity == "problem"]
+        if not problems and _learned(log).ever_rose(self.limits.noticeable):
+            return "cured", [], []
+        return "in part", [], problems or [one.name for one in found] or [NOTHING_LEARNED]
 
     def _checkpoint(self, finding: Finding, changes: Mapping[str, Any]) -> Path | None:
         if self.run is None or self.run_dir is None or FIXED_AT_START & set(changes):
@@ -250,8 +264,7 @@ class _Patient:
 
 
 def _learned(log: RunLog) -> Series:
-    """What shows whether a run learns: the yardstick, without one the score. What was blamed for a finding takes it
-    along when it goes, whatever else is wrong."""
+    """What shows whether a run learns: the yardstick, without one the score."""
     names = log.names("yardstick/")
     return log.series(f"yardstick/{names[0]}" if names else "score")
 
