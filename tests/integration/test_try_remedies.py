@@ -14,6 +14,7 @@ from tests.integration.test_ppo_trainer import LORA, cats, config, rows_with
 from trl_ext import DiagnosticsCallback, PPOTrainer, launch
 from trl_ext.cli import main
 from trl_ext.diagnostics import Finding, Remedy, diagnose, read_run, try_remedies
+from trl_ext.generation import TransformersGenerator
 from trl_ext.launch.remaking import trainer_maker
 from trl_ext.launch.settings import recipe_file
 
@@ -68,6 +69,74 @@ def test_forks_from_a_checkpoint_take_the_runs_steps_and_the_new_learning_rate(t
     assert rows_with(with_, "learning_rate")[-1]["learning_rate"] == pytest.approx(1e-3)
     assert rows_with(with_, names[0])[4] == rows_with(without, names[0])[4], "one history until they part"
     assert not list((tmp_path / "trial").glob("*/checkpoint-*"))
+
+
+def yardstick(completions: list[str], **kwargs: Any) -> list[float]:
+    return [float(text.count("cat")) for text in completions]
+
+
+class Plain(TransformersGenerator):
+    """Somebody's own."""
+
+
+def with_parts(tmp_path: Path, **parts: Any) -> PPOTrainer:
+    args, own = config(tmp_path / "out", **STEPS), {"callbacks": [DiagnosticsCallback(yardstick=yardstick)], **parts}
+    model, held_out = saved_model(tmp_path / "model"), prompt_dataset(20).map(lambda row: {"prompt": "the dog"})
+    return PPOTrainer(model, cats, args, prompt_dataset(64), held_out, word_tokenizer(), peft_config=LORA, **own)
+
+
+def test_the_yardstick_gives_the_scores_alone(tmp_path: Path) -> None:
+    trainer = with_parts(tmp_path)
+    assert trainer.exchange("reward_funcs")
+    trainer.train()
+    rows = rows_with(trainer, "agreement/yardstick")
+    assert [row["agreement/yardstick"] for row in rows] == pytest.approx([1.0] * len(rows))
+    assert all("rewards/yardstick/mean" in row and "rewards/cats/mean" not in row for row in rows)
+
+
+def test_held_out_prompts_are_trained_on_for_as_many_steps(tmp_path: Path) -> None:
+    trainer = with_parts(tmp_path)
+    assert trainer.exchange("train_dataset")
+    trainer.train()
+    plain = with_parts(tmp_path / "plain")
+    plain.train()
+    assert trainer.state.max_steps == plain.state.max_steps
+    assert set(trainer.experience.rollout.prompts) == {"the dog"} != set(plain.experience.rollout.prompts)
+
+
+def test_the_base_answers_in_the_place_of_a_generator(tmp_path: Path) -> None:
+    trainer = with_parts(tmp_path)
+    assert not trainer.exchange("generator"), "it does already"
+    trainer = with_parts(tmp_path / "own")
+    trainer.collector.generator = Plain(trainer.base, 8, True)
+    assert trainer.exchange("generator") and type(trainer.collector.generator) is TransformersGenerator
+    trainer.train()
+
+
+def test_what_is_not_there_stands_in_for_nothing(tmp_path: Path) -> None:
+    trainer = with_parts(tmp_path, callbacks=[DiagnosticsCallback()])
+    trainer.eval_dataset = trainer.eval_dataset.select(range(3))
+    assert not trainer.exchange("reward_funcs"), "no yardstick"
+    assert not trainer.exchange("train_dataset"), "too few for a rollout"
+
+
+@pytest.mark.long
+def test_a_reward_that_scores_other_rows_is_told_from_the_rest_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe's own model, data and yardstick; a function that gives each row the score of the next."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    lines = ["from trl_ext import demo", "def late(prompts, completions, capital, **kwargs):"]
+    lines += ["    scores = demo.rate(prompts, completions, capital)", "    return scores[-1:] + scores[:-1]"]
+    (tmp_path / "mine.py").write_text("\n".join(lines) + "\n")
+    small = ["--total_episodes", "768", "--reward_funcs", "mine.late"]
+    main(["ppo", "--output_dir", "run", *small])
+    assert main(["doctor", "run", "--try"]) == 0
+    (first, *_) = json.loads((tmp_path / "run-try" / "trial.json").read_text())
+    assert (first["finding"], first["verdict"]) == ("score_misaligned", "cured")
+    assert first["changes"] == {"reward_funcs": "the yardstick"}
 
 
 @pytest.mark.long

@@ -32,10 +32,10 @@ from trl_ext.types import as_text
 
 FOLDER = Path(broken.__file__).parent
 HALVES = json.loads((FOLDER / "halves.json").read_text(encoding="utf-8"))
-LISTS = [split.FIRST, split.SECOND]
+LISTS = list(split.LISTS)
 LISTED = [yaml.safe_load((FOLDER / of.file).read_text(encoding="utf-8")) for of in LISTS]
 GROUPS = [{name: many for kind in split.groups(of).values() for name, many in kind.items()} for of in LISTS]
-ALL_GROUPS = GROUPS[0] | GROUPS[1]
+ALL_GROUPS = {name: many for groups in GROUPS for name, many in groups.items()}
 HEALTHY = {"per_device_train_batch_size": 32, "num_mini_batches": 2, "score_normalization": "reference"}
 SETTINGS = [
     pytest.param(mistake["settings"], id=f"{name}#{i}")
@@ -47,13 +47,13 @@ SETTINGS = [
 
 
 def test_the_halves_are_what_the_script_draws() -> None:
-    assert split.halves(split.FIRST) | split.halves(split.SECOND) == HALVES
+    assert {name: half for of in LISTS for name, half in split.halves(of).items()} == HALVES
     assert tuple(HALVES) == run.HALVES
     for of, groups in zip(LISTS, GROUPS, strict=True):
         work, measure = (set(HALVES[f"{half}{of.suffix}"]["groups"]) for half in ("work", "measure"))
         assert not work & measure
         assert set(groups) == work | measure
-    assert not set(GROUPS[0]) & set(GROUPS[1])
+    assert len(ALL_GROUPS) == sum(map(len, GROUPS)), "no group is in two lists"
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -61,7 +61,7 @@ def test_a_mistaken_setting_can_be_set(settings: dict, tmp_path: Path) -> None:
     """A mistake that PPOConfig refuses would be no mistake that a run could make."""
     if settings.get("generation_kwargs", {}).get("suppress_tokens") == "eos":
         settings = {"generation_kwargs": {"suppress_tokens": [1]}}
-    PPOConfig(str(tmp_path), use_cpu=True, **{**HEALTHY, **settings})
+    PPOConfig(str(tmp_path), use_cpu=True, **{**HEALTHY, **broken.EVALUATED, **settings})
 
 
 # The mistakes as code ------------------------------------------------------------------------------------------------
@@ -71,9 +71,9 @@ def test_what_is_named_in_words_is_there_as_code() -> None:
     rewards = [
         {name: words for cause in listed["rewards"].values() for name, words in cause.items()} for listed in LISTED
     ]
-    assert {*rewards[0], *rewards[1]} == set(broken.REWARDS)
-    assert {*LISTED[0]["prompts"], *LISTED[1]["prompts"]} == set(broken.PROMPTS)
-    assert {*LISTED[0]["models"], *LISTED[1]["models"]} == set(broken.MODELS)
+    assert sorted(name for of_list in rewards for name in of_list) == sorted(broken.REWARDS), "each once"
+    assert sorted(name for listed in LISTED for name in listed["prompts"]) == sorted(broken.PROMPTS)
+    assert sorted(name for listed in LISTED for name in listed["models"]) == sorted(broken.MODELS)
     unscaled = {name for name, words in rewards[0].items() if "not normalised" in words}
     assert unscaled == broken.NOT_NORMALISED & set(rewards[0])
 

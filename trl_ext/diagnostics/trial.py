@@ -50,8 +50,8 @@ class Trial:
         verdict: "cured": the finding went with all that followed from it, and no problem is there; "in part": it went
             so, but problems stay that the fork without the remedy has, too; "not cured": it or some of what followed
             stayed; "worse": another problem came, or the fork died; "not seen": without the remedy it did not come back
-            or did not stay, so nothing can be said. With a stand-in, "cured" is a run that also learns; one that does not
-            is cured "in part".
+            or did not stay, so nothing can be said. With a stand-in, "cured" is a run that also learns; where it does
+            not, it is "in part".
         metric: what the remedy was to move.
         without, with_: that metric in the two forks, after where they part.
         logs: how many logs (rollouts in PPO) the fork without the remedy had.

@@ -33,6 +33,9 @@ import broken
 import doctor
 import more_models
 import more_rewards
+import split
+import third_models
+import third_rewards
 import verdict
 from doctor_cases import Case
 from peft import LoraConfig
@@ -47,11 +50,12 @@ from trl_ext.diagnostics.forks import exchange
 from trl_ext.diagnostics.remedies import STAND_INS
 
 HERE = Path(__file__).parent
-broken.REWARDS.update(more_rewards.REWARDS)  # of mistakes_2.yaml
-broken.NOT_NORMALISED.update(more_rewards.NOT_NORMALISED)
-broken.PROMPTS.update(more_rewards.PROMPTS)
-broken.MODELS.update(more_models.MODELS)
-HALVES = ("work", "measure", "work_2", "measure_2")  # of the two lists
+for rewards, models in ((more_rewards, more_models), (third_rewards, third_models)):  # of the lists after the first
+    broken.REWARDS.update(rewards.REWARDS)
+    broken.NOT_NORMALISED.update(rewards.NOT_NORMALISED)
+    broken.PROMPTS.update(rewards.PROMPTS)
+    broken.MODELS.update(models.MODELS)
+HALVES = tuple(f"{half}{of.suffix}" for of in split.LISTS for half in ("work", "measure"))
 QUESTIONS, EVERY = 80, 128  # of an exam on the way, and episodes between two
 KEPT = ("trainer_state.json", "run.json", "diagnostics.json")  # what read_run reads
 

@@ -41,6 +41,10 @@ FIRST = Listed("mistakes.yaml", "", 24_112_026, 20)
 # Written once the rules had been made with both halves of the first, by authors who had not seen a rule.
 SECOND = Listed("mistakes_2.yaml", "_2", 28_112_026, 10)
 
+# By other authors, once both halves of the second had been read.
+THIRD = Listed("mistakes_3.yaml", "_3", 28_112_027, 10)
+LISTS = (FIRST, SECOND, THIRD)
+
 
 def groups(of: Listed) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Mistakes by kind and group. A mistake is {"settings": ...}, {"reward": ...}, {"prompts": ...} or {"model": ...}
@@ -95,7 +99,7 @@ def _pairs(half: dict[str, list[dict[str, Any]]], count: int, draw: random.Rando
 
 
 def main() -> None:
-    made = halves(FIRST) | halves(SECOND)
+    made = {name: half for of in LISTS for name, half in halves(of).items()}
     (HERE / "halves.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     for name, half in made.items():
         print(f"{name}: {len(half['groups'])} groups, {sum(map(len, half['groups'].values()))} mistakes")

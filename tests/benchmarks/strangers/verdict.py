@@ -75,7 +75,7 @@ def as_plain(top: Explained) -> Root:
 # Whether that is true ------------------------------------------------------------------------------------------------
 
 
-TRUTHS = ("truth.yaml", "truth_2.yaml")  # of mistakes.yaml and mistakes_2.yaml
+TRUTHS = ("truth.yaml", "truth_2.yaml", "truth_3.yaml")  # of mistakes.yaml and its followers
 
 
 def read_truth() -> tuple[Truth, Truth]:
