@@ -80,19 +80,24 @@ class Forks:
         config = run.config if run is not None else {}
         self._of_model = {known: config[known] for known in OF_MODEL if known in config}
         self._without: dict[tuple[str, Path | None, str], Fork] = {}
+        self._latest: dict[tuple[Path | None, str], Fork] = {}  # with the changes that stand there
         self._made = 0
 
     def without(self, finding: Finding, checkpoint: Path | None, most: int | None, kept: Mapping[str, Any]) -> Fork:
         """As the run was but for what is `kept`, until the problem is there and half as long again, at most `most`
         logs."""
         place = finding.name, checkpoint, repr(kept)
+        earlier = self._latest.get((checkpoint, repr(kept)))
+        if earlier is not None and is_shown(finding, diagnose(earlier.log, self.limits)):
+            return earlier
         if place not in self._without:
             self._without[place] = self._run(dict(kept), checkpoint, finding, most)
         return self._without[place]
 
     def with_(self, changes: Mapping[str, Any], checkpoint: Path | None, logs: int) -> Fork:
         """With `changes`, for as many `logs` in all."""
-        return self._run(dict(changes), checkpoint, None, logs)
+        fork = self._latest[checkpoint, repr(changes)] = self._run(dict(changes), checkpoint, None, logs)
+        return fork
 
     def _run(self, changes: dict[str, Any], checkpoint: Path | None, finding: Finding | None, most: int | None) -> Fork:
         self._made += 1

@@ -115,8 +115,9 @@ def try_remedies(
 
     Both forks have the same seeds and begin at the same place: at the last checkpoint before the first sign of the
     problem, where `run` and `run_dir` are given and the settings can change there; else at the start. The one without
-    a remedy runs until the problem is there, both run half as long again, and what `diagnose` says then decides. The
-    learning rate's schedule is that of a whole run. Forks of a reward model or of DPO are evaluated when `run` was, and
+    a remedy runs until the problem is there, both run half as long again, and what `diagnose` says then decides. What
+    cures is then shown over as many logs as a fork may have: another problem may take longer to come. The learning
+    rate's schedule is that of a whole run. Forks of a reward model or of DPO are evaluated when `run` was, and
     at their end; others only where a finding is one of the held-out prompts.
 
     Args:
@@ -149,11 +150,14 @@ def try_remedies(
         patient.seen.append(root.finding.name)
         tried, log = patient.tries(root)
         trials += tried
-        if tried and tried[-1].verdict in HELPED:
-            patient.kept, found = tried[-1].changes, diagnose(log, limits)
-            names = {one.name for one in found}
-            waiting = [one for one in waiting if one.severity == "problem" or one.finding.name in names]
-            waiting += roots(found)
+        if not tried or tried[-1].verdict not in HELPED:
+            continue
+        if tried[-1].verdict == "cured":
+            trials[-1], log = patient.confirmed(tried[-1], log)
+        patient.kept, found = trials[-1].changes, diagnose(log, limits)
+        names, whole = {one.name for one in found}, patient.is_whole(log)
+        later = [one for one in waiting if one.finding.name in names or (one.severity == "problem" and not whole)]
+        waiting = later + roots(found)
     _write(folder, trials)
     return trials
 
@@ -202,6 +206,23 @@ class _Patient:
             fresh = [one for one in further if self.kept | one not in tried and len(trials) < MOST]
             waiting = fresh + waiting
         return trials, log
+
+    def is_whole(self, log: RunLog) -> bool:
+        """Whether a fork is as long as forks may be, so that what is not there will not come."""
+        return self.most is not None and len(log.rows) >= self.most
+
+    def confirmed(self, trial: Trial, log: RunLog) -> tuple[Trial, RunLog]:
+        """The cure over as many logs as a fork may have: a problem may take longer to come than the one that went."""
+        if self.most is None or self.is_whole(log):
+            return trial, log
+        checkpoint = self.run_dir / f"checkpoint-{trial.start}" if self.run_dir is not None and trial.start else None
+        with_ = self.forks.with_(trial.changes, checkpoint, self.most)
+        left = [one.name for one in diagnose(with_.log, self.limits) if one.severity == "problem"]
+        verdict = "worse" if with_.died else "in part" if left else "cured"
+        after = _after(with_.log, trial.metric, trial.start)
+        trial = replace(trial, verdict=verdict, left=left, died=with_.died, with_=after)
+        logger.info("%s", trial)
+        return trial, with_.log
 
     def _further(self, finding: Finding, trials: list[Trial], log: RunLog) -> tuple[list[Trial], RunLog]:
         """Go on in the same direction for as long as the run learns more by it: a finding is gone at once where a
