@@ -13,7 +13,7 @@ import torch
 from transformers import set_seed
 
 from tests.unit.test_diagnostics import CONFIG, HEALTHY, SICK, rows
-from trl_ext.diagnostics import Limits, RunLog, diagnose, try_remedies
+from trl_ext.diagnostics import Limits, RunLog, Suspect, diagnose, try_remedies
 from trl_ext.diagnostics.forks import checkpoint_before
 from trl_ext.diagnostics.remedies import stand_ins
 from trl_ext.diagnostics.trial import first_sign, judged
@@ -119,7 +119,7 @@ def test_a_remedy_that_cures(tmp_path: Path) -> None:
     (told,) = json.loads((tmp_path / "trial" / "trial.json").read_text())
     assert told["verdict"] == "cured" and len(told["with"]["values"]) == 12
     html = (tmp_path / "trial" / "trial.html").read_text()
-    assert "steps_too_small: cured by <code>learning_rate: 0.0003</code>" in html and html.count("<polyline") == 2
+    assert "steps_too_small: cured by <code>learning_rate=0.0003</code>" in html and html.count("<polyline") == 2
 
 
 def test_a_remedy_that_does_not_go_far_enough_is_followed_by_what_the_fork_says(tmp_path: Path) -> None:
@@ -224,6 +224,23 @@ def blamed(kind: type[Pretender], folder: Path) -> tuple[list[Any], Clinic]:
     findings = [one for one in diagnose(run) if one.name == "score_not_repeatable"]
     assert findings and not findings[0].remedy.changes
     return try_remedies(clinic, findings, folder, run), clinic
+
+
+def test_a_remedy_that_the_trainer_refuses_is_passed_over(tmp_path: Path) -> None:
+    (found,) = [one for one in findings_at(1e-6) if one.name == "steps_too_small"]
+    changes = {"num_mini_batches": 64}
+    found = replace(found, remedy=replace(found.remedy, changes=changes), suspects=())
+    other = Suspect(cause="the rate is low", experiment="it learns.", changes={"learning_rate": 1e-3})
+    clinic = Clinic(learning_rate=1e-6)
+
+    def refusing(settings: dict[str, Any]) -> Pretender:
+        if "num_mini_batches" in settings:
+            raise ValueError("too few prompts for one rollout")
+        return clinic(settings)
+
+    assert try_remedies(refusing, [found], tmp_path / "none") == []
+    (trial,) = try_remedies(refusing, [replace(found, suspects=(other,))], tmp_path / "other")
+    assert trial.verdict == "cured" and trial.changes == {"learning_rate": 1e-3}
 
 
 def test_a_cure_after_which_another_problem_comes_later_is_one_in_part(tmp_path: Path) -> None:

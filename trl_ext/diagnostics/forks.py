@@ -95,8 +95,16 @@ class Forks:
         return self._without[place]
 
     def with_(self, changes: Mapping[str, Any], checkpoint: Path | None, logs: int) -> Fork:
-        """With `changes`, for as many `logs` in all."""
-        fork = self._latest[checkpoint, repr(changes)] = self._run(dict(changes), checkpoint, None, logs)
+        """With `changes`, for as many `logs` in all.
+
+        Raises:
+            CannotBe: no such fork can be made; its settings may contradict the others, or the data.
+        """
+        try:
+            fork = self._run(dict(changes), checkpoint, None, logs)
+        except (ValueError, RuntimeError) as error:
+            raise CannotBe(str(error)) from error
+        self._latest[checkpoint, repr(changes)] = fork
         return fork
 
     def _run(self, changes: dict[str, Any], checkpoint: Path | None, finding: Finding | None, most: int | None) -> Fork:
@@ -172,19 +180,19 @@ class _Watch:
         return Watching()
 
 
-class NoStandIn(Exception):
-    """This trainer has nothing that could stand in for a part."""
+class CannotBe(Exception):
+    """The run cannot be had with these changes: the trainer refuses them, or has nothing that could stand in."""
 
 
 def exchange(trainer: Any, changes: Mapping[str, Any]) -> None:
     """Put stand-ins where `changes` name them.
 
     Raises:
-        NoStandIn: the trainer has none.
+        CannotBe: the trainer has none.
     """
     for part in STAND_INS.keys() & changes:
         if not (hasattr(trainer, "exchange") and trainer.exchange(part)):
-            raise NoStandIn(part)
+            raise CannotBe(f"there is nothing that could stand in for {part}")
 
 
 def scale_learning_rate(optimizer: Any, scheduler: Any, factor: float) -> None:

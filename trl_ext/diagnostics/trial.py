@@ -15,7 +15,7 @@ from markupsafe import Markup
 from trl_ext.diagnostics.catalogue import diagnose
 from trl_ext.diagnostics.charts import Line, line_chart, number
 from trl_ext.diagnostics.finding import Finding
-from trl_ext.diagnostics.forks import Forks, MakeTrainer, NoStandIn, checkpoint_before, is_shown, severe, step_of
+from trl_ext.diagnostics.forks import CannotBe, Forks, MakeTrainer, checkpoint_before, is_shown, severe, step_of
 from trl_ext.diagnostics.graph import Explained, roots
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog, Series
@@ -80,6 +80,11 @@ class Trial:
         parts = [f"{value} in the place of {name}" for name, value in self.changes.items() if name in STAND_INS]
         return ", ".join([*settings, *parts])
 
+    @property
+    def told(self) -> str:
+        """The verdict in words."""
+        return "cured in part" if self.verdict == "in part" else self.verdict
+
     def __str__(self) -> str:
         if self.verdict == "not seen":
             return (
@@ -92,8 +97,7 @@ class Trial:
         new = f" New: {', '.join(self.new)}." if self.new else ""
         left = f" Still there: {', '.join(self.left)}." if self.left else ""
         died = f" It died: {self.died}" if self.died else ""
-        verdict = "cured in part" if self.verdict == "in part" else self.verdict
-        return f"{self.finding}: {verdict} by {self.by}, after {self.logs} logs.{figures}{new}{left}{died}"
+        return f"{self.finding}: {self.told} by {self.by}, after {self.logs} logs.{figures}{new}{left}{died}"
 
 
 def try_remedies(
@@ -192,7 +196,8 @@ class _Patient:
             changes = waiting.pop(0)
             try:
                 trial, log = self._tried(finding, self.kept | changes)
-            except NoStandIn:
+            except CannotBe as why:
+                logger.info("%s is not tried with %s: %s", finding.name, changes, why)
                 continue
             if trial.verdict == "not seen":
                 # With what helped before, it went along.
@@ -229,7 +234,10 @@ class _Patient:
         setting is half right."""
         stronger = STRONGER.get(finding.name, lambda log: {})
         while len(trials) < MOST and (more := stronger(log)):
-            trial, further = self._tried(finding, trials[-1].changes | more)
+            try:
+                trial, further = self._tried(finding, trials[-1].changes | more)
+            except CannotBe:
+                break
             if trial.verdict not in HELPED or not _learns_more(further, log):
                 break
             trials[-1] = replace(trials[-1], verdict="in part", left=[finding.name])
