@@ -226,6 +226,24 @@ def blamed(kind: type[Pretender], folder: Path) -> tuple[list[Any], Clinic]:
     return try_remedies(clinic, findings, folder, run), clinic
 
 
+class Traded(Pretender):
+    """A rate that no longer is too small cuts completions off, which a penalty mends."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        cut = SICK["truncation"] if settings.get("missing_eos_penalty") is None else {}
+        sick = SICK["steps_too_small"] if settings["learning_rate"] < 1e-4 else cut
+        self.history = rows(LENGTH, **{**HEALTHY, **sick})
+
+
+def test_a_remedy_that_brings_another_problem_is_followed_by_that_ones_remedy(tmp_path: Path) -> None:
+    (found,) = [one for one in findings_at(1e-6) if one.name == "steps_too_small"]
+    first, second = try_remedies(Clinic(Traded, learning_rate=1e-6), [found], tmp_path / "trial")
+    assert (first.verdict, first.new) == ("worse", ["truncation"])
+    assert (second.finding, second.verdict) == ("truncation", "cured")
+    assert second.changes["learning_rate"] == 3e-4 and second.changes["missing_eos_penalty"] is not None
+
+
 def test_a_remedy_that_the_trainer_refuses_is_passed_over(tmp_path: Path) -> None:
     (found,) = [one for one in findings_at(1e-6) if one.name == "steps_too_small"]
     changes = {"num_mini_batches": 64}
@@ -300,7 +318,7 @@ def test_stand_ins_are_offered_where_the_run_has_them() -> None:
 def test_a_remedy_that_makes_it_worse(rate: float, words: str, tmp_path: Path) -> None:
     (found,) = [one for one in findings_at(1e-6) if one.name == "steps_too_small"]
     found = replace(found, remedy=replace(found.remedy, changes={"learning_rate": rate}))
-    (trial,) = try_remedies(Clinic(learning_rate=1e-6), [found], tmp_path / "trial")
+    trial, *_ = try_remedies(Clinic(learning_rate=1e-6), [found], tmp_path / "trial")
     assert trial.verdict == "worse" and words in str(trial)
 
 
@@ -458,10 +476,15 @@ def test_verdicts() -> None:
     cut = RunLog.of(rows(**{**HEALTHY, **SICK["truncation"]}), CONFIG)
     both = RunLog.of(rows(**{**SMALL, **SICK["truncation"]}), CONFIG)
     limits = Limits()
-    assert judged("steps_too_small", small, healthy, "", limits) == ("cured", [], [])
-    assert judged("steps_too_small", small, small, "", limits) == ("not cured", [], [])
-    assert judged("steps_too_small", small, cut, "", limits) == ("worse", ["truncation"], [])
-    assert judged("steps_too_small", both, cut, "", limits) == ("in part", [], ["truncation"]), "it was there before"
-    assert judged("steps_too_small", small, healthy, "OutOfMemory", limits)[0] == "worse"
+    (found,) = [one for one in diagnose(small) if one.name == "steps_too_small"]
+    assert judged(found, small, healthy, "", limits) == ("cured", [], [])
+    assert judged(found, small, small, "", limits) == ("not cured", [], [])
+    assert judged(found, small, cut, "", limits) == ("worse", ["truncation"], [])
+    assert judged(found, both, cut, "", limits) == ("in part", [], ["truncation"]), "it was there before"
+    assert judged(found, small, healthy, "OutOfMemory", limits)[0] == "worse"
+    unlearned = {"val/explained_variance": 0.0}
+    blind, still = (RunLog.of(rows(**{**one, **unlearned}), CONFIG) for one in (SMALL, HEALTHY))
+    assert judged(found, blind, still, "", limits) == ("in part", [], ["value_not_learning"]), "it followed, and stays"
     blamed, usual = (RunLog.of(rows(**STILL), {**CONFIG, "adam_epsilon": value}) for value in (1.0, 1e-5))
-    assert judged("unusual_settings", blamed, usual, "", limits)[0] == "not cured", "the score stays as it is"
+    (setting,) = [one for one in diagnose(blamed) if one.name == "unusual_settings"]
+    assert judged(setting, blamed, usual, "", limits)[0] == "not cured", "the score stays as it is"

@@ -46,7 +46,11 @@ def _try(chosen: Namespace, log: diagnostics.RunLog, findings: Sequence[diagnost
     trials = diagnostics.try_remedies(trainer_maker(run), findings, folder, log, run, chosen.logs)
     for trial in trials:
         print(trial)
-    print("Nothing was tried: no problem was found whose remedy a trial can show." if not trials else folder / "trial.html")
+    print(
+        "Nothing was tried: no problem was found whose remedy a trial can show."
+        if not trials
+        else folder / "trial.html"
+    )
 
 
 def explain(chosen: Namespace) -> int:

@@ -154,12 +154,14 @@ def try_remedies(
         patient.seen.append(root.finding.name)
         tried, log = patient.tries(root)
         trials += tried
-        if not tried or tried[-1].verdict not in HELPED:
+        # Where the last remedy took the finding away and brought another, that one may have a remedy of its own.
+        traded = bool(tried) and tried[-1].verdict == "worse" and root.finding.name not in _names(log, limits)
+        if not tried or tried[-1].died or not (traded or tried[-1].verdict in HELPED):
             continue
         if tried[-1].verdict == "cured":
             trials[-1], log = patient.confirmed(tried[-1], log)
         patient.kept, found = trials[-1].changes, diagnose(log, limits)
-        names, whole = {one.name for one in found}, patient.is_whole(log)
+        names, whole = _names(log, limits), patient.is_whole(log)
         later = [one for one in waiting if one.finding.name in names or (one.severity == "problem" and not whole)]
         waiting = later + roots(found)
     _write(folder, trials)
@@ -206,10 +208,10 @@ class _Patient:
             if trial.verdict in HELPED:
                 return self._further(finding, trials, log)
             # A remedy that did not go far enough: what the doctor says of the fork goes further.
-            told = [one.remedy.changes for one in diagnose(log, self.limits) if one.name == finding.name]
+            found = diagnose(log, self.limits)
+            told = [one.remedy.changes for one in found if one.name == finding.name]
             further, tried = [changes | one for one in told if one], [one.changes for one in trials]
-            fresh = [one for one in further if self.kept | one not in tried and len(trials) < MOST]
-            waiting = fresh + waiting
+            waiting = [one for one in further if self.kept | one not in tried and len(trials) < MOST] + waiting
         return trials, log
 
     def is_whole(self, log: RunLog) -> bool:
@@ -266,20 +268,20 @@ class _Patient:
         exchanged = bool(STAND_INS.keys() & changes)
         long = exchanged or finding.name in STRONGER
         with_ = self.forks.with_(changes, checkpoint, max(rows, LEARNS) if long else rows)
-        verdict, new, left = judged(finding.name, without.log, with_.log, with_.died, self.limits)
+        verdict, new, left = judged(finding, without.log, with_.log, with_.died, self.limits)
         if exchanged and not with_.died:
-            verdict, new, left = self._with_stand_in(finding, verdict, with_.log)
+            verdict, new, left = self._with_stand_in(finding, with_.log)
         after = _after(with_.log, metric, start)
         trial = replace(trial, changes=changes, verdict=verdict, with_=after, new=new, left=left, died=with_.died)
         logger.info("%s", trial)
         return trial, with_.log
 
-    def _with_stand_in(self, finding: Finding, verdict: str, log: RunLog) -> tuple[str, list[str], list[str]]:
+    def _with_stand_in(self, finding: Finding, log: RunLog) -> tuple[str, list[str], list[str]]:
         """The verdict where something stands in for what was blamed. What was blamed takes its finding along, whatever
         else is wrong: the run must learn, too. A problem that comes to light was hidden; what is known to be good made
         none."""
         found = diagnose(log, self.limits)
-        if verdict == "not cured" or finding.name in {one.name for one in found}:
+        if finding.name in {one.name for one in found}:
             return "not cured", [], []
         problems = [one.name for one in found if one.severity == "problem"]
         if not problems and _learned(log).ever_rose(self.limits.noticeable):
@@ -290,6 +292,10 @@ class _Patient:
         if self.run is None or self.run_dir is None or FIXED_AT_START & set(changes):
             return None
         return checkpoint_before(self.run_dir, first_sign(self.run, finding.name, self.limits, finding.severity))
+
+
+def _names(log: RunLog, limits: Limits) -> set[str]:
+    return {one.name for one in diagnose(log, limits)}
 
 
 def _learned(log: RunLog) -> Series:
@@ -304,22 +310,25 @@ def _learns_more(log: RunLog, other: RunLog) -> bool:
     return mine.recent() - others.recent() > max(mine.noise(), others.noise())
 
 
-def judged(name: str, without: RunLog, with_: RunLog, died: str, limits: Limits) -> tuple[str, list[str], list[str]]:
-    """The verdict on a remedy for the finding `name`, the problems that came with it, and those that stay beside it.
+def judged(
+    finding: Finding, without: RunLog, with_: RunLog, died: str, limits: Limits
+) -> tuple[str, list[str], list[str]]:
+    """The verdict on a remedy for a finding, the problems that came with it, and what stays beside it.
 
-    What followed from the finding must go with it: a setting that is usual again is no cure of what it was blamed for.
+    What followed from the finding is to go with it. Where some of that stays, a setting that is blamed was blamed
+    wrongly: it is usual again, whatever it was to make.
     """
-    before = diagnose(without, limits)
-    known = {finding.name for finding in before}
-    to_go = {name, *(one.finding.name for top in roots(before) if top.finding.name == name for one in top)}
-    found = diagnose(with_, limits)
-    problems = [finding.name for finding in found if finding.severity == "problem"]
-    new = [problem for problem in problems if problem not in known]
+    before, found = diagnose(without, limits), [one.name for one in diagnose(with_, limits)]
+    known = {one.name for one in before}
+    tops = [top for top in roots(before) if top.finding.name == finding.name]
+    followed = {one.finding.name for top in tops for one in top} - {finding.name}
+    problems = [one.name for one in diagnose(with_, limits) if one.severity == "problem"]
+    new = [name for name in problems if name not in known]
     if died or new:
         return "worse", new, []
-    if to_go & {finding.name for finding in found}:
+    if finding.name in found or (finding.explains and followed & set(found)):
         return "not cured", [], []
-    left = list(dict.fromkeys(problems))
+    left = [name for name in found if name in followed or name in problems]
     return ("in part" if left else "cured"), [], left
 
 
