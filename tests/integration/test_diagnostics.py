@@ -285,6 +285,17 @@ def test_a_yardstick_that_is_no_function() -> None:
     with pytest.raises(ValueError, match="yardstick is 'exact': pass a function"):
         DiagnosticsCallback(yardstick="exact")
 
+    async def asked_of_a_server(prompts, completions, completion_ids):
+        return [1.0] * len(prompts)
+
+    for yardstick, words in (
+        (asked_of_a_server, "asked_of_a_server is asynchronous"),
+        (lambda prompts, completions, answer, **_: [1.0], "asks for 'answer', and is called with prompts, completions"),
+        (lambda completions: [1.0], "takes completions, and is called with"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            DiagnosticsCallback(yardstick=yardstick)
+
 
 def test_a_yardstick_that_leaves_completions_out(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path)

@@ -155,6 +155,7 @@ ROWS = [
     Row("a module that is not there", "ppo", "--reward_funcs no_such_module.reward", "The reward function 'no_such_module.reward' cannot be imported"),
     Row("a yardstick that is not there", "ppo", "--yardstick trl_ext.demo.nothing", "'trl_ext.demo.nothing' cannot be imported"),
     Row("a yardstick that is no path", "ppo", "--yardstick exact", "yardstick is 'exact': pass a function"),
+    Row("a yardstick that wants a column", "ppo", "--yardstick trl_ext.demo.rate", "yardstick rate asks for 'capital'"),
     Row("a function that is not there", "ppo", "--reward_funcs trl_ext.rewards.nothing", "The reward function 'trl_ext.rewards.nothing' cannot be imported"),
     Row("a number for a function", "ppo", "--reward_funcs bad_rewards.NUMBER", "callable"),
     Row("a function that raises", "ppo", "--reward_funcs bad_rewards.raises", "Reward function 'raises' raised ZeroDivisionError"),

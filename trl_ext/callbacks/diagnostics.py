@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import inspect
 import json
 import logging
 import math
@@ -38,6 +39,7 @@ MAX_DATA_ROWS = 5_000  # of a reward model's data
 MAX_SAMPLES = 400  # of rollouts; those of evaluations are not limited
 
 PLACES = 64  # by which scores are looked for on other rows
+JUDGED = ("prompts", "completions", "completion_ids")  # what a yardstick is called with
 Yardstick = Callable[..., Sequence[float | None]]
 
 
@@ -72,6 +74,8 @@ class DiagnosticsCallback(RolloutCallback):
             raise ValueError(
                 f"yardstick is {yardstick!r}: pass a function, or in a recipe its dotted path (module.function)."
             )
+        if yardstick is not None:
+            _check_yardstick(yardstick)
         self.on_problem, self.yardstick, self.limits, self.rules = on_problem, yardstick, limits, rules
         self.findings: list[Finding] = []
         """Each finding once, as it was when first made."""
@@ -249,6 +253,30 @@ class DiagnosticsCallback(RolloutCallback):
                     self._config["rate_changed"] = self._state["rate_changed"] = True
                     self._write_settings(args, state)
                     logger.warning("%s: learning_rate is multiplied by %.3g.", finding.name, value / args.learning_rate)
+
+
+def _check_yardstick(yardstick: Yardstick) -> None:
+    """Refuse one that could not be called.
+
+    Raises:
+        ValueError: it is asynchronous, or asks for more than it is called with.
+    """
+    name = getattr(yardstick, "__name__", type(yardstick).__name__)
+    if inspect.iscoroutinefunction(yardstick) or inspect.iscoroutinefunction(type(yardstick).__call__):
+        raise ValueError(f"yardstick {name} is asynchronous: give a function that returns its verdicts.")
+    try:
+        parameters = inspect.signature(yardstick).parameters.values()
+    except (TypeError, ValueError):  # a callable that Python cannot look into
+        return
+    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    taken = {p.name for p in parameters if p.kind not in starred}
+    asked = [p.name for p in parameters if p.kind not in starred and p.default is p.empty and p.name not in JUDGED]
+    if asked or not (set(JUDGED) <= taken or any(p.kind is p.VAR_KEYWORD for p in parameters)):
+        what = f"asks for {asked[0]!r}" if asked else f"takes {', '.join(taken) or 'nothing'}"
+        raise ValueError(
+            f"yardstick {name} {what}, and is called with {', '.join(JUDGED)}: give it these and **kwargs, and let it "
+            "find a row's further columns by its prompt."
+        )
 
 
 def _as_consequence(finding: Finding, edge: Edge) -> str:
