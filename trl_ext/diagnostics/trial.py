@@ -163,7 +163,7 @@ def try_remedies(
         patient.kept, found = trials[-1].changes, diagnose(log, limits)
         names, whole = _names(log, limits), patient.is_whole(log)
         later = [one for one in waiting if one.finding.name in names or (one.severity == "problem" and not whole)]
-        waiting = later + roots(found)
+        waiting = later + (roots(found) if trials[-1].verdict != "cured" else [])
     _write(folder, trials)
     return trials
 
