@@ -4,7 +4,7 @@ blame, as `trl_ext.diagnostics.try_remedies` makes it."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 from datasets import Dataset
 
@@ -12,11 +12,8 @@ from trl_ext.callbacks import DiagnosticsCallback
 from trl_ext.generation import TransformersGenerator
 from trl_ext.ppo.building import build_scorer
 
-if TYPE_CHECKING:
-    from trl_ext.ppo.trainer import PPOTrainer
 
-
-def score_by_yardstick(trainer: PPOTrainer) -> bool:
+def score_by_yardstick(trainer: Any) -> bool:
     """Have the doctor's yardstick give the scores, alone."""
     callbacks = [one for one in trainer.callback_handler.callbacks if isinstance(one, DiagnosticsCallback)]
     yardsticks = [one.yardstick for one in callbacks if one.yardstick is not None]
@@ -26,7 +23,7 @@ def score_by_yardstick(trainer: PPOTrainer) -> bool:
     return bool(yardsticks)
 
 
-def train_on_held_out(trainer: PPOTrainer) -> bool:
+def train_on_held_out(trainer: Any) -> bool:
     """Train on the held-out prompts, over and over until they are as many as those in whose place they stand. They must
     fill a rollout."""
     rows, held_out, args = trainer.train_dataset, trainer.eval_dataset, trainer.args
@@ -37,7 +34,7 @@ def train_on_held_out(trainer: PPOTrainer) -> bool:
     return True
 
 
-def answer_plainly(trainer: PPOTrainer) -> bool:
+def answer_plainly(trainer: Any) -> bool:
     """Have the base itself answer, by Transformers' `generate`."""
     args, base = trainer.args, trainer.base
     if type(trainer.collector.generator) is TransformersGenerator or args.rollouts_ahead:
@@ -48,8 +45,9 @@ def answer_plainly(trainer: PPOTrainer) -> bool:
     return True
 
 
-# By the argument of PPOTrainer in whose place something stands; each returns whether there is such a thing here.
-EXCHANGES: dict[str, Callable[[PPOTrainer], bool]] = {
+# By the argument of PPOTrainer in whose place something stands; each takes a PPOTrainer, and returns whether there is
+# such a thing here.
+EXCHANGES: dict[str, Callable[[Any], bool]] = {
     "reward_funcs": score_by_yardstick,
     "train_dataset": train_on_held_out,
     "generator": answer_plainly,
