@@ -113,7 +113,6 @@ EDGES: tuple[Edge, ...] = (
     *_edges(
         "score_ignores_prompt",
         HACKING,
-        score_unrelated="What stands for good answers depends on what was asked.",
         mode_collapse="One completion is as good for every prompt.",
         entropy_collapse="One completion is as good for every prompt.",
         constant_scores="One completion for every prompt has one score.",
@@ -143,6 +142,7 @@ EDGES: tuple[Edge, ...] = (
     *_edges(
         "score_unrelated",
         HACKING,
+        score_ignores_prompt="What it stands for depends on what was asked, and what is scored does not.",
         over_optimisation="What raises the score has nothing to do with what it was to stand for.",
         scores_alike="What something else is given for may be had by nearly all, or by hardly any.",
         constant_scores="What something else is given for may be had by all.",

@@ -88,7 +88,10 @@ def score_ignores_prompt(log: RunLog, limits: Limits, findings: Sequence[Finding
             f"{moved.start():.1%} of what unrelated scores differ by."
         ),
         figures={"moved": moved.start()},
-        cause="the reward function reads the completion alone, so what is good for one prompt is good for all.",
+        cause=(
+            "the reward function reads the completion alone, so what is good for one prompt is good for all; or it holds "
+            "completions against a reference that none of them meets, and only their form is left to score."
+        ),
         remedy=Remedy(
             text="Let it read the prompt, or a column that goes with it; else hold the policy nearer to the reference.",
             code="print(reward_func(prompts=[p, other], completions=[answer, answer]))",
