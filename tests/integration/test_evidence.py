@@ -181,6 +181,35 @@ def test_noise_does_not_repeat(tmp_path: Path) -> None:
     assert measured(trainer_for(tmp_path / "cats", total_episodes=8), "noise/cats") == []
 
 
+def by_place(prompts: list[str], **_: Any) -> list[float]:
+    return [float(place) for place in range(len(prompts))]
+
+
+def by_chance(prompts: list[str], **_: Any) -> list[float]:
+    return [random.gauss(0, 1) for _ in prompts]
+
+
+def by_others(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """What all completions of a batch say counts against each of them."""
+    own = [text.count("a") + len(text) / 10 for text in completions]
+    return [one - sum(own) / 4 for one in own]
+
+
+@pytest.mark.parametrize(
+    ("function", "chance", "place"), [(by_place, False, True), (by_chance, True, True), (by_others, False, False)]
+)
+def test_what_does_not_repeat_is_taken_apart(function: Any, chance: bool, place: bool, tmp_path: Path) -> None:
+    """By chance, by the places of rows, or by who else is scored."""
+    trainer = trainer_for(tmp_path, function, per_device_train_batch_size=32, total_episodes=32)
+    trainer.train()
+    name = function.__name__
+    (differs,) = measured(trainer, f"noise/{name}")
+    (of_chance,), (of_place,) = (measured(trainer, f"noise_{kind}/{name}") for kind in ("by_chance", "by_place"))
+    assert differs > 0.2
+    assert (of_chance > 0.2) == chance and (of_place > 0.2) == place
+    assert chance or of_chance == 0.0
+
+
 @pytest.mark.parametrize("kind", ["awaited", "once_only"])
 def test_a_function_that_may_be_costly_is_not_called_for_a_measurement(kind: str, tmp_path: Path) -> None:
     function, calls = rewarding(kind)

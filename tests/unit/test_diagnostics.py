@@ -93,6 +93,9 @@ HEALTHY: dict[str, Any] = {
 }
 CONFIG = {"learning_rate": 1e-3, "max_completion_length": 16, "rollout_batch_size": 64, "kl_coef": 0.4}
 
+# A judge whose scores are those of places.
+PLACED = {"evidence/noise/judge": 0.9, "evidence/noise_by_place/judge": 0.9, "evidence/noise_by_chance/judge": 0.0}
+
 SICK: dict[str, dict[str, Any]] = {
     "sampling_differs": {"val/sampling_gap": -0.05, "val/sampling_gap_z": -4.0},
     "negative_kl": {"objective/kl": -0.8, "objective/kl_std": 0.5},
@@ -232,6 +235,8 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("rate_off_schedule", {"learning_rate": lambda t: 1e-3 * (1 + 0.9 * t)}, {}),
     ("score_unrelated", {"agreement/exact": -0.9}, {}),  # that is score_opposed
     ("score_misaligned", {"agreement_shifted/exact": 0.5}, {}),
+    ("score_misaligned", {"agreement_shifted/exact": 0.1, **PLACED, "evidence/noise_by_place/judge": 0.3}, {}),
+    ("score_misaligned", {"agreement_shifted/exact": 0.1, **PLACED, "evidence/noise_by_chance/judge": 0.9}, {}),
     ("score_misaligned", {"agreement/exact": 0.3}, {}),  # prompts alike: other rows' verdicts are its own
     ("value_starts_far_off", {"loss/value_avg": lambda t: 10 * (1 - t / 2)}, {}),  # 4.5, and scores lie 1 from 0
     ("value_starts_far_off", {"objective/scores": lambda t: 10 + t}, {}),  # whose own distance is as far: score_scale
@@ -1157,3 +1162,53 @@ def test_folders_without_a_run(
 def test_a_missing_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "nowhere"]) == 1
     assert capsys.readouterr().err == "trl-ext: error: The run folder 'nowhere' does not exist.\n"
+
+
+def told(**metrics: Any) -> dict[str, Any]:
+    return {one.name: one for one in diagnose(RunLog.of(rows(**{**HEALTHY, **metrics}), CONFIG))}
+
+
+def test_scores_that_go_with_the_place_belong_to_other_rows() -> None:
+    """In the same order they repeat, in another one they do not."""
+    found = told(**PLACED)["score_misaligned"]
+    assert found.severity == "problem" and "their places decide" in found.evidence
+    (top, *_) = roots(list(told(**PLACED).values()))
+    assert top.finding.name == "score_misaligned", "that they do not repeat follows from it"
+    assert "score_misaligned" not in told(**{**PLACED, "evidence/noise_by_chance/judge": 0.9})
+
+
+def test_scores_that_are_compared_with_their_neighbours_are_no_noise() -> None:
+    by_chance = told(**{**PLACED, "evidence/noise_by_chance/judge": 0.9})["score_not_repeatable"]
+    compared = told(**{**PLACED, "evidence/noise_by_place/judge": 0.0})["score_not_repeatable"]
+    unknown = told(**{"evidence/noise/judge": 0.9})["score_not_repeatable"]
+    assert (by_chance.severity, compared.severity, unknown.severity) == ("problem", "warning", "problem")
+    assert "beside other ones" in compared.title and "beside it" in compared.cause
+    assert "draws random numbers" in by_chance.cause and "draws random numbers" in unknown.cause
+
+
+@pytest.mark.parametrize(
+    ("kind", "kwargs", "is_told"),
+    [
+        ("reduce_lr_on_plateau", None, True),
+        ("warmup_stable_decay", {"num_decay_steps": 8}, True),
+        ("cosine_with_restarts", None, False),
+        ("cosine", {"num_cycles": 2}, False),
+    ],
+)
+def test_a_rate_that_ends_early_is_told_whatever_the_schedule_is_called(
+    kind: str, kwargs: dict[str, Any] | None, is_told: bool
+) -> None:
+    config = {**CONFIG, "lr_scheduler_type": kind, "lr_scheduler_kwargs": kwargs, "max_steps": 128}
+    log = RunLog.of(rows(**{**HEALTHY, "learning_rate": lambda t: 1e-3 * max(0.0, 1 - 3 * t)}), config)
+    found = {one.name: one for one in diagnose(log)}.get("rate_off_schedule")
+    assert (found is not None) == is_told
+    if found is not None:
+        assert found.remedy.changes == {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None}
+
+
+def test_a_setting_that_its_finding_names_is_not_blamed_by_another() -> None:
+    """kl_drowns_score says what kl_coef should be, also where another cause comes first."""
+    sick = {**SICK["kl_drowns_score"], "evidence/noise/judge": 0.9, "val/explained_variance": 0.0}
+    log = RunLog.of(rows(**{**HEALTHY, **sick}), {**CONFIG, "kl_coef": 10.0})
+    names = [top.finding.name for top in roots(diagnose(log))]
+    assert "kl_drowns_score" in names and "unusual_settings" not in names

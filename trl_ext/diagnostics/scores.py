@@ -10,6 +10,7 @@ from trl_ext.diagnostics.distributions import stronger, weaker
 from trl_ext.diagnostics.finding import Finding, Remedy, Suspect
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import AGREEMENT, SHIFTED, RunLog, Series
+from trl_ext.diagnostics.signal import differs_by, noise_of
 from trl_ext.diagnostics.updates import lower_rate
 
 
@@ -271,31 +272,50 @@ def score_opposed(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def score_misaligned(log: RunLog, limits: Limits) -> Finding | None:
-    """Scores are those of other rows: they go with the yardstick's verdicts some places away."""
+    """Scores are those of other rows: places decide, or they go with the yardstick's verdicts some places away."""
+    for name in noise_of(log):
+        place, chance = differs_by(log, "place", name), differs_by(log, "chance", name)
+        if place > limits.noise_alone and chance < limits.noise:
+            return _misaligned(
+                log.steps,
+                f"{min(place, 1.0):.0%} of the variance of {name} changes when the same completions are scored in "
+                f"another order, and {chance:.0%} when they are scored again in the same one: their places decide.",
+                {"by_place": place, "by_chance": chance},
+                "scores or references that are joined to the completions by place, not by what they belong to.",
+                log,
+            )
     for name in log.names(SHIFTED):
         own, other = log.series(f"{AGREEMENT}{name}"), log.series(f"{SHIFTED}{name}")
         if not log.suffices(other, limits.enough) or not own.start() < limits.unrelated:
             continue
         if other.start() < limits.misaligned:
             continue
-        return Finding(
-            name="score_misaligned",
-            severity="problem",
-            title="Scores belong to other rows",
-            steps=(other.steps[0], other.steps[:3][-1]),
-            evidence=(
-                f"The score of a completion and {name}'s verdict on it correlate at {own.start():.2f}, with that on "
-                f"another row, always as many places away, at {other.start():.2f}."
-            ),
-            figures={"own": own.start(), "other": other.start()},
-            cause="a list that is off by some rows: scores that come late, sorted back wrongly or joined by place.",
-            remedy=Remedy(
-                text="Score a good and a bad completion by hand, in both orders: each must keep its score.",
-                code="print(reward_func(prompts=[p, p], completions=[good, bad]))",
-            ),
-            samples=log.last_samples(),
+        return _misaligned(
+            (other.steps[0], other.steps[:3][-1]),
+            f"The score of a completion and {name}'s verdict on it correlate at {own.start():.2f}, with that on "
+            f"another row, always as many places away, at {other.start():.2f}.",
+            {"own": own.start(), "other": other.start()},
+            "a list that is off by some rows: scores that come late, sorted back wrongly or joined by place.",
+            log,
         )
     return None
+
+
+def _misaligned(steps: tuple[int, int], evidence: str, figures: dict[str, float], cause: str, log: RunLog) -> Finding:
+    return Finding(
+        name="score_misaligned",
+        severity="problem",
+        title="Scores belong to other rows",
+        steps=steps,
+        evidence=evidence,
+        figures=figures,
+        cause=cause,
+        remedy=Remedy(
+            text="Score a good and a bad completion by hand, in both orders: each must keep its score.",
+            code="print(reward_func(prompts=[p, p], completions=[good, bad]))",
+        ),
+        samples=log.last_samples(),
+    )
 
 
 def score_unrelated(log: RunLog, limits: Limits) -> Finding | None:

@@ -596,6 +596,7 @@ def unusual_settings(log: RunLog, limits: Limits, findings: Sequence[Finding]) -
     blamed = []
     for doubt in doubts(log, limits):
         made = [name for name in doubt.side.makes if name in unexplained and _can_make(doubt, unexplained[name])]
+        made = [name for name in made if doubt.setting not in unexplained[name].remedy.changes]  # it says so itself
         at_once = doubt.far >= limits.far_off and not rose and doubt.setting not in named
         acts = doubt.setting not in said and why_idle(log, doubt.setting, doubt.instead) is None
         if acts and (made or at_once):

@@ -32,6 +32,12 @@ def noise_of(log: RunLog) -> dict[str, tuple[float, int]]:
     return {name: (fmean(of_one.values), len(of_one)) for name, of_one in series.items()}
 
 
+def differs_by(log: RunLog, kind: str, name: str) -> float:
+    """Of a reward function that does not repeat, the share that differs by "chance" or by "place"; NaN where nobody
+    looked."""
+    return log.series(f"evidence/noise_by_{kind}/{name}").start()
+
+
 def share_of_functions(log: RunLog) -> float:
     """The share of the whole reward's variance that the reward functions make; NaN where it is not known."""
     shares = [log.series(f"evidence/share_of/{name}").recent() for name in log.names("evidence/share_of/")]
@@ -89,8 +95,8 @@ def score_ignores_prompt(log: RunLog, limits: Limits, findings: Sequence[Finding
         ),
         figures={"moved": moved.start()},
         cause=(
-            "the reward function reads the completion alone, so what is good for one prompt is good for all; or it holds "
-            "completions against a reference that none of them meets, and only their form is left to score."
+            "the reward function reads the completion alone, so what is good for one prompt is good for all; or it "
+            "holds completions against a reference that none of them meets, and only their form is left to score."
         ),
         remedy=Remedy(
             text="Let it read the prompt, or a column that goes with it; else hold the policy nearer to the reference.",
@@ -143,14 +149,17 @@ def score_not_repeatable(log: RunLog, limits: Limits) -> Finding | None:
     share, count = noisy[name]
     if count < 2 and share < limits.noise_alone:
         return None
+    # The same rows in any order repeat: each is compared with those beside it, which some mean to do.
+    compared = max(differs_by(log, "chance", name), differs_by(log, "place", name)) < limits.noise
+    causes = "it compares each row with those beside it." if compared else "it draws random numbers, or keeps a state."
     return Finding(
         name="score_not_repeatable",
-        severity="problem" if share > limits.noise_alone else "warning",
-        title=f"{name} scores the same completion differently the second time",
+        severity="problem" if share > limits.noise_alone and not compared else "warning",
+        title=f"{name} scores the same completion differently {'beside other ones' if compared else 'the second time'}",
         steps=log.steps,
         evidence=f"{min(share, 1.0):.0%} of its variance is not there again when completions are scored once more.",
         figures={"noise": share, "measurements": float(count)},
-        cause="it draws random numbers, keeps a state between calls, or compares each row with those beside it.",
+        cause=causes,
         remedy=Remedy(
             text=(
                 "Make it repeat itself: a judge at temperature 0, no state between calls, no ranks within a batch; or "

@@ -209,6 +209,7 @@ def _at_full_rate(log: RunLog, name: str) -> Series:
 # Schedules that rise at most once, while they warm up, and of these the ones that end near 0.
 SCHEDULES = {"linear", "cosine", "polynomial", "inverse_sqrt", "constant", "constant_with_warmup"}
 DECAYING = {"linear", "cosine", "polynomial"}
+CONSTANT = {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None}
 
 
 def rate_off_schedule(log: RunLog, limits: Limits) -> Finding | None:
@@ -219,9 +220,14 @@ def rate_off_schedule(log: RunLog, limits: Limits) -> Finding | None:
         return None
     if max(rates.values) > 2 * float(log.setting("learning_rate", math.inf)):
         return _above_its_setting(rates, log)
-    if len(rates) < limits.least_rows or kind not in SCHEDULES or log.setting("lr_scheduler_kwargs"):
+    if len(rates) < limits.least_rows:
         return None
-    for told in (_ends_early(rates, done), _rises_again(rates), _stays(rates, done, kind), _warms_up_long(rates, done)):
+    plain = kind in SCHEDULES and not log.setting("lr_scheduler_kwargs")
+    returns = "restarts" in kind or "num_cycles" in (log.setting("lr_scheduler_kwargs") or {})
+    # No schedule but one that returns is meant to end in the first half of a run.
+    looks = [] if returns else [_ends_early(rates, done)]
+    looks += [_rises_again(rates), _stays(rates, done, kind), _warms_up_long(rates, done)] if plain else []
+    for told in looks:
         if told is not None:
             title, at, cause, direction = told
             return Finding(
@@ -241,6 +247,7 @@ def rate_off_schedule(log: RunLog, limits: Limits) -> Finding | None:
                         "Let the schedule and the run count the same steps: a rollout makes num_ppo_epochs * "
                         "num_mini_batches of them."
                     ),
+                    changes={} if plain else CONSTANT,
                     code="print(trainer.state.max_steps, trainer.lr_scheduler)",
                     direction=direction,
                 ),
@@ -262,7 +269,7 @@ def _above_its_setting(rates: Series, log: RunLog) -> Finding:
         cause="a schedule with a floor above the rate, or an optimizer that was made with another one.",
         remedy=Remedy(
             text="Let nothing but learning_rate set it.",
-            changes={"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None} if kwargs else {},
+            changes=CONSTANT if kwargs else {},
             code="" if kwargs else "print(trainer.optimizer.param_groups[0]['lr'], trainer.args.learning_rate)",
             direction="down",
         ),
@@ -284,8 +291,11 @@ def _ends_early(rates: Series, done: list[float]) -> Told | None:
     peak = 0.0
     for at, rate in enumerate(rates.values):
         peak = max(peak, rate)
-        if rate < 0.01 * peak and done[at] < 0.5:
-            cause = "the schedule counts fewer steps than the run has, or is stepped more than once a step."
+        if rate < 0.05 * peak and done[at] < 0.5:
+            cause = (
+                "the schedule counts fewer steps than the run has, is stepped more than once a step, or lowers the "
+                "rate at a sign that is none."
+            )
             return "The learning rate is near 0 in the first half of the run", at, cause, "up"
     return None
 

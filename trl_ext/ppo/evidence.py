@@ -36,6 +36,7 @@ from trl_ext.types import Experience, Rollout, concatenate
 logger = logging.getLogger(__name__)
 
 ROWS = 8  # whose gradient is taken apart, and which are scored again
+DIFFERENT = 0.1  # share of a score's variance from which it is asked what does not repeat
 TWINS = 16  # prompts that are answered a second time
 SHARE = 0.008  # of an update that gradients may take, and second completions, each over the whole run
 # Of a turn or a part of it, in chat templates.
@@ -204,16 +205,42 @@ class Evidence:
         if any(one is None for one in parts):
             return {}
         first, again, other, unlike = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        metrics: dict[str, float] = {}
+        metrics, variances = dict[str, float](), list[float]()
         if collector.scorer is not None:
             for i, name in enumerate(collector.score_names):
                 column = experience.scores.by_function[:, i]
-                variance = column[~column.isnan()].double().var(unbiased=False)
-                metrics[f"noise/{name}"] = evidence.noise_share(first[:, i], again[:, i], float(variance))
+                variance = float(column[~column.isnan()].double().var(unbiased=False))
+                metrics[f"noise/{name}"] = evidence.noise_share(first[:, i], again[:, i], variance)
+                variances.append(variance)
+            if max(metrics.values()) > DIFFERENT:
+                metrics |= self._what_differs(experience.rows(rows), inputs[:count], trainer_state, variances)
         if len(other) and all(repeatable):
             totals = [collector.combination(one, training=False)[unlike] for one in (again, other)]
             metrics |= _within(torch.cat(totals), torch.arange(len(totals[0])).repeat(2))
         return metrics
+
+    def _what_differs(
+        self, before: Experience, inputs: list[dict[str, Any]], trainer_state: Any, variances: Sequence[float]
+    ) -> dict[str, float]:
+        """Of scores that do not repeat, what differs: the share that is not there again when the same rows are scored
+        twice in one order (chance, a state), and when they are scored in another order (their places). What both leave
+        is decided by who else is scored."""
+
+        def looks() -> list[Tensor]:
+            rollout, order = before.rollout, _far_apart(len(inputs))
+            again, once_more = (self._scores(rollout, inputs, trainer_state) for _ in range(2))
+            moved = self._scores(rollout.rows(order), [inputs[i] for i in order.tolist()], trainer_state)
+            return [again, once_more, moved[order.argsort()]]
+
+        parts = gather_object([self._attempt(looks)])
+        if any(one is None for one in parts):
+            return {}
+        again, once_more, moved = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        return {
+            f"noise_{kind}/{name}": evidence.noise_share(again[:, i], other[:, i], variances[i])
+            for i, name in enumerate(self.collector.score_names)
+            for kind, other in (("by_chance", once_more), ("by_place", moved))
+        }
 
     @property
     def _can_answer_again(self) -> bool:
