@@ -389,6 +389,26 @@ def test_the_first_sign_may_be_an_evaluation() -> None:
     assert first_sign(later, "overfit") == 123, "after the last log of training"
 
 
+def test_a_problem_that_was_there_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+    class Again(Pretender):
+        def __init__(self, settings: dict[str, Any]) -> None:
+            super().__init__(settings)
+            if settings["learning_rate"] < 1e-4:
+                self.history[6:12] = rows(LENGTH, **HEALTHY)[6:12]
+
+    trial, *_ = try_remedies(Clinic(Again, learning_rate=1e-6), findings_at(1e-6), tmp_path / "trial")
+    assert trial.verdict in ("cured", "in part") and 12 < trial.logs < LENGTH
+
+
+def test_what_is_seen_in_the_place_of_a_problem_has_its_turn(tmp_path: Path) -> None:
+    """The run's first cause does not come back, another one does."""
+    cut = diagnose(RunLog.of(rows(**{**HEALTHY, **SICK["truncation"]}), CONFIG))
+    (found,) = [one for one in cut if one.name == "truncation"]
+    first, second, *_ = try_remedies(Clinic(learning_rate=1e-6), [found], tmp_path / "trial", logs=20)
+    assert (first.finding, first.verdict) == ("truncation", "not seen")
+    assert (second.finding, second.verdict) == ("steps_too_small", "cured")
+
+
 def test_a_problem_that_goes_by_itself_says_nothing_of_a_remedy(tmp_path: Path) -> None:
     class Passing(Pretender):
         def __init__(self, settings: dict[str, Any]) -> None:
@@ -396,7 +416,7 @@ def test_a_problem_that_goes_by_itself_says_nothing_of_a_remedy(tmp_path: Path) 
             self.history[6:] = rows(LENGTH, **HEALTHY)[6:]
 
     (trial,) = try_remedies(Clinic(Passing, learning_rate=1e-6), findings_at(1e-6), tmp_path / "trial")
-    assert (trial.verdict, trial.logs) == ("not seen", 9)
+    assert (trial.verdict, trial.logs) == ("not seen", LENGTH), "it may come again"
 
 
 def test_a_fork_knows_what_the_run_noted_of_its_model(tmp_path: Path) -> None:

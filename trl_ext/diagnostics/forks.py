@@ -149,12 +149,19 @@ class _Watch:
         """Take in the log so far; whether to end."""
         self.log = log
         count = len(log.rows)
-        if self.finding is not None and self.seen_at is None and is_shown(self.finding, diagnose(log, self.limits)):
+        if self.most is not None and count >= self.most:
+            return True
+        if self.finding is None:
+            return False
+        is_there = is_shown(self.finding, diagnose(log, self.limits))
+        if self.seen_at is None and is_there:
             self.seen_at = count
-        ends = [] if self.most is None else [self.most]
-        if self.seen_at is not None:
-            ends.append(self._begin + max(LEAST, math.ceil(1.5 * (self.seen_at - self._begin))))
-        return bool(ends) and count >= min(ends)
+        if self.seen_at is None:
+            return False
+        enough = count >= self._begin + max(LEAST, math.ceil(1.5 * (self.seen_at - self._begin)))
+        if enough and not is_there:
+            self.seen_at = None  # it was there for a moment, and may come to stay
+        return enough and is_there
 
     def callback(self) -> Any:
         """It as a TrainerCallback, which also carries a changed learning rate into a schedule that was resumed."""

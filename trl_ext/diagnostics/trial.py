@@ -154,6 +154,9 @@ def try_remedies(
         patient.seen.append(root.finding.name)
         tried, log = patient.tries(root)
         trials += tried
+        if tried and tried[-1].verdict == "not seen":
+            waiting += roots(diagnose(log, limits))  # what is seen in its place
+            continue
         # Where the last remedy took the finding away and brought another, that one may have a remedy of its own.
         traded = bool(tried) and tried[-1].verdict == "worse" and root.finding.name not in _names(log, limits)
         if not tried or tried[-1].died or not (traded or tried[-1].verdict in HELPED):
@@ -315,8 +318,8 @@ def judged(
 ) -> tuple[str, list[str], list[str]]:
     """The verdict on a remedy for a finding, the problems that came with it, and what stays beside it.
 
-    What followed from the finding is to go with it. Where some of that stays, a setting that is blamed was blamed
-    wrongly: it is usual again, whatever it was to make.
+    What followed from the finding is to go with it. A setting that is usual again is no cure where what it was blamed
+    for stays.
     """
     before, found = diagnose(without, limits), [one.name for one in diagnose(with_, limits)]
     known = {one.name for one in before}
@@ -326,7 +329,7 @@ def judged(
     new = [name for name in problems if name not in known]
     if died or new:
         return "worse", new, []
-    if finding.name in found or (finding.explains and followed & set(found)):
+    if finding.name in found or finding.explains.keys() & set(found):
         return "not cured", [], []
     left = [name for name in found if name in followed or name in problems]
     return ("in part" if left else "cured"), [], left

@@ -230,6 +230,7 @@ def rate_off_schedule(log: RunLog, limits: Limits) -> Finding | None:
     for told in looks:
         if told is not None:
             title, at, cause, direction = told
+            changes = {"warmup_steps": 0} if told == _warms_up_long(rates, done) else {}
             return Finding(
                 name="rate_off_schedule",
                 severity="warning",
@@ -247,7 +248,7 @@ def rate_off_schedule(log: RunLog, limits: Limits) -> Finding | None:
                         "Let the schedule and the run count the same steps: a rollout makes num_ppo_epochs * "
                         "num_mini_batches of them."
                     ),
-                    changes={} if plain else CONSTANT,
+                    changes=changes if plain else CONSTANT,
                     code="print(trainer.state.max_steps, trainer.lr_scheduler)",
                     direction=direction,
                 ),
