@@ -19,8 +19,8 @@ from trl_ext.diagnostics.log import RunLog
 from trl_ext.diagnostics.remedies import STAND_INS
 
 MakeTrainer = Callable[[dict[str, Any]], Any]
-# Nothing is kept of a fork but its log.
-BESIDE = {"save_strategy": "no", "report_to": "none", "push_to_hub": False}
+# Nothing is kept of a fork but its log, so there is no best checkpoint either.
+BESIDE = {"save_strategy": "no", "load_best_model_at_end": False, "report_to": "none", "push_to_hub": False}
 # Kinds of runs whose rules read evaluations, and in the others what is read in them. Forks of which nothing is read
 # there have none, which cost time and tell nothing.
 EVALUATED, HELD_OUT = ("reward", "dpo"), "evidence/held_out"

@@ -211,12 +211,12 @@ def table(cases: Sequence[Result], waiting: int) -> str:
     sections = [
         _by_kind(cases, mine, settings, [case for case in mine if any(case is one for one, _ in called)], cured),
         f"Of {len(cases)} runs the true cause is named in {len(mine)}; {waiting} more wait. In {len(settings)} the "
-        f"remedy is a setting. In the others nothing was tried: {_counted(untried)}.",
+        f"remedy can be tried. In the others nothing was: {_counted(untried)}.",
         f"Verdicts of {verdicts.total()} trials: {_counted(verdicts)}.",
         f"Of {len(called)} remedies called cured {len(true)} are truly cured ({_share(true, called)}; the goal is "
         f"{CALLED:.0%}).",
         f"Of {len(mine)} runs with a named cause {len(cured)} are truly cured ({_share(cured, mine)}; the goal is "
-        f"{TRULY:.0%}), of those whose remedy is a setting {_share(cured, settings)}.",
+        f"{TRULY:.0%}), of those whose remedy can be tried {_share(cured, settings)}.",
         _listed("Called cured, and not", [_of_trial(*one) for one in called if one not in true]),
         _listed("Named, and not truly cured", [_of_case(case) for case in mine if case not in cured]),
     ]
@@ -227,7 +227,7 @@ _share = verdict._share
 
 
 def _by_kind(cases: Sequence[Result], *parts: Sequence[Result]) -> str:
-    lines = ["| kind | runs | true cause named | remedy is a setting | called cured | truly cured |"]
+    lines = ["| kind | runs | true cause named | remedy can be tried | called cured | truly cured |"]
     lines.append("|---|---|---|---|---|---|")
     for kind in dict.fromkeys(case["kind"] for case in cases):
         counts = [sum(case["kind"] == kind for case in part) for part in (cases, *parts)]
