@@ -235,7 +235,7 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("rate_off_schedule", {"learning_rate": lambda t: 1e-3 * (1 + 0.9 * t)}, {}),
     ("score_unrelated", {"agreement/exact": -0.9}, {}),  # that is score_opposed
     ("score_misaligned", {"agreement_shifted/exact": 0.5}, {}),
-    ("score_misaligned", {"agreement_shifted/exact": 0.1, **PLACED, "evidence/noise_by_place/judge": 0.3}, {}),
+    ("score_misaligned", {"agreement_shifted/exact": 0.1, **PLACED, "evidence/noise_by_place/judge": 0.15}, {}),
     ("score_misaligned", {"agreement_shifted/exact": 0.1, **PLACED, "evidence/noise_by_chance/judge": 0.9}, {}),
     ("score_misaligned", {"agreement/exact": 0.3}, {}),  # prompts alike: other rows' verdicts are its own
     ("value_starts_far_off", {"loss/value_avg": lambda t: 10 * (1 - t / 2)}, {}),  # 4.5, and scores lie 1 from 0

@@ -275,7 +275,7 @@ def score_misaligned(log: RunLog, limits: Limits) -> Finding | None:
     """Scores are those of other rows: places decide, or they go with the yardstick's verdicts some places away."""
     for name in noise_of(log):
         place, chance = differs_by(log, "place", name), differs_by(log, "chance", name)
-        if place > limits.noise_alone and chance < limits.noise:
+        if place > limits.noise > chance:
             return _misaligned(
                 log.steps,
                 f"{min(place, 1.0):.0%} of the variance of {name} changes when the same completions are scored in "
