@@ -202,7 +202,7 @@ class _Patient:
             try:
                 trial, log = self._tried(finding, self.kept | changes)
             except CannotBe as why:
-                logger.info("%s is not tried with %s: %s", finding.name, changes, why)
+                logger.warning("%s is not tried with %s: %s", finding.name, changes, why)
                 continue
             if trial.verdict == "not seen":
                 # With what helped before, it went along.
