@@ -300,6 +300,7 @@ def test_a_part_that_is_blamed_is_exchanged_for_what_is_known_to_be_good(tmp_pat
     (trial,), clinic = blamed(Blamed, tmp_path / "trial")
     assert (trial.verdict, trial.changes) == ("cured", {"reward_funcs": "the yardstick"})
     assert "cured by the yardstick in the place of reward_funcs" in str(trial)
+    assert str(trial).endswith("At fault: reward_funcs.")
     without, with_, whole = clinic.made
     assert (without.exchanged, with_.exchanged, whole.exchanged) == ([], ["reward_funcs"], ["reward_funcs"])
     assert (len(with_.state.log_history), len(whole.state.log_history)) == (12, LENGTH), "what cures, for a whole run"

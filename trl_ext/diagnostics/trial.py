@@ -97,7 +97,9 @@ class Trial:
         new = f" New: {', '.join(self.new)}." if self.new else ""
         left = f" Still there: {', '.join(self.left)}." if self.left else ""
         died = f" It died: {self.died}" if self.died else ""
-        return f"{self.finding}: {self.told} by {self.by}, after {self.logs} logs.{figures}{new}{left}{died}"
+        parts = [name for name in self.changes if name in STAND_INS] if self.verdict == "cured" else []
+        fault = f" At fault: {', '.join(parts)}." if parts else ""
+        return f"{self.finding}: {self.told} by {self.by}, after {self.logs} logs.{figures}{new}{left}{died}{fault}"
 
 
 def try_remedies(
