@@ -149,7 +149,7 @@ def test_a_recipes_run_is_tried_from_its_folder_alone(tmp_path: Path, monkeypatc
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert main(["doctor", "run", "--try"]) == 0
     (first, *_) = json.loads((tmp_path / "run-try" / "trial.json").read_text())
-    assert first["finding"] == "steps_too_small" and first["verdict"] in ("cured", "not cured")
+    assert first["finding"] == "steps_too_small" and first["verdict"] in ("cured", "in part", "not cured")
     assert 100 * max(first["without"]["values"]) < first["with"]["values"][-1]
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
@@ -178,7 +178,7 @@ def tried(run: str) -> Any:
     assert main(["doctor", run, "--try", "--out", "trial"]) == 0
     assert files(run) == before
     (first, *_) = json.loads(Path("trial/trial.json").read_text())
-    assert first["verdict"] in ("cured", "not cured") and first["changes"] and first["with"]["values"]
+    assert first["verdict"] in ("cured", "in part", "not cured") and first["changes"] and first["with"]["values"]
     return first
 
 
