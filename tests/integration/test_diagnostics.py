@@ -292,6 +292,7 @@ def test_a_yardstick_that_is_no_function() -> None:
         (asked_of_a_server, "asked_of_a_server is asynchronous"),
         (lambda prompts, completions, answer, **_: [1.0], "asks for 'answer', and is called with prompts, completions"),
         (lambda completions: [1.0], "takes completions, and is called with"),
+        (lambda prompts, completions, completion_ids, /: [1.0], "takes prompts, completions, completion_ids, and is"),
     ):
         with pytest.raises(ValueError, match=words):
             DiagnosticsCallback(yardstick=yardstick)

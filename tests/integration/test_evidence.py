@@ -210,6 +210,16 @@ def test_what_does_not_repeat_is_taken_apart(function: Any, chance: bool, place:
     assert chance or of_chance == 0.0
 
 
+@pytest.mark.parametrize("noisy_first", [True, False])
+def test_a_function_that_is_not_called_again_hides_no_noisy_one(noisy_first: bool, tmp_path: Path) -> None:
+    once_only, _ = rewarding("once_only")
+    functions = [by_chance, once_only] if noisy_first else [once_only, by_chance]
+    trainer = trainer_for(tmp_path, functions, per_device_train_batch_size=32, total_episodes=32)
+    trainer.train()
+    assert measured(trainer, "noise_by_chance/by_chance")[0] > 0.2
+    assert not measured(trainer, "noise_by_chance/once_only")
+
+
 @pytest.mark.parametrize("kind", ["awaited", "once_only"])
 def test_a_function_that_may_be_costly_is_not_called_for_a_measurement(kind: str, tmp_path: Path) -> None:
     function, calls = rewarding(kind)

@@ -1206,6 +1206,13 @@ def test_a_rate_that_ends_early_is_told_whatever_the_schedule_is_called(
         assert found.remedy.changes == {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None}
 
 
+def test_a_rate_that_warms_up_for_half_of_the_run_is_to_warm_up_for_nothing() -> None:
+    config = {**CONFIG, "lr_scheduler_type": "constant_with_warmup", "max_steps": 128}
+    log = RunLog.of(rows(**{**HEALTHY, "learning_rate": lambda t: 1e-3 * (0.01 + 0.99 * t)}), config)
+    (found,) = [one for one in diagnose(log) if one.name == "rate_off_schedule"]
+    assert found.title == "The learning rate is still warming up" and found.remedy.changes == {"warmup_steps": 0}
+
+
 def test_a_setting_that_its_finding_names_is_not_blamed_by_another() -> None:
     """kl_drowns_score says what kl_coef should be, also where another cause comes first."""
     sick = {**SICK["kl_drowns_score"], "evidence/noise/judge": 0.9, "val/explained_variance": 0.0}

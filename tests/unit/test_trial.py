@@ -296,6 +296,44 @@ def test_a_cure_after_which_another_problem_comes_later_is_one_in_part(tmp_path:
     assert trial.verdict == "cured" and len(trial.with_) == 15, "nobody has looked further"
 
 
+def test_what_was_tried_is_kept_whatever_becomes_of_the_next_cause(tmp_path: Path) -> None:
+    settings = {"learning_rate": 1e-6, "missing_eos_penalty": None}
+    run = RunLog.of(Twofold(settings).history, {**CONFIG, **settings})
+    found = {one.name: one for one in diagnose(run)}
+    clinic = Clinic(Twofold, **settings)
+
+    def interrupted(changes: dict[str, Any]) -> Pretender:
+        if "missing_eos_penalty" in changes:
+            raise KeyboardInterrupt
+        return clinic(changes)
+
+    with pytest.raises(KeyboardInterrupt):
+        try_remedies(interrupted, [found["steps_too_small"], found["truncation"]], tmp_path / "trial", run)
+    (kept,) = json.loads((tmp_path / "trial" / "trial.json").read_text())
+    assert (kept["finding"], kept["verdict"]) == ("steps_too_small", "in part")
+
+
+def test_a_cure_that_dies_later_is_none_and_nothing_is_built_on_it(tmp_path: Path) -> None:
+    class Dying(Twofold):
+        def log(self, row: dict[str, Any]) -> None:
+            if self.settings["learning_rate"] >= 1e-4 and row["step"] > 8 * 20:
+                raise ValueError("weights blew up")
+            super().log(row)
+
+    settings = {"learning_rate": 1e-6, "missing_eos_penalty": 1.0}
+    run = RunLog.of(Twofold(settings).history, {**CONFIG, **settings})
+    (found,) = [one for one in diagnose(run) if one.name == "steps_too_small"]
+    (trial,) = try_remedies(Clinic(Dying, **settings), [found], tmp_path / "trial", run)
+    assert (trial.verdict, trial.died) == ("worse", "ValueError: weights blew up")
+
+
+def test_a_fork_keeps_nothing_that_it_would_need_a_checkpoint_for(tmp_path: Path) -> None:
+    clinic = Clinic(learning_rate=1e-6, load_best_model_at_end=True, save_strategy="steps")
+    assert try_remedies(clinic, findings_at(1e-6), tmp_path / "trial")
+    kept = {(one.settings["load_best_model_at_end"], one.settings["save_strategy"]) for one in clinic.made}
+    assert kept == {(False, "no")}
+
+
 def test_a_part_that_is_blamed_is_exchanged_for_what_is_known_to_be_good(tmp_path: Path) -> None:
     (trial,), clinic = blamed(Blamed, tmp_path / "trial")
     assert (trial.verdict, trial.changes) == ("cured", {"reward_funcs": "the yardstick"})
@@ -334,6 +372,8 @@ def test_stand_ins_are_offered_where_the_run_has_them() -> None:
     assert stand_ins("held_out_differs", evaluated) == [{"train_dataset": "the held-out prompts"}]
     assert stand_ins("sampling_differs", run) == [{"generator": "Transformers' generate"}]
     assert stand_ins("overfit", run) == []
+    of_trl = RunLog.of(rows(**NOISY), {**CONFIG, "rollout_batch_size": None})
+    assert stand_ins("score_opposed", of_trl) == [], "TRL 1.12's PPOTrainer exchanges nothing"
 
 
 @pytest.mark.parametrize(("rate", "words"), [(5.0, "truncation"), (50.0, "It died: ValueError: weights blew up")])

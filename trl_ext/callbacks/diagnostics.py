@@ -265,18 +265,21 @@ def _check_yardstick(yardstick: Yardstick) -> None:
     if inspect.iscoroutinefunction(yardstick) or inspect.iscoroutinefunction(type(yardstick).__call__):
         raise ValueError(f"yardstick {name} is asynchronous: give a function that returns its verdicts.")
     try:
-        parameters = inspect.signature(yardstick).parameters.values()
+        signature = inspect.signature(yardstick)
     except (TypeError, ValueError):  # a callable that Python cannot look into
         return
-    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    taken = {p.name for p in parameters if p.kind not in starred}
-    asked = [p.name for p in parameters if p.kind not in starred and p.default is p.empty and p.name not in JUDGED]
-    if asked or not (set(JUDGED) <= taken or any(p.kind is p.VAR_KEYWORD for p in parameters)):
-        what = f"asks for {asked[0]!r}" if asked else f"takes {', '.join(taken) or 'nothing'}"
+    try:
+        signature.bind(**dict.fromkeys(JUDGED))
+    except TypeError as error:
+        starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        named = [p for p in signature.parameters.values() if p.kind not in starred]
+        asked = [p.name for p in named if p.default is p.empty and p.name not in JUDGED]
+        taken = ", ".join(p.name for p in named) or "nothing"
+        what = f"asks for {asked[0]!r}" if asked else f"takes {taken}"
         raise ValueError(
             f"yardstick {name} {what}, and is called with {', '.join(JUDGED)}: give it these and **kwargs, and let it "
             "find a row's further columns by its prompt."
-        )
+        ) from error
 
 
 def _as_consequence(finding: Finding, edge: Edge) -> str:

@@ -18,6 +18,8 @@ from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
 from trl_ext.diagnostics.remedies import STAND_INS
 
+logger = logging.getLogger(__name__)
+
 MakeTrainer = Callable[[dict[str, Any]], Any]
 # Nothing is kept of a fork but its log, so there is no best checkpoint either.
 BESIDE = {"save_strategy": "no", "load_best_model_at_end": False, "report_to": "none", "push_to_hub": False}
@@ -103,16 +105,17 @@ class Forks:
         """
         try:
             fork = self._run(dict(changes), checkpoint, None, logs)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, CannotBe) as error:
+            logger.warning("Nothing is tried with %s: %s", changes, error)
             raise CannotBe(str(error)) from error
         self._latest[checkpoint, repr(changes)] = fork
         return fork
 
     def _run(self, changes: dict[str, Any], checkpoint: Path | None, finding: Finding | None, most: int | None) -> Fork:
         self._made += 1
-        watch = _Watch(self.limits, finding, most, {**self._of_model, **changes})
+        settings = settings_of(changes)
+        watch = _Watch(self.limits, finding, most, {**self._of_model, **settings})
         output_dir = str(self.folder / f"{self._made}-{'with' if finding is None else 'without'}")
-        settings = {name: value for name, value in changes.items() if name not in STAND_INS}
         died = ""
         with _apart():
             try:
@@ -190,6 +193,11 @@ class _Watch:
 
 class CannotBe(Exception):
     """The run cannot be had with these changes: the trainer refuses them, or has nothing that could stand in."""
+
+
+def settings_of(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Without stand-ins."""
+    return {name: value for name, value in changes.items() if name not in STAND_INS}
 
 
 def exchange(trainer: Any, changes: Mapping[str, Any]) -> None:

@@ -104,11 +104,9 @@ BLAMED: dict[str, tuple[str, ...]] = {
 
 def stand_ins(name: str, log: RunLog) -> list[dict[str, str]]:
     """What can be exchanged in this run to see whether it is to blame for the finding `name`, in turn."""
-    there = {
-        "reward_funcs": bool(log.names("yardstick/")),
-        "train_dataset": bool(log.evals),
-        "generator": log.kind == "ppo",
-    }
+    if log.kind != "ppo" or not log.setting("rollout_batch_size"):  # TRL's own trainers exchange nothing
+        return []
+    there = {"reward_funcs": bool(log.names("yardstick/")), "train_dataset": bool(log.evals), "generator": True}
     return [{part: STAND_INS[part]} for part in BLAMED.get(name, ()) if there[part]]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def try_remedies(
     a remedy runs until the problem is there, both run half as long again, and what `diagnose` says then decides. What
     cures is then shown over as many logs as a fork may have: another problem may take longer to come. The learning
     rate's schedule is that of a whole run. Forks of a reward model or of DPO are evaluated when `run` was, and
-    at their end; others only where a finding is one of the held-out prompts.
+    at their end; others only where a finding is one of the held-out prompts, or a schedule waits for evaluations.
 
     Args:
         make_trainer: makes a new trainer whose settings are changed as a dict says; the dict always has an
@@ -148,29 +148,40 @@ def try_remedies(
     most = logs if logs is not None else len(run.rows) if run is not None else None
     forks = Forks(make_trainer, folder, limits, run, findings)
     patient = _Patient(forks, run, Path(run_dir) if run_dir is not None else None, most, limits)
-    waiting, trials = roots(findings), list[Trial]()
+    trials: list[Trial] = []
+    for tried in _in_turn(patient, roots(findings), causes):
+        trials += tried
+        _write(folder, trials)  # kept, whatever becomes of the next one
+    if not trials:
+        _write(folder, trials)
+    return trials
+
+
+def _in_turn(patient: _Patient, waiting: list[Explained], causes: int) -> Iterator[list[Trial]]:
+    """The trials of one root after the other, with what helped before."""
     while waiting and len(patient.seen) < causes:
         root = waiting.pop(0)
-        if root.finding.name in patient.seen or not candidates(root, run):
+        name = root.finding.name
+        if name in patient.seen or not candidates(root, patient.run):
             continue
-        patient.seen.append(root.finding.name)
-        tried, log = patient.tries(root)
-        trials += tried
-        if tried and tried[-1].verdict == "not seen":
-            waiting += roots(diagnose(log, limits))  # what is seen in its place
+        patient.seen.append(name)
+        tried = patient.tries(root)
+        if tried and tried[-1][0].verdict == "cured":
+            tried[-1] = patient.confirmed(*tried[-1])
+        yield [trial for trial, _ in tried]
+        if not tried:
             continue
+        trial, log = tried[-1]
+        found = diagnose(log, patient.limits)
+        names, whole = {one.name for one in found}, patient.is_whole(log)
         # Where the last remedy took the finding away and brought another, that one may have a remedy of its own.
-        traded = bool(tried) and tried[-1].verdict == "worse" and root.finding.name not in _names(log, limits)
-        if not tried or tried[-1].died or not (traded or tried[-1].verdict in HELPED):
-            continue
-        if tried[-1].verdict == "cured":
-            trials[-1], log = patient.confirmed(tried[-1], log)
-        patient.kept, found = trials[-1].changes, diagnose(log, limits)
-        names, whole = _names(log, limits), patient.is_whole(log)
-        later = [one for one in waiting if one.finding.name in names or (one.severity == "problem" and not whole)]
-        waiting = later + (roots(found) if trials[-1].verdict != "cured" else [])
-    _write(folder, trials)
-    return trials
+        traded = trial.verdict == "worse" and name not in names
+        if trial.verdict == "not seen":
+            waiting += roots(found)  # what is seen in its place
+        elif not trial.died and (traded or trial.verdict in HELPED):
+            patient.kept = trial.changes
+            waiting = [one for one in waiting if one.finding.name in names or (one.severity == "problem" and not whole)]
+            waiting += roots(found) if trial.verdict != "cured" else []
 
 
 def candidates(root: Explained, run: RunLog | None = None) -> list[dict[str, Any]]:
@@ -181,6 +192,9 @@ def candidates(root: Explained, run: RunLog | None = None) -> list[dict[str, Any
     offered = [root.finding.remedy.changes, *(suspect.changes for suspect in root.finding.suspects)]
     offered += stand_ins(root.finding.name, run) if run is not None else []
     return [changes for i, changes in enumerate(offered) if changes and changes not in offered[:i]]
+
+
+Tried = tuple[Trial, RunLog]  # with the log of its fork: that with the remedy, where it was not seen the other one
 
 
 @dataclass
@@ -195,35 +209,34 @@ class _Patient:
     kept: dict[str, Any] = field(default_factory=dict)
     seen: list[str] = field(default_factory=list)
 
-    def tries(self, root: Explained) -> tuple[list[Trial], RunLog]:
-        """Remedies of one root, until one helps; and the log of the last fork."""
+    def tries(self, root: Explained) -> list[Tried]:
+        """Remedies of one root, until one helps."""
         finding, waiting = root.finding, candidates(root, self.run)
-        trials, log = list[Trial](), RunLog("other", [])
+        done: list[Tried] = []
         while waiting:
             changes = waiting.pop(0)
             try:
                 trial, log = self._tried(finding, self.kept | changes)
-            except CannotBe as why:
-                logger.warning("%s is not tried with %s: %s", finding.name, changes, why)
+            except CannotBe:
                 continue
             if trial.verdict == "not seen":
                 # With what helped before, it went along.
-                return (trials if self.kept else [*trials, trial]), log
-            trials.append(trial)
+                return done if self.kept else [*done, (trial, log)]
+            done.append((trial, log))
             if trial.verdict in HELPED:
-                return self._further(finding, trials, log)
+                return self._further(finding, done)
             # A remedy that did not go far enough: what the doctor says of the fork goes further.
             found = diagnose(log, self.limits)
             told = [one.remedy.changes for one in found if one.name == finding.name]
-            further, tried = [changes | one for one in told if one], [one.changes for one in trials]
-            waiting = [one for one in further if self.kept | one not in tried and len(trials) < MOST] + waiting
-        return trials, log
+            further, tried = [changes | one for one in told if one], [one.changes for one, _ in done]
+            waiting = [one for one in further if self.kept | one not in tried and len(done) < MOST] + waiting
+        return done
 
     def is_whole(self, log: RunLog) -> bool:
         """Whether a fork is as long as forks may be, so that what is not there will not come."""
         return self.most is not None and len(log.rows) >= self.most
 
-    def confirmed(self, trial: Trial, log: RunLog) -> tuple[Trial, RunLog]:
+    def confirmed(self, trial: Trial, log: RunLog) -> Tried:
         """The cure over as many logs as a fork may have: a problem may take longer to come than the one that went."""
         if self.most is None or self.is_whole(log):
             return trial, log
@@ -236,24 +249,23 @@ class _Patient:
         logger.info("%s", trial)
         return trial, with_.log
 
-    def _further(self, finding: Finding, trials: list[Trial], log: RunLog) -> tuple[list[Trial], RunLog]:
+    def _further(self, finding: Finding, done: list[Tried]) -> list[Tried]:
         """Go on in the same direction for as long as the run learns more by it: a finding is gone at once where a
         setting is half right."""
         stronger = STRONGER.get(finding.name, lambda log: {})
-        while len(trials) < MOST and (more := stronger(log)):
+        while len(done) < MOST and (more := stronger(done[-1][1])):
+            weaker, log = done[-1]
             try:
-                trial, further = self._tried(finding, trials[-1].changes | more)
+                trial, further = self._tried(finding, weaker.changes | more)
             except CannotBe:
                 break
             if trial.verdict not in HELPED or not _learns_more(further, log):
                 break
-            trials[-1] = replace(trials[-1], verdict="in part", left=[finding.name])
-            trials.append(trial)
-            log = further
-        return trials, log
+            done[-1:] = [(replace(weaker, verdict="in part", left=[finding.name]), log), (trial, further)]
+        return done
 
-    def _tried(self, finding: Finding, changes: dict[str, Any]) -> tuple[Trial, RunLog]:
-        """One remedy, and the log of the fork that has it."""
+    def _tried(self, finding: Finding, changes: dict[str, Any]) -> Tried:
+        """One remedy."""
         checkpoint = self._checkpoint(finding, changes)
         without = self.forks.without(finding, checkpoint, self.most, self.kept)
         start, rows = step_of(checkpoint), len(without.log.rows)
@@ -273,9 +285,10 @@ class _Patient:
         exchanged = bool(STAND_INS.keys() & changes)
         long = exchanged or finding.name in STRONGER
         with_ = self.forks.with_(changes, checkpoint, max(rows, LEARNS) if long else rows)
-        verdict, new, left = judged(finding, without.log, with_.log, with_.died, self.limits)
         if exchanged and not with_.died:
             verdict, new, left = self._with_stand_in(finding, with_.log)
+        else:
+            verdict, new, left = judged(finding, without.log, with_.log, with_.died, self.limits)
         after = _after(with_.log, metric, start)
         trial = replace(trial, changes=changes, verdict=verdict, with_=after, new=new, left=left, died=with_.died)
         logger.info("%s", trial)
@@ -299,10 +312,6 @@ class _Patient:
         return checkpoint_before(self.run_dir, first_sign(self.run, finding.name, self.limits, finding.severity))
 
 
-def _names(log: RunLog, limits: Limits) -> set[str]:
-    return {one.name for one in diagnose(log, limits)}
-
-
 def _learned(log: RunLog) -> Series:
     """What shows whether a run learns: the yardstick, without one the score."""
     names = log.names("yardstick/")
@@ -323,11 +332,11 @@ def judged(
     What followed from the finding is to go with it. A setting that is usual again is no cure where what it was blamed
     for stays.
     """
-    before, found = diagnose(without, limits), [one.name for one in diagnose(with_, limits)]
-    known = {one.name for one in before}
+    before, after = diagnose(without, limits), diagnose(with_, limits)
+    known, found = {one.name for one in before}, [one.name for one in after]
     tops = [top for top in roots(before) if top.finding.name == finding.name]
     followed = {one.finding.name for top in tops for one in top} - {finding.name}
-    problems = [one.name for one in diagnose(with_, limits) if one.severity == "problem"]
+    problems = [one.name for one in after if one.severity == "problem"]
     new = [name for name in problems if name not in known]
     if died or new:
         return "worse", new, []

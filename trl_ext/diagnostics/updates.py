@@ -229,8 +229,7 @@ def rate_off_schedule(log: RunLog, limits: Limits) -> Finding | None:
     looks += [_rises_again(rates), _stays(rates, done, kind), _warms_up_long(rates, done)] if plain else []
     for told in looks:
         if told is not None:
-            title, at, cause, direction = told
-            changes = {"warmup_steps": 0} if told == _warms_up_long(rates, done) else {}
+            title, at, cause, direction, changes = told
             return Finding(
                 name="rate_off_schedule",
                 severity="warning",
@@ -285,7 +284,8 @@ def _share_done(log: RunLog, row: dict[str, Any]) -> float:
     return float(row.get("epoch", math.nan)) / float(log.setting("num_train_epochs", math.nan))
 
 
-Told = tuple[str, int, str, str]  # title, which log shows it, cause, where to the remedy moves the rate
+# Title, which log shows it, cause, where to the remedy moves the rate, and the settings that do.
+Told = tuple[str, int, str, str, dict[str, Any]]
 
 
 def _ends_early(rates: Series, done: list[float]) -> Told | None:
@@ -297,7 +297,7 @@ def _ends_early(rates: Series, done: list[float]) -> Told | None:
                 "the schedule counts fewer steps than the run has, is stepped more than once a step, or lowers the "
                 "rate at a sign that is none."
             )
-            return "The learning rate is near 0 in the first half of the run", at, cause, "up"
+            return "The learning rate is near 0 in the first half of the run", at, cause, "up", {}
     return None
 
 
@@ -307,7 +307,7 @@ def _rises_again(rates: Series) -> Told | None:
     for at, rate in enumerate(rates.values):
         if trough < peak - 0.05 * highest and rate > trough + 0.05 * highest:
             cause = "a schedule that is stepped past its end, or a second one, or one that began anew."
-            return "The learning rate rises again after it has fallen", at, cause, "down"
+            return "The learning rate rises again after it has fallen", at, cause, "down", {}
         peak = max(peak, rate)
         trough = rate if rate == peak else min(trough, rate)
     return None
@@ -319,7 +319,7 @@ def _stays(rates: Series, done: list[float], kind: str) -> Told | None:
     if kind not in DECAYING or not done[-1] >= 0.5 or len(last) < 3 or not same:
         return None
     cause = "the scheduler is never stepped, or the trainer was given another one."
-    return "The learning rate stays where it is", len(done) - 1, cause, "down"
+    return "The learning rate stays where it is", len(done) - 1, cause, "down", {}
 
 
 def _warms_up_long(rates: Series, done: list[float]) -> Told | None:
@@ -327,7 +327,7 @@ def _warms_up_long(rates: Series, done: list[float]) -> Told | None:
     if not done[-2] >= 0.5 or not rising or rates.values[0] > rates.values[-1] / 2:
         return None
     cause = "a warm-up longer than half of the run: warmup_steps counts optimizer steps, not rollouts or episodes."
-    return "The learning rate is still warming up", len(done) - 1, cause, "up"
+    return "The learning rate is still warming up", len(done) - 1, cause, "up", {"warmup_steps": 0}
 
 
 def value_not_learning(log: RunLog, limits: Limits) -> Finding | None:

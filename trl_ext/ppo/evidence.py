@@ -212,7 +212,7 @@ class Evidence:
                 variance = float(column[~column.isnan()].double().var(unbiased=False))
                 metrics[f"noise/{name}"] = evidence.noise_share(first[:, i], again[:, i], variance)
                 variances.append(variance)
-            if max(metrics.values()) > DIFFERENT:
+            if any(share > DIFFERENT for share in metrics.values()):  # NaN, of a function that was not called, is not
                 metrics |= self._what_differs(experience.rows(rows), inputs[:count], trainer_state, variances)
         if len(other) and all(repeatable):
             totals = [collector.combination(one, training=False)[unlike] for one in (again, other)]

@@ -46,8 +46,7 @@ from trl_ext import DiagnosticsCallback, PPOConfig, PPOTrainer, SharedBase, demo
 from trl_ext.callbacks import RolloutCallback
 from trl_ext.demo.exam import answer_greedily
 from trl_ext.diagnostics import diagnose, read_run, roots
-from trl_ext.diagnostics.forks import exchange
-from trl_ext.diagnostics.remedies import STAND_INS
+from trl_ext.diagnostics.forks import exchange, settings_of
 
 HERE = Path(__file__).parent
 for rewards, models in ((more_rewards, more_models), (third_rewards, third_models)):  # of the lists after the first
@@ -213,8 +212,7 @@ def run(
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was ended
     died, exam, trainer, exams = "", 0.0, None, None
     try:
-        settings = {name: value for name, value in (changes or {}).items() if name not in STAND_INS}
-        trainer, well, callback = build(job, out, folder, episodes, settings)
+        trainer, well, callback = build(job, out, folder, episodes, settings_of(changes or {}))
         exchange(trainer, changes or {})
         trainer.remove_callback(PrinterCallback)
         if isinstance(trainer, PPOTrainer):
