@@ -575,6 +575,18 @@ def _with_generator(make: Callable[[SharedBase], Any], parts: Parts) -> None:
     parts.make_generator = make
 
 
+def _with_change(change: Callable[[SharedBase], None], parts: Parts) -> None:
+    parts.change_base = change
+
+
+def _template_goes_on(text: str, parts: Parts) -> None:
+    """After what opens the answer, the template writes more."""
+    opens = "{% if add_generation_prompt %}<|assistant|>"
+    longer = parts.tokenizer.chat_template.replace(opens, opens + text)
+    assert longer != parts.tokenizer.chat_template
+    parts.tokenizer.chat_template = longer
+
+
 MODELS: dict[str, Callable[[Parts], None]] = {
     "no_chat_template": _no_chat_template,
     "other_chat_template": _other_chat_template,

@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from broken import Parts, _with_base, _with_generator
+from broken import Parts, _template_goes_on, _with_base, _with_change, _with_generator
 from transformers import GenerationConfig
 
 from trl_ext import SharedBase, demo
-from trl_ext.generation import TransformersGenerator
+from trl_ext.generation import Answers, TransformersGenerator
 from trl_ext.tokens import as_ids, padded
 
 Ids = list[list[int]]
@@ -26,7 +26,7 @@ class Sampler:
     def __init__(self, base: SharedBase) -> None:
         self._base, self._inner = base, TransformersGenerator(base, 64)
 
-    def answers(self, prompt_ids: Ids, config: GenerationConfig, role: str) -> Ids:
+    def answers(self, prompt_ids: Ids, config: GenerationConfig, role: str) -> Ids | Answers:
         """See `trl_ext.generation.Generator`."""
         return self._inner.answers(prompt_ids, config, role).ids
 
@@ -148,15 +148,6 @@ def _reward_merged_into_base(base: SharedBase) -> None:
 # The tokenizer --------------------------------------------------------------------------------------------------------
 
 
-def _template_opens_a_thought(parts: Parts) -> None:
-    template = parts.tokenizer.chat_template
-    opened = template.replace(
-        "{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|><think>\n"
-    )
-    assert opened != template
-    parts.tokenizer.chat_template = opened
-
-
 def _reward_pads_with_eos(parts: Parts) -> None:
     def change(base: SharedBase) -> None:
         base.reward_pad_token_ids = {"reward": parts.tokenizer.eos_token_id}
@@ -167,10 +158,6 @@ def _reward_pads_with_eos(parts: Parts) -> None:
 def _stops_at_the_full_stop(parts: Parts) -> None:
     stop = parts.tokenizer("The capital of France is Paris.")["input_ids"][-1]
     parts.settings["generation_kwargs"] = {"eos_token_id": [stop]}
-
-
-def _with_change(change: Callable[[SharedBase], None], parts: Parts) -> None:
-    parts.change_base = change
 
 
 MODELS: dict[str, Callable[[Parts], None]] = {
@@ -185,7 +172,7 @@ MODELS: dict[str, Callable[[Parts], None]] = {
     "reward_adapter_left_out": partial(_with_change, _reward_adapter_left_out),
     "reward_pads_with_eos": _reward_pads_with_eos,
     "value_head_frozen": partial(_with_change, _value_head_frozen),
-    "template_opens_a_thought": _template_opens_a_thought,
+    "template_opens_a_thought": partial(_template_goes_on, "<think>\n"),
     "base_in_four_bits": partial(_with_change, _base_in_four_bits),
     "reward_merged_into_base": partial(_with_change, _reward_merged_into_base),
     "stops_at_the_full_stop": _stops_at_the_full_stop,

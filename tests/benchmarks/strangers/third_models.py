@@ -8,7 +8,8 @@ from functools import partial
 from itertools import accumulate
 
 import torch
-from broken import Parts, _with_generator
+from broken import Parts, _template_goes_on, _with_change, _with_generator
+from more_models import Sampler
 from tokenizers import pre_tokenizers
 from transformers import GenerationConfig
 
@@ -21,17 +22,6 @@ Ids = list[list[int]]
 RESERVED = [f"<|reserved_{i}|>" for i in range(256)]
 
 # Who samples ----------------------------------------------------------------------------------------------------------
-
-
-class Sampler:
-    """A generator through which the base answers; those below get one thing wrong."""
-
-    def __init__(self, base: SharedBase) -> None:
-        self._base, self._inner = base, TransformersGenerator(base, 64)
-
-    def answers(self, prompt_ids: Ids, config: GenerationConfig, role: str) -> Ids | Answers:
-        """See `trl_ext.generation.Generator`."""
-        return self._inner.answers(prompt_ids, config, role).ids
 
 
 class SyncsAttentionOnly(Sampler):
@@ -177,20 +167,7 @@ def _reward_layers_off_by_one(base: SharedBase) -> None:
                 parameter.copy_(before[i - 1])
 
 
-def _with_change(change: Callable[[SharedBase], None], parts: Parts) -> None:
-    parts.change_base = change
-
-
 # The tokenizer --------------------------------------------------------------------------------------------------------
-
-
-def _template_ends_in_a_space(parts: Parts) -> None:
-    template = parts.tokenizer.chat_template
-    spaced = template.replace(
-        "{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|>{{ ' ' }}"
-    )
-    assert spaced != template
-    parts.tokenizer.chat_template = spaced
 
 
 def _legacy_prefix_space(parts: Parts) -> None:
@@ -218,7 +195,7 @@ MODELS: dict[str, Callable[[Parts], None]] = {
     "sampler_best_of_four": partial(_with_generator, BestOfFour),
     "sampler_prefills_without_adapter": partial(_with_generator, PrefillsWithoutAdapter),
     "sampler_tells_cumulative_logprobs": partial(_with_generator, TellsCumulativeLogprobs),
-    "template_ends_in_a_space": _template_ends_in_a_space,
+    "template_ends_in_a_space": partial(_template_goes_on, "{{ ' ' }}"),
     "legacy_prefix_space": _legacy_prefix_space,
     "reserved_tokens_added": _reserved_tokens_added,
     "reference_reads_value_adapter": partial(_with_change, _reference_reads_value_adapter),
