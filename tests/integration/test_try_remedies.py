@@ -101,6 +101,7 @@ def test_held_out_prompts_are_trained_on_for_as_many_steps(tmp_path: Path) -> No
     plain = with_parts(tmp_path / "plain")
     plain.train()
     assert trainer.state.max_steps == plain.state.max_steps
+    assert len(trainer.train_dataset) == len(plain.train_dataset), "an epoch is as long"
     assert set(trainer.experience.rollout.prompts) == {"the dog"} != set(plain.experience.rollout.prompts)
 
 

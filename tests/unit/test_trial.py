@@ -315,6 +315,10 @@ def test_what_was_tried_is_kept_whatever_becomes_of_the_next_cause(tmp_path: Pat
 
 def test_a_cure_that_dies_later_is_none_and_nothing_is_built_on_it(tmp_path: Path) -> None:
     class Dying(Twofold):
+        def __init__(self, settings: dict[str, Any]) -> None:
+            super().__init__(settings)
+            self.history[13:] = rows(LENGTH, **{**HEALTHY, **SICK["truncation"]})[13:]
+
         def log(self, row: dict[str, Any]) -> None:
             if self.settings["learning_rate"] >= 1e-4 and row["step"] > 8 * 20:
                 raise ValueError("weights blew up")
