@@ -313,6 +313,21 @@ def test_what_was_tried_is_kept_whatever_becomes_of_the_next_cause(tmp_path: Pat
     assert (kept["finding"], kept["verdict"]) == ("steps_too_small", "in part")
 
 
+def test_a_cure_is_kept_though_nobody_waited_for_the_whole_run(tmp_path: Path) -> None:
+    class Interrupted(Pretender):
+        def log(self, row: dict[str, Any]) -> None:
+            if row["step"] > 8 * 20:
+                raise KeyboardInterrupt
+            super().log(row)
+
+    run = RunLog.of(rows(LENGTH, **SMALL), {**CONFIG, "learning_rate": 1e-6})
+    (found,) = [one for one in diagnose(run) if one.name == "steps_too_small"]
+    with pytest.raises(KeyboardInterrupt):
+        try_remedies(Clinic(Interrupted, learning_rate=1e-6), [found], tmp_path / "trial", run)
+    (kept,) = json.loads((tmp_path / "trial" / "trial.json").read_text())
+    assert kept["verdict"] == "cured" and len(kept["with"]["values"]) == 12
+
+
 def test_a_cure_that_dies_later_is_none_and_nothing_is_built_on_it(tmp_path: Path) -> None:
     class Dying(Twofold):
         def __init__(self, settings: dict[str, Any]) -> None:

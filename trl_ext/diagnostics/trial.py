@@ -149,8 +149,7 @@ def try_remedies(
     forks = Forks(make_trainer, folder, limits, run, findings)
     patient = _Patient(forks, run, Path(run_dir) if run_dir is not None else None, most, limits)
     trials: list[Trial] = []
-    for tried in _in_turn(patient, roots(findings), causes):
-        trials += tried
+    for trials in _in_turn(patient, roots(findings), causes):
         _write(folder, trials)  # kept, whatever becomes of the next one
     if not trials:
         _write(folder, trials)
@@ -158,7 +157,8 @@ def try_remedies(
 
 
 def _in_turn(patient: _Patient, waiting: list[Explained], causes: int) -> Iterator[list[Trial]]:
-    """The trials of one root after the other, with what helped before."""
+    """All trials so far: of one root after the other, with what helped before; of a cure also before it is confirmed."""
+    trials: list[Trial] = []
     while waiting and len(patient.seen) < causes:
         root = waiting.pop(0)
         name = root.finding.name
@@ -167,8 +167,10 @@ def _in_turn(patient: _Patient, waiting: list[Explained], causes: int) -> Iterat
         patient.seen.append(name)
         tried = patient.tries(root)
         if tried and tried[-1][0].verdict == "cured":
+            yield trials + [trial for trial, _ in tried]
             tried[-1] = patient.confirmed(*tried[-1])
-        yield [trial for trial, _ in tried]
+        trials += [trial for trial, _ in tried]
+        yield trials
         if not tried:
             continue
         trial, log = tried[-1]
