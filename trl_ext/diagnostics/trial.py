@@ -157,7 +157,7 @@ def try_remedies(
 
 
 def _in_turn(patient: _Patient, waiting: list[Explained], causes: int) -> Iterator[list[Trial]]:
-    """All trials so far: of one root after the other, with what helped before; of a cure also before it is confirmed."""
+    """All trials so far, of one root after the other, with what helped before; a cure also before it is confirmed."""
     trials: list[Trial] = []
     while waiting and len(patient.seen) < causes:
         root = waiting.pop(0)
