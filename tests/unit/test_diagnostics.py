@@ -1168,6 +1168,17 @@ def told(**metrics: Any) -> dict[str, Any]:
     return {one.name: one for one in diagnose(RunLog.of(rows(**{**HEALTHY, **metrics}), CONFIG))}
 
 
+@pytest.mark.parametrize("name", [*HEALTHY, *PLACED])
+def test_no_metric_that_is_zero_or_none_or_missing_ends_a_diagnosis(name: str) -> None:
+    """A doctor that raises would end the run that it watches."""
+    healthy = {**HEALTHY, **PLACED}
+    missing = {other: value for other, value in healthy.items() if other != name}
+    for metrics in (missing, *({**healthy, name: [value] * 16} for value in (0.0, math.nan, math.inf))):
+        for count in (1, 2, 3, 16):
+            log = RunLog.of(rows(**metrics)[:count], CONFIG)
+            assert all(isinstance(one, Finding) for one in diagnose(log))
+
+
 def test_scores_that_go_with_the_place_belong_to_other_rows() -> None:
     """In the same order they repeat, in another one they do not."""
     found = told(**PLACED)["score_misaligned"]
