@@ -64,6 +64,7 @@ def main() -> None:
     # All of summarize counts, though most of it is what TRL logs too.
     ppo_update.summarize = timed(ppo_update.summarize)
     Updater._gradients_finite = timed(Updater._gradients_finite)
+    DiagnosticsCallback.on_update_begin = timed(DiagnosticsCallback.on_update_begin)
     DiagnosticsCallback.on_update_end = timed(DiagnosticsCallback.on_update_end)
     prompts = Dataset.from_dict({"prompt": [f"Movie review: number {i} was a film that" for i in range(64)]})
     clock = Clock()

@@ -2,18 +2,23 @@
 
 import json
 import math
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.integration.test_ppo_trainer import cats, rows_with, trainer_for
+from tests.integration.test_ppo_trainer import cats, rows_with, trained_state, trainer_for
 from trl_ext import DiagnosticsCallback
 from trl_ext.cli import main
-from trl_ext.diagnostics import Finding, Remedy, diagnose, read_run
+from trl_ext.diagnostics import Finding, Remedy, RunLog, diagnose, read_run
 from trl_ext.diagnostics.scores import weights_of
 from trl_ext.rewards.texts import length_penalty
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "strangers"))
+import verdict
 
 
 def nothing(completions: list[Any], **kwargs: Any) -> list[float]:
@@ -151,6 +156,57 @@ def test_stop_saves_and_ends_the_run(tmp_path: Path) -> None:
     assert trainer.state.global_step == 6, "three rollouts of two steps show it"
     assert (tmp_path / "out" / "checkpoint-6" / "trainer_state.json").is_file()
     assert (tmp_path / "out" / "diagnostics.json").is_file()
+
+
+def blind(prompts: Any, **_: Any) -> list[float]:
+    return [float(sum(map(ord, str(prompt))) % 7) for prompt in prompts]
+
+
+def test_stop_ends_a_run_whose_first_rollout_shows_it_before_a_weight_changes(tmp_path: Path) -> None:
+    settings = {"per_device_train_batch_size": 64, "num_generations": 2, "total_episodes": 64 * 8}
+    trainer = trainer_for(tmp_path, reward=blind, **settings)
+    callback = DiagnosticsCallback(on_problem="stop")
+    trainer.add_callback(callback)
+    before = {name: tensor.clone() for name, tensor in trained_state(trainer).items()}
+    trainer.train()
+    assert "score_ignores_completion" in [finding.name for finding in callback.findings]
+    assert trainer.state.global_step == 1 and (tmp_path / "out" / "checkpoint-1").is_dir()
+    for name, tensor in trained_state(trainer).items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_the_first_look_is_what_the_log_without_its_training_would_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `verdict.before_training` makes of a log is what the callback has seen."""
+    seen: list[RunLog] = []
+    monkeypatch.setattr("trl_ext.callbacks.diagnostics.diagnose", lambda log, *_: seen.append(log) or [])
+    trainer = trainer_for(tmp_path, reward=cats)
+    callback = DiagnosticsCallback(yardstick=cats)
+    trainer.add_callback(callback)
+    trainer.train()
+    (first,) = [log for log in seen if [row["step"] for row in log.rows] == [0]]
+    (known,) = verdict.before_training(callback.log_of(trainer.state)).rows
+    assert known == pytest.approx(first.rows[0])
+    assert {"objective/kl", "agreement/cats", "evidence/gradient/score", "rewards/cats/std"} <= set(first.rows[0])
+
+
+def test_the_yardstick_judges_each_rollout_once(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def counted(completions: Any, **_: Any) -> list[float]:
+        calls.append(len(completions))
+        return [0.0] * len(completions)
+
+    settings = {"save_strategy": "steps", "save_steps": 1, "total_episodes": 24}
+    trainer = trainer_for(tmp_path, **settings)
+    trainer.add_callback(DiagnosticsCallback(yardstick=counted))
+    trainer.train()
+    assert len(calls) == 3
+    again = trainer_for(tmp_path / "again", **settings)
+    again.add_callback(DiagnosticsCallback(yardstick=cats))
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert len(rows_with(again, "yardstick/cats")) == 2, "of the rollout that was amid its training, too"
 
 
 def test_stop_ends_a_resumed_run_whose_problem_nobody_was_told(tmp_path: Path) -> None:

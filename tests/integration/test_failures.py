@@ -45,6 +45,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> PPOTrainer:
         ("on_rollout_end", 2),
         ("on_scores", 4),  # the first rollout of an epoch
         ("on_advantages", 6),
+        ("on_update_begin", 6),
         ("on_ppo_epoch_end", 5),
         ("on_update_end", 6),
         ("on_evaluation_end", 6),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -712,8 +713,8 @@ def test_entropy_that_no_bonus_raises() -> None:
             lambda t: 5e-4 * (1.2 + math.cos(3 * math.pi * t)),
             "The learning rate rises again after it has fallen",
         ),
-        ("linear", lambda t: 1e-3 * min(t / 0.7, (1 - t) / 0.3), "The learning rate is still warming up"),
-        ("constant_with_warmup", lambda t: 1e-3 * min(t / 0.7, 1), "The learning rate is still warming up"),
+        ("linear", lambda t: 1e-3 * min(t / 0.7, (1 - t) / 0.3), "The learning rate warms up for half of the run"),
+        ("constant_with_warmup", lambda t: 1e-3 * min(t / 0.7, 1), "The learning rate warms up for half of the run"),
     ],
 )
 def test_rates_that_are_off_their_schedule(kind: str, rate: Any, title: str | None) -> None:
@@ -1221,7 +1222,22 @@ def test_a_rate_that_warms_up_for_half_of_the_run_is_to_warm_up_for_nothing() ->
     config = {**CONFIG, "lr_scheduler_type": "constant_with_warmup", "max_steps": 128}
     log = RunLog.of(rows(**{**HEALTHY, "learning_rate": lambda t: 1e-3 * (0.01 + 0.99 * t)}), config)
     (found,) = [one for one in diagnose(log) if one.name == "rate_off_schedule"]
-    assert found.title == "The learning rate is still warming up" and found.remedy.changes == {"warmup_steps": 0}
+    assert found.title == "The learning rate warms up for half of the run"
+    assert found.remedy.changes == {"warmup_steps": 0}
+
+
+@pytest.mark.parametrize("logs", [0, 1])
+def test_a_rate_that_will_be_off_is_told_before_it_is(logs: int) -> None:
+    def told(factor: Any, **config: Any) -> set[str]:
+        planned = [(step, 1e-3 * factor(step / 128)) for step in range(0, 129, 4)]
+        log = RunLog.of(rows(**{**HEALTHY, "learning_rate": 1e-3})[:logs], CONFIG | config | {"planned_rates": planned})
+        return {one.title for one in diagnose(replace(log, kind="ppo")) if one.name == "rate_off_schedule"}
+
+    assert told(lambda t: max(0.0, 1 - 3 * t)) == {"The learning rate is near 0 in the first half of the run"}
+    warmed = {"lr_scheduler_type": "constant_with_warmup"}
+    assert told(lambda t: min(t / 0.7, 1), **warmed) == {"The learning rate warms up for half of the run"}
+    assert told(lambda t: 3.0) == {"The learning rate is higher than its setting"}
+    assert told(lambda t: 1.0) == told(lambda t: min(t / 0.1, 1 - t), lr_scheduler_type="linear") == set()
 
 
 def test_a_setting_that_its_finding_names_is_not_blamed_by_another() -> None:

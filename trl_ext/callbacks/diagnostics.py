@@ -37,6 +37,7 @@ LIVE = ("kl_coef", "entropy_coef", "vf_coef", "missing_eos_penalty")
 PACKAGES = ("trl-ext", "trl", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "torch")
 MAX_DATA_ROWS = 5_000  # of a reward model's data
 MAX_SAMPLES = 400  # of rollouts; those of evaluations are not limited
+PLANNED = 40  # parts of a run whose learning rate is read off the schedule
 
 PLACES = 64  # by which scores are looked for on other rows
 JUDGED = ("prompts", "completions", "completion_ids")  # what a yardstick is called with
@@ -44,13 +45,15 @@ Yardstick = Callable[..., Sequence[float | None]]
 
 
 class DiagnosticsCallback(RolloutCallback):
-    """Diagnoses the run at every log, reports each finding once, and writes `run.json` (settings and versions) into the
-    output folder for `trl-ext doctor` and `trl-ext report`.
+    """Diagnoses the run at every log, and in our PPOTrainer the settings before the run and the first rollout before a
+    step is taken on it; reports each finding once, and writes `run.json` (settings and versions) into the output folder
+    for `trl-ext doctor` and `trl-ext report`.
 
     Args:
         on_problem: what a finding of severity "problem" leads to. "warn": a warning. "stop": a warning, then the run is
-            saved and ends. "act": a warning, and the remedy's settings are applied as far as a run in progress can take
-            them (in PPO kl_coef, entropy_coef, vf_coef, missing_eos_penalty; everywhere the learning rate).
+            saved and ends, with no further step on the rollout in use. "act": a warning, and the remedy's settings are
+            applied as far as a run in progress can take them (in PPO kl_coef, entropy_coef, vf_coef,
+            missing_eos_penalty; everywhere the learning rate).
         yardstick: a reward function that is not trained on. It measures what the score stands for: a better judge than
             the one that is trained on, exact grading, or people's verdicts. Our PPOTrainer calls it with `prompts`,
             `completions` and `completion_ids` of every rollout and of every evaluation, and logs its mean as
@@ -83,6 +86,8 @@ class DiagnosticsCallback(RolloutCallback):
         self._latest: deque[Sample] = deque(maxlen=MAX_SAMPLES)
         self._watched: list[Sample] = []
         self._config: dict[str, Any] = {}
+        self._stepped_by: dict[str, Any] = {}  # optimizer and schedule
+        self._judged_now: dict[str, float] | None = None  # what the yardstick says of the rollout in use
         # Part of the trainer's state: a resumed run neither repeats a warning nor acts on a finding a second time.
         self._state: dict[str, Any] = _initial_state()
 
@@ -120,9 +125,12 @@ class DiagnosticsCallback(RolloutCallback):
         self._config["reference_named"] = getattr(model, "reference_named", None)
         self._config["steps_of_run"] = state.max_steps
         self._config["rate_changed"] = self._state.get("rate_changed", False)
+        self._config["planned_rates"] = _planned_rates(kwargs.get("lr_scheduler"), state.max_steps)
         for name, value in _data_figures(kwargs.get("train_dataloader"), self._config.get("objective")).items():
             self._state["measured"][f"data/{name}"] = [value]
         self._config["reward_names"] = self._state.get("reward_names")
+        self._stepped_by = {name: kwargs.get(name) for name in ("optimizer", "lr_scheduler")}
+        self._judged_now = None
         self._write_settings(args, state)
         if self.rules is None and hasattr(args, "steps_per_rollout") and not state.log_history:
             self._tell(diagnose(RunLog("ppo", [], config=self._config), self.limits), state)
@@ -132,31 +140,47 @@ class DiagnosticsCallback(RolloutCallback):
         if state.global_step == 1 and not hasattr(args, "steps_per_rollout"):
             control.should_log = True
 
+    def on_update_begin(
+        self, args: Any, state: TrainerState, control: Any, experience: Experience, metrics: dict[str, float]
+    ) -> None:
+        """Apply the yardstick to the rollout; diagnose the first one before the policy learns from it."""
+        self._judged_now = self._judged(experience, among_others=True)
+        if state.global_step > 0 or self.rules is not None:
+            return
+        of_rollout = {"step": 0, "episode": args.rollout_batch_size, **metrics, **self._judged_now}
+        self._note_functions(args, state, of_rollout)
+        seen = samples_of(experience, 0, self._keep)
+        log = RunLog.of([*state.log_history, of_rollout], self._config, [*self._watched, *seen])
+        self._act_on(diagnose(log, self.limits), args, state, control)
+
     def on_update_end(
         self, args: Any, state: TrainerState, control: Any, experience: Experience, metrics: dict[str, float]
     ) -> None:
-        """Keep some completions, and apply the yardstick to all."""
+        """Keep some completions, and what the yardstick said of all."""
         self._latest += samples_of(experience, state.global_step, self._keep)
-        if self.yardstick is not None:
-            for metric, value in self._judged(experience, among_others=True).items():
-                self._state["measured"].setdefault(metric, []).append(value)
+        if self._judged_now is None:  # the run was taken up amid this rollout
+            self._judged_now = self._judged(experience, among_others=True)
+        for metric, value in self._judged_now.items():
+            self._state["measured"].setdefault(metric, []).append(value)
+        self._judged_now = None
 
     def on_evaluation_end(
         self, args: Any, state: TrainerState, control: Any, experience: Experience, metrics: dict[str, float]
     ) -> None:
         """Keep the completions of the first prompts, always the same; apply the yardstick to all."""
-        if self.yardstick is not None:
-            metrics.update(self._judged(experience))
+        metrics.update(self._judged(experience))
         self._watched += samples_of(experience, state.global_step, self._keep, watched=True)
         self._write(args, state)
 
     def _judged(self, experience: Experience, among_others: bool = False) -> dict[str, float]:
-        """The yardstick's mean over a rollout, and its correlation with the score, where they are finite.
+        """The yardstick's mean over a rollout, and its correlation with the score, where they are finite; nothing
+        without a yardstick.
 
         Args:
             among_others: also the highest correlation that scores have with the verdicts on rows some places above.
         """
-        assert self.yardstick is not None
+        if self.yardstick is None:
+            return {}
         rollout, scores = experience.rollout, experience.scores.total.cpu()
         name = getattr(self.yardstick, "__name__", type(self.yardstick).__name__)
         verdicts = self.yardstick(
@@ -194,10 +218,13 @@ class DiagnosticsCallback(RolloutCallback):
             for row in (logs, state.log_history[-1]):
                 row.update(measured)
             self._state["measured"].clear()
-        for finding in self._tell(diagnose(self.log_of(state), self.limits, self.rules), state):
+        self._act_on(diagnose(self.log_of(state), self.limits, self.rules), args, state, control)
+
+    def _act_on(self, present: Sequence[Finding], args: Any, state: TrainerState, control: Any) -> None:
+        for finding in self._tell(present, state):
             if finding.severity == "problem" and finding.name not in self._state.setdefault("acted", []):
                 self._state["acted"].append(finding.name)  # of settings there may be several, and a rate is scaled once
-                self._respond(finding, args, state, control, kwargs)
+                self._respond(finding, args, state, control)
 
     def _tell(self, present: Sequence[Finding], state: TrainerState) -> list[Finding]:
         """Report the findings that are new, and warnings that have become a problem; return those that no earlier part
@@ -239,17 +266,18 @@ class DiagnosticsCallback(RolloutCallback):
 
     # What a problem leads to ------------------------------------------------------------------------------------------
 
-    def _respond(self, finding: Finding, args: Any, state: Any, control: Any, kwargs: dict[str, Any]) -> None:
+    def _respond(self, finding: Finding, args: Any, state: Any, control: Any) -> None:
+        schedule = self._stepped_by.get("lr_scheduler")
         if self.on_problem == "stop":
-            control.should_save = control.should_training_stop = True
+            control.should_save = control.should_training_stop = control.should_update_stop = True
         elif self.on_problem == "act":
             for name, value in finding.remedy.changes.items():
                 if name in LIVE and hasattr(args, name):
                     logger.warning("%s: %s changes from %s to %s.", finding.name, name, getattr(args, name), value)
                     setattr(args, name, value)
                     self._state["settings"][name] = value
-                elif name == "learning_rate" and kwargs.get("lr_scheduler") is not None:
-                    scale_learning_rate(kwargs["optimizer"], kwargs["lr_scheduler"], value / args.learning_rate)
+                elif name == "learning_rate" and schedule is not None:
+                    scale_learning_rate(self._stepped_by["optimizer"], schedule, value / args.learning_rate)
                     self._config["rate_changed"] = self._state["rate_changed"] = True
                     self._write_settings(args, state)
                     logger.warning("%s: learning_rate is multiplied by %.3g.", finding.name, value / args.learning_rate)
@@ -342,6 +370,15 @@ def _lora_settings(model: Any) -> dict[str, Any]:
         return {}
     names = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_rslora": "use_rslora"}
     return {name: getattr(config, of_peft, None) for name, of_peft in names.items()}
+
+
+def _planned_rates(schedule: Any, steps: int) -> list[tuple[int, float]]:
+    """(optimizer step, learning rate) at some steps of the whole run; empty where the schedule cannot say it before."""
+    factors = getattr(schedule, "lr_lambdas", None) or [None]
+    if steps < 1 or not inspect.isfunction(getattr(factors[0], "func", factors[0])):  # other objects have a state
+        return []
+    at = sorted({step * (steps - 1) // PLANNED for step in range(PLANNED + 1)})
+    return [(step, schedule.base_lrs[0] * float(factors[0](step))) for step in at]
 
 
 def _data_figures(dataloader: Any, objective: str | None) -> dict[str, float]:

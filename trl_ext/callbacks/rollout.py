@@ -1,4 +1,4 @@
-"""Events of a PPO update, in the order in which they happen: rollout, scores, rewards, advantages, epochs, end."""
+"""Events of a PPO update, in the order in which they happen: rollout, scores, rewards, advantages, update."""
 
 from __future__ import annotations
 
@@ -83,6 +83,12 @@ class RolloutCallback(TrainerCallback):
     ) -> Experience | None:
         """Each token has its advantage and its return: what is about to be trained on."""
 
+    def on_update_begin(
+        self, args: Any, state: TrainerState, control: PPOControl, experience: Experience, metrics: dict[str, float]
+    ) -> None:
+        """The rollout is about to be trained on. `metrics` describe it, under the names that are logged: all that can
+        be known of it before a weight changes."""
+
     def on_ppo_epoch_end(
         self, args: Any, state: TrainerState, control: PPOControl, experience: Experience, stats: EpochStats
     ) -> None:
@@ -91,7 +97,7 @@ class RolloutCallback(TrainerCallback):
     def on_update_end(
         self, args: Any, state: TrainerState, control: PPOControl, experience: Experience, metrics: dict[str, float]
     ) -> None:
-        """The last epoch has ended. `metrics` describe the rollout, under the names that are logged."""
+        """The last epoch has ended. `metrics` are those of `on_update_begin`."""
 
     def on_evaluation_end(
         self, args: Any, state: TrainerState, control: PPOControl, experience: Experience, metrics: dict[str, float]
@@ -192,6 +198,10 @@ class RolloutEvents:
     def on_advantages(self, experience: Experience) -> Experience:
         """See `RolloutCallback`."""
         return self._together(lambda: self._replaced("on_advantages", experience))
+
+    def on_update_begin(self, experience: Experience, metrics: dict[str, float]) -> None:
+        """See `RolloutCallback`."""
+        self._together(lambda: self._tell("on_update_begin", experience, metrics))
 
     def on_ppo_epoch_end(self, experience: Experience, stats: EpochStats) -> None:
         """See `RolloutCallback`."""

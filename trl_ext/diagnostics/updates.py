@@ -213,9 +213,13 @@ CONSTANT = {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None}
 
 
 def rate_off_schedule(log: RunLog, limits: Limits) -> Finding | None:
-    """The learning rate does not do what its lr_scheduler_type says."""
+    """The learning rate does not do what its lr_scheduler_type says, or what the schedule plans is no use."""
     rates, kind = log.series("learning_rate"), str(log.setting("lr_scheduler_type", ""))
     done = [_share_done(log, row) for row in log.rows if "learning_rate" in row]
+    planned = log.setting("planned_rates", [])
+    if len(rates) < limits.least_rows and planned:
+        rates = Series([step for step, _ in planned], [rate for _, rate in planned])
+        done = [step / planned[-1][0] if planned[-1][0] else math.nan for step in rates.steps]
     if not rates or log.setting("rate_changed") or not max(rates.values) > 0:
         return None
     if max(rates.values) > 2 * float(log.setting("learning_rate", math.inf)):
@@ -323,11 +327,12 @@ def _stays(rates: Series, done: list[float], kind: str) -> Told | None:
 
 
 def _warms_up_long(rates: Series, done: list[float]) -> Told | None:
-    rising = all(b > a for a, b in zip(rates.values, rates.values[1:], strict=False))
-    if not done[-2] >= 0.5 or not rising or rates.values[0] > rates.values[-1] / 2:
+    peak = rates.values.index(max(rates.values))
+    rising = all(b > a for a, b in zip(rates.values[:peak], rates.values[1 : peak + 1], strict=True))
+    if not done[peak] > 0.5 or not rising or rates.values[0] > rates.values[peak] / 2:
         return None
     cause = "a warm-up longer than half of the run: warmup_steps counts optimizer steps, not rollouts or episodes."
-    return "The learning rate is still warming up", len(done) - 1, cause, "up", {"warmup_steps": 0}
+    return "The learning rate warms up for half of the run", peak, cause, "up", {"warmup_steps": 0}
 
 
 def value_not_learning(log: RunLog, limits: Limits) -> Finding | None:

@@ -20,7 +20,7 @@ Transformers' Trainer keeps the loop: it draws micro-batches, steps the optimize
           Collector -> rollout, scores, pass_    heard by on_rollout_end, on_scores; with rollouts_ahead the next
                                                  rollout is begun as soon as this one's completions are there
           shape     -> rewards                   heard by on_rewards
-          estimate  -> advantages, returns       heard by on_advantages
+          estimate  -> advantages, returns       heard by on_advantages; once it is described, by on_update_begin
         Updater.train_on_next                  forward, losses and backward of one micro-batch, role by role
         Updater.finish_minibatch               after the last micro-batch of a step: may the optimizer step?
       optimizer.step                           unless a guard said no
@@ -262,6 +262,7 @@ class Updater:
         self.metrics.add_rollout(self.rollout_metrics)
         if earlier:  # at the end of a rollout a run that resumes would not repeat it, if it failed
             together(self._update_controller)
+        self.events.on_update_begin(experience, self.rollout_metrics)
         self.progress = EpochProgress(stopped=control.should_update_stop)
         return experience
 

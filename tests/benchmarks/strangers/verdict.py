@@ -21,6 +21,22 @@ Truth = dict[str, list[str]]
 
 HARM = 0.10  # of the exam, below the healthy run of the same seed
 LOOKS = 100  # at a log as it was on the way
+# What is not known of a rollout before it is trained on, by the beginning of its names.
+OF_TRAINING = (
+    "policy/",
+    "val/ratio",
+    "val/clipfrac",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "epoch",
+    "eps",
+    "time/",
+    "memory/",
+    "evidence/gradient/signal",
+    "evidence/gradient/noise",
+    "evidence/lost_to_rounding",
+)
 LORA_WORDS = {"r": ("rank", "lora_rank")}  # what a text calls a field whose name is too short to look for
 HEALTHY_RUN = "healthy:ppo:the recipe"
 
@@ -32,18 +48,32 @@ def judge(log: RunLog) -> Result:
 
     Returns:
         "roots": at the end, in the doctor's order. "first_seen": of every topic that was told on the way the finding,
-        as it was, with the step and the episode. "rollouts": how many were logged.
+        as it was, with the steps and episodes that had been trained on. "rollouts": how many were logged.
     """
     seen: dict[str, dict[str, Any]] = {}
     points = sorted({row["step"] for row in [*log.rows, *log.evals]})
     every = max(math.ceil(len(points) / LOOKS), 1)
-    for step in [0, *sorted(points[::-every])]:  # before the first rollout; the last is among them
-        so_far = until(log, step)
-        episode = max((row.get("episode", 0.0) for row in so_far.rows), default=0.0)
+    for step in [0, BEFORE_TRAINING, *sorted(points[::-every])]:  # before the first rollout; the last is among them
+        so_far = until(log, step) if step != BEFORE_TRAINING else before_training(log)
+        episode = max((row.get("episode", 0.0) for row in so_far.rows), default=0.0) if step > 0 else 0.0
+        told = {"step": max(step, 0), "episode": episode}
         for finding in diagnose(so_far):
-            seen.setdefault(finding.topic, {"step": step, "episode": episode, **as_plain(Explained(finding, None, ()))})
+            seen.setdefault(finding.topic, {**told, **as_plain(Explained(finding, None, ()))})
     found = [as_plain(top) for top in roots(diagnose(log))]
     return {"roots": found, "first_seen": seen, "rollouts": len(log.rows)}
+
+
+BEFORE_TRAINING = -1
+
+
+def before_training(log: RunLog) -> RunLog:
+    """The log as the doctor at work sees the first rollout of our PPOTrainer before a step is taken on it; of another
+    trainer, or of a log that does not begin there, nothing."""
+    size = log.setting("rollout_batch_size")
+    if log.kind != "ppo" or size is None or not log.rows or log.rows[0].get("episode") != size:
+        return replace(log, rows=[], evals=[], samples=[])
+    row = {name: value for name, value in log.rows[0].items() if not name.startswith(OF_TRAINING)}
+    return replace(until(log, 0), rows=[row | {"step": 0}])
 
 
 def until(log: RunLog, step: int) -> RunLog:
