@@ -31,6 +31,8 @@ from filelock import FileLock, Timeout
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import broken
 import doctor
+import fourth_models
+import fourth_rewards
 import more_models
 import more_rewards
 import split
@@ -49,7 +51,11 @@ from trl_ext.diagnostics import diagnose, read_run, roots
 from trl_ext.diagnostics.forks import exchange, settings_of
 
 HERE = Path(__file__).parent
-for rewards, models in ((more_rewards, more_models), (third_rewards, third_models)):  # of the lists after the first
+for rewards, models in (  # of the lists after the first
+    (more_rewards, more_models),
+    (third_rewards, third_models),
+    (fourth_rewards, fourth_models),
+):
     broken.REWARDS.update(rewards.REWARDS)
     broken.NOT_NORMALISED.update(rewards.NOT_NORMALISED)
     broken.PROMPTS.update(rewards.PROMPTS)

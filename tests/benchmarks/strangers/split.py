@@ -43,7 +43,10 @@ SECOND = Listed("mistakes_2.yaml", "_2", 28_112_026, 10)
 
 # By other authors, once both halves of the second had been read.
 THIRD = Listed("mistakes_3.yaml", "_3", 28_112_027, 10)
-LISTS = (FIRST, SECOND, THIRD)
+
+# By other authors again, once both halves of the third had been read.
+FOURTH = Listed("mistakes_4.yaml", "_4", 28_112_028, 10)
+LISTS = (FIRST, SECOND, THIRD, FOURTH)
 
 
 def groups(of: Listed) -> dict[str, dict[str, list[dict[str, Any]]]]:
