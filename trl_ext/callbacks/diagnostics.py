@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset, Value
 from transformers import TrainerState
 
 from trl_ext.callbacks.rollout import RolloutCallback
@@ -128,6 +129,8 @@ class DiagnosticsCallback(RolloutCallback):
         self._config["planned_rates"] = _planned_rates(kwargs.get("lr_scheduler"), state.max_steps)
         for name, value in _data_figures(kwargs.get("train_dataloader"), self._config.get("objective")).items():
             self._state["measured"][f"data/{name}"] = [value]
+        if getattr(args, "shuffle_dataset", True) is False:
+            self._config["prompts_order"] = _order_of(kwargs.get("train_dataloader"))
         self._config["reward_names"] = self._state.get("reward_names")
         self._stepped_by = {name: kwargs.get(name) for name in ("optimizer", "lr_scheduler")}
         self._judged_now = None
@@ -379,6 +382,32 @@ def _planned_rates(schedule: Any, steps: int) -> list[tuple[int, float]]:
         return []
     at = sorted({step * (steps - 1) // PLANNED for step in range(PLANNED + 1)})
     return [(step, schedule.base_lrs[0] * float(factors[0](step))) for step in at]
+
+
+def _order_of(dataloader: Any) -> tuple[str, float, int] | None:
+    """By what neighbouring prompts are alike, and how much: 1 less the mean difference of their ranks over that of rows
+    drawn at random, so about 0 of shuffled rows and 1 of sorted ones. Of all that they can be sorted by, columns of the
+    reward functions included, the one by which it is highest; and how many rows there are. None where that is not known."""
+    dataset: Any = getattr(dataloader, "dataset", None)
+    if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names or len(dataset) < 16:
+        return None
+    plain = [name for name, feature in dataset.features.items() if isinstance(feature, Value)]
+    rows: dict[str, list[Any]] = dataset.select_columns(list({"prompt", *plain}))[:MAX_DATA_ROWS]
+    keys = {**rows, "prompt": [as_text(prompt) for prompt in rows["prompt"]]}
+    keys["the prompt's length"] = [len(text) for text in keys["prompt"]]
+    alike = {name: _neighbours_alike(values) for name, values in keys.items() if None not in values}
+    name = max(alike, key=lambda one: alike[one])
+    return name, alike[name], len(dataset)
+
+
+def _neighbours_alike(values: Sequence[Any]) -> float:
+    """See `_order_of`; 0 where all values are the same."""
+    places = {value: place for place, value in enumerate(sorted(set(values)))}
+    ranks = torch.tensor([float(places[value]) for value in values])
+    count = len(ranks)
+    # Mean over all pairs of |a - b|, from the sorted values.
+    anywhere = float(((2 * torch.arange(count) - count + 1) * ranks.sort().values).sum() * 2 / count**2)
+    return 1 - float(ranks.diff().abs().mean()) / anywhere if anywhere > 0 else 0.0
 
 
 def _data_figures(dataloader: Any, objective: str | None) -> dict[str, float]:
