@@ -143,6 +143,12 @@ CALLS = [
     Call("a rating that is no number", "FeedbackRewardTrainer(model, FeedbackRewardConfig(use_cpu=True, bf16=False, objective='regression'), train_dataset=Dataset.from_dict({'completion': ['a', 'b'], 'rating': [1.0, float('nan')]}))", "ValueError", "Row 1 of train_dataset, column 'rating': nan is not a number."),
     Call("a nucleus above 1 in generation_kwargs", "PPOConfig(generation_kwargs={'top_p': 2.0})", "ValueError", "generation_kwargs['top_p'] is 2.0: it must be positive and at most 1."),
     Call("a dict that is cut short", "PPOConfig(generation_kwargs='{bad')", "ValueError", "generation_kwargs is '{bad', which is no JSON:"),
+    Call(
+        "the tokenizer's arguments for the template's",
+        "PPOConfig(chat_template_kwargs={'padding': True})",
+        "ValueError",
+        "chat_template_kwargs has padding, which is the tokenizer's and not the template's: leave it out",
+    ),
     Call("a list for a dict", "PPOConfig(chat_template_kwargs=[1])", "ValueError", "chat_template_kwargs is [1]: give a dict."),
     Call("another temperature to sample at", "PPOConfig(generation_kwargs={'temperature': 0.5})", "ValueError", "generation_kwargs has temperature 0.5, but log-probabilities are taken at temperature 1: set PPOConfig's temperature instead."),
     # Callbacks and controllers

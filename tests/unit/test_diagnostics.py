@@ -170,6 +170,8 @@ SICK: dict[str, dict[str, Any]] = {
     "scores_alike": {"objective/scores_alike": 0.97, "objective/scores": 0.1},
     "mostly_unscored": {"objective/unscored": 50.0},
     "few_prompts": {"prompts/distinct": 1 / 16},
+    "prompts_in_order": {},
+    "wrong_checkpoint": {"eval_objective/scores": lambda t: t, "eval_yardstick/exact": lambda t: 3 + t},
     "empty_prompts": {"prompts/empty": 0.3},
     "prompts_hold_completions": {"prompts/hold_completion": 0.8},
     "unusual_settings": {"objective/scores": 0.1},
@@ -190,6 +192,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "entropy_rises": {"entropy_coef": 0.1},
     "rate_off_schedule": {"lr_scheduler_type": "linear", "max_steps": 128},
     "noise_drowns_signal": {"per_device_train_batch_size": 8},
+    "prompts_in_order": {"prompts_order": ("prompt", 0.99, 1000), "shuffle_dataset": False},
+    "wrong_checkpoint": {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "objective/scores",
+        "greater_is_better": False,
+    },
     "unusual_settings": {"cliprange": 1e-3},
 }
 
@@ -279,6 +287,9 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("kl_runs_away", {"objective/kl": [0.9] * 15 + [30.0]}, {}),  # one rollout
     ("score_scale", {"objective/scores_std": [1.0] * 15 + [40.0]}, {}),  # one rollout
     ("few_prompts", {"prompts/distinct": 0.65}, {}),
+    ("prompts_in_order", {}, {"prompts_order": ("prompt", 0.5, 1000)}),
+    ("prompts_in_order", {}, {"prompts_order": ("prompt", 0.99, 100)}),  # a rollout has most of them
+    ("prompts_in_order", {}, {"prompts_order": None}),  # not known
     ("truncation", {"completions/clipped_ratio": [0.4] * 4 + [0.0] * 12}, {}),
     ("clipping_saturated", {"policy/clipfrac_avg": 0.1, "policy/approxkl_avg": 0.05}, {}),
     ("clipping_saturated", {"policy/clipfrac_avg": 0.1, "policy/approxkl_avg": [0.01] * 15 + [0.5]}, {}),  # one update
@@ -1246,3 +1257,68 @@ def test_a_setting_that_its_finding_names_is_not_blamed_by_another() -> None:
     log = RunLog.of(rows(**{**HEALTHY, **sick}), {**CONFIG, "kl_coef": 10.0})
     names = [top.finding.name for top in roots(diagnose(log))]
     assert "kl_drowns_score" in names and "unusual_settings" not in names
+
+
+def test_the_best_by_a_metric_that_only_a_policy_that_has_not_learned_keeps_low() -> None:
+    """Two standard errors are none, and an early one is right where the yardstick says so."""
+    best_by_kl = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_objective/kl",
+        "greater_is_better": False,
+    }
+
+    def told(exact: Any, evals: int = 6) -> bool:
+        history = rows(**HEALTHY)
+        for i in range(evals):
+            evaluated = {
+                "eval_objective/kl": 0.1 * (i + 1),
+                "eval_objective/scores": 0.0,
+                "eval_yardstick/exact": exact(i),
+            }
+            history.append({"step": 16 * (i + 1), **evaluated})
+        return "wrong_checkpoint" in [one.name for one in diagnose(RunLog.of(history, CONFIG | best_by_kl))]
+
+    assert told(lambda i: 3 + 0.2 * i + 0.02 * (-1) ** i)
+    assert not told(lambda i: 3 + 0.02 * i + 0.2 * (-1) ** i), "chance"
+    assert not told(lambda i: 4 - 0.2 * i), "the first one is the best"
+    assert not told(lambda i: 3 + 0.5 * i, evals=2)
+
+
+def test_a_score_that_falls_while_the_yardstick_does_not_has_changed_its_meaning() -> None:
+    falling: dict[str, Any] = {
+        "objective/scores": lambda t: 0.5 - t + 0.03 * math.sin(40 * t),
+        "agreement/exact": lambda t: 0.9 - 0.95 * t,
+        "yardstick/exact": lambda t: 3 + 0.02 * math.sin(50 * t),
+    }
+
+    def told(**metrics: Any) -> set[str]:
+        return {one.name for one in diagnose(RunLog.of(rows(**{**HEALTHY, **falling, **metrics}), CONFIG))}
+
+    assert "score_drifts" in told()
+    assert "score_drifts" not in told(**{"yardstick/exact": lambda t: 3 - t + 0.02 * math.sin(50 * t)})
+    assert "score_drifts" not in told(**{"agreement/exact": lambda t: 0.9 - 0.5 * t})
+    assert "score_drifts" not in told(**{"objective/scores": lambda t: 0.5 + t + 0.03 * math.sin(40 * t)})
+
+
+def test_what_nearly_repeats_is_a_state_and_no_place() -> None:
+    placed = {**PLACED, "evidence/noise_by_place/judge": 0.35}
+    for chance, name in ((0.0, "score_misaligned"), (0.08, "score_not_repeatable")):
+        log = RunLog.of(rows(**{**HEALTHY, **placed, "evidence/noise_by_chance/judge": chance}), CONFIG)
+        assert roots(diagnose(log))[0].finding.name == name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"load_best_model_at_end": False},
+        {"greater_is_better": True},
+        {"greater_is_better": None},  # Transformers takes the highest of what is no loss
+        {"metric_for_best_model": "eval_loss"},
+        {"metric_for_best_model": "some/metric"},
+    ],
+)
+def test_the_best_checkpoint_may_be_the_best(settings: dict[str, Any]) -> None:
+    log = sick_log("wrong_checkpoint")
+    assert "wrong_checkpoint" in [one.name for one in diagnose(log)]
+    assert "wrong_checkpoint" in [one.name for one in diagnose(RunLog("ppo", [], config=log.config))]
+    assert diagnose(replace(log, config={**log.config, **settings})) == []

@@ -386,8 +386,9 @@ def _planned_rates(schedule: Any, steps: int) -> list[tuple[int, float]]:
 
 def _order_of(dataloader: Any) -> tuple[str, float, int] | None:
     """By what neighbouring prompts are alike, and how much: 1 less the mean difference of their ranks over that of rows
-    drawn at random, so about 0 of shuffled rows and 1 of sorted ones. Of all that they can be sorted by, columns of the
-    reward functions included, the one by which it is highest; and how many rows there are. None where that is not known."""
+    drawn at random, so about 0 of shuffled rows and 1 of sorted ones. Of all that they can be sorted by, the reward
+    functions' columns included, the one by which it is highest; and how many rows there are. None where that is not
+    known."""
     dataset: Any = getattr(dataloader, "dataset", None)
     if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names or len(dataset) < 16:
         return None

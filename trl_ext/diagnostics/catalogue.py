@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from trl_ext.diagnostics import distributions, preferences, samples, scores, signal, updates
+from trl_ext.diagnostics import distributions, preferences, samples, scores, settings, signal, updates
 from trl_ext.diagnostics.finding import SEVERITIES, Finding, Rule
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
 from trl_ext.diagnostics.remedies import bearing
-from trl_ext.diagnostics.settings import unusual_settings
 
 GRADIENTS: tuple[Rule, ...] = (updates.gradients_not_finite, updates.gradients_absent, updates.gradients_explode)
 SIGNAL: tuple[Rule, ...] = (
@@ -38,9 +37,11 @@ ON_SAMPLES: tuple[Rule, ...] = (
     scores.score_unrelated,
     samples.prompts_truncated,
     samples.few_prompts,
+    samples.prompts_in_order,
     samples.empty_prompts,
     samples.prompts_hold_completions,
     updates.rate_off_schedule,
+    settings.wrong_checkpoint,
     updates.clipping_saturated,
     updates.steps_too_small,
     samples.repetition_exploitation,
@@ -87,7 +88,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
 SECOND_LOOK: tuple[Callable[[RunLog, Limits, Sequence[Finding]], Finding | None], ...] = (
     signal.prompts_unlike_the_model,
     signal.score_ignores_prompt,
-    unusual_settings,
+    settings.unusual_settings,
 )
 
 

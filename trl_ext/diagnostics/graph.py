@@ -195,6 +195,15 @@ EDGES: tuple[Edge, ...] = (
         entropy_collapse="Few prompts need few completions.",
     ),
     *_edges(
+        "prompts_in_order",
+        "Bengio et al. 2009, doi:10.1145/1553374.1553380",
+        score_drifts="Prompts of another kind get other scores.",
+        held_out_differs="What came last was learned last, and held-out prompts are of all kinds.",
+        noise_drowns_signal="What one rollout teaches the next one does not.",
+        value_not_learning="The values of one kind of prompt say little of the next.",
+        no_progress="What one rollout teaches the next one unteaches.",
+    ),
+    *_edges(
         "prompts_truncated",
         WILLIAMS,
         few_prompts="Prompts that are cut to one beginning are one prompt.",

@@ -48,6 +48,7 @@ class Limits:
         within_prompt: share of the scores' variance within prompts below which the score ignores the completion: 0 in
             theory, above it for rounding; healthy runs here begin above 0.4 (measured).
         noise: share of a function's variance that does not repeat, a mean of several measurements.
+        same_again: the same, of a function that does repeat when it is asked again in the same order; chosen.
         noise_alone: the same from which one measurement is enough, and from which it is a problem.
         gradient_noise: times that noise exceeds signal in the gradient of a whole rollout, by squares; chosen.
         unrelated: correlation of score and yardstick over completions up to which the score is for something else;
@@ -61,6 +62,7 @@ class Limits:
         alike: share of the completions of the first rollouts that get the same score; chosen.
         unscored: share of the completions that get no score; chosen.
         few_prompts: distinct prompts over those that a rollout has room for; chosen.
+        in_order: how much nearer to each other, by rank, neighbouring prompts are than any two; chosen.
         far_off: factor by which a setting is outside its usual range that is told before anything shows; chosen.
         holds: share of the completions that stand in their prompt; chosen: extracts do, answers rarely.
         not_read: share of prompts, or of a template's markers, that the model was not taught to read; chosen.
@@ -164,6 +166,8 @@ class Limits:
     alike: float = 0.9
     unscored: float = 0.5
     few_prompts: float = 0.6
+    in_order: float = 0.6
+    same_again: float = 0.01
     far_off: float = 5.0
     holds: float = 0.5
     not_read: float = 0.25

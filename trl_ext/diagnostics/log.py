@@ -148,7 +148,14 @@ class RunLog:
                 if key == "kl" and self.kind == "online":
                     points = _kl_of_completions(rows)
                 return Series([step for step, _ in points], [value for _, value in points])
-        return _entropy_before_training(rows) if name == "entropy" else Series([], [])
+        return Series([], [])
+
+    def surprise(self) -> Series:
+        """What a token of a completion surprises the policy by, nats: where all tokens are sampled an estimate of its
+        entropy, which is there before a rollout is trained on."""
+        names = ("objective/entropy", "completions/mean_length")
+        known = [row for row in self.rows if all(name in row for name in names) and row[names[1]] > 0]
+        return Series([row["step"] for row in known], [row[names[0]] / row[names[1]] for row in known])
 
     def names(self, prefix: str, suffix: str = "") -> list[str]:
         """What stands between `prefix` and `suffix` in logged names, each once, in order."""
@@ -197,13 +204,6 @@ def _kl_of_completions(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, flo
         if "kl" in row and not math.isnan(length):
             points.append((row["step"], row["kl"] * length))
     return points
-
-
-def _entropy_before_training(rows: Sequence[Mapping[str, Any]]) -> Series:
-    """Nats per token, from a completion's entropy and length: what is known of a rollout before it is trained on."""
-    names = ("objective/entropy", "completions/mean_length")
-    known = [row for row in rows if all(name in row for name in names) and row[names[1]] > 0]
-    return Series([row["step"] for row in known], [row[names[0]] / row[names[1]] for row in known])
 
 
 def kind_of(rows: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]] = ()) -> str:

@@ -45,6 +45,7 @@ MOVES: dict[str, tuple[str, str]] = {
     "over_optimisation": ("kl", "down"),
     "overfit": ("eval_loss", "down"),
     "penalty_dominates": ("evidence/share/missing_eos_penalty", "down"),
+    "prompts_in_order": ("score", "up"),
     "prompts_hold_completions": ("prompts/hold_completion", "down"),
     "prompts_unlike_the_model": ("score", "up"),
     "prompts_truncated": ("prompts/at_max_length", "down"),
@@ -71,6 +72,7 @@ MOVES: dict[str, tuple[str, str]] = {
     "value_loss_explodes": ("value_loss", "down"),
     "value_not_learning": ("val/explained_variance", "up"),
     "value_starts_far_off": ("value_loss", "down"),
+    "wrong_checkpoint": ("eval_score", "up"),
 }
 
 
@@ -93,7 +95,10 @@ BLAMED: dict[str, tuple[str, ...]] = {
         ("reward_funcs",),
     ),
     **dict.fromkeys(
-        ("empty_prompts", "few_prompts", "prompts_hold_completions", "prompts_truncated", "prompts_unlike_the_model"),
+        (
+            *("empty_prompts", "few_prompts", "prompts_hold_completions", "prompts_in_order", "prompts_truncated"),
+            "prompts_unlike_the_model",
+        ),
         ("train_dataset",),
     ),
     "copied_completions": ("train_dataset", "generator"),

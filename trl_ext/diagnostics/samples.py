@@ -181,14 +181,14 @@ def mode_collapse(log: RunLog, limits: Limits) -> Finding | None:
 def copied_completions(log: RunLog, limits: Limits) -> Finding | None:
     """Completions are the same from the first rollout on, though each is too improbable to be sampled twice."""
     distinct, prompts = log.series("completions/distinct"), log.series("prompts/distinct")
-    surprise = log.series("objective/entropy")
+    surprise, entropy = log.series("objective/entropy"), log.series("entropy")
     judged, size = min(len(distinct), 3), float(log.setting("rollout_batch_size", 0))
-    if not judged or not prompts or not surprise or (judged < 3 and not size):
+    if not (judged and prompts and surprise and entropy) or (judged < 3 and not size):
         return None
     if size and judged * size * (1 - distinct.start()) < limits.repeats:
         return None
     # Greedy decoding repeats itself, too, but takes what surprises the policy less than its entropy says.
-    if surprise.start() < 0.7 * log.series("entropy").start() * log.series("length").start():
+    if surprise.start() < 0.7 * entropy.start() * log.series("length").start():
         return None
     share = distinct.start() / max(prompts.start(), 1e-6)
     one_for_all = share < limits.distinct and surprise.start() > limits.improbable
@@ -272,6 +272,30 @@ def few_prompts(log: RunLog, limits: Limits) -> Finding | None:
         remedy=Remedy(
             text="Take more prompts, of all kinds that the policy will meet, and keep each once.",
             code="print(len(set(map(str, dataset['prompt']))), len(dataset))",
+        ),
+    )
+
+
+def prompts_in_order(log: RunLog, limits: Limits) -> Finding | None:
+    """Rollouts are about a few things each, as prompts come in the order of a sorted dataset."""
+    key, alike, count = log.setting("prompts_order", ("", 0.0, 0))
+    room = float(log.setting("rollout_batch_size", math.inf)) / float(log.setting("num_generations", 1))
+    if alike < limits.in_order or count < 2 * room:  # one rollout of all prompts has no order
+        return None
+    return Finding(
+        name="prompts_in_order",
+        severity="warning",
+        title="The prompts come in order",
+        steps=log.steps,
+        evidence=(
+            f"By {key} neighbouring prompts are {1 - alike:.1%} as far apart as prompts drawn at random, and "
+            "shuffle_dataset is False."
+        ),
+        figures={"alike": alike, "prompts": float(count)},
+        cause="a sorted or grouped dataset that is not shuffled: each rollout teaches what the next one unteaches.",
+        remedy=Remedy(
+            text="Shuffle the prompts; of a curriculum keep the order of its stages alone, and shuffle within each.",
+            changes={"shuffle_dataset": True},
         ),
     )
 

@@ -125,7 +125,7 @@ def score_scale(log: RunLog, limits: Limits) -> Finding | None:
 def score_drifts(log: RunLog, limits: Limits) -> Finding | None:
     """Scores depend on when they are given: what they mean changes from one rollout to the next, or their mean changes
     by more than the policy's move can make."""
-    return _meaning_changes(log, limits) or _mean_drifts(log, limits)
+    return _meaning_changes(log, limits) or _falls_alone(log, limits) or _mean_drifts(log, limits)
 
 
 def _meaning_changes(log: RunLog, limits: Limits) -> Finding | None:
@@ -143,6 +143,26 @@ def _meaning_changes(log: RunLog, limits: Limits) -> Finding | None:
                     {"before": fmean(before), "after": fmean(after)},
                     log,
                 )
+    return None
+
+
+def _falls_alone(log: RunLog, limits: Limits) -> Finding | None:
+    """The score that is trained on falls, and the yardstick, which it went with at first, does not: completions get
+    less than they did."""
+    score = log.series("score")
+    for name in log.names(AGREEMENT):
+        yardstick, r = log.series(f"yardstick/{name}"), log.series(f"{AGREEMENT}{name}")
+        (lost, errors), (_, of_yardstick) = score.rise(), yardstick.rise()
+        falls_alone = errors < -limits.noticeable < of_yardstick
+        if len(score) < limits.least_rows or not falls_alone or not r.start() - r.recent() > limits.agreement_drop:
+            continue
+        return _drifts(
+            (score.steps[0], score.steps[-1]),
+            f"The mean score fell by {-lost:.3g}, and the yardstick {name} did not ({yardstick.start():.3g} to "
+            f"{yardstick.recent():.3g}); they correlated at {r.start():.2f}, and now at {r.recent():.2f}.",
+            {"from": score.start(), "to": score.recent()},
+            log,
+        )
     return None
 
 
@@ -275,7 +295,7 @@ def score_misaligned(log: RunLog, limits: Limits) -> Finding | None:
     """Scores are those of other rows: places decide, or they go with the yardstick's verdicts some places away."""
     for name in noise_of(log):
         place, chance = differs_by(log, "place", name), differs_by(log, "chance", name)
-        if place > limits.noise > chance:
+        if place > limits.noise and chance < limits.same_again:
             return _misaligned(
                 log.steps,
                 f"{min(place, 1.0):.0%} of the variance of {name} changes when the same completions are scored in "

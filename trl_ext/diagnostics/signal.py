@@ -19,7 +19,7 @@ def within_prompt(log: RunLog) -> tuple[float, float]:
     measurements count, and only of a policy that was not certain from the start.
     """
     share, repeats = log.series("evidence/score/within_prompt"), log.series("evidence/score/repeats")
-    if not share or not log.series("entropy").start() > 0.1:
+    if not share or not (log.series("entropy") or log.surprise()).start() > 0.1:
         return math.nan, 0.0
     first = list(zip(share.values, repeats.values, strict=False))[:3]
     known = sum(count for _, count in first)

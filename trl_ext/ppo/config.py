@@ -60,6 +60,12 @@ def _are_numbers(values: Any) -> bool:
     return isinstance(values, (list, tuple)) and all(Bounds(-math.inf).refusal(value) is None for value in values)
 
 
+# Arguments of apply_chat_template that no template sees, and that change what the trainer gets from it.
+NOT_THE_TEMPLATES = {
+    *("padding", "tokenize", "return_tensors", "return_dict", "return_assistant_tokens_mask", "conversation"),
+}
+
+
 def _f(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
@@ -264,6 +270,12 @@ class PPOConfig(BaseConfig):
         for name in ("chat_template_kwargs", "transformers_continuous_batching_config"):
             if not isinstance(getattr(self, name), dict | None):
                 raise ValueError(f"{name} is {getattr(self, name)!r:.80}: give a dict.")
+        foreign = sorted(set(self.chat_template_kwargs or {}) & NOT_THE_TEMPLATES)
+        if foreign:
+            raise ValueError(
+                f"chat_template_kwargs has {foreign[0]}, which is the tokenizer's and not the template's: leave it "
+                "out, for the trainer asks for ids, and pads prompts itself, masked."
+            )
         if not isinstance(self.model_init_kwargs, dict | None) or "policy" in (self.model_init_kwargs or {}):
             raise ValueError(
                 f"model_init_kwargs is {self.model_init_kwargs!r:.80}: give a dict of arguments of from_pretrained, "
