@@ -193,6 +193,7 @@ EDGES: tuple[Edge, ...] = (
         over_optimisation="What is good for few prompts need not be for others.",
         mode_collapse="Few prompts need few completions.",
         entropy_collapse="Few prompts need few completions.",
+        scores_alike="Answers to the same question are right or wrong alike.",
     ),
     *_edges(
         "prompts_in_order",
@@ -476,12 +477,12 @@ EDGES: tuple[Edge, ...] = (
         mode_collapse="Of a few tokens there are few completions.",
         completions_shrink="Who is cut off learns to say less.",
         over_optimisation="Who is cut off learns to say less, whatever it was to say.",
+        kl_runs_away="To be short is worth more than to stay near the reference.",
     ),
     *_edges(
         "truncation",
         f"{N_PLUS}, the EOS trick",
         penalty_dominates="Where many completions are cut, the penalty varies more than the score.",
-        kl_runs_away="To be short is worth more than to stay near the reference.",
         no_progress="What is cut off has not said what it would be scored for.",
     ),
     *_edges(
