@@ -1,8 +1,9 @@
 """Remedies tried on trainers that only pretend to train: forks, verdicts, and nothing of the run touched."""
 
 import json
+import math
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -13,9 +14,11 @@ import torch
 from transformers import set_seed
 
 from tests.unit.test_diagnostics import CONFIG, HEALTHY, SICK, rows
+from trl_ext import PPOConfig
 from trl_ext.diagnostics import Limits, RunLog, Suspect, diagnose, try_remedies
 from trl_ext.diagnostics.forks import checkpoint_before
 from trl_ext.diagnostics.remedies import stand_ins
+from trl_ext.diagnostics.settings import DEFAULTS, to_defaults
 from trl_ext.diagnostics.trial import first_sign, judged
 from trl_ext.launch.remaking import changed
 
@@ -193,6 +196,64 @@ def test_what_the_doctor_says_of_a_fork_goes_on_top_of_the_forks_own_changes(tmp
     trials = try_remedies(Clinic(Both, learning_rate=1e-6), findings_at(1e-6), tmp_path / "trial")
     assert [one.verdict for one in trials] == ["not cured", "not cured", "cured"]
     assert trials[-1].changes == {"learning_rate": 1e-3, "num_ppo_epochs": 4}
+
+
+SET = {"num_ppo_epochs": 1, "cliprange": 0.02, "gamma": 0.9, "weight_decay": 0.01}
+
+
+class Ported(Pretender):
+    """Settings that hold each other in balance: the policy stands still unless all of them are the usual ones, and
+    then learns the more the higher the rate is, up to 9e-3."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__({"learning_rate": 1e-3, **settings})
+        self.kept = {name: value for name, value in SET.items() if self.settings.get(name) == value}
+        gain = 100 * min(self.settings["learning_rate"], 9e-3)
+        learning = {**HEALTHY, "yardstick/exact": lambda t: 3 + gain * t}
+        self.history = rows(LENGTH, **(STILL if self.kept else learning))
+
+    def known(self) -> tuple[str, ...]:
+        return (*super().known(), *SET)
+
+
+def test_settings_that_came_as_a_set_are_taken_back_to_the_defaults_together(tmp_path: Path) -> None:
+    run = RunLog.of(rows(LENGTH, **STILL), {**CONFIG, **SET})
+    assert to_defaults(run) == {"num_ppo_epochs": 4, "cliprange": 0.2, "gamma": 1.0, "weight_decay": 0.0}
+    (found,) = [one for one in diagnose(run) if one.name == "unusual_settings"]
+    trials = try_remedies(Clinic(Ported, **SET), [found], tmp_path / "trial", run)
+    assert [one.verdict for one in trials] == ["not cured", "in part", "cured"]
+    assert trials[1].changes == to_defaults(run), "all of them"
+    assert trials[2].changes == to_defaults(run) | {"learning_rate": 3e-3}, "and at a rate by which it learns more"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**SET, "rollout_batch_size": None},  # of TRL's trainer, whose settings have other names and defaults
+        {"num_ppo_epochs": 1, "cliprange": 0.2, "learning_rate": 1e-9},  # the remedy of that one has been tried
+    ],
+)
+def test_there_is_no_set_of_one_setting_or_of_another_trainer(config: dict[str, Any]) -> None:
+    assert to_defaults(RunLog.of(rows(**STILL), {**CONFIG, **config})) == {}
+
+
+def test_the_defaults_of_a_step_are_the_trainers() -> None:
+    own = {f.name: f.default for f in fields(PPOConfig)}
+    assert {name: own[name] for name in DEFAULTS} == DEFAULTS | {"lr_scheduler_type": "linear"}
+
+
+@pytest.mark.parametrize(("gain", "verdict"), [(1.0, "in part"), (0.02, "not cured")])
+def test_what_does_not_take_the_finding_away_may_help_all_the_same(gain: float, verdict: str, tmp_path: Path) -> None:
+    class Helped(Pretender):
+        def __init__(self, settings: dict[str, Any]) -> None:
+            super().__init__(settings)
+            better = 0.0 if settings["learning_rate"] < 1e-4 else gain
+            exact = lambda t: 3 + better * t + 0.1 * math.sin(50 * t)  # noqa: E731
+            self.history = rows(LENGTH, **{**SMALL, "yardstick/exact": exact})
+
+    trials = try_remedies(Clinic(Helped, learning_rate=1e-6), findings_at(1e-6), tmp_path / "trial")
+    assert {one.verdict for one in trials[:-1]} <= {"not cured"}
+    assert (trials[-1].verdict, trials[-1].left) == (verdict, ["steps_too_small"] if verdict == "in part" else [])
 
 
 class Twofold(Pretender):

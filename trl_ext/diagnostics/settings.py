@@ -428,6 +428,46 @@ RANGES: tuple[Range, ...] = (
 )
 
 
+# What makes a step, as PPOConfig has it by default, and a constant rate. Settings hold each other in balance: what a
+# run says otherwise often came from another library or paper as a set.
+DEFAULTS: dict[str, Any] = {
+    "objective": "clip",
+    "num_ppo_epochs": 4,
+    "cliprange": 0.2,
+    "cliprange_value": 0.2,
+    "dual_clip": None,
+    "max_approx_kl": None,
+    "max_ratio": None,
+    "vf_coef": 0.1,
+    "entropy_coef": 0.0,
+    "gamma": 1.0,
+    "lam": 0.95,
+    "lam_value": None,
+    "whiten_rewards": False,
+    "whiten_advantages": True,
+    "value_warmup_rollouts": 0,
+    "num_generations": 1,
+    "max_grad_norm": 1.0,
+    "weight_decay": 0.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-5,
+    "lr_scheduler_type": "constant",
+    "lr_scheduler_kwargs": None,
+    "warmup_steps": 0,
+    "temperature": 1.0,
+    **PLAIN_SAMPLING,
+}
+
+
+def to_defaults(log: RunLog) -> dict[str, Any]:
+    """What takes a run of our PPOTrainer back to `DEFAULTS`; empty where less than two settings are others."""
+    if log.kind != "ppo" or not log.setting("rollout_batch_size"):
+        return {}
+    others = {name: value for name, value in DEFAULTS.items() if name in log.config and log.config[name] != value}
+    return others if len(others) > 1 else {}
+
+
 def doubts(log: RunLog, limits: Limits) -> list[Doubt]:
     """The settings of a run that are far from the usual, the farthest first."""
     found = [

@@ -20,6 +20,7 @@ from trl_ext.diagnostics.graph import Explained, roots
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog, Series
 from trl_ext.diagnostics.remedies import STAND_INS, stand_ins
+from trl_ext.diagnostics.settings import FLIES, STANDS, to_defaults
 from trl_ext.diagnostics.updates import STRONGER
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ FIXED_AT_START = {
     *("beta", "loss_type", "loss_weights"),  # DPO: what was learned from another loss stays learned
     *("reward_funcs", "train_dataset"),  # a score's mean and spread, and the order of the prompts
 }
+OF_SETTINGS = {"unusual_settings", *STANDS, *FLIES}  # what settings make that do not go together
 MOST = 4  # remedies of one finding that are followed by a stronger one
 LEARNS = 12  # logs in which a run must learn something with a stand-in, or more with a stronger remedy
 HELPED = ("cured", "in part")
@@ -48,10 +50,10 @@ class Trial:
         finding: its name.
         changes: the settings that were tried, and `STAND_INS`; with those that helped against earlier findings.
         verdict: "cured": the finding went with all that followed from it, and no problem is there; "in part": it went
-            so, but problems stay that the fork without the remedy has, too; "not cured": it or some of what followed
-            stayed; "worse": another problem came, or the fork died; "not seen": without the remedy it did not come back
-            or did not stay, so nothing can be said. With a stand-in, "cured" is a run that also learns; where it does
-            not, it is "in part".
+            so, but problems stay that the fork without the remedy has, too, or it stayed, and the run learns more; "not
+            cured": it or some of what followed stayed; "worse": another problem came, or the fork died; "not seen":
+            without the remedy it did not come back or did not stay, so nothing can be said. With a stand-in, "cured" is
+            a run that also learns; where it does not, it is "in part".
         metric: what the remedy was to move.
         without, with_: that metric in the two forks, after where they part.
         logs: how many logs (rollouts in PPO) the fork without the remedy had.
@@ -187,12 +189,15 @@ def _in_turn(patient: _Patient, waiting: list[Explained], causes: int) -> Iterat
 
 
 def candidates(root: Explained, run: RunLog | None = None) -> list[dict[str, Any]]:
-    """What to try, in turn: the settings of the root's remedy, those of its suspects, stand-ins for what it blames.
-    None where the root is nothing but settings that have made no problem yet: what would be cured?"""
+    """What to try, in turn: the settings of the root's remedy, those of its suspects, stand-ins for what it blames, and
+    the defaults for all that makes a step. None where the root is nothing but settings that have made no problem yet:
+    what would be cured?"""
     if root.finding.name == "unusual_settings" and not root.finding.explains:
         return []
     offered = [root.finding.remedy.changes, *(suspect.changes for suspect in root.finding.suspects)]
-    offered += stand_ins(root.finding.name, run) if run is not None else []
+    if run is not None:
+        offered += stand_ins(root.finding.name, run)
+        offered += [to_defaults(run)] if root.finding.name in OF_SETTINGS else []
     return [changes for i, changes in enumerate(offered) if changes and changes not in offered[:i]]
 
 
@@ -232,7 +237,20 @@ class _Patient:
             told = [one.remedy.changes for one in found if one.name == finding.name]
             further, tried = [changes | one for one in told if one], [one.changes for one, _ in done]
             waiting = [one for one in further if self.kept | one not in tried and len(done) < MOST] + waiting
-        return done
+        return self._best_last(finding, done)
+
+    def _best_last(self, finding: Finding, done: list[Tried]) -> list[Tried]:
+        """Of remedies none of which took the finding away the one with which the run learns most, if it learns more so
+        than without: it has helped in part."""
+        useful = [one for one in done if one[0].verdict == "not cured"]
+        if not useful:
+            return done
+        trial, log = best = max(useful, key=lambda one: _learned(one[1]).recent())
+        without = self.forks.without(finding, self._checkpoint(finding, trial.changes), self.most, self.kept).log
+        if not _learns_more(log, without, times=2.0):
+            return done
+        helped = replace(trial, verdict="in part", left=[finding.name])
+        return [one for one in done if one is not best] + [(helped, log)]
 
     def is_whole(self, log: RunLog) -> bool:
         """Whether a fork is as long as forks may be, so that what is not there will not come."""
@@ -320,10 +338,11 @@ def _learned(log: RunLog) -> Series:
     return log.series(f"yardstick/{names[0]}" if names else "score")
 
 
-def _learns_more(log: RunLog, other: RunLog) -> bool:
-    """Whether a fork ends higher than another one, by more than one rollout differs from the next."""
+def _learns_more(log: RunLog, other: RunLog, times: float = 1.0) -> bool:
+    """Whether a fork ends higher than another one, by more than so many times what one rollout differs from the
+    next."""
     mine, others = _learned(log), _learned(other)
-    return mine.recent() - others.recent() > max(mine.noise(), others.noise())
+    return mine.recent() - others.recent() > times * max(mine.noise(), others.noise())
 
 
 def judged(

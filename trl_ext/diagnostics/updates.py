@@ -196,8 +196,18 @@ def larger_steps(log: RunLog) -> tuple[dict[str, float], str]:
     return (smaller if rows >= 4 else {}), "large minibatches take few steps on each rollout."
 
 
-# By finding: what goes further in the direction of its remedy, from the log of a run that has the remedy.
-STRONGER: dict[str, Callable[[RunLog], dict[str, float]]] = {"steps_too_small": lambda log: larger_steps(log)[0]}
+def _three_times_the_rate(log: RunLog) -> dict[str, float]:
+    """While that is no rate which suits nothing."""
+    rate = 3 * float(log.setting("learning_rate") or math.inf)
+    return {"learning_rate": float(f"{rate:.1g}")} if rate <= 3e-3 else {}
+
+
+# By finding: what goes further in the direction of its remedy, from the log of a run that has the remedy. Settings that
+# came as a set had a learning rate that suited them.
+STRONGER: dict[str, Callable[[RunLog], dict[str, float]]] = {
+    "steps_too_small": lambda log: larger_steps(log)[0],
+    "unusual_settings": _three_times_the_rate,
+}
 
 
 def _at_full_rate(log: RunLog, name: str) -> Series:
