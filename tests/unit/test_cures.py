@@ -13,6 +13,7 @@ from trl_ext.diagnostics.forks import BESIDE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "strangers"))
 import cure
+import pages
 import verdict
 
 
@@ -138,6 +139,25 @@ def test_the_table_of_nothing_can_be_written() -> None:
     told = cure.table([], 3)
     assert "Of 0 runs the true cause is named in 0; 3 more wait." in told
     assert "### Called cured, and not: none" in told
+
+
+def test_what_was_tried_of_a_problem_is_a_table_by_remedy(tmp_path: Path) -> None:
+    cured, no_cure = trial(whole=whole(0.9)), trial(whole=whole(0.2)) | {"changes": {"kl_coef": 0.2}}
+    swapped = trial("worse") | {"changes": {"kl_coef": 0.4, "reward_funcs": "the yardstick"}}
+    made = pages.text([(case(), one) for one in (cured, no_cure, swapped, trial("not seen"))])
+    assert made.splitlines()[2:] == [
+        "| `kl_coef` | 2 | 2 | 0 | 0 | 0 | 1 of 2 |",
+        "| `kl_coef`, the yardstick in the place of `reward_funcs` | 1 | 0 | 0 | 0 | 1 |  |",
+        "",
+        "In 1 more the problem did not come back without a remedy.",
+    ]
+    assert pages.text([]) == pages.NOTHING
+    page = tmp_path / "page.md"
+    page.write_text("# A problem\n")
+    for text in ("first", "second"):
+        pages.write(page, text)
+    assert page.read_text().count("second") == 1 and "first" not in page.read_text()
+    assert page.read_text().startswith("# A problem\n\n## What `--try` made of it\n")
 
 
 def test_every_case_of_the_catalogue_that_has_a_trainer_of_ours_or_dpo_is_a_job() -> None:
