@@ -93,6 +93,16 @@ def fault_of_template(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBas
     return None
 
 
+def fault_of_prompt(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase, **template: Any) -> str | None:
+    """As `fault_of_template`, of what is to be answered; also that it has been."""
+    if messages[-1]["role"] == "assistant" and not template.get("continue_final_message"):
+        return (
+            "an answer at its end already: end it with what is to be answered, or have that answer continued by the "
+            "template's add_generation_prompt=False and continue_final_message=True"
+        )
+    return fault_of_template(messages, tokenizer, **template)
+
+
 def sequence_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any, **template: Any) -> list[int]:
     """Prompt and completion as TRL's RewardTrainer tokenises them: through the chat template (with the arguments
     `template`), or as one text with an EOS at its end."""

@@ -16,7 +16,7 @@ from trl_ext.ppo.checks import check_run
 from trl_ext.reward_models.rows import check_written
 from trl_ext.reward_models.trainer import Scale, checked
 from trl_ext.rewards import RewardError, Scorer
-from trl_ext.tokens import PromptError, context_limit, fault_of_template, tokenize_prompts
+from trl_ext.tokens import PromptError, context_limit, fault_of_prompt, fault_of_template, tokenize_prompts
 
 Q = {"role": "user", "content": "Why?"}
 S = {"role": "system", "content": "Be brief."}
@@ -307,6 +307,17 @@ def test_prompts_of_two_kinds_unknown_roles_and_parts() -> None:
         run([parts], tokenizer=dropping)
     reading = word_tokenizer("{% for m in messages %}{% for p in m.content %}{{ p.text }} {% endfor %}{% endfor %}")
     run([parts], tokenizer=reading)
+
+
+def test_a_conversation_that_is_answered_already_is_no_prompt() -> None:
+    """The column of whole conversations, in the place of that of the prompts."""
+    answered = [Q, {"role": "assistant", "content": "the cat"}]
+    tokenizer = word_tokenizer(CHAT_TEMPLATE)
+    with pytest.raises(ValueError, match=r"^The prompt in row 1 of train_dataset has an answer at its end already: "):
+        run([[Q], answered], tokenizer=tokenizer)
+    goes_on = {"add_generation_prompt": False, "continue_final_message": True}
+    assert fault_of_prompt(answered, tokenizer, **goes_on) is None
+    assert fault_of_prompt([*answered, Q], tokenizer) is None, "a dialogue"
 
 
 def test_a_prompt_that_the_template_refuses_is_named_wherever_it_is_written() -> None:

@@ -266,7 +266,7 @@ def check_sampling(args: PPOConfig, vocabulary: int) -> None:
         model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **tiny)).eval()
         try:
             config = GenerationConfig(**{**own, **given, **short})
-            model.generate(torch.tensor([[2 % vocabulary]]), generation_config=config)
+            model.generate(torch.tensor([[2 % vocabulary]] * 2), generation_config=config)  # some take a single row
         except Exception as error:  # whatever `generate` raises, it would raise in the first rollout
             raise ValueError(f"generation_kwargs: {' '.join(str(error).split())}") from error
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from trl_ext.ppo.config import PPOConfig
-from trl_ext.tokens import PromptError, as_ids, fault_of_template, reward_suffix, tokenize_prompts
+from trl_ext.tokens import PromptError, as_ids, fault_of_prompt, reward_suffix, tokenize_prompts
 
 ROWS_AT_ONCE = 1024
 
@@ -131,7 +131,7 @@ def _prompt_ids(prompts: list[Any], tokenizer: PreTrainedTokenizerBase, template
     rows = tokenize_prompts(prompts, tokenizer, template)
     for row, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            fault = fault_of_template(prompt, tokenizer, **(template or {}))
+            fault = fault_of_prompt(prompt, tokenizer, **(template or {}))
             if fault is not None:
                 raise PromptError(prompt, row, f"has {fault}.")
     return rows
