@@ -165,14 +165,40 @@ def blind(prompts: Any, **_: Any) -> list[float]:
 def test_stop_ends_a_run_whose_first_rollout_shows_it_before_a_weight_changes(tmp_path: Path) -> None:
     settings = {"per_device_train_batch_size": 64, "num_generations": 2, "total_episodes": 64 * 8}
     trainer = trainer_for(tmp_path, reward=blind, **settings)
-    callback = DiagnosticsCallback(on_problem="stop")
+    callback = DiagnosticsCallback(on_problem="stop", yardstick=cats)
     trainer.add_callback(callback)
     before = {name: tensor.clone() for name, tensor in trained_state(trainer).items()}
     trainer.train()
     assert "score_ignores_completion" in [finding.name for finding in callback.findings]
+    # What was seen is there for who asks afterwards.
+    trainer.save_state()
+    log = read_run(tmp_path / "out")
+    assert "score_ignores_completion" in [finding.name for finding in diagnose(log)]
+    assert len(log.samples) == 8 and log.series("yardstick/cats")
     assert trainer.state.global_step == 1 and (tmp_path / "out" / "checkpoint-1").is_dir()
     for name, tensor in trained_state(trainer).items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_act_on_the_first_rollout_changes_the_rate_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slower = Finding(
+        name="a_problem",
+        severity="problem",
+        title="",
+        steps=(0, 0),
+        evidence="",
+        figures={},
+        cause="",
+        remedy=Remedy(text="", changes={"learning_rate": 1e-5, "kl_coef": 0.3}),
+    )
+    monkeypatch.setattr("trl_ext.callbacks.diagnostics.diagnose", lambda log, *_: [slower] if log.rows else [])
+    trainer = trainer_for(tmp_path, learning_rate=1e-2)
+    trainer.add_callback(DiagnosticsCallback(on_problem="act"))
+    trainer.train()
+    rates = [row["learning_rate"] for row in rows_with(trainer, "learning_rate")]
+    assert rates == pytest.approx([1e-5] * len(rates)) and trainer.args.kl_coef == 0.3
 
 
 def test_the_first_look_is_what_the_log_without_its_training_would_tell(

@@ -145,6 +145,12 @@ CALLS = [
     Call("a nucleus above 1 in generation_kwargs", "PPOConfig(generation_kwargs={'top_p': 2.0})", "ValueError", "generation_kwargs['top_p'] is 2.0: it must be positive and at most 1."),
     Call("a dict that is cut short", "PPOConfig(generation_kwargs='{bad')", "ValueError", "generation_kwargs is '{bad', which is no JSON:"),
     Call(
+        "the best checkpoint by a loss that there is not",
+        "PPOConfig(load_best_model_at_end=True, eval_strategy='steps', save_strategy='steps', eval_steps=8, save_steps=8)",
+        "ValueError",
+        "load_best_model_at_end looks for the lowest eval_loss, and PPO's evaluation has no loss: set",
+    ),
+    Call(
         "the tokenizer's arguments for the template's",
         "PPOConfig(chat_template_kwargs={'padding': True})",
         "ValueError",

@@ -1284,6 +1284,14 @@ def test_the_best_by_a_metric_that_only_a_policy_that_has_not_learned_keeps_low(
     assert not told(lambda i: 3 + 0.5 * i, evals=2)
 
 
+def test_the_best_checkpoint_of_trls_trainers_is_judged_by_their_reward() -> None:
+    history: list[dict[str, Any]] = [{"step": 8, "reward": 0.0, "reward_std": 1.0, "completions/mean_length": 8.0}]
+    history += [{"step": 8 * i, "eval_loss": 0.1 * i, "eval_reward": i + 0.1 * (i % 2)} for i in range(1, 7)]
+    (found,) = diagnose(RunLog.of(history, {"load_best_model_at_end": True}))
+    assert found.name == "wrong_checkpoint" and "by reward that of step 8 is 4.9 below the last one's" in found.evidence
+    assert "metric_for_best_model='reward'" in found.remedy.code
+
+
 def test_a_score_that_falls_while_the_yardstick_does_not_has_changed_its_meaning() -> None:
     falling: dict[str, Any] = {
         "objective/scores": lambda t: 0.5 - t + 0.03 * math.sin(40 * t),
@@ -1297,6 +1305,7 @@ def test_a_score_that_falls_while_the_yardstick_does_not_has_changed_its_meaning
     assert "score_drifts" in told()
     assert "score_drifts" not in told(**{"yardstick/exact": lambda t: 3 - t + 0.02 * math.sin(50 * t)})
     assert "score_drifts" not in told(**{"agreement/exact": lambda t: 0.9 - 0.5 * t})
+    assert "score_drifts" not in told(**{"objective/kl": lambda t: 90 * t}), "who has run away earns other scores"
     assert "score_drifts" not in told(**{"objective/scores": lambda t: 0.5 + t + 0.03 * math.sin(40 * t)})
 
 
@@ -1315,6 +1324,9 @@ def test_what_nearly_repeats_is_a_state_and_no_place() -> None:
         {"greater_is_better": None},  # Transformers takes the highest of what is no loss
         {"metric_for_best_model": "eval_loss"},
         {"metric_for_best_model": "some/metric"},
+        {"metric_for_best_model": "objective/scores_std"},
+        {"metric_for_best_model": "rewards/judge/std"},
+        {"metric_for_best_model": "reward_calls"},
     ],
 )
 def test_the_best_checkpoint_may_be_the_best(settings: dict[str, Any]) -> None:

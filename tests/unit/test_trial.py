@@ -231,6 +231,7 @@ def test_settings_that_came_as_a_set_are_taken_back_to_the_defaults_together(tmp
     [
         {**SET, "rollout_batch_size": None},  # of TRL's trainer, whose settings have other names and defaults
         {"num_ppo_epochs": 1, "cliprange": 0.2, "learning_rate": 1e-9},  # the remedy of that one has been tried
+        {"num_ppo_epochs": 1, "lr_scheduler_type": "linear"},  # which is the trainer's own default
     ],
 )
 def test_there_is_no_set_of_one_setting_or_of_another_trainer(config: dict[str, Any]) -> None:
@@ -254,6 +255,42 @@ def test_what_does_not_take_the_finding_away_may_help_all_the_same(gain: float, 
     trials = try_remedies(Clinic(Helped, learning_rate=1e-6), findings_at(1e-6), tmp_path / "trial")
     assert {one.verdict for one in trials[:-1]} <= {"not cured"}
     assert (trials[-1].verdict, trials[-1].left) == (verdict, ["steps_too_small"] if verdict == "in part" else [])
+
+
+def test_a_longer_fork_has_not_learned_more_for_that(tmp_path: Path) -> None:
+    """Those of small steps are longer than what they are compared with."""
+
+    class Alike(Pretender):
+        def __init__(self, settings: dict[str, Any]) -> None:
+            super().__init__(settings)
+            late = [0.0] * 9 + [0.9] * (LENGTH - 9)
+            same = {**SMALL, "yardstick/exact": lambda t: 3 + 5 * t}
+            cut = {"completions/clipped_ratio": late} if settings["learning_rate"] > 1e-4 else {}
+            self.history = rows(LENGTH, **{**same, **cut})
+
+    trials = try_remedies(Clinic(Alike, learning_rate=1e-6), findings_at(1e-6), tmp_path / "trial")
+    assert {one.verdict for one in trials} == {"not cured"}, "neither in part, nor worse for what came later"
+
+
+class Sorted(Pretender):
+    """Shuffles its prompts, or not."""
+
+    def known(self) -> tuple[str, ...]:
+        return (*super().known(), "shuffle_dataset")
+
+
+def test_a_fork_knows_what_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def planned(args: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        in_order = {"prompts_order": ("prompt", 0.99, 1000), "rollout_batch_size": 64}
+        return {} if args.to_dict().get("shuffle_dataset", True) else in_order
+
+    monkeypatch.setattr("trl_ext.diagnostics.forks.planned", planned)
+    order = {"shuffle_dataset": False, "prompts_order": ("prompt", 0.99, 1000)}
+    run = RunLog.of(rows(LENGTH, **HEALTHY), {**CONFIG, **order})
+    (trial,) = try_remedies(
+        Clinic(Sorted, learning_rate=1e-3, shuffle_dataset=False), diagnose(run), tmp_path / "trial", run
+    )
+    assert (trial.finding, trial.verdict, trial.changes) == ("prompts_in_order", "cured", {"shuffle_dataset": True})
 
 
 class Twofold(Pretender):

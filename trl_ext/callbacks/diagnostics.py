@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, Value
 from transformers import TrainerState
 
 from trl_ext.callbacks.rollout import RolloutCallback
@@ -26,6 +25,7 @@ from trl_ext.diagnostics import Edge, Finding, Limits, Rule, RunLog, Sample, dia
 from trl_ext.diagnostics.forks import scale_learning_rate
 from trl_ext.diagnostics.graph import cause_of
 from trl_ext.diagnostics.log import AGREEMENT, SHIFTED
+from trl_ext.diagnostics.planned import planned
 from trl_ext.types import Experience, as_text
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,6 @@ LIVE = ("kl_coef", "entropy_coef", "vf_coef", "missing_eos_penalty")
 PACKAGES = ("trl-ext", "trl", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "torch")
 MAX_DATA_ROWS = 5_000  # of a reward model's data
 MAX_SAMPLES = 400  # of rollouts; those of evaluations are not limited
-PLANNED = 40  # parts of a run whose learning rate is read off the schedule
 
 PLACES = 64  # by which scores are looked for on other rows
 JUDGED = ("prompts", "completions", "completion_ids")  # what a yardstick is called with
@@ -89,6 +88,7 @@ class DiagnosticsCallback(RolloutCallback):
         self._config: dict[str, Any] = {}
         self._stepped_by: dict[str, Any] = {}  # optimizer and schedule
         self._judged_now: dict[str, float] | None = None  # what the yardstick says of the rollout in use
+        self._noted = False  # whether that is in the state
         # Part of the trainer's state: a resumed run neither repeats a warning nor acts on a finding a second time.
         self._state: dict[str, Any] = _initial_state()
 
@@ -126,14 +126,12 @@ class DiagnosticsCallback(RolloutCallback):
         self._config["reference_named"] = getattr(model, "reference_named", None)
         self._config["steps_of_run"] = state.max_steps
         self._config["rate_changed"] = self._state.get("rate_changed", False)
-        self._config["planned_rates"] = _planned_rates(kwargs.get("lr_scheduler"), state.max_steps)
         for name, value in _data_figures(kwargs.get("train_dataloader"), self._config.get("objective")).items():
             self._state["measured"][f"data/{name}"] = [value]
-        if getattr(args, "shuffle_dataset", True) is False:
-            self._config["prompts_order"] = _order_of(kwargs.get("train_dataloader"))
+        self._config |= planned(args, state, **kwargs)
         self._config["reward_names"] = self._state.get("reward_names")
         self._stepped_by = {name: kwargs.get(name) for name in ("optimizer", "lr_scheduler")}
-        self._judged_now = None
+        self._judged_now, self._noted = None, False
         self._write_settings(args, state)
         if self.rules is None and hasattr(args, "steps_per_rollout") and not state.log_history:
             self._tell(diagnose(RunLog("ppo", [], config=self._config), self.limits), state)
@@ -147,25 +145,32 @@ class DiagnosticsCallback(RolloutCallback):
         self, args: Any, state: TrainerState, control: Any, experience: Experience, metrics: dict[str, float]
     ) -> None:
         """Apply the yardstick to the rollout; diagnose the first one before the policy learns from it."""
-        self._judged_now = self._judged(experience, among_others=True)
-        if state.global_step > 0 or self.rules is not None:
+        self._judged_now, self._noted = self._judged(experience, among_others=True), False
+        if state.global_step > 0:
             return
         of_rollout = {"step": 0, "episode": args.rollout_batch_size, **metrics, **self._judged_now}
         self._note_functions(args, state, of_rollout)
         seen = samples_of(experience, 0, self._keep)
         log = RunLog.of([*state.log_history, of_rollout], self._config, [*self._watched, *seen])
-        self._act_on(diagnose(log, self.limits), args, state, control)
+        self._act_on(diagnose(log, self.limits, self.rules), args, state, control)
+        if control.should_training_stop:  # what was seen is logged and kept, though nothing was trained on it
+            control.should_log = True
+            self._note(experience, state)
 
     def on_update_end(
         self, args: Any, state: TrainerState, control: Any, experience: Experience, metrics: dict[str, float]
     ) -> None:
         """Keep some completions, and what the yardstick said of all."""
+        if not self._noted:
+            self._note(experience, state)
+
+    def _note(self, experience: Experience, state: TrainerState) -> None:
         self._latest += samples_of(experience, state.global_step, self._keep)
         if self._judged_now is None:  # the run was taken up amid this rollout
             self._judged_now = self._judged(experience, among_others=True)
         for metric, value in self._judged_now.items():
             self._state["measured"].setdefault(metric, []).append(value)
-        self._judged_now = None
+        self._judged_now, self._noted = None, True
 
     def on_evaluation_end(
         self, args: Any, state: TrainerState, control: Any, experience: Experience, metrics: dict[str, float]
@@ -373,42 +378,6 @@ def _lora_settings(model: Any) -> dict[str, Any]:
         return {}
     names = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_rslora": "use_rslora"}
     return {name: getattr(config, of_peft, None) for name, of_peft in names.items()}
-
-
-def _planned_rates(schedule: Any, steps: int) -> list[tuple[int, float]]:
-    """(optimizer step, learning rate) at some steps of the whole run; empty where the schedule cannot say it before."""
-    factors = getattr(schedule, "lr_lambdas", None) or [None]
-    if steps < 1 or not inspect.isfunction(getattr(factors[0], "func", factors[0])):  # other objects have a state
-        return []
-    at = sorted({step * (steps - 1) // PLANNED for step in range(PLANNED + 1)})
-    return [(step, schedule.base_lrs[0] * float(factors[0](step))) for step in at]
-
-
-def _order_of(dataloader: Any) -> tuple[str, float, int] | None:
-    """By what neighbouring prompts are alike, and how much: 1 less the mean difference of their ranks over that of rows
-    drawn at random, so about 0 of shuffled rows and 1 of sorted ones. Of all that they can be sorted by, the reward
-    functions' columns included, the one by which it is highest; and how many rows there are. None where that is not
-    known."""
-    dataset: Any = getattr(dataloader, "dataset", None)
-    if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names or len(dataset) < 16:
-        return None
-    plain = [name for name, feature in dataset.features.items() if isinstance(feature, Value)]
-    rows: dict[str, list[Any]] = dataset.select_columns(list({"prompt", *plain}))[:MAX_DATA_ROWS]
-    keys = {**rows, "prompt": [as_text(prompt) for prompt in rows["prompt"]]}
-    keys["the prompt's length"] = [len(text) for text in keys["prompt"]]
-    alike = {name: _neighbours_alike(values) for name, values in keys.items() if None not in values}
-    name = max(alike, key=lambda one: alike[one])
-    return name, alike[name], len(dataset)
-
-
-def _neighbours_alike(values: Sequence[Any]) -> float:
-    """See `_order_of`; 0 where all values are the same."""
-    places = {value: place for place, value in enumerate(sorted(set(values)))}
-    ranks = torch.tensor([float(places[value]) for value in values])
-    count = len(ranks)
-    # Mean over all pairs of |a - b|, from the sorted values.
-    anywhere = float(((2 * torch.arange(count) - count + 1) * ranks.sort().values).sum() * 2 / count**2)
-    return 1 - float(ranks.diff().abs().mean()) / anywhere if anywhere > 0 else 0.0
 
 
 def _data_figures(dataloader: Any, objective: str | None) -> dict[str, float]:

@@ -16,6 +16,7 @@ from trl_ext.diagnostics.catalogue import diagnose
 from trl_ext.diagnostics.finding import SEVERITIES, Finding
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
+from trl_ext.diagnostics.planned import planned
 from trl_ext.diagnostics.remedies import STAND_INS
 
 logger = logging.getLogger(__name__)
@@ -177,7 +178,8 @@ class _Watch:
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 watch.began = True
                 size = {"rollout_batch_size": getattr(args, "rollout_batch_size", None)}
-                self.config = {**args.to_dict(), **size, "steps_of_run": state.max_steps, **watch.config}
+                known = {**size, **planned(args, state, **kwargs), "steps_of_run": state.max_steps}
+                self.config = {**args.to_dict(), **known, **watch.config}
                 watch._begin = len(RunLog.of(state.log_history).rows)
                 schedule = getattr(kwargs.get("lr_scheduler"), "scheduler", kwargs.get("lr_scheduler"))
                 if state.global_step and "learning_rate" in watch.config and schedule is not None:

@@ -461,11 +461,13 @@ DEFAULTS: dict[str, Any] = {
 
 
 def to_defaults(log: RunLog) -> dict[str, Any]:
-    """What takes a run of our PPOTrainer back to `DEFAULTS`; empty where less than two settings are others."""
+    """What takes a run of our PPOTrainer back to `DEFAULTS`; empty where less than two settings are others than the
+    trainer's own defaults, whose rate is linear."""
     if log.kind != "ppo" or not log.setting("rollout_batch_size"):
         return {}
     others = {name: value for name, value in DEFAULTS.items() if name in log.config and log.config[name] != value}
-    return others if len(others) > 1 else {}
+    own = log.setting("lr_scheduler_type") == "linear"
+    return others if len(others) - own > 1 else {}
 
 
 def doubts(log: RunLog, limits: Limits) -> list[Doubt]:
@@ -617,12 +619,17 @@ def _kinds(log: RunLog) -> Iterator[Doubt]:
         yield Doubt("whiten_advantages", text, side, True, N_PLUS, 2.0)
 
 
-# Metrics that are meant to rise, by the beginning of their names, and to fall.
+# Metrics that are meant to rise, and to fall; with "/" at its end the beginning of a name.
 RISES = (
-    *("objective/scores", "objective/rlhf_reward", "rewards/", "yardstick/", "agreement/", "reward", "score"),
-    *("accuracy", "margin", "val/explained_variance", "completions/distinct", "completions/eos_rate"),
+    *("objective/scores", "objective/rlhf_reward", "rewards/", "yardstick/", "agreement/", "reward"),
+    *("val/explained_variance", "completions/distinct", "completions/eos_rate"),
 )
 FALLS = ("loss", "completions/clipped_ratio", "completions/repetition", "objective/unscored")
+
+
+def _is_one_of(name: str, metrics: Sequence[str]) -> bool:
+    begins = any(name.startswith(one) for one in metrics if one.endswith("/"))
+    return name in metrics or (begins and not name.endswith("/std"))
 
 
 def wrong_checkpoint(log: RunLog, limits: Limits) -> Finding | None:
@@ -633,11 +640,12 @@ def wrong_checkpoint(log: RunLog, limits: Limits) -> Finding | None:
     name = str(log.setting("metric_for_best_model", "loss")).removeprefix("eval_")
     greater = bool(log.setting("greater_is_better", not name.endswith("loss")))
     evals = [row for row in log.evals if row["step"] > 0 and name in row]
-    judge = next((f"yardstick/{one}" for one in log.names("yardstick/")), "objective/scores")
+    score = "reward" if log.kind == "online" else "objective/scores"
+    judge = next((f"yardstick/{one}" for one in log.names("yardstick/")), score)
     judged = Series([row["step"] for row in evals], [row[judge] for row in evals if judge in row])
     kept = (max if greater else min)(evals, key=lambda row: row[name], default={})
     lost = judged.values[-1] - kept[judge] if len(judged) == len(evals) >= 3 else 0.0
-    upside_down = name.startswith(FALLS if greater else RISES)
+    upside_down = _is_one_of(name, FALLS if greater else RISES)
     if not (upside_down or lost > limits.noticeable * judged.noise()):  # NaN, where it is not known, is not
         return None
     way = "highest" if greater else "lowest"
@@ -652,7 +660,7 @@ def wrong_checkpoint(log: RunLog, limits: Limits) -> Finding | None:
         cause="metric_for_best_model or greater_is_better for another metric than the one that is meant.",
         remedy=Remedy(
             text="Keep the checkpoint with the highest score on the evaluation prompts, or the last one.",
-            code="PPOConfig(..., metric_for_best_model='objective/scores', greater_is_better=True)",
+            code=f"metric_for_best_model={judge!r}, greater_is_better=True",
         ),
     )
 

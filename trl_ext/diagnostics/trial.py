@@ -33,7 +33,7 @@ FIXED_AT_START = {
     *("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),  # the optimizer's state has them
     *("lora_r", "lora_alpha", "lora_rslora"),  # the adapter has them
     *("beta", "loss_type", "loss_weights"),  # DPO: what was learned from another loss stays learned
-    *("reward_funcs", "train_dataset"),  # a score's mean and spread, and the order of the prompts
+    *("reward_funcs", "train_dataset", "shuffle_dataset"),  # a score's mean and spread, and the order of the prompts
 }
 OF_SETTINGS = {"unusual_settings", *STANDS, *FLIES}  # what settings make that do not go together
 MOST = 4  # remedies of one finding that are followed by a stronger one
@@ -308,7 +308,8 @@ class _Patient:
         if exchanged and not with_.died:
             verdict, new, left = self._with_stand_in(finding, with_.log)
         else:
-            verdict, new, left = judged(finding, without.log, with_.log, with_.died, self.limits)
+            as_long = replace(with_.log, rows=with_.log.rows[:rows])  # what comes later may come without it, too
+            verdict, new, left = judged(finding, without.log, as_long, with_.died, self.limits)
         after = _after(with_.log, metric, start)
         trial = replace(trial, changes=changes, verdict=verdict, with_=after, new=new, left=left, died=with_.died)
         logger.info("%s", trial)
@@ -341,7 +342,8 @@ def _learned(log: RunLog) -> Series:
 def _learns_more(log: RunLog, other: RunLog, times: float = 1.0) -> bool:
     """Whether a fork ends higher than another one, by more than so many times what one rollout differs from the
     next."""
-    mine, others = _learned(log), _learned(other)
+    rows = min(len(log.rows), len(other.rows))
+    mine, others = (_learned(replace(one, rows=one.rows[:rows])) for one in (log, other))
     return mine.recent() - others.recent() > times * max(mine.noise(), others.noise())
 
 

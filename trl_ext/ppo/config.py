@@ -62,7 +62,8 @@ def _are_numbers(values: Any) -> bool:
 
 # Arguments of apply_chat_template that no template sees, and that change what the trainer gets from it.
 NOT_THE_TEMPLATES = {
-    *("padding", "tokenize", "return_tensors", "return_dict", "return_assistant_tokens_mask", "conversation"),
+    *("padding", "truncation", "max_length", "tokenize", "tokenizer_kwargs", "conversation"),
+    *("return_tensors", "return_dict", "return_assistant_tokens_mask"),
 }
 
 
@@ -274,7 +275,14 @@ class PPOConfig(BaseConfig):
         if foreign:
             raise ValueError(
                 f"chat_template_kwargs has {foreign[0]}, which is the tokenizer's and not the template's: leave it "
-                "out, for the trainer asks for ids, and pads prompts itself, masked."
+                "out, for the trainer asks for ids, pads them itself, masked, and cuts none."
+            )
+        by_loss = str(self.metric_for_best_model).removeprefix("eval_") == "loss"
+        if by_loss and (self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"):
+            name = "load_best_model_at_end" if self.load_best_model_at_end else "lr_scheduler_type reduce_lr_on_plateau"
+            raise ValueError(
+                f"{name} looks for the lowest eval_loss, and PPO's evaluation has no loss: set "
+                "metric_for_best_model='objective/scores', or 'yardstick/<name>'."
             )
         if not isinstance(self.model_init_kwargs, dict | None) or "policy" in (self.model_init_kwargs or {}):
             raise ValueError(
