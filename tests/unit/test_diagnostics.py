@@ -761,6 +761,40 @@ def test_a_function_of_weight_0_is_a_yardstick_of_the_sign() -> None:
     assert "score_opposed" not in names_of(negative), "it is subtracted, and that is right"
 
 
+@pytest.mark.parametrize(("told", "is_told"), [(-1.3, True), (-0.05, False), (0.4, False)])
+def test_a_generator_that_reports_what_it_has_not_sampled_with(told: float, is_told: bool) -> None:
+    """The draws are the policy's; a lag, or another precision, lies above 0."""
+    own = {**HEALTHY, "val/sampling_kl": told, "sampling/weight_cut": 1.0, "grad_norm/policy": 0.0}
+    tops = roots(diagnose(RunLog.of(rows(**own), CONFIG)))
+    assert (tops[0].finding.name == "sampling_differs") == is_told
+    if is_told:
+        assert "gradients_absent" in [one.finding.name for one in tops[0]]
+        one_bad = {**own, "val/sampling_kl": [told] + [0.0] * 15}
+        assert "sampling_differs" not in names_of(RunLog.of(rows(**one_bad), CONFIG))
+
+
+CERTAIN = {"completions/distinct": 0.02, "policy/entropy_avg": 0.01, "objective/entropy": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_told"),
+    [
+        ({}, True),
+        ({"completions/distinct": lambda t: 0.9 - 0.88 * min(1.0, 2 * t)}, False),  # it has come to that
+        ({"prompts/distinct": 0.04}, False),  # nothing else was asked
+        ({"policy/entropy_avg": lambda t: 0.3 * math.exp(-9 * t)}, False),
+    ],
+)
+def test_a_model_that_has_one_answer_to_all_prompts_before_it_learns(changes: dict[str, Any], is_told: bool) -> None:
+    log = RunLog.of(rows(**{**HEALTHY, **CERTAIN, **changes}), CONFIG)
+    found = {one.name: one for one in diagnose(log)}
+    assert ("prompts_unlike_the_model" in found) == is_told
+    if is_told:
+        assert "whatever it is asked, the model gives one answer" in found["prompts_unlike_the_model"].evidence
+        cold = diagnose(replace(log, config={**CONFIG, "temperature": 0.1}))
+        assert "prompts_unlike_the_model" not in [one.name for one in cold]
+
+
 def test_copies_of_one_prompt() -> None:
     """Each prompt four times, and one answer for the four."""
     copies = {**SICK["copied_completions"], "prompts/distinct": [0.25] * 16, "completions/distinct": [0.25] * 16}

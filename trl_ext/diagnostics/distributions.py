@@ -19,6 +19,8 @@ def sampling_differs(log: RunLog, limits: Limits) -> Finding | None:
     """Completions are drawn from another distribution than they are scored and trained under. Where importance weights
     correct for it, it is worth a look only. Under `rollouts_ahead` the policy has moved since it sampled: only what
     that does not explain counts."""
+    if (told := _told_wrongly(log, limits)) is not None:
+        return told
     if log.setting("rollouts_ahead"):
         return _drawn_otherwise(log, limits)
     z, gap, cut = (log.series(name) for name in ("val/sampling_gap_z", "val/sampling_gap", "sampling/weight_cut"))
@@ -44,6 +46,34 @@ def sampling_differs(log: RunLog, limits: Limits) -> Finding | None:
             "generation_kwargs that forbid or force tokens; or a generator of another precision."
         ),
         remedy=_closer_sampling(log) if cut else _plain_sampling(log),
+        samples=log.last_samples(),
+    )
+
+
+def _told_wrongly(log: RunLog, limits: Limits) -> Finding | None:
+    """The generator tells log-probabilities of other draws than its own: of its own, log mu - log pi has a mean of
+    KL(mu || pi), which is not below 0."""
+    told = log.series("val/sampling_kl")
+    if len(told) < 3 or not max(told.recent(3), told.lasting()) < -limits.sampling_told:
+        return None
+    return Finding(
+        name="sampling_differs",
+        severity="problem",
+        title="The generator reports log-probabilities that it has not sampled with",
+        steps=(told.steps[0], told.steps[-1]),
+        evidence=(
+            f"They lie {-told.recent(3):.2g} nats a token below those that the policy gives the same tokens; of tokens "
+            "that were drawn with them they would lie above."
+        ),
+        figures={"told": told.recent(3)},
+        cause=(
+            "log-probabilities that were added up, of other tokens (shifted by one, say) or under another temperature "
+            "than the draws, so that the importance weights are wrong."
+        ),
+        remedy=Remedy(
+            text="Mend what the generator reports, or let it report none: then nothing is corrected.",
+            changes={CORRECTION: False} if log.config.get(CORRECTION) else {},
+        ),
         samples=log.last_samples(),
     )
 

@@ -290,6 +290,7 @@ EDGES: tuple[Edge, ...] = (
     *_edges(
         "sampling_differs",
         f"{N_PLUS}, on the log-probabilities that PPO compares",
+        gradients_absent="Importance weights that cut every token leave nothing to learn from.",
         negative_kl="Tokens that the policy would not sample make the estimate of the KL wrong.",
         first_ratio="The sampling policy is another one than the scored one.",
         truncation="An EOS that generation forbids or delays is not written.",

@@ -12,6 +12,8 @@ class Limits:
         enough: completions from which what nearly all of them share is told without waiting for a third log; chosen.
         sampling_gap_z: standard errors that sampling may stray from scoring, over a whole run: the gap is a martingale
             with mean 0, so 6 is out of reach of chance.
+        sampling_told: nats per token by which reported log-probabilities lie below the policy's, on tokens that were
+            drawn with the reported ones; chosen, above rounding errors.
         sampling_gap: nats per token that it must stray besides; chosen, above rounding errors.
         negative_kl: nats per completion below 0; the k1 estimate is unbiased and its truth is never negative.
         first_approxkl: nats per token before the first optimizer step on a rollout, in float32: 0 in theory, 1e-13 as
@@ -129,6 +131,7 @@ class Limits:
 
     least_rows: int = 6
     enough: int = 48
+    sampling_told: float = 0.1
     sampling_gap_z: float = 6.0
     sampling_gap: float = 0.005
     negative_kl: float = 0.1

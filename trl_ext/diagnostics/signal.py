@@ -114,8 +114,10 @@ def prompts_unlike_the_model(log: RunLog, limits: Limits, findings: Sequence[Fin
     names = ("plain", "unknown_markers")
     shares = {name: series.start() for name in names if (series := log.series(f"evidence/prompts/{name}"))}
     harm = [finding for finding in findings if finding.name in NOT_READ]
-    if not harm or not max(shares.values(), default=0.0) > limits.not_read:
+    if not harm:
         return None
+    if not max(shares.values(), default=0.0) > limits.not_read:
+        return _one_answer(log, limits, harm)
     plain, unknown = (shares.get(name, 0.0) for name in names)
     by_marker = unknown > limits.not_read
     return Finding(
@@ -135,6 +137,38 @@ def prompts_unlike_the_model(log: RunLog, limits: Limits, findings: Sequence[Fin
         remedy=Remedy(
             text="Take the tokenizer of the model that is trained, with its template, and give prompts as messages.",
             code="dataset.map(lambda row: {'prompt': [{'role': 'user', 'content': row['prompt']}]})",
+        ),
+        samples=log.last_samples(),
+    )
+
+
+def _one_answer(log: RunLog, limits: Limits, harm: Sequence[Finding]) -> Finding | None:
+    """Before a step was taken the policy was certain of one answer to all prompts, different as they are."""
+    distinct, prompts, entropy = (log.series(name) for name in ("completions/distinct", "prompts/distinct", "entropy"))
+    plain_sampling = float(log.setting("temperature", 1.0)) >= limits.temperature
+    if not (distinct and prompts and entropy and plain_sampling) or not log.suffices(distinct, limits.enough):
+        return None
+    first = distinct.values[0]
+    if first > limits.distinct * prompts.values[0] or entropy.values[0] > limits.entropy:
+        return None
+    return Finding(
+        name="prompts_unlike_the_model",
+        severity=worst(harm),
+        title="Prompts are not written as the model was taught to read them",
+        steps=log.steps,
+        evidence=(
+            f"In the first rollout, before a step was taken, {prompts.values[0]:.0%} of the prompts were distinct and "
+            f"{first:.0%} of the completions, with {entropy.values[0]:.2g} nats per token: whatever it is asked, the "
+            "model gives one answer."
+        ),
+        figures={"distinct": first, "entropy": entropy.values[0]},
+        cause=(
+            "a chat template that ends otherwise than in training (a space or a newline more or less will do), that of "
+            "another model, or a tokenizer that is not the model's."
+        ),
+        remedy=Remedy(
+            text="Take the tokenizer of the model that is trained, with its template, and look at what it writes.",
+            code="print(repr(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)))",
         ),
         samples=log.last_samples(),
     )
