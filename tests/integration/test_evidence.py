@@ -350,3 +350,22 @@ def test_the_advantages_are_the_sum_of_their_parts(changes: dict[str, Any], tmp_
         assert float(slope) > 0 and (float(slope) == pytest.approx(1.0, rel=1e-3)) is (
             changes.get("whiten_advantages") is False
         )
+
+
+@pytest.mark.parametrize("of", ["base_layer.weight", "embed_tokens.weight"])
+def test_frozen_weights_that_change_are_seen(of: str, tmp_path: Path) -> None:
+    class Writes(RolloutCallback):
+        def on_update_end(self) -> None:
+            with torch.no_grad():
+                for name, parameter in trainer.base.named_parameters():
+                    if name.endswith(of):
+                        parameter.add_(0.5)
+
+    trainer = trainer_for(tmp_path, total_episodes=32)
+    assert any(name.endswith(of) for name, _ in trainer.base.named_parameters())
+    trainer.train()
+    assert measured(trainer, "base_moved") == [0.0] * 4, "what is trained moves, and nothing else"
+    trainer.add_callback(Writes())
+    trainer.train()
+    again = measured(trainer, "base_moved")[-4:]
+    assert again[0] == 0.0 and min(again[1:]) > 0.01

@@ -84,7 +84,7 @@ HEALTHY: dict[str, Any] = {
     "evidence/gradient/entropy": 0.01,
     "evidence/gradient/signal": 1e-4,
     "evidence/gradient/noise": 1e-3,
-    "agreement/exact": 0.6,
+    "agreement/exact": 0.85,
     "objective/scores_alike": 0.1,
     "objective/unscored": 0.0,
     "prompts/empty": 0.0,
@@ -170,6 +170,7 @@ SICK: dict[str, dict[str, Any]] = {
     "scores_alike": {"objective/scores_alike": 0.97, "objective/scores": 0.1},
     "mostly_unscored": {"objective/unscored": 50.0},
     "few_prompts": {"prompts/distinct": 1 / 16},
+    "base_moves": {"evidence/base_moved": lambda t: 0.02 * t, "objective/kl": -0.8, "objective/kl_std": 0.5},
     "prompts_in_order": {},
     "wrong_checkpoint": {"eval_objective/scores": lambda t: t, "eval_yardstick/exact": lambda t: 3 + t},
     "empty_prompts": {"prompts/empty": 0.3},
@@ -236,7 +237,7 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("score_opposed", {"agreement/exact": -0.45}, {}),
     ("score_opposed", {"agreement/exact": [0.4] * 6 + [-0.9] * 10}, {}),  # exploited, later
     ("score_opposed", {"agreement/exact": [-1.0, 0.9, -1.0, -0.9, -1.0, -1.0] + [-1.0] * 10}, {}),  # noise
-    ("score_unrelated", {"agreement/exact": [0.65, 0.5] * 8}, {}),
+    ("score_unrelated", {"agreement/exact": [0.85, 0.7] * 8}, {}),
     ("score_unrelated", {"agreement/exact": -0.4, "objective/scores_alike": 0.95}, {}),
     ("reference_moves", {"objective/kl": 1e-4}, {}),
     ("reference_moves", {"objective/kl_std": 1e-4}, {}),
@@ -253,7 +254,7 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("score_drifts", {"objective/scores": 0.1, "agreement/exact": [0.9] * 8 + [0.3] * 8}, {}),
     ("score_drifts", {"objective/scores": 0.1, "agreement/exact": lambda t: 0.9 - 2 * t}, {}),  # bit by bit
     ("score_unrelated", {"agreement/exact": [0.9, -0.9] * 8}, {}),  # too noisy to say
-    ("score_unrelated", {"agreement/exact": [0.6] * 6 + [0.0] * 10}, {}),  # exploited, later
+    ("score_unrelated", {"agreement/exact": [0.85] * 6 + [0.0] * 10}, {}),  # exploited, later
     ("score_drifts", {"objective/kl": lambda t: 0.1 + 5 * t}, {}),  # the policy has moved
     ("score_drifts", {"objective/kl": [8.0] + [0.1] * 15}, {}),  # it came back from where it began
     ("score_drifts", {"objective/kl_std": 20.0}, {}),  # or may have
@@ -287,6 +288,7 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("kl_runs_away", {"objective/kl": [0.9] * 15 + [30.0]}, {}),  # one rollout
     ("score_scale", {"objective/scores_std": [1.0] * 15 + [40.0]}, {}),  # one rollout
     ("few_prompts", {"prompts/distinct": 0.65}, {}),
+    ("base_moves", {"evidence/base_moved": 1e-6}, {}),  # an adapter that was merged and taken out again
     ("prompts_in_order", {}, {"prompts_order": ("prompt", 0.5, 1000)}),
     ("prompts_in_order", {}, {"prompts_order": ("prompt", 0.99, 100)}),  # a rollout has most of them
     ("prompts_in_order", {}, {"prompts_order": None}),  # not known
@@ -1087,7 +1089,7 @@ def test_scores_that_are_alike_and_rise_all_the_same_are_worth_a_look_only() -> 
 
 
 def test_one_yardstick_that_agrees_a_little_is_enough() -> None:
-    assert names_of(log_of(**{"agreement/exact": 0.7, "agreement/other": 0.0})) == []
+    assert names_of(log_of(**{"agreement/exact": 0.8, "agreement/other": 0.0})) == []
     (finding,) = diagnose(log_of(**{"agreement/exact": 0.4, "agreement/other": 0.0}))
     assert finding.severity == "warning"
 

@@ -22,6 +22,7 @@ SIGNAL: tuple[Rule, ...] = (
 )
 ON_SAMPLES: tuple[Rule, ...] = (
     *GRADIENTS,
+    signal.base_moves,
     samples.copied_completions,
     distributions.sampling_differs,
     distributions.negative_kl,

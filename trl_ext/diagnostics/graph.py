@@ -28,6 +28,10 @@ def _from_the_start(cause: Finding, consequence: Finding) -> bool:
     return cause.from_the_start
 
 
+def _at_a_usual_rate(cause: Finding, consequence: Finding) -> bool:
+    return consequence.figures["learning_rate"] >= 1e-4
+
+
 def _of_value(cause: Finding, consequence: Finding) -> bool:
     return "value" in cause.title
 
@@ -62,6 +66,29 @@ def _edges(
 
 # Of several causes of a finding the first one here counts: what lies nearer to the settings comes first.
 EDGES: tuple[Edge, ...] = (
+    *_edges(
+        "base_moves",
+        "Hu et al. 2021, arXiv:2106.09685, section 4.1 (the base stays as it is)",
+        negative_kl="The reference is another model than the one that sampled.",
+        sampling_differs="What sampled is not what scores: the adapter counts twice in one of them.",
+        first_ratio="Weights that change between scoring and training make other probabilities.",
+        reference_moves="The reference stands on the same base.",
+        score_drifts="A reward role on the same base scores otherwise than before.",
+        score_unrelated="A reward role on another base than its own scores by chance.",
+        score_ignores_prompt="A reward role on another base than its own reads nothing.",
+        over_optimisation="The policy moves with the base, whatever the score says of it.",
+        value_not_learning="The value role's base is another one each time.",
+        value_loss_explodes="The value role's base is another one each time.",
+        entropy_rises="Weights that nobody trains leave language.",
+        entropy_collapse="Weights that nobody trains leave language.",
+        mode_collapse="Weights that nobody trains leave language.",
+        repetition_exploitation="Weights that nobody trains leave language.",
+        truncation="Weights that nobody trains leave language.",
+        kl_runs_away="The policy moves with the base, and the reference does not by as much.",
+        clipping_saturated="Ratios are of two different bases.",
+        noise_drowns_signal="Gradients are of another model than the one that sampled.",
+        no_progress="What is learned on one base is not on the next one.",
+    ),
     *_edges(
         "gradients_not_finite",
         ADAM,
@@ -266,6 +293,12 @@ EDGES: tuple[Edge, ...] = (
         MCCANDLISH,
         value_not_learning="Returns that vary by chance are predicted by no value role.",
         no_progress="Steps go where chance points.",
+    ),
+    *_edges(
+        "noise_drowns_signal",
+        MCCANDLISH,
+        _at_a_usual_rate,
+        steps_too_small="Steps that go where chance points undo each other.",
     ),
     *_edges(
         "first_kl",

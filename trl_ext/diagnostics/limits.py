@@ -80,6 +80,8 @@ class Limits:
         surprise_z: standard errors by which they do; chosen.
         score_std: spread of scores, or their mean, beyond which values, which start at 0, take long to arrive.
         far_from_0: the same, in units of their spread, that mean has to be besides; chosen.
+        base_moved: change of a frozen weight over the largest one; chosen, above what merging an adapter and taking it
+            out again leaves in float32 (measured: 1e-7).
         dwarfed: width of half of the scores over their standard deviation below which few dwarf the others: 1.35 for
             normal scores; chosen.
         score_drift: factor by which that spread may grow.
@@ -162,7 +164,7 @@ class Limits:
     noise_alone: float = 0.5
     gradient_noise: float = 5.0
     unrelated: float = 0.25
-    in_part: float = 0.55
+    in_part: float = 0.75
     agreement_drop: float = 0.7
     related: float = 0.5
     misaligned: float = 0.6
@@ -184,7 +186,8 @@ class Limits:
     surprise_z: float = 4.0
     score_std: float = 10.0
     far_from_0: float = 3.0
-    dwarfed: float = 0.1
+    dwarfed: float = 0.03
+    base_moved: float = 1e-4
     score_drift: float = 5.0
     beyond_kl: float = 2.0
     explained_variance: float = 0.05

@@ -13,6 +13,7 @@ from trl_ext.diagnostics.signal import share_of_functions
 
 # By finding: the doctor's or the logged name of the metric that its remedy moves, and where to.
 MOVES: dict[str, tuple[str, str]] = {
+    "base_moves": ("evidence/base_moved", "down"),
     "chance_level": ("accuracy", "up"),
     "clipping_saturated": ("clipfrac", "down"),
     "completions_shrink": ("length", "up"),
@@ -104,6 +105,7 @@ BLAMED: dict[str, tuple[str, ...]] = {
     "copied_completions": ("train_dataset", "generator"),
     "held_out_differs": ("train_dataset", "reward_funcs"),
     "sampling_differs": ("generator",),
+    "base_moves": ("generator",),
 }
 
 

@@ -258,6 +258,36 @@ def credit_fades(log: RunLog, limits: Limits) -> Finding | None:
     )
 
 
+def base_moves(log: RunLog, limits: Limits) -> Finding | None:
+    """Weights change that nothing trains."""
+    moved = log.series("evidence/base_moved")
+    if not moved or not max(moved.values) > limits.base_moved:
+        return None
+    at = next(i for i, value in enumerate(moved.values) if value > limits.base_moved)
+    return Finding(
+        name="base_moves",
+        severity="problem",
+        title="Weights change that nothing trains",
+        steps=(moved.steps[at], moved.steps[-1]),
+        evidence=(
+            f"Of the base and of the adapters that are not trained some numbers have changed by up to "
+            f"{max(moved.values):.2g} of the largest since training began, first seen at step {moved.steps[at]}."
+        ),
+        figures={"moved": max(moved.values)},
+        cause=(
+            "a generator that merges the policy's adapter into the base and leaves it there, an optimizer that was "
+            "given more than the trained weights, or a callback that writes into the model."
+        ),
+        remedy=Remedy(
+            text=(
+                "Merge on a copy, or unmerge before the answers are returned; give an optimizer of your own the "
+                "trained weights alone. Begin anew: all roles stand on this base."
+            ),
+            code="[p for p in base.parameters() if p.requires_grad]",
+        ),
+    )
+
+
 def lost_to_rounding(log: RunLog, limits: Limits) -> Finding | None:
     """Steps are smaller than what the adapters' numbers can tell apart."""
     lost = log.series("evidence/lost_to_rounding")

@@ -30,7 +30,7 @@ from trl_ext.ppo.objectives import CheckedObjective, same_prompt, value_loss
 from trl_ext.ppo.pretraining import PretrainMix
 from trl_ext.random_state import RandomState
 from trl_ext.rewards import RewardError
-from trl_ext.roles import Role
+from trl_ext.roles import Role, SharedBase
 from trl_ext.types import Experience, Rollout, concatenate
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class Evidence:
         policy: the policy's trained parameters.
         value_on_trunk: the value role is a head on the policy's trunk.
         pretrain_mix: gives the PTX loss's texts; None: no such loss.
+        frozen: what must not move.
     """
 
     def __init__(
@@ -95,8 +96,9 @@ class Evidence:
         policy: list[nn.Parameter],
         value_on_trunk: bool,
         pretrain_mix: PretrainMix | None,
+        frozen: Frozen,
     ) -> None:
-        self.collector, self.args, self.accelerator = collector, args, accelerator
+        self.collector, self.args, self.accelerator, self.frozen = collector, args, accelerator, frozen
         self.objective, self.policy, self.pretrain_mix = objective, policy, pretrain_mix
         self.value_on_trunk = value_on_trunk and args.uses_value
         self.schedule = Schedule.of(args, 2 if args.uses_value and not value_on_trunk else 1)
@@ -119,6 +121,7 @@ class Evidence:
         """
         with self._apart(rollout):
             metrics = {**self._shares(experience), **self._credit(experience), **within_prompts(experience)}
+            metrics["base_moved"] = self.frozen.moved()
             if rollout % self.schedule.gradients == 0:
                 metrics |= reading(experience.rollout.prompts, self.collector.tokenizer)
                 metrics |= self.prompts_read(experience.rollout, len(inputs))
@@ -504,6 +507,33 @@ def held_out_gap(trained: Experience | None, held_out: Experience) -> dict[str, 
     gap, z = evidence.score_gap(*kept)
     found = {"evidence/held_out/score_gap": gap, "evidence/held_out/score_gap_z": z}
     return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+class Frozen:
+    """What nothing may move: the base on which all roles stand, and the adapters that are not trained.
+
+    Args:
+        base: the roles.
+        trained: what is trained.
+    """
+
+    def __init__(self, base: SharedBase, trained: Sequence[nn.Parameter]) -> None:
+        moving = {id(parameter) for parameter in trained}
+        still = [one for one in base.parameters() if id(one) not in moving and one.numel() and not one.is_meta]
+        self._kept = [] if base.sharded else still[:: max(1, len(still) // (8 * TENSORS))]
+        self._before = self._some()
+
+    def _some(self) -> Tensor:
+        few = [one.detach().flatten()[:: max(1, one.numel() // 8)][:8].float() for one in self._kept]
+        return torch.cat([one.to(few[0].device) for one in few]).cpu() if few else torch.zeros(0)
+
+    def moved(self) -> float:
+        """The largest change of some of these numbers since training began, over the largest of them; NaN where none
+        can be looked at."""
+        if not len(self._before):
+            return math.nan
+        change = (self._some() - self._before).abs().max() / self._before.abs().max().clamp(min=1e-12)
+        return float(change)
 
 
 def sampled(parameters: Sequence[nn.Parameter], scale: float = 1.0) -> Tensor:

@@ -50,7 +50,7 @@ from trl_ext.ppo.ahead import Ahead, gathered, share_of
 from trl_ext.ppo.batches import micro_batches, mini_batch
 from trl_ext.ppo.collector import Collector
 from trl_ext.ppo.config import PPOConfig
-from trl_ext.ppo.evidence import Evidence, rounding_of, sampled
+from trl_ext.ppo.evidence import Evidence, Frozen, rounding_of, sampled
 from trl_ext.ppo.experience import estimate, shape
 from trl_ext.ppo.failures import RunError, on_all, together
 from trl_ext.ppo.metrics import Metrics, name_taken
@@ -212,6 +212,7 @@ class Updater:
                 self._parameters["policy"],
                 not self._value_has_adapter,
                 self.pretrain_mix,
+                Frozen(self.base, [one for role in self._parameters.values() for one in role]),
             )
 
     def held_out_evidence(self, held_out: Experience) -> dict[str, float]:
