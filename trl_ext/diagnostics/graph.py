@@ -28,6 +28,10 @@ def _from_the_start(cause: Finding, consequence: Finding) -> bool:
     return cause.from_the_start
 
 
+def _is_a_problem(cause: Finding, consequence: Finding) -> bool:
+    return cause.severity == "problem"
+
+
 def _at_a_usual_rate(cause: Finding, consequence: Finding) -> bool:
     return consequence.figures["learning_rate"] >= 1e-4
 
@@ -171,6 +175,11 @@ EDGES: tuple[Edge, ...] = (
         HACKING,
         score_ignores_prompt="What it stands for depends on what was asked, and what is scored does not.",
         over_optimisation="What raises the score has nothing to do with what it was to stand for.",
+    ),
+    *_edges(
+        "score_unrelated",
+        HACKING,
+        _is_a_problem,  # a score that follows what it stands for in part can be learned from
         scores_alike="What something else is given for may be had by nearly all, or by hardly any.",
         constant_scores="What something else is given for may be had by all.",
         kl_runs_away="A score for something else pays for going elsewhere.",
