@@ -88,7 +88,9 @@ def test_a_generation_backend(tmp_path: Path) -> None:
 def test_a_rule_of_the_doctor(tmp_path: Path) -> None:
     doctor = run("A rule of the doctor", tmp_path)["doctor"]
     (finding,) = [finding for finding in doctor.findings if finding.name == "wordy"]
-    assert "tokens per completion" in finding.evidence and finding.steps == (4, 4), "as first seen"
+    assert "tokens per completion" in finding.evidence and finding.steps == (0, 0), (
+        "as first seen, before a step was taken"
+    )
 
 
 def test_a_form_of_feedback(tmp_path: Path) -> None:

@@ -771,11 +771,17 @@ def test_a_generator_that_reports_what_it_has_not_sampled_with(told: float, is_t
     assert (tops[0].finding.name == "sampling_differs") == is_told
     if is_told:
         assert "gradients_absent" in [one.finding.name for one in tops[0]]
-        one_bad = {**own, "val/sampling_kl": [told] + [0.0] * 15}
-        assert "sampling_differs" not in names_of(RunLog.of(rows(**one_bad), CONFIG))
+        for one_bad in ([told] + [0.0] * 15, [0.0] * 15 + [told], [0.0] * 14 + [told, 0.0]):
+            assert "sampling_differs" not in names_of(RunLog.of(rows(**{**own, "val/sampling_kl": one_bad}), CONFIG))
+        ahead = {"vllm_importance_sampling_correction": None, "rollouts_ahead": 1}
+        for settings, changes in ((ahead, {}), ({**ahead, "rollouts_ahead": 0}, {next(iter(ahead)): False})):
+            top = roots(diagnose(RunLog.of(rows(**own), CONFIG | settings)))[0].finding
+            assert (top.name, top.remedy.changes) == ("sampling_differs", changes)
+        unread = RunLog.of(rows(**own), {**CONFIG, "vllm_importance_sampling_correction": False})
+        assert "sampling_differs" not in names_of(unread), "nobody reads it"
 
 
-CERTAIN = {"completions/distinct": 0.02, "policy/entropy_avg": 0.01, "objective/entropy": 0.1}
+CERTAIN = {"completions/distinct": 1 / 64, "policy/entropy_avg": 0.01, "objective/entropy": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -784,6 +790,8 @@ CERTAIN = {"completions/distinct": 0.02, "policy/entropy_avg": 0.01, "objective/
         ({}, True),
         ({"completions/distinct": lambda t: 0.9 - 0.88 * min(1.0, 2 * t)}, False),  # it has come to that
         ({"prompts/distinct": 0.04}, False),  # nothing else was asked
+        ({"completions/distinct": 2 / 64}, False),  # yes and no
+        ({"episode": lambda t: 640 + 64 * 15 * t}, False),  # not of the first rollout
         ({"policy/entropy_avg": lambda t: 0.3 * math.exp(-9 * t)}, False),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from functools import partial
 from types import SimpleNamespace
@@ -69,7 +70,7 @@ def test_other_schedules_tell_nothing_and_are_left_alone(make: Any) -> None:
         ({"prompt": sorted(UNIQUE)}, "prompt"),
         ({"prompt": sorted(UNIQUE, key=len)}, "the prompt's length"),
         ({"prompt": UNIQUE, "task": ["b"] * 130 + ["a"] * 130 + ["c"] * 140}, "task"),
-        ({"prompt": UNIQUE, "hardness": [i / 400 for i in range(400)]}, "hardness"),
+        ({"prompt": UNIQUE, "hardness": sorted(draw.random() for _ in range(400))}, "hardness"),
         ({"prompt": [[{"role": "user", "content": text}] for text in sorted(UNIQUE)]}, "prompt"),
     ],
 )
@@ -85,6 +86,10 @@ def test_prompts_that_come_in_order(columns: dict[str, Any], by: str, format_: s
         {"id": [*range(400)]},
         {"id": [*range(900, 500, -1)]},
         {"hard": [False] * 392 + [True] * 8},
+        {"id": [f"train-{i:05d}" for i in range(400)]},
+        {"id": [float(i) for i in range(400)]},
+        {"score": [math.nan] * 400},
+        {"score": [float(i) if i % 3 else math.nan for i in range(400)]},
         {"note": [None] * 400},
         {"score": [None, *range(399)]},
         {"score": [0.0] * 400},

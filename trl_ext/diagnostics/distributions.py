@@ -54,7 +54,8 @@ def _told_wrongly(log: RunLog, limits: Limits) -> Finding | None:
     """The generator tells log-probabilities of other draws than its own: of its own, log mu - log pi has a mean of
     KL(mu || pi), which is not below 0."""
     told = log.series("val/sampling_kl")
-    if len(told) < 3 or not max(told.recent(3), told.lasting()) < -limits.sampling_told:
+    uncorrected = log.config.get(CORRECTION) is False  # then nobody reads what is reported
+    if len(told) < 3 or uncorrected or not max(told.recent(3), *told.values[-2:]) < -limits.sampling_told:
         return None
     return Finding(
         name="sampling_differs",
@@ -71,8 +72,8 @@ def _told_wrongly(log: RunLog, limits: Limits) -> Finding | None:
             "than the draws, so that the importance weights are wrong."
         ),
         remedy=Remedy(
-            text="Mend what the generator reports, or let it report none: then nothing is corrected.",
-            changes={CORRECTION: False} if log.config.get(CORRECTION) else {},
+            text="Mend what the generator reports; until then correct nothing.",
+            changes={CORRECTION: False} if CORRECTION in log.config and not log.setting("rollouts_ahead") else {},
         ),
         samples=log.last_samples(),
     )

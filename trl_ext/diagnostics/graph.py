@@ -28,6 +28,10 @@ def _from_the_start(cause: Finding, consequence: Finding) -> bool:
     return cause.from_the_start
 
 
+def _by_much(cause: Finding, consequence: Finding) -> bool:
+    return cause.figures["moved"] > 1e-3
+
+
 def _is_a_problem(cause: Finding, consequence: Finding) -> bool:
     return cause.severity == "problem"
 
@@ -73,6 +77,7 @@ EDGES: tuple[Edge, ...] = (
     *_edges(
         "base_moves",
         "Hu et al. 2021, arXiv:2106.09685, section 4.1 (the base stays as it is)",
+        _by_much,
         negative_kl="The reference is another model than the one that sampled.",
         sampling_differs="What sampled is not what scores: the adapter counts twice in one of them.",
         first_ratio="Weights that change between scoring and training make other probabilities.",

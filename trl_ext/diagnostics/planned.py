@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
-from trl_ext.types import as_text
-
 PARTS = 40  # of a run whose learning rate is read off the schedule
 FEWEST, MOST = 16, 5_000  # rows whose order is looked at
 
@@ -46,8 +44,11 @@ def order(dataset: Any) -> tuple[str, float, int] | None:
     """By what neighbouring prompts are alike, and how much: 1 less the mean difference of their ranks over that of rows
     drawn at random, so about 0 of shuffled rows and 1 of sorted ones. Of all that they can be sorted by, the reward
     functions' columns included, the one by which it is highest; and how many rows there are. None where that is not
-    known. A prompt that stands there several times in a row counts once."""
+    known. A prompt that stands there several times in a row counts once, and columns that number the rows, or that
+    hardly differ, do not count."""
     from datasets import Dataset, Value
+
+    from trl_ext.types import as_text
 
     if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
         return None
@@ -57,22 +58,29 @@ def order(dataset: Any) -> tuple[str, float, int] | None:
     first = [next(rows) for _, rows in groupby(range(len(texts)), key=texts.__getitem__)]
     if len(first) < FEWEST:
         return None
+    columns = {name: values for name, values in columns.items() if not _numbers_rows(values)}
     keys = {**columns, "prompt": texts, "the prompt's length": [len(text) for text in texts]}
     alike = {name: _neighbours_alike([values[row] for row in first]) for name, values in keys.items()}
     name = max(alike, key=lambda one: alike[one])
     return name, alike[name], len(dataset)
 
 
+def _numbers_rows(values: Sequence[Any]) -> bool:
+    """Whether these are ids: texts of which each is another one, in their order, or numbers with one step between."""
+    if not all(isinstance(value, str | int | float) for value in values) or len(set(values)) < len(values):
+        return False
+    if all(isinstance(value, str) for value in values):
+        return list(values) in (sorted(values), sorted(values, reverse=True))
+    return len({b - a for a, b in pairwise(values)}) == 1
+
+
 def _neighbours_alike(values: Sequence[Any]) -> float:
-    """See `order`; 0 where that says nothing: of numbered rows, and where most values are the same or some are none."""
+    """See `order`; 0 where that says nothing: most values are the same, or some are none."""
     count, different = len(values), Counter(values)
-    numbered = len(different) == count and all(isinstance(value, int) for value in values)
-    if None in different or different.most_common(1)[0][1] > 0.6 * count:
+    if any(value is None or value != value for value in different) or different.most_common(1)[0][1] > 0.6 * count:
         return 0.0
     places = {value: place for place, value in enumerate(sorted(different))}
     ranks = [places[value] for value in values]
-    if numbered and ranks in ([*range(count)], [*reversed(range(count))]):
-        return 0.0
     # Mean over all pairs of |a - b|, from the sorted values.
     anywhere = sum((2 * i - count + 1) * rank for i, rank in enumerate(sorted(ranks))) * 2 / count**2
     near = math.fsum(abs(b - a) for a, b in pairwise(ranks)) / (count - 1)

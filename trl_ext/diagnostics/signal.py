@@ -145,11 +145,13 @@ def prompts_unlike_the_model(log: RunLog, limits: Limits, findings: Sequence[Fin
 def _one_answer(log: RunLog, limits: Limits, harm: Sequence[Finding]) -> Finding | None:
     """Before a step was taken the policy was certain of one answer to all prompts, different as they are."""
     distinct, prompts, entropy = (log.series(name) for name in ("completions/distinct", "prompts/distinct", "entropy"))
+    size = float(log.setting("rollout_batch_size", 0))
+    of_the_first = bool(log.rows) and log.rows[0].get("episode", size) <= size
     plain_sampling = float(log.setting("temperature", 1.0)) >= limits.temperature
-    if not (distinct and prompts and entropy and plain_sampling) or not log.suffices(distinct, limits.enough):
+    if not (distinct and prompts and entropy and plain_sampling and of_the_first):
         return None
     first = distinct.values[0]
-    if first > limits.distinct * prompts.values[0] or entropy.values[0] > limits.entropy:
+    if size * first >= 2 or size * prompts.values[0] < 16 or entropy.values[0] > limits.entropy:
         return None
     return Finding(
         name="prompts_unlike_the_model",
@@ -157,9 +159,8 @@ def _one_answer(log: RunLog, limits: Limits, harm: Sequence[Finding]) -> Finding
         title="Prompts are not written as the model was taught to read them",
         steps=log.steps,
         evidence=(
-            f"In the first rollout, before a step was taken, {prompts.values[0]:.0%} of the prompts were distinct and "
-            f"{first:.0%} of the completions, with {entropy.values[0]:.2g} nats per token: whatever it is asked, the "
-            "model gives one answer."
+            f"In the first rollout all completions were the same, to {size * prompts.values[0]:.0f} different prompts, "
+            f"with {entropy.values[0]:.2g} nats per token: whatever it is asked, the model gives one answer."
         ),
         figures={"distinct": first, "entropy": entropy.values[0]},
         cause=(
@@ -271,7 +272,8 @@ def base_moves(log: RunLog, limits: Limits) -> Finding | None:
         steps=(moved.steps[at], moved.steps[-1]),
         evidence=(
             f"Of the base and of the adapters that are not trained some numbers have changed by up to "
-            f"{max(moved.values):.2g} of the largest since training began, first seen at step {moved.steps[at]}."
+            f"{max(moved.values):.2g} of their tensor's largest since training began, first seen at step "
+            f"{moved.steps[at]}."
         ),
         figures={"moved": max(moved.values)},
         cause=(

@@ -280,9 +280,10 @@ class PPOConfig(BaseConfig):
         by_loss = str(self.metric_for_best_model).removeprefix("eval_") == "loss"
         if by_loss and (self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"):
             name = "load_best_model_at_end" if self.load_best_model_at_end else "lr_scheduler_type reduce_lr_on_plateau"
+            more = "" if self.load_best_model_at_end else ", with lr_scheduler_kwargs={'mode': 'max'}"
             raise ValueError(
                 f"{name} looks for the lowest eval_loss, and PPO's evaluation has no loss: set "
-                "metric_for_best_model='objective/scores', or 'yardstick/<name>'."
+                f"metric_for_best_model='objective/scores', or 'yardstick/<name>'{more}."
             )
         if not isinstance(self.model_init_kwargs, dict | None) or "policy" in (self.model_init_kwargs or {}):
             raise ValueError(

@@ -31,6 +31,7 @@ from trl_ext.ppo.pretraining import PretrainMix
 from trl_ext.random_state import RandomState
 from trl_ext.rewards import RewardError
 from trl_ext.roles import Role, SharedBase
+from trl_ext.roles.sharding import own_part
 from trl_ext.types import Experience, Rollout, concatenate
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ class Evidence:
         """
         with self._apart(rollout):
             metrics = {**self._shares(experience), **self._credit(experience), **within_prompts(experience)}
-            metrics["base_moved"] = self.frozen.moved()
+            metrics["base_moved"] = max(gather_object([self.frozen.moved()]))
             if rollout % self.schedule.gradients == 0:
                 metrics |= reading(experience.rollout.prompts, self.collector.tokenizer)
                 metrics |= self.prompts_read(experience.rollout, len(inputs))
@@ -510,7 +511,8 @@ def held_out_gap(trained: Experience | None, held_out: Experience) -> dict[str, 
 
 
 class Frozen:
-    """What nothing may move: the base on which all roles stand, and the adapters that are not trained.
+    """What nothing may move: the base on which all roles stand, and the adapters that are not trained. Looked at are
+    some numbers of each tensor but those that a quantised base packs, which its library may store otherwise.
 
     Args:
         base: the roles.
@@ -519,21 +521,24 @@ class Frozen:
 
     def __init__(self, base: SharedBase, trained: Sequence[nn.Parameter]) -> None:
         moving = {id(parameter) for parameter in trained}
-        still = [one for one in base.parameters() if id(one) not in moving and one.numel() and not one.is_meta]
-        self._kept = [] if base.sharded else still[:: max(1, len(still) // (8 * TENSORS))]
+        still = [one for one in base.parameters() if id(one) not in moving and not one.requires_grad]
+        mine = [own_part(one).detach() for one in still]
+        self._kept = [one for one in mine if one.is_floating_point() and one.numel() and not one.is_meta]
         self._before = self._some()
 
     def _some(self) -> Tensor:
-        few = [one.detach().flatten()[:: max(1, one.numel() // 8)][:8].float() for one in self._kept]
-        return torch.cat([one.to(few[0].device) for one in few]).cpu() if few else torch.zeros(0)
+        """(tensors, 8) on the CPU; of smaller ones the first number again."""
+        few = [one.flatten()[:: max(1, one.numel() // 8)][:8].float() for one in self._kept]
+        rows = [torch.cat([one, one[:1].expand(8 - len(one))]).to(few[0].device) for one in few]
+        return torch.stack(rows).cpu() if rows else torch.zeros(0, 8)
 
     def moved(self) -> float:
-        """The largest change of some of these numbers since training began, over the largest of them; NaN where none
-        can be looked at."""
+        """The largest change of some numbers of a tensor since this process began training, over the largest of that
+        tensor's; of what this process has of it, where processes share it out."""
         if not len(self._before):
-            return math.nan
-        change = (self._some() - self._before).abs().max() / self._before.abs().max().clamp(min=1e-12)
-        return float(change)
+            return 0.0
+        changes = (self._some() - self._before).abs().amax(dim=1)
+        return float((changes / self._before.abs().amax(dim=1).clamp(min=1e-12)).max())
 
 
 def sampled(parameters: Sequence[nn.Parameter], scale: float = 1.0) -> Tensor:
