@@ -180,6 +180,15 @@ def test_stop_ends_a_run_whose_first_rollout_shows_it_before_a_weight_changes(tm
         assert torch.equal(tensor, before[name]), name
 
 
+def test_a_rollout_of_one_step_that_is_stopped_is_noted_once(tmp_path: Path) -> None:
+    settings = {"per_device_train_batch_size": 64, "num_generations": 2, "num_ppo_epochs": 1, "total_episodes": 64 * 8}
+    trainer = trainer_for(tmp_path, reward=blind, **settings)
+    callback = DiagnosticsCallback(on_problem="stop", samples=4)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert trainer.state.global_step == 1 and len(callback.log_of(trainer.state).samples) == 4
+
+
 def test_act_on_the_first_rollout_changes_the_rate_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1311,9 +1311,9 @@ def test_the_best_by_a_metric_that_only_a_policy_that_has_not_learned_keeps_low(
         "greater_is_better": False,
     }
 
-    def told(exact: Any, evals: int = 6) -> bool:
+    def told(exact: Any, evals: int = 6, first: int = 0) -> bool:
         history = rows(**HEALTHY)
-        for i in range(evals):
+        for i in range(first, evals):
             evaluated = {
                 "eval_objective/kl": 0.1 * (i + 1),
                 "eval_objective/scores": 0.0,
@@ -1326,6 +1326,8 @@ def test_the_best_by_a_metric_that_only_a_policy_that_has_not_learned_keeps_low(
     assert not told(lambda i: 3 + 0.02 * i + 0.2 * (-1) ** i), "chance"
     assert not told(lambda i: 4 - 0.2 * i), "the first one is the best"
     assert not told(lambda i: 3 + 0.5 * i, evals=2)
+    at_start = lambda i: 1.0 if i < 0 else 4 + 0.01 * (-1) ** i  # noqa: E731
+    assert not told(at_start, first=-1), "nothing is saved of the evaluation before the run"
 
 
 def test_the_best_checkpoint_of_trls_trainers_is_judged_by_their_reward() -> None:
@@ -1378,3 +1380,20 @@ def test_the_best_checkpoint_may_be_the_best(settings: dict[str, Any]) -> None:
     assert "wrong_checkpoint" in [one.name for one in diagnose(log)]
     assert "wrong_checkpoint" in [one.name for one in diagnose(RunLog("ppo", [], config=log.config))]
     assert diagnose(replace(log, config={**log.config, **settings})) == []
+
+
+@pytest.mark.parametrize(("agreement", "explains"), [([0.1, -0.1] * 8, True), ([0.5] * 16, False)])
+def test_a_score_that_follows_in_part_explains_no_run_that_goes_away(agreement: list[float], explains: bool) -> None:
+    away = {"objective/kl": lambda t: 30 * t, "agreement/exact": agreement}
+    tops = [top.finding.name for top in roots(diagnose(RunLog.of(rows(**{**HEALTHY, **away}), CONFIG)))]
+    assert "score_unrelated" in tops and ("kl_runs_away" not in tops) == explains
+
+
+@pytest.mark.parametrize(("rate", "explains"), [(1e-3, True), (1e-6, False)])
+def test_noise_explains_small_steps_at_a_usual_rate_alone(rate: float, explains: bool) -> None:
+    sick = {**HEALTHY, **SICK["noise_drowns_signal"], **SICK["steps_too_small"]}
+    log = RunLog.of(rows(**sick), {**CONFIG, **SETTINGS["noise_drowns_signal"], "learning_rate": rate})
+    found = [one.name for one in diagnose(log)]
+    tops = [top.finding.name for top in roots(diagnose(log))]
+    assert {"noise_drowns_signal", "steps_too_small"} <= {*found}
+    assert ("steps_too_small" not in tops) == explains
