@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from trl_ext.diagnostics import distributions, preferences, samples, scores, settings, signal, updates
+from trl_ext.diagnostics import checkpoints, distributions, preferences, samples, scores, signal, updates
 from trl_ext.diagnostics.finding import SEVERITIES, Finding, Rule
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
 from trl_ext.diagnostics.remedies import bearing
+from trl_ext.diagnostics.settings import unusual_settings
 
 GRADIENTS: tuple[Rule, ...] = (updates.gradients_not_finite, updates.gradients_absent, updates.gradients_explode)
 SIGNAL: tuple[Rule, ...] = (
@@ -42,7 +43,7 @@ ON_SAMPLES: tuple[Rule, ...] = (
     samples.empty_prompts,
     samples.prompts_hold_completions,
     updates.rate_off_schedule,
-    settings.wrong_checkpoint,
+    checkpoints.wrong_checkpoint,
     updates.clipping_saturated,
     updates.steps_too_small,
     samples.repetition_exploitation,
@@ -89,7 +90,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
 SECOND_LOOK: tuple[Callable[[RunLog, Limits, Sequence[Finding]], Finding | None], ...] = (
     signal.prompts_unlike_the_model,
     signal.score_ignores_prompt,
-    settings.unusual_settings,
+    unusual_settings,
 )
 
 
