@@ -12,7 +12,7 @@ from tests.helpers import DEVICE, prompt_dataset, saved_model, word_tokenizer
 from tests.integration.test_ppo_trainer import LORA, cats, config, rows_with, trained_state, trainer_for
 from trl_ext import PPOConfig, PPOTrainer, RolloutCallback, SharedBase
 from trl_ext.core import clipped_policy_loss, estimate_advantages
-from trl_ext.ppo.evidence import ROWS, TWINS, Schedule, reading
+from trl_ext.ppo.evidence import LOST, ROWS, TWINS, Frozen, Schedule, reading
 
 
 def rewarding(kind: str) -> Any:
@@ -369,3 +369,13 @@ def test_frozen_weights_that_change_are_seen(of: str, tmp_path: Path) -> None:
     trainer.train()
     again = measured(trainer, "base_moved")[-4:]
     assert again[0] == 0.0 and min(again[1:]) > 0.01
+
+
+def test_a_frozen_weight_that_is_lost_has_moved(tmp_path: Path) -> None:
+    base = trainer_for(tmp_path).base
+    frozen = Frozen(base, base.trainable_parameters("policy"))
+    assert frozen.moved() == 0.0
+    weight = next(one for name, one in base.named_parameters() if name.endswith("base_layer.weight"))
+    with torch.no_grad():
+        weight.fill_(math.nan)
+    assert frozen.moved() == LOST

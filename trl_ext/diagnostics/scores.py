@@ -150,13 +150,14 @@ def _falls_alone(log: RunLog, limits: Limits) -> Finding | None:
     """The score that is trained on falls, and the yardstick, which it went with at first, does not: completions get
     less than they did."""
     score, kl, length = (log.series(name) for name in ("score", "kl", "length"))
+    lost, errors = score.rise()
+    if len(score) < limits.least_rows or not errors < -limits.noticeable:
+        return None
     if not kl.recent() < limits.budget_of(length.recent()):  # who has moved so far earns other scores
         return None
     for name in log.names(AGREEMENT):
         yardstick, r = log.series(f"yardstick/{name}"), log.series(f"{AGREEMENT}{name}")
-        (lost, errors), (_, of_yardstick) = score.rise(), yardstick.rise()
-        falls_alone = errors < -limits.noticeable and of_yardstick > -1.0
-        if len(score) < limits.least_rows or not falls_alone or not r.start() - r.recent() > limits.agreement_drop:
+        if not yardstick.rise()[1] > -1.0 or not r.start() - r.recent() > limits.agreement_drop:
             continue
         return _drifts(
             (score.steps[0], score.steps[-1]),

@@ -116,34 +116,47 @@ def prompts_unlike_the_model(log: RunLog, limits: Limits, findings: Sequence[Fin
     harm = [finding for finding in findings if finding.name in NOT_READ]
     if not harm:
         return None
-    if not max(shares.values(), default=0.0) > limits.not_read:
-        return _one_answer(log, limits, harm)
     plain, unknown = (shares.get(name, 0.0) for name in names)
-    by_marker = unknown > limits.not_read
+    code = "dataset.map(lambda row: {'prompt': [{'role': 'user', 'content': row['prompt']}]})"
+    if unknown > limits.not_read:
+        evidence = (
+            f"{unknown:.0%} of the markers that the chat template writes are no tokens of the tokenizer, which takes "
+            "them to pieces."
+        )
+        cause, figures = "the chat template of another model.", shares
+    elif plain > limits.not_read:
+        evidence = (
+            f"{plain:.0%} of the prompts are plain texts, though the tokenizer has a chat template: no turn begins or "
+            "ends."
+        )
+        cause, figures = "texts where a chat model expects messages.", shares
+    elif (told := _one_answer(log, limits)) is not None:
+        evidence, figures = told
+        cause = (
+            "a chat template that ends otherwise than in training (a space or a newline more or less will do), that of "
+            "another model, or a tokenizer that is not the model's."
+        )
+        code = "print(repr(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)))"
+    else:
+        return None
     return Finding(
         name="prompts_unlike_the_model",
         severity=worst(harm),
         title="Prompts are not written as the model was taught to read them",
         steps=log.steps,
-        evidence=(
-            f"{unknown:.0%} of the markers that the chat template writes are no tokens of the tokenizer, which takes "
-            "them to pieces."
-            if by_marker
-            else f"{plain:.0%} of the prompts are plain texts, though the tokenizer has a chat template: no turn "
-            "begins or ends."
-        ),
-        figures=shares,
-        cause="the chat template of another model." if by_marker else "texts where a chat model expects messages.",
+        evidence=evidence,
+        figures=figures,
+        cause=cause,
         remedy=Remedy(
             text="Take the tokenizer of the model that is trained, with its template, and give prompts as messages.",
-            code="dataset.map(lambda row: {'prompt': [{'role': 'user', 'content': row['prompt']}]})",
+            code=code,
         ),
         samples=log.last_samples(),
     )
 
 
-def _one_answer(log: RunLog, limits: Limits, harm: Sequence[Finding]) -> Finding | None:
-    """Before a step was taken the policy was certain of one answer to all prompts, different as they are."""
+def _one_answer(log: RunLog, limits: Limits) -> tuple[str, dict[str, float]] | None:
+    """Evidence and figures, where before a step was taken the policy was certain of one answer to all prompts."""
     distinct, prompts, entropy = (log.series(name) for name in ("completions/distinct", "prompts/distinct", "entropy"))
     size = float(log.setting("rollout_batch_size", 0))
     of_the_first = bool(log.rows) and log.rows[0].get("episode", size) <= size
@@ -153,26 +166,11 @@ def _one_answer(log: RunLog, limits: Limits, harm: Sequence[Finding]) -> Finding
     first = distinct.values[0]
     if size * first >= 2 or size * prompts.values[0] < 16 or entropy.values[0] > limits.entropy:
         return None
-    return Finding(
-        name="prompts_unlike_the_model",
-        severity=worst(harm),
-        title="Prompts are not written as the model was taught to read them",
-        steps=log.steps,
-        evidence=(
-            f"In the first rollout all completions were the same, to {size * prompts.values[0]:.0f} different prompts, "
-            f"with {entropy.values[0]:.2g} nats per token: whatever it is asked, the model gives one answer."
-        ),
-        figures={"distinct": first, "entropy": entropy.values[0]},
-        cause=(
-            "a chat template that ends otherwise than in training (a space or a newline more or less will do), that of "
-            "another model, or a tokenizer that is not the model's."
-        ),
-        remedy=Remedy(
-            text="Take the tokenizer of the model that is trained, with its template, and look at what it writes.",
-            code="print(repr(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)))",
-        ),
-        samples=log.last_samples(),
+    evidence = (
+        f"In the first rollout all completions were the same, to {size * prompts.values[0]:.0f} different prompts, "
+        f"with {entropy.values[0]:.2g} nats per token: whatever it is asked, the model gives one answer."
     )
+    return evidence, {"distinct": first, "entropy": entropy.values[0]}
 
 
 def score_not_repeatable(log: RunLog, limits: Limits) -> Finding | None:

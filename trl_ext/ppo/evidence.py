@@ -122,7 +122,8 @@ class Evidence:
         """
         with self._apart(rollout):
             metrics = {**self._shares(experience), **self._credit(experience), **within_prompts(experience)}
-            metrics["base_moved"] = max(gather_object([self.frozen.moved()]))
+            moved = gather_object([self.frozen.moved()])
+            metrics["base_moved"] = max((one for one in moved if math.isfinite(one)), default=math.nan)
             if rollout % self.schedule.gradients == 0:
                 metrics |= reading(experience.rollout.prompts, self.collector.tokenizer)
                 metrics |= self.prompts_read(experience.rollout, len(inputs))
@@ -510,6 +511,9 @@ def held_out_gap(trained: Experience | None, held_out: Experience) -> dict[str, 
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
+LOST = 1e6
+
+
 class Frozen:
     """What nothing may move: the base on which all roles stand, and the adapters that are not trained. Looked at are
     some numbers of each tensor but those that a quantised base packs, which its library may store otherwise.
@@ -534,11 +538,12 @@ class Frozen:
 
     def moved(self) -> float:
         """The largest change of some numbers of a tensor since this process began training, over the largest of that
-        tensor's; of what this process has of it, where processes share it out."""
+        tensor's; of what this process has of it, where processes share it out. NaN where there is nothing to look at;
+        what is no longer finite has changed by `LOST`."""
         if not len(self._before):
-            return 0.0
-        changes = (self._some() - self._before).abs().amax(dim=1)
-        return float((changes / self._before.abs().amax(dim=1).clamp(min=1e-12)).max())
+            return math.nan
+        changes = (self._some() - self._before).abs().nan_to_num(nan=math.inf).amax(dim=1)
+        return min(float((changes / self._before.abs().amax(dim=1).clamp(min=1e-12)).max()), LOST)
 
 
 def sampled(parameters: Sequence[nn.Parameter], scale: float = 1.0) -> Tensor:

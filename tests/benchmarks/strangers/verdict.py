@@ -53,17 +53,15 @@ def judge(log: RunLog) -> Result:
     seen: dict[str, dict[str, Any]] = {}
     points = sorted({row["step"] for row in [*log.rows, *log.evals]})
     every = max(math.ceil(len(points) / LOOKS), 1)
-    for step in [0, BEFORE_TRAINING, *sorted(points[::-every])]:  # before the first rollout; the last is among them
-        so_far = until(log, step) if step != BEFORE_TRAINING else before_training(log)
-        episode = max((row.get("episode", 0.0) for row in so_far.rows), default=0.0) if step > 0 else 0.0
-        told = {"step": max(step, 0), "episode": episode}
+    looks = [(0, until(log, 0)), (0, before_training(log))]
+    looks += [(step, until(log, step)) for step in sorted(points[::-every])]  # the last is among them
+    for step, so_far in looks:
+        episode = max((row.get("episode", 0.0) for row in so_far.rows), default=0.0) if step else 0.0
+        told = {"step": step, "episode": episode}
         for finding in diagnose(so_far):
             seen.setdefault(finding.topic, {**told, **as_plain(Explained(finding, None, ()))})
     found = [as_plain(top) for top in roots(diagnose(log))]
     return {"roots": found, "first_seen": seen, "rollouts": len(log.rows)}
-
-
-BEFORE_TRAINING = -1
 
 
 def before_training(log: RunLog) -> RunLog:
