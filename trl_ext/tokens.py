@@ -97,8 +97,8 @@ def fault_of_prompt(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase,
     """As `fault_of_template`, of what is to be answered; also that it has been."""
     if messages[-1]["role"] == "assistant" and not template.get("continue_final_message"):
         return (
-            "an answer at its end already: end it with what is to be answered, or have that answer continued by the "
-            "template's add_generation_prompt=False and continue_final_message=True"
+            "an answer at its end already: end it with what is to be answered (PPOTrainer goes on with it where "
+            "chat_template_kwargs has add_generation_prompt False and continue_final_message True)"
         )
     return fault_of_template(messages, tokenizer, **template)
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, FalconConfig, GPT2Config, LlamaConfig, Mist
 
 from tests.helpers import CHAT_TEMPLATE, QUIET, rollout, word_tokenizer
 from trl_ext import PPOConfig, feedback
+from trl_ext.evaluation.sampling import _check_read
 from trl_ext.feedback import FeedbackError, Label, Pair, Ranking, Rating
 from trl_ext.ppo.checks import check_run
 from trl_ext.reward_models.rows import check_written
@@ -315,6 +316,9 @@ def test_a_conversation_that_is_answered_already_is_no_prompt() -> None:
     tokenizer = word_tokenizer(CHAT_TEMPLATE)
     with pytest.raises(ValueError, match=r"^The prompt in row 1 of train_dataset has an answer at its end already: "):
         run([[Q], answered], tokenizer=tokenizer)
+    with pytest.raises(PromptError, match=r"^Prompt .* has an answer at its end already: ") as raised:
+        _check_read([{"prompt": [Q]}, {"prompt": answered}], tokenizer, None, 4)
+    assert raised.value.row == 1
     goes_on = {"add_generation_prompt": False, "continue_final_message": True}
     assert fault_of_prompt(answered, tokenizer, **goes_on) is None
     assert fault_of_prompt([*answered, Q], tokenizer) is None, "a dialogue"

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from trl_ext.evaluation.policies import BASE, Cast, Policies, fingerprint, uniforms
 from trl_ext.rewards import RewardFunction, Scorer, name_of
 from trl_ext.rewards.protocol import ARGUMENTS, arguments_of
-from trl_ext.tokens import PromptError, config_of, context_limit, fault_of_template, padded, tokenize_prompts
+from trl_ext.tokens import PromptError, config_of, context_limit, fault_of_prompt, padded, tokenize_prompts
 from trl_ext.types import Rollout
 
 Row = dict[str, Any]
@@ -155,7 +155,7 @@ def _check_read(
     rotary = config is not None and getattr(config.get_text_config(), "rope_parameters", None)
     asked = [row["prompt"] for row in prompts]
     for number, (prompt, ids) in enumerate(zip(asked, tokenize_prompts(asked, tokenizer), strict=True)):
-        fault = None if isinstance(prompt, str) else fault_of_template(prompt, tokenizer)
+        fault = None if isinstance(prompt, str) else fault_of_prompt(prompt, tokenizer)
         if fault is not None:
             raise PromptError(prompt, number, f"has {fault}.")
         follow = 1 if rotary else new_tokens
