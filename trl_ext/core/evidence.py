@@ -27,6 +27,29 @@ def correlation(x: Tensor, y: Tensor, least: int = 3, undefined: float = math.na
     return float(torch.corrcoef(both)[0, 1])
 
 
+def missed_share(verdicts: Tensor, scores: Tensor, least: int = 3) -> float:
+    """Of the completions that a judge likes best, the share that score no more than the others do on average.
+
+        best = {i: v_i >= Q_{3/4}(v)},   missed = mean_{i in best} [s_i <= mean_{j not in best} s_j]
+
+    Where more than three quarters share the lowest verdict, the best are all that have a higher one. A correlation
+    hardly sees scores that are wrong for a few prompts alone. Of two normal variables with a correlation of 0.9 this is
+    below 0.01, of 0.75 about 0.04, of independent ones 1/2.
+
+    Args:
+        verdicts, scores: (rows,), NaN where there is none.
+        least: rows that there must be on either side.
+    """
+    both = ~(verdicts.isnan() | scores.isnan())
+    verdicts, scores = verdicts[both].double(), scores[both].double()
+    if not len(verdicts):
+        return math.nan
+    best = (verdicts >= verdicts.quantile(0.75)) & (verdicts > verdicts.min())
+    if not least <= int(best.sum()) <= len(verdicts) - least:
+        return math.nan
+    return float((scores[best] <= scores[~best].mean()).double().mean())
+
+
 def variance_components(scores: Tensor, groups: Tensor) -> tuple[float, float, int]:
     """Variance of scores within prompts and between prompts: one-way analysis of variance with random effects.
 

@@ -9,7 +9,7 @@ from statistics import fmean
 from trl_ext.diagnostics.distributions import stronger, weaker
 from trl_ext.diagnostics.finding import Finding, Remedy, Suspect
 from trl_ext.diagnostics.limits import Limits
-from trl_ext.diagnostics.log import AGREEMENT, SHIFTED, RunLog, Series
+from trl_ext.diagnostics.log import AGREEMENT, MISSED, SHIFTED, RunLog, Series
 from trl_ext.diagnostics.signal import differs_by, noise_of
 from trl_ext.diagnostics.updates import lower_rate
 
@@ -352,7 +352,7 @@ def score_unrelated(log: RunLog, limits: Limits) -> Finding | None:
     few_differ = first <= -limits.unrelated and log.series("objective/scores_alike").start() >= limits.alike
     unrelated = first < limits.unrelated and sure and not few_differ
     if not unrelated and not (rows >= limits.least_rows and limits.unrelated <= first < limits.in_part - error):
-        return None
+        return _wrong_for_some(log, limits)
     title = "The score has nothing to do with what it stands for"
     if first < -limits.unrelated:
         title = "The score goes against what it stands for rather than with it"
@@ -376,6 +376,38 @@ def score_unrelated(log: RunLog, limits: Limits) -> Finding | None:
         ),
         samples=log.last_samples(),
     )
+
+
+def _wrong_for_some(log: RunLog, limits: Limits) -> Finding | None:
+    """Of the completions that the yardstick likes best, some score low, and did so early: before the policy has moved
+    far from its start."""
+    for name in log.names(MISSED):
+        series = log.series(f"{MISSED}{name}")
+        rows = min(len(series), 2 * limits.least_rows)
+        share, best = series.start(rows), float(log.setting("rollout_batch_size", 0)) * rows / 4  # at the least
+        if not best or not share > max(limits.missed, limits.noticeable * math.sqrt(share * (1 - share) / best)):
+            continue
+        return Finding(
+            name="score_unrelated",
+            severity="warning",
+            title="Some completions that should score high score low",
+            steps=(series.steps[0], series.steps[:rows][-1]),
+            evidence=(
+                f"Of the completions that yardstick {name} likes best, {share:.0%} scored no more than the others on "
+                f"average in {_first(rows)}, though over all of them the two go together."
+            ),
+            figures={"missed": share},
+            cause=(
+                "a function that is wrong for some prompts or spellings: names, numbers or characters that it does not "
+                "expect, a list of words that hits others, references that are wrong; or one that fails now and then."
+            ),
+            remedy=Remedy(
+                text="Look at completions that should score high and do not: what do their prompts share?",
+                code="print([c for c, s, v in zip(completions, scores, verdicts) if v == max(verdicts) and s < 0])",
+            ),
+            samples=log.last_samples(),
+        )
+    return None
 
 
 def _early_agreement(log: RunLog, limits: Limits) -> list[tuple[str, float, float, int]]:

@@ -95,6 +95,7 @@ class Doubt:
         instead: what to set it to.
         source: where the setting is made or studied.
         far: how far outside, as a factor of at least 1; infinite where that cannot be said.
+        sure: told whatever the run shows.
     """
 
     setting: str
@@ -103,6 +104,7 @@ class Doubt:
     instead: Any
     source: str
     far: float
+    sure: bool = False
 
 
 def _share_of_run(name: str, per: Callable[[RunLog], float]) -> Callable[[RunLog], float]:
@@ -479,6 +481,7 @@ def doubts(log: RunLog, limits: Limits) -> list[Doubt]:
         *_clip_range(log),
         *_sampling(log),
         *_kinds(log),
+        *_few_steps(log),
     ]
     return sorted(found, key=lambda doubt: -doubt.far)
 
@@ -619,6 +622,27 @@ def _kinds(log: RunLog) -> Iterator[Doubt]:
         yield Doubt("whiten_advantages", text, side, True, N_PLUS, 2.0)
 
 
+def _few_steps(log: RunLog) -> Iterator[Doubt]:
+    """A run of so few optimizer steps that little can be learned, however it goes. Blamed is what makes few of them:
+    passes, minibatches, or the size of a rollout."""
+    steps, size = log.setting("steps_of_run", 0), log.setting("rollout_batch_size")
+    if log.kind != "ppo" or not size or not 0 < steps < FEW_STEPS:
+        return
+    epochs, minibatches = int(log.setting("num_ppo_epochs", 4)), int(log.setting("num_mini_batches", 1))
+    a_device, more = log.setting("per_device_train_batch_size", 0), log.setting("gradient_accumulation_steps", 1)
+    text = (
+        f"the run takes {steps:g} optimizer steps in all: {max(steps // (epochs * minibatches), 1):g} rollouts of "
+        f"{size:g} completions (per_device_train_batch_size {a_device:g}, gradient_accumulation_steps {more:g}), "
+        f"num_ppo_epochs {epochs}, num_mini_batches {minibatches}"
+    )
+    setting, instead = "total_episodes", int(size * math.ceil(FEW_STEPS / (epochs * minibatches)))
+    if epochs < DEFAULTS["num_ppo_epochs"]:
+        setting, instead = "num_ppo_epochs", DEFAULTS["num_ppo_epochs"]
+    side = Side("the run ends before much can be learned", STANDS)
+    yield Doubt(setting, text, side, instead, f"{PPO_PAPER}; {ANDRYCHOWICZ}, section 3.5", FEW_STEPS / steps, sure=True)
+
+
+FEW_STEPS = 40  # optimizer steps in which adapters learn little at any usual rate; chosen
 OF_THE_ADAPTER = "lora_alpha"  # which no trainer's settings have
 FIRST = 1  # causes that a report begins with: a setting that one of them names is not told again
 
@@ -630,7 +654,7 @@ def _can_make(doubt: Doubt, finding: Finding) -> bool:
 
 def unusual_settings(log: RunLog, limits: Limits, findings: Sequence[Finding]) -> Finding | None:
     """Settings far from the usual that can make one of `findings` which nothing else explains, or, before the score has
-    risen, that are off by orders of magnitude: those are told of a log without a row, too."""
+    risen, that are off by orders of magnitude: those, and what is sure, are told of a log without a row, too."""
     rose = log.kind not in ("ppo", "online") or log.series("score").ever_rose(limits.noticeable)
     unexplained = {top.finding.name: top.finding for top in roots(findings)}
     named = {setting for finding in findings for setting in finding.remedy.changes}
@@ -641,7 +665,7 @@ def unusual_settings(log: RunLog, limits: Limits, findings: Sequence[Finding]) -
         made = [name for name in made if doubt.setting not in unexplained[name].remedy.changes]  # it says so itself
         at_once = doubt.far >= limits.far_off and not rose and doubt.setting not in named
         acts = doubt.setting not in said and why_idle(log, doubt.setting, doubt.instead) is None
-        if acts and (made or at_once):
+        if acts and (made or at_once or doubt.sure):
             blamed.append((doubt, made))
     if not blamed:
         return None
