@@ -15,11 +15,11 @@ from transformers import set_seed
 
 from tests.unit.test_diagnostics import CONFIG, HEALTHY, SICK, rows
 from trl_ext import PPOConfig
-from trl_ext.diagnostics import Limits, RunLog, Suspect, diagnose, try_remedies
+from trl_ext.diagnostics import Limits, RunLog, Suspect, diagnose, roots, try_remedies
 from trl_ext.diagnostics.forks import checkpoint_before
 from trl_ext.diagnostics.remedies import stand_ins
 from trl_ext.diagnostics.settings import DEFAULTS, to_defaults
-from trl_ext.diagnostics.trial import first_sign, judged
+from trl_ext.diagnostics.trial import candidates, first_sign, judged
 from trl_ext.launch.remaking import changed
 
 SMALL = {**HEALTHY, **SICK["steps_too_small"]}
@@ -642,7 +642,35 @@ def test_a_setting_that_is_told_at_once_is_tried_until_it_shows_what_it_makes(tm
     clinic = Clinic(Still, learning_rate=1e-4, adam_epsilon=1.0)
     (trial,) = try_remedies(clinic, [found], tmp_path / "trial", run)
     assert trial.logs > 12 and trial.verdict == "not cured", "no_progress is seen after twelve logs, and does not go"
-    assert try_remedies(clinic, [replace(found, explains={})], tmp_path / "none", run) == [], "it has made nothing yet"
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("explains", [{}, {"no_progress": ("", "")}])
+def test_settings_that_make_no_problem_here_held_the_run_back_if_it_learns_more_without_them(
+    learns: bool, explains: dict[str, tuple[str, str]], tmp_path: Path
+) -> None:
+    """Whether they had made none, or what they had made does not come back."""
+    run = RunLog.of(rows(LENGTH, **STILL), {**CONFIG, "adam_epsilon": 1.0, "learning_rate": 1e-4})
+    (found,) = [one for one in diagnose(run) if one.name == "unusual_settings"]
+    slow = {**HEALTHY, "yardstick/exact": [2.0 + 0.01 * i for i in range(LENGTH)]}
+    fast = {**HEALTHY, "yardstick/exact": [2.0 + 0.05 * i for i in range(LENGTH)]}
+
+    class Learning(Pretender):
+        def __init__(self, settings: dict[str, Any]) -> None:
+            super().__init__(settings)
+            self.history = rows(LENGTH, **(fast if settings["adam_epsilon"] < 1 and learns else slow))
+
+    clinic = Clinic(Learning, learning_rate=1e-4, adam_epsilon=1.0)
+    trials = try_remedies(clinic, [replace(found, explains=explains)], tmp_path / "trial", run)
+    assert (trials[0].verdict == "cured") == learns and trials[0].changes == {"adam_epsilon": 1e-5}
+    assert trials[0].logs == (LENGTH if explains else 12)
+
+
+def test_a_longer_run_is_not_tried() -> None:
+    """It shows nothing until it is longer than the run was."""
+    config = {**CONFIG, "num_ppo_epochs": 4, "num_mini_batches": 1, "total_episodes": 320, "steps_of_run": 20}
+    (top,) = roots(diagnose(RunLog("ppo", [], config={**config, "rollout_batch_size": 64})))
+    assert top.finding.remedy.changes == {"total_episodes": 640} and candidates(top) == []
 
 
 def test_a_remedy_takes_the_place_of_what_it_contradicts() -> None:

@@ -29,6 +29,7 @@ BESIDE = {"save_strategy": "no", "load_best_model_at_end": False, "report_to": "
 EVALUATED, HELD_OUT = ("reward", "dpo"), "evidence/held_out"
 # What a run noted of its model, which a fork's settings do not say.
 OF_MODEL = ("dtype", "lora_r", "lora_alpha", "lora_rslora", "reference_named", "reward_names")
+LEARNS = 12  # logs in which a run must learn something with a stand-in, or more with a stronger remedy
 LEAST = 4  # logs of a fork after it parted: fewer, and what is recent is still of before
 # The seed of torch's generator in a new process: adapters are drawn before a trainer sets its own.
 FRESH = 67280421310721
@@ -65,6 +66,11 @@ def is_shown(finding: Finding, found: Sequence[Finding]) -> bool:
     return finding.name in known and (not finding.explains or not names.isdisjoint(finding.explains))
 
 
+def made_nothing(finding: Finding) -> bool:
+    """Whether these are unusual settings that have made no problem, so that none can be waited for."""
+    return finding.name == "unusual_settings" and not finding.explains
+
+
 class Forks:
     """Makes forks, those without a remedy once for each place."""
 
@@ -89,12 +95,14 @@ class Forks:
 
     def without(self, finding: Finding, checkpoint: Path | None, most: int | None, kept: Mapping[str, Any]) -> Fork:
         """As the run was but for what is `kept`, until the problem is there and half as long again, at most `most`
-        logs."""
+        logs; where settings have made no problem that could be waited for, for `LEARNS` logs."""
         place = finding.name, checkpoint, repr(kept)
         earlier = self._latest.get((checkpoint, repr(kept)))
         if earlier is not None and is_shown(finding, diagnose(earlier.log, self.limits)):
             return earlier
         if place not in self._without:
+            if made_nothing(finding):
+                most = LEARNS if most is None else min(most, LEARNS)
             self._without[place] = self._run(dict(kept), checkpoint, finding, most)
         return self._without[place]
 
@@ -156,7 +164,7 @@ class _Watch:
         count = len(log.rows)
         if self.most is not None and count >= self.most:
             return True
-        if self.finding is None:
+        if self.finding is None or made_nothing(self.finding):
             return False
         is_there = is_shown(self.finding, diagnose(log, self.limits))
         if self.seen_at is None and is_there:

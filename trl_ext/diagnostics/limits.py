@@ -56,8 +56,8 @@ class Limits:
         unrelated: correlation of score and yardstick over completions up to which the score is for something else;
             chosen.
         in_part: the same up to which it is so only in part, a warning; healthy runs begin above 0.75 (measured).
-        missed: of the completions that a yardstick likes best the share that scores no more than the others do; above it
-            the score is wrong for some. In healthy runs none does (measured), and a correlation of 0.75 makes 0.04.
+        missed: of the completions that a yardstick likes best the share that scores no more than the others do; above
+            it the score is wrong for some. In healthy runs none does (measured), and a correlation of 0.75 makes 0.04.
         agreement_drop: by which that correlation changes from one rollout to the next; healthy runs stay below 0.2
             (measured).
         related: the same of held-out completions from which the score is right for them; chosen.

@@ -15,7 +15,17 @@ from markupsafe import Markup
 from trl_ext.diagnostics.catalogue import diagnose
 from trl_ext.diagnostics.charts import Line, line_chart, number
 from trl_ext.diagnostics.finding import Finding
-from trl_ext.diagnostics.forks import CannotBe, Forks, MakeTrainer, checkpoint_before, is_shown, severe, step_of
+from trl_ext.diagnostics.forks import (
+    LEARNS,
+    CannotBe,
+    Forks,
+    MakeTrainer,
+    checkpoint_before,
+    is_shown,
+    made_nothing,
+    severe,
+    step_of,
+)
 from trl_ext.diagnostics.graph import Explained, roots
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog, Series
@@ -36,8 +46,8 @@ FIXED_AT_START = {
     *("reward_funcs", "train_dataset", "shuffle_dataset"),  # a score's mean and spread, and the order of the prompts
 }
 OF_SETTINGS = {"unusual_settings", *STANDS, *FLIES}  # what settings make that do not go together
+LENGTH = {"total_episodes", "max_steps"}
 MOST = 4  # remedies of one finding that are followed by a stronger one
-LEARNS = 12  # logs in which a run must learn something with a stand-in, or more with a stronger remedy
 HELPED = ("cured", "in part")
 NOTHING_LEARNED = "nothing is learned"
 
@@ -53,7 +63,8 @@ class Trial:
             so, but problems stay that the fork without the remedy has, too, or it stayed, and the run learns more; "not
             cured": it or some of what followed stayed; "worse": another problem came, or the fork died; "not seen":
             without the remedy it did not come back or did not stay, so nothing can be said. With a stand-in, "cured" is
-            a run that also learns; where it does not, it is "in part".
+            a run that also learns; where it does not, it is "in part". With other settings in the place of unusual ones
+            that have made no problem it is a run that learns more.
         metric: what the remedy was to move.
         without, with_: that metric in the two forks, after where they part.
         logs: how many logs (rollouts in PPO) the fork without the remedy had.
@@ -190,15 +201,12 @@ def _in_turn(patient: _Patient, waiting: list[Explained], causes: int) -> Iterat
 
 def candidates(root: Explained, run: RunLog | None = None) -> list[dict[str, Any]]:
     """What to try, in turn: the settings of the root's remedy, those of its suspects, stand-ins for what it blames, and
-    the defaults for all that makes a step. None where the root is nothing but settings that have made no problem yet:
-    what would be cured?"""
-    if root.finding.name == "unusual_settings" and not root.finding.explains:
-        return []
+    the defaults for all that makes a step. A longer run shows nothing until it is longer than the run was."""
     offered = [root.finding.remedy.changes, *(suspect.changes for suspect in root.finding.suspects)]
     if run is not None:
         offered += stand_ins(root.finding.name, run)
         offered += [to_defaults(run)] if root.finding.name in OF_SETTINGS else []
-    return [changes for i, changes in enumerate(offered) if changes and changes not in offered[:i]]
+    return [changes for i, changes in enumerate(offered) if set(changes) - LENGTH and changes not in offered[:i]]
 
 
 Tried = tuple[Trial, RunLog]  # with the log of its fork: that with the remedy, where it was not seen the other one
@@ -289,6 +297,9 @@ class _Patient:
         checkpoint = self._checkpoint(finding, changes)
         without = self.forks.without(finding, checkpoint, self.most, self.kept)
         start, rows = step_of(checkpoint), len(without.log.rows)
+        shown = is_shown(finding, diagnose(without.log, self.limits))
+        # Settings that have made no problem, or none in this fork: whoever learns more with others was held back.
+        bare = finding.name == "unusual_settings" and (made_nothing(finding) or not shown)
         metric = _metric(finding, without.log)
         trial = Trial(
             finding=finding.name,
@@ -300,7 +311,7 @@ class _Patient:
             logs=rows - len([row for row in without.log.rows if row["step"] <= start]),
             start=start,
         )
-        if not is_shown(finding, diagnose(without.log, self.limits)):
+        if not shown and not bare:
             return trial, without.log
         exchanged = bool(STAND_INS.keys() & changes)
         long = exchanged or finding.name in STRONGER
@@ -310,6 +321,8 @@ class _Patient:
         else:
             as_long = replace(with_.log, rows=with_.log.rows[:rows])  # what comes later may come without it, too
             verdict, new, left = judged(finding, without.log, as_long, with_.died, self.limits)
+            if bare and verdict in HELPED and not _learns_more(with_.log, without.log, times=2.0):
+                verdict, left = "not cured", []
         after = _after(with_.log, metric, start)
         trial = replace(trial, changes=changes, verdict=verdict, with_=after, new=new, left=left, died=with_.died)
         logger.info("%s", trial)

@@ -31,6 +31,8 @@ from filelock import FileLock, Timeout
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import broken
 import doctor
+import fifth_models
+import fifth_rewards
 import fourth_models
 import fourth_rewards
 import more_models
@@ -55,6 +57,7 @@ for rewards, models in (  # of the lists after the first
     (more_rewards, more_models),
     (third_rewards, third_models),
     (fourth_rewards, fourth_models),
+    (fifth_rewards, fifth_models),
 ):
     broken.REWARDS.update(rewards.REWARDS)
     broken.NOT_NORMALISED.update(rewards.NOT_NORMALISED)

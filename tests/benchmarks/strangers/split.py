@@ -46,7 +46,10 @@ THIRD = Listed("mistakes_3.yaml", "_3", 28_112_027, 10)
 
 # By other authors again, once both halves of the third had been read.
 FOURTH = Listed("mistakes_4.yaml", "_4", 28_112_028, 10)
-LISTS = (FIRST, SECOND, THIRD, FOURTH)
+
+# By other authors once more, when the measured half of the fourth had been read.
+FIFTH = Listed("mistakes_5.yaml", "_5", 28_112_029, 10)
+LISTS = (FIRST, SECOND, THIRD, FOURTH, FIFTH)
 
 
 def groups(of: Listed) -> dict[str, dict[str, list[dict[str, Any]]]]:
