@@ -17,6 +17,30 @@ def test_correlation_by_hand() -> None:
     assert math.isnan(evidence.correlation(x, torch.ones(4))), "a constant"
 
 
+def test_missed_share_by_hand() -> None:
+    """Three quarters of 1, 1, 2, 3, 4, 5, 5, 5 lie at 5: three best, and the others score 0.4 on average."""
+    verdicts = torch.tensor([1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 5.0, 5.0, math.nan])
+    scores = torch.tensor([0.0, 0.0, 0.4, 0.6, 1.0, 2.0, 0.4, 0.5, -9.0])
+    assert evidence.missed_share(verdicts, scores) == pytest.approx(1 / 3)
+    assert math.isnan(evidence.missed_share(verdicts, scores, least=4))
+
+
+def test_missed_share_of_verdicts_that_are_mostly_the_lowest_or_all_the_same() -> None:
+    verdicts = torch.tensor([0.0] * 9 + [1.0] * 3)
+    assert evidence.missed_share(verdicts, 1 - verdicts) == 1.0 and evidence.missed_share(verdicts, verdicts) == 0.0
+    assert math.isnan(evidence.missed_share(torch.ones(12), torch.arange(12.0)))
+    assert math.isnan(evidence.missed_share(torch.full((12,), math.nan), torch.arange(12.0)))
+
+
+@pytest.mark.parametrize(("r", "share"), [(0.75, 0.042), (0.0, 0.5)])
+def test_missed_share_of_normal_variables(r: float, share: float) -> None:
+    draw = np.random.default_rng(0)
+    verdicts = draw.normal(size=40_000)
+    scores = r * verdicts + math.sqrt(1 - r * r) * draw.normal(size=40_000)
+    found = evidence.missed_share(torch.tensor(verdicts), torch.tensor(scores))
+    assert found == pytest.approx(share, abs=0.01)
+
+
 def test_variance_components_by_hand() -> None:
     """Prompts with the scores (1, 3), (6, 8) and (5,).
 

@@ -416,6 +416,26 @@ def test_a_score_that_follows_its_purpose_in_part_is_a_warning() -> None:
     assert (finding.name, finding.severity) == ("score_unrelated", "warning") and "only in part" in finding.title
 
 
+@pytest.mark.parametrize(
+    ("missed", "rollouts", "found"),
+    [
+        (0.1, 16, True),
+        (0.04, 16, False),  # as much as a correlation of 0.75 makes
+        ([0.0] * 12 + [0.9] * 4, 16, False),  # later, when the policy has moved
+        ([0.0, 0.3] * 8, 1, False),
+        (0.25, 1, False),  # four of sixteen may be chance, by three standard errors
+        (0.4, 1, True),
+        (0.25, 2, True),
+    ],
+)
+def test_scores_that_are_wrong_for_some(missed: Any, rollouts: int, found: bool) -> None:
+    """A correlation hardly sees them."""
+    log = RunLog.of(rows(**{**HEALTHY, "agreement/exact": 0.9, "missed/exact": missed})[:rollouts], CONFIG)
+    told = diagnose(log)
+    assert [(one.name, one.severity) for one in told] == ([("score_unrelated", "warning")] if found else [])
+    assert all("likes best" in one.evidence for one in told)
+
+
 @pytest.mark.parametrize("kwargs", [None, {"min_lr": 0.1}])
 def test_a_rate_above_its_setting(kwargs: dict[str, float] | None) -> None:
     settings = {**CONFIG, "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": kwargs}

@@ -280,3 +280,22 @@ def test_the_page_lists_the_ranges() -> None:
 if __name__ == "__main__":
     before, rest = PAGE.read_text(encoding="utf-8").split(START)
     PAGE.write_text(f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "setting"),
+    [
+        ({"num_ppo_epochs": 1, "num_mini_batches": 4}, 24, "num_ppo_epochs"),
+        ({"num_ppo_epochs": 4, "num_mini_batches": 2}, 32, "total_episodes"),
+        ({"num_ppo_epochs": 4, "num_mini_batches": 2}, 40, None),
+    ],
+)
+def test_a_run_of_few_steps_is_told_before_it_begins_and_when_it_has_learned(
+    given: dict[str, int], steps: int, setting: str | None
+) -> None:
+    known = {"rollout_batch_size": 64, "per_device_train_batch_size": 64, "steps_of_run": steps, **given}
+    for rows_ in ([], log_with({}).rows):
+        found = [one for one in diagnose(RunLog("ppo", rows_, config={**known})) if one.name == "unusual_settings"]
+        assert [list(one.remedy.changes) for one in found] == ([[setting]] if setting else [])
+        assert all(f"{steps} optimizer steps in all" in one.evidence for one in found)
+        assert all(one.severity == "warning" for one in found)
