@@ -162,6 +162,7 @@ SICK: dict[str, dict[str, Any]] = {
     "score_misaligned": {"agreement/exact": 0.1, "agreement_shifted/exact": 0.9},
     "value_starts_far_off": {"loss/value_avg": lambda t: 900 * (1 - t / 2), "episode": lambda t: 64 + 960 * t},
     "reference_moves": {"objective/kl": 0.0, "objective/kl_std": 0.0},
+    "policy_is_reset": {"objective/kl": 0.0, "objective/kl_std": 0.0, "objective/scores": 0.1},
     "no_progress": {"objective/scores": 0.1},
     "score_unrelated": {"agreement/exact": [0.1, -0.1] * 8},
     "score_drifts": {"objective/scores": lambda t: 6 * t, "objective/kl": 0.1, "objective/kl_std": 0.2},
@@ -242,6 +243,10 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("reference_moves", {"objective/kl": 1e-4}, {}),
     ("reference_moves", {"objective/kl_std": 1e-4}, {}),
     ("reference_moves", {"policy/approxkl_avg": 1e-8}, {}),  # neither moves
+    ("policy_is_reset", {"objective/scores": HEALTHY["objective/scores"]}, {}),  # it learns: reference_moves
+    ("policy_is_reset", {"policy/approxkl_avg": 1e-8}, {}),
+    ("policy_is_reset", {"objective/kl": 1e-4}, {}),
+    ("reference_moves", {"objective/scores": 0.1}, {}),
     ("rate_off_schedule", {"learning_rate": lambda t: 1e-3 * (1 + 0.9 * t)}, {}),
     ("score_unrelated", {"agreement/exact": -0.9}, {}),  # that is score_opposed
     ("score_misaligned", {"agreement_shifted/exact": 0.5}, {}),

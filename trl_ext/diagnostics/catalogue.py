@@ -30,6 +30,7 @@ ON_SAMPLES: tuple[Rule, ...] = (
     distributions.first_ratio,
     distributions.first_kl,
     distributions.reference_moves,
+    distributions.policy_is_reset,
     scores.constant_scores,
     scores.mostly_unscored,
     scores.score_opposed,

@@ -212,10 +212,8 @@ def first_kl(log: RunLog, limits: Limits) -> Finding | None:
 
 def reference_moves(log: RunLog, limits: Limits) -> Finding | None:
     """The KL to the reference is exactly 0 in every rollout, though updates move the policy."""
-    kl, spread, approxkl = (log.series(name) for name in ("kl", "objective/kl_std", "approxkl"))
-    if len(kl) < 2 or len(spread) < len(kl) or not approxkl.recent() > limits.tiny_approxkl:
-        return None
-    if max(abs(value) for value in (*kl.values, *spread.values)) > limits.no_kl:
+    kl, approxkl = log.series("kl"), log.series("approxkl")
+    if not _no_kl_after_updates(log, limits) or _is_always_the_same(log, limits):
         return None
     return Finding(
         name="reference_moves",
@@ -233,6 +231,49 @@ def reference_moves(log: RunLog, limits: Limits) -> Finding | None:
             code="SharedBase.from_pretrained(..., policy=adapter, reference='copy')",
         ),
     )
+
+
+def policy_is_reset(log: RunLog, limits: Limits) -> Finding | None:
+    """The KL to the reference is exactly 0 in every rollout, though updates move the policy, and nothing is learned."""
+    kl, approxkl = log.series("kl"), log.series("approxkl")
+    if not _no_kl_after_updates(log, limits) or not _is_always_the_same(log, limits):
+        return None
+    return Finding(
+        name="policy_is_reset",
+        severity="problem",
+        title="Every rollout begins with the policy that the run began with",
+        steps=(kl.steps[0], kl.steps[-1]),
+        evidence=(
+            f"An update moves the policy {approxkl.recent():.2g} nats per token, and in all {len(kl)} rollouts the KL "
+            "to the reference is 0 again; evaluations do not change, or the score has not risen."
+        ),
+        figures={"kl": max(map(abs, kl.values)), "approxkl": approxkl.recent()},
+        cause=(
+            "something writes the first weights back into the policy before a rollout: a generator that copies the "
+            "wrong way, a checkpoint that is loaded again, an optimizer that steps on a copy."
+        ),
+        remedy=Remedy(
+            text="Look for who writes to the policy's adapter between updates, the generator first.",
+            code="print(trainer.model.get_parameter(name).sum())  # before and after generating",
+        ),
+        samples=log.last_samples(),
+    )
+
+
+def _no_kl_after_updates(log: RunLog, limits: Limits) -> bool:
+    kl, spread, approxkl = (log.series(name) for name in ("kl", "objective/kl_std", "approxkl"))
+    if len(kl) < 2 or len(spread) < len(kl) or not approxkl.recent() > limits.tiny_approxkl:
+        return False
+    return max(abs(value) for value in (*kl.values, *spread.values)) <= limits.no_kl
+
+
+def _is_always_the_same(log: RunLog, limits: Limits) -> bool:
+    """Whether evaluations, which draw the same numbers each time, score the same each time; without two of them,
+    whether the score has not risen in so many rollouts as that takes."""
+    held_out, spread, score = log.series("eval_score"), log.series("eval_score_std"), log.series("score")
+    if len(held_out) > 1:
+        return max(held_out.values) - min(held_out.values) <= 1e-3 * spread.start()
+    return len(score) >= 2 * limits.least_rows and not score.ever_rose(limits.noticeable)
 
 
 def suggested_kl_coef(log: RunLog, limits: Limits) -> float:

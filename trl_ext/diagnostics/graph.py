@@ -36,6 +36,10 @@ def _is_a_problem(cause: Finding, consequence: Finding) -> bool:
     return cause.severity == "problem"
 
 
+def _over_all(cause: Finding, consequence: Finding) -> bool:
+    return "correlation" in cause.figures
+
+
 def _at_a_usual_rate(cause: Finding, consequence: Finding) -> bool:
     return consequence.figures["learning_rate"] >= 1e-4
 
@@ -184,9 +188,14 @@ EDGES: tuple[Edge, ...] = (
     *_edges(
         "score_unrelated",
         HACKING,
+        _over_all,
+        constant_scores="What something else is given for may be had by all.",
+    ),
+    *_edges(
+        "score_unrelated",
+        HACKING,
         _is_a_problem,  # a score that follows what it stands for in part can be learned from
         scores_alike="What something else is given for may be had by nearly all, or by hardly any.",
-        constant_scores="What something else is given for may be had by all.",
         kl_runs_away="A score for something else pays for going elsewhere.",
         mode_collapse="Something else may be had by one completion for all prompts.",
         entropy_collapse="Something else may be had by one completion.",
@@ -322,6 +331,13 @@ EDGES: tuple[Edge, ...] = (
         score_ignores_prompt="What another adapter writes may be no answer, whatever was asked.",
         truncation="What another adapter writes may not end.",
         no_progress="The penalty first pulls the policy back to another model.",
+    ),
+    *_edges(
+        "policy_is_reset",
+        PPO_PAPER,
+        noise_drowns_signal="No step is followed by a second one.",
+        value_not_learning="What the values learn of one rollout may be lost with it.",
+        no_progress="What an update has learned is gone in the next rollout.",
     ),
     *_edges(
         "reference_moves",

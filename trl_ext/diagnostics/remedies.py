@@ -46,6 +46,7 @@ MOVES: dict[str, tuple[str, str]] = {
     "over_optimisation": ("kl", "down"),
     "overfit": ("eval_loss", "down"),
     "penalty_dominates": ("evidence/share/missing_eos_penalty", "down"),
+    "policy_is_reset": ("kl", "up"),
     "prompts_in_order": ("score", "up"),
     "prompts_hold_completions": ("prompts/hold_completion", "down"),
     "prompts_unlike_the_model": ("score", "up"),
@@ -106,6 +107,7 @@ BLAMED: dict[str, tuple[str, ...]] = {
     "held_out_differs": ("train_dataset", "reward_funcs"),
     "sampling_differs": ("generator",),
     "base_moves": ("generator",),
+    "policy_is_reset": ("generator",),
 }
 
 

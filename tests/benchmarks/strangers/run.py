@@ -348,6 +348,7 @@ def _said(job: Job, result: dict[str, Any]) -> str:
 def _write(path: Path, result: dict[str, Any]) -> None:
     """Whole or not at all."""
     draft = path.with_suffix(".draft")
+    path.parent.mkdir(parents=True, exist_ok=True)  # a refused run has made none
     draft.write_text(_as_json(result), encoding="utf-8")
     draft.rename(path)
 
