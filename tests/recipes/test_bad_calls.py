@@ -144,6 +144,7 @@ CALLS = [
     Call("a rating that is no number", "FeedbackRewardTrainer(model, FeedbackRewardConfig(use_cpu=True, bf16=False, objective='regression'), train_dataset=Dataset.from_dict({'completion': ['a', 'b'], 'rating': [1.0, float('nan')]}))", "ValueError", "Row 1 of train_dataset, column 'rating': nan is not a number."),
     Call("a nucleus above 1 in generation_kwargs", "PPOConfig(generation_kwargs={'top_p': 2.0})", "ValueError", "generation_kwargs['top_p'] is 2.0: it must be positive and at most 1."),
     Call("a dict that is cut short", "PPOConfig(generation_kwargs='{bad')", "ValueError", "generation_kwargs is '{bad', which is no JSON:"),
+    Call("noise on the embeddings", "PPOConfig(neftune_noise_alpha=5.0)", "ValueError", "neftune_noise_alpha is 5.0, and noise in training alone makes another policy"),
     Call(
         "the best checkpoint by a loss that there is not",
         "PPOConfig(load_best_model_at_end=True, eval_strategy='steps', save_strategy='steps', eval_steps=8, save_steps=8)",

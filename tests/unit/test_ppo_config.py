@@ -161,7 +161,20 @@ BAD: list[tuple[str, Any, str]] = [
       for value in ("ppo", None, Objective)),
     *((name, "other", f"{name} is 'other': choose one of ") for name in ("baseline", "score_normalization")),
     ("auto_find_batch_size", True, "auto_find_batch_size would change"),
+    ("neftune_noise_alpha", 5.0, "neftune_noise_alpha is 5.0, and noise in training alone"),
+    ("label_smoothing_factor", 0.1, "label_smoothing_factor is 0.1, and PPO has no labels"),
+    ("debug", "underflow_overflow", "debug is [<DebugOption.UNDERFLOW_OVERFLOW"),
+    ("parallelism_config", {"tp_size": 2}, "parallelism_config is {'tp_size': 2}, and the four roles"),
+    ("accelerator_config", {"dispatch_batches": True}, "accelerator_config has dispatch_batches"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+def test_a_schedule_that_follows_a_loss_that_there_is_not(schedule: str) -> None:
+    evaluated = {"lr_scheduler_type": schedule, "eval_strategy": "steps", "eval_steps": 8}
+    with pytest.raises(ValueError, match=f"^lr_scheduler_type {schedule} looks for the lowest eval_loss.*mode': 'max'"):
+        make(**evaluated)
+    assert make(**evaluated, metric_for_best_model="objective/scores").lr_scheduler_type == schedule
 
 
 @pytest.mark.parametrize(("name", "value", "start"), BAD, ids=[f"{name}={value}" for name, value, _ in BAD])

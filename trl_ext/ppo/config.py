@@ -66,6 +66,16 @@ NOT_THE_TEMPLATES = {
     *("return_tensors", "return_dict", "return_assistant_tokens_mask"),
 }
 
+# Fields of TrainingArguments that PPO cannot do anything good with, each with why and what to do.
+NOT_FOR_PPO = {
+    "neftune_noise_alpha": "noise in training alone makes another policy than the one that sampled: leave it out",
+    "label_smoothing_factor": "PPO has no labels that could be smoothed: leave it out",
+    "debug": "what watches every module's output cannot read PPO's: leave it out",
+    "parallelism_config": "the four roles are trained on whole models: leave it out, or use fsdp or deepspeed",
+}
+# Schedules that follow a metric of evaluations.
+BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
+
 
 def _f(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -277,9 +287,18 @@ class PPOConfig(BaseConfig):
                 f"chat_template_kwargs has {foreign[0]}, which is the tokenizer's and not the template's: leave it "
                 "out, for the trainer asks for ids, pads them itself, masked, and cuts none."
             )
+        for name, why in NOT_FOR_PPO.items():
+            if getattr(self, name) and getattr(self, name) != self._usual(name):
+                raise ValueError(f"{name} is {getattr(self, name)!r:.80}, and {why}.")
+        if getattr(self.accelerator_config, "dispatch_batches", None):
+            raise ValueError(
+                "accelerator_config has dispatch_batches, which sends tensors alone: leave it out, for PPO's rows are "
+                "texts."
+            )
         by_loss = str(self.metric_for_best_model).removeprefix("eval_") == "loss"
-        if by_loss and (self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"):
-            name = "load_best_model_at_end" if self.load_best_model_at_end else "lr_scheduler_type reduce_lr_on_plateau"
+        schedule = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
+        if by_loss and (self.load_best_model_at_end or schedule in BY_EVALUATION):
+            name = "load_best_model_at_end" if self.load_best_model_at_end else f"lr_scheduler_type {schedule}"
             more = "" if self.load_best_model_at_end else ", with lr_scheduler_kwargs={'mode': 'max'}"
             raise ValueError(
                 f"{name} looks for the lowest eval_loss, and PPO's evaluation has no loss: set "
