@@ -94,13 +94,20 @@ def fault_of_template(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBas
 
 
 def fault_of_prompt(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase, **template: Any) -> str | None:
-    """As `fault_of_template`, of what is to be answered; also that it has been."""
+    """As `fault_of_template`, of what is to be answered; also that it has been, or that the template leaves out what it
+    asks."""
     if messages[-1]["role"] == "assistant" and not template.get("continue_final_message"):
         return (
             "an answer at its end already: end it with what is to be answered (PPOTrainer goes on with it where "
             "chat_template_kwargs has add_generation_prompt False and continue_final_message True)"
         )
-    return fault_of_template(messages, tokenizer, **template)
+    if (fault := fault_of_template(messages, tokenizer, **template)) is not None:
+        return fault
+    asked, written = messages[-1].get("content"), tokenizer.apply_chat_template(messages, tokenize=False, **template)
+    words = asked.split() if isinstance(asked, str) else []
+    if sum(word in written for word in words) < len(words) / 2:  # a template may change some of them
+        return f"a last message that the chat template leaves out, so that nobody asks {asked!r:.60}: mend the template"
+    return None
 
 
 def sequence_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any, **template: Any) -> list[int]:

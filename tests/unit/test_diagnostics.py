@@ -172,6 +172,8 @@ SICK: dict[str, dict[str, Any]] = {
     "mostly_unscored": {"objective/unscored": 50.0},
     "few_prompts": {"prompts/distinct": 1 / 16},
     "base_moves": {"evidence/base_moved": lambda t: 0.02 * t, "objective/kl": -0.8, "objective/kl_std": 0.5},
+    "base_damaged": {"objective/entropy": 60.0, "completions/mean_length": 9.0},
+    "gradients_pile_up": {"evidence/gradient/signal": 1e-2, "evidence/gradient/noise": 1e-4},
     "prompts_in_order": {},
     "wrong_checkpoint": {"eval_objective/scores": lambda t: t, "eval_yardstick/exact": lambda t: 3 + t},
     "empty_prompts": {"prompts/empty": 0.3},
@@ -243,6 +245,11 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("reference_moves", {"objective/kl": 1e-4}, {}),
     ("reference_moves", {"objective/kl_std": 1e-4}, {}),
     ("reference_moves", {"policy/approxkl_avg": 1e-8}, {}),  # neither moves
+    ("base_damaged", {"objective/entropy": 30.0}, {}),
+    ("base_damaged", {"val/sampling_gap": 5.0}, {}),  # what was drawn surprises, and the policy is no noise
+    ("base_damaged", {"episode": lambda t: 128 + 960 * t}, {}),  # a log of later rollouts
+    ("gradients_pile_up", {"evidence/gradient/signal": [1e-2] * 7 + [1e-4] * 9}, {}),
+    ("gradients_pile_up", {"evidence/gradient/noise": 1e-2}, {}),
     ("policy_is_reset", {"objective/scores": HEALTHY["objective/scores"]}, {}),  # it learns: reference_moves
     ("policy_is_reset", {"policy/approxkl_avg": 1e-8}, {}),
     ("policy_is_reset", {"objective/kl": 1e-4}, {}),

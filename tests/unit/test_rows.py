@@ -310,6 +310,20 @@ def test_prompts_of_two_kinds_unknown_roles_and_parts() -> None:
     run([parts], tokenizer=reading)
 
 
+def test_what_is_asked_must_be_in_what_the_template_writes() -> None:
+    """A template may change some words of it, and leave out what came before."""
+    skips = word_tokenizer("{% for m in messages[1:] %}{{ m.content }} {% endfor %}the")
+    with pytest.raises(
+        ValueError, match=r"^The prompt in row 1 of train_dataset has a last message that the chat temp"
+    ):
+        run([[Q, Q], [Q]], tokenizer=skips)
+    assert fault_of_prompt([Q], skips) is not None and fault_of_prompt([Q, Q], skips) is None
+    changes = word_tokenizer("{% for m in messages %}{{ m.content.replace('cat', 'dog') }} {% endfor %}")
+    assert fault_of_prompt([{"role": "user", "content": "the cat sat"}], changes) is None
+    assert fault_of_prompt([{"role": "user", "content": "cat"}], changes) is not None
+    assert fault_of_prompt([{"role": "user", "content": ""}], changes) is None, "an empty one has its own finding"
+
+
 def test_a_conversation_that_is_answered_already_is_no_prompt() -> None:
     """The column of whole conversations, in the place of that of the prompts."""
     answered = [Q, {"role": "assistant", "content": "the cat"}]

@@ -24,7 +24,9 @@ SIGNAL: tuple[Rule, ...] = (
 ON_SAMPLES: tuple[Rule, ...] = (
     *GRADIENTS,
     signal.base_moves,
+    updates.gradients_pile_up,
     samples.copied_completions,
+    distributions.base_damaged,
     distributions.sampling_differs,
     distributions.negative_kl,
     distributions.first_ratio,

@@ -106,6 +106,37 @@ def _drawn_otherwise(log: RunLog, limits: Limits) -> Finding | None:
     )
 
 
+def base_damaged(log: RunLog, limits: Limits) -> Finding | None:
+    """Before it has learned anything the policy is close to knowing nothing: it writes noise."""
+    surprise, gap = log.surprise(), log.series("val/sampling_gap")
+    size = float(log.setting("rollout_batch_size", 0))
+    of_the_first = bool(log.rows) and log.rows[0].get("episode", size) <= size
+    if not surprise or not of_the_first:
+        return None
+    entropy = surprise.values[0] - (gap.values[0] if gap else 0.0)
+    if not entropy > limits.noise_at_start:
+        return None
+    return Finding(
+        name="base_damaged",
+        severity="problem",
+        title="The model writes noise from the start",
+        steps=(surprise.steps[0], surprise.steps[0]),
+        evidence=f"In the first rollout a token has {entropy:.2g} nats of entropy; language models have 1 to 3.",
+        figures={"entropy": entropy},
+        cause=(
+            "a base that is not what its files hold: weights that were missing and drawn anew (Transformers says so "
+            "when it loads them), output weights that are no longer tied, a broken quantisation; or no language model "
+            "yet."
+        ),
+        remedy=Remedy(
+            text="Let the base write by itself, without trl_ext, and read what Transformers said when it loaded it.",
+            code="print(base.causal_lm.generate(**tokenizer('The', return_tensors='pt')))",
+        ),
+        samples=log.last_samples(),
+        from_the_start=True,
+    )
+
+
 def negative_kl(log: RunLog, limits: Limits) -> Finding | None:
     """The estimated KL to the reference is below 0, which no true KL is."""
     kl, spread = log.series("kl"), log.series("objective/kl_std")

@@ -232,6 +232,7 @@ EDGES: tuple[Edge, ...] = (
         entropy_collapse="What cannot be answered may have one answer, next to nothing, with certainty.",
         mode_collapse="What cannot be answered may have one answer, next to nothing.",
         score_ignores_prompt="What a reward model cannot read does not change its score.",
+        base_damaged="A model that cannot read what it is asked may answer with noise.",
         held_out_differs="Held-out prompts may be written as the model was taught to read them.",
         no_progress="The answers that are scored are far from those the model knows.",
         value_not_learning="What is read as noise predicts nothing.",
@@ -285,6 +286,36 @@ EDGES: tuple[Edge, ...] = (
         noise_drowns_signal="Copies have no differences to learn from.",
         steps_too_small="Where all completions of a prompt are one, none is better than another.",
         no_progress="Copies have no differences to learn from.",
+    ),
+    *_edges(
+        "base_damaged",
+        WILLIAMS,
+        truncation="In noise EOS is as rare as any token.",
+        score_unrelated="A score says little of noise.",
+        score_ignores_prompt="Noise answers no prompt.",
+        scores_alike="Noise earns nothing.",
+        prompts_hold_completions="In noise anything may stand.",
+        noise_drowns_signal="Which noise scores better is chance.",
+        value_not_learning="The returns of noise cannot be predicted.",
+        held_out_differs="Noise scores by chance.",
+        no_progress="Noise earns nothing that could be learned from.",
+    ),
+    *_edges(
+        "gradients_pile_up",
+        ADAM,
+        clipping_saturated="Steps go on in directions of long ago, whatever they have come to.",
+        gradients_explode="The sum of all gradients grows.",
+        value_loss_explodes="Steps that do not end lead to where values know nothing.",
+        kl_runs_away="Steps go on in directions of long ago, whatever the KL has become.",
+        completions_shrink="Steps go on until nothing is left.",
+        mode_collapse="Steps that do not end lead to one completion for every prompt.",
+        repetition_exploitation="Steps that do not end lead to text that repeats.",
+        entropy_rises="Steps that do not end lead to noise.",
+        entropy_collapse="Steps that do not end lead to certainty.",
+        over_optimisation="Steps go on when the score no longer means what it did.",
+        steps_too_small="Where the policy is certain, no gradient of its own is left.",
+        value_not_learning="The returns of such a policy change from rollout to rollout.",
+        no_progress="Steps go where the first rollouts pointed.",
     ),
     *_edges(
         "rate_off_schedule",
@@ -451,6 +482,7 @@ EDGES: tuple[Edge, ...] = (
     *_edges(
         "term_drowns_score",
         "Yu et al. 2020, arXiv:2001.06782, section 2",
+        gradients_pile_up="A term that is the same whatever was written pulls one way in every minibatch.",
         kl_runs_away="The larger gradient moves the policy where it likes, away from the reference.",
         truncation="An entropy bonus that outweighs the score makes every token likely, and EOS rare.",
         steps_too_small="Clipped to one norm with the larger gradient, the score's step is small.",
@@ -579,7 +611,10 @@ EDGES: tuple[Edge, ...] = (
 )
 
 # What makes a difference before anything is learned. No other cause explains what is there in the first rollout.
-BEFORE_A_STEP = ("first_kl", "sampling_differs", "prompts_truncated", "copied_completions", "prompts_unlike_the_model")
+BEFORE_A_STEP = (
+    *("first_kl", "sampling_differs", "prompts_truncated", "copied_completions", "prompts_unlike_the_model"),
+    "base_damaged",
+)
 
 
 @dataclass(frozen=True)

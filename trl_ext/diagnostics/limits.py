@@ -34,6 +34,8 @@ class Limits:
         stays: share of that budget up to which the policy has not moved.
         drowned: times the suggested kl_coef from which the score no longer counts beside the penalty; and times the
             score's gradient that another term's may have.
+        noise_at_start: nats per token in the first rollout above which the model writes noise; language models have 1
+            to 3, and to know nothing of a thousand tokens is 6.9.
         entropy: nats per token below which every completion is certain; healthy runs here end above 0.1 (measured).
         entropy_growth: times its start that the entropy rises to; chosen.
         entropy_gain: nats per token by which it rises besides, so that a certain policy may become less so; chosen.
@@ -111,6 +113,8 @@ class Limits:
         noticeable: standard errors from which a rise, a fall or a correlation counts.
         fighting: correlation of two reward functions below which they pull apart.
         dominates: times that one function's weighted spread exceeds every other's.
+        too_clear: what a rollout's gradients have in common, squared, over what they have not, in the middle of all;
+            where nothing is wrong it is below 8 (measured).
         gradient_growth: times the median of the first `least_rows` gradient norms.
         prompts_at_max_length: share of prompts exactly as long as the longest.
         prompts_spread: tokens by which the shortest prompt is shorter than the longest.
@@ -149,6 +153,7 @@ class Limits:
     budget: float = 25.0
     stays: float = 0.08
     drowned: float = 5.0
+    noise_at_start: float = 5.0
     entropy: float = 0.03
     entropy_growth: float = 2.0
     entropy_gain: float = 0.5
@@ -210,6 +215,7 @@ class Limits:
     noticeable: float = 3.0
     fighting: float = -0.3
     dominates: float = 10.0
+    too_clear: float = 20.0
     gradient_growth: float = 100.0
     prompts_at_max_length: float = 0.8
     prompts_spread: float = 8

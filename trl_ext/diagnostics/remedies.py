@@ -13,6 +13,7 @@ from trl_ext.diagnostics.signal import share_of_functions
 
 # By finding: the doctor's or the logged name of the metric that its remedy moves, and where to.
 MOVES: dict[str, tuple[str, str]] = {
+    "base_damaged": ("policy/entropy_avg", "down"),
     "base_moves": ("evidence/base_moved", "down"),
     "chance_level": ("accuracy", "up"),
     "clipping_saturated": ("clipfrac", "down"),
@@ -29,6 +30,7 @@ MOVES: dict[str, tuple[str, str]] = {
     "functions_at_odds": ("score_std", "down"),
     "gradients_absent": ("grad_norm/value", "up"),
     "gradients_explode": ("grad_norm", "down"),
+    "gradients_pile_up": ("evidence/gradient/signal", "down"),
     "gradients_not_finite": ("grad_norm", "down"),
     "held_out_differs": ("evidence/held_out/score_gap", "down"),
     "kl_drowns_score": ("kl", "up"),

@@ -406,7 +406,9 @@ RANGES: tuple[Range, ...] = (
         1.0,
         f"{ZIEGLER}, section 2.1",
         below=Side("completions hardly differ", ("entropy_collapse", *STANDS)),
-        above=Side("completions are noise", (*FLIES, "truncation", "score_ignores_prompt", "score_unrelated")),
+        above=Side(
+            "completions are noise", (*FLIES, "truncation", "score_ignores_prompt", "score_unrelated", "base_damaged")
+        ),
     ),
     Range(
         "normalization_samples",

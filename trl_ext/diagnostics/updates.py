@@ -96,6 +96,35 @@ def gradients_explode(log: RunLog, limits: Limits) -> Finding | None:
     return None
 
 
+def gradients_pile_up(log: RunLog, limits: Limits) -> Finding | None:
+    """All minibatches have one gradient, which is no gradient of theirs."""
+    signal, noise = (log.series(f"evidence/gradient/{name}") for name in ("signal", "noise"))
+    if len(signal) < limits.least_rows or len(noise) < len(signal):
+        return None
+    ratios = [ours / max(theirs, 1e-30) for ours, theirs in zip(signal.values, noise.values, strict=False)]
+    if not (clear := median(ratios)) > limits.too_clear:
+        return None
+    return Finding(
+        name="gradients_pile_up",
+        severity="problem",
+        title="Gradients of earlier steps are in the present one",
+        steps=(signal.steps[0], signal.steps[-1]),
+        evidence=(
+            f"What a rollout's gradients have in common is {clear:.3g} times what they have not (squared, in the "
+            "middle of all rollouts), though each is of other completions."
+        ),
+        figures={"ratio": clear},
+        cause=(
+            "gradients that are never set back to zero, a hook that adds to them, or a term of the loss that is the "
+            "same whatever was written and drowns the rest."
+        ),
+        remedy=Remedy(
+            text="Look for who keeps gradients: each step must begin at zero.",
+            code="trainer.optimizer.zero_grad()  # and no hook on the adapter's weights",
+        ),
+    )
+
+
 def clipping_saturated(log: RunLog, limits: Limits) -> Finding | None:
     """So many tokens are clipped that most of each update is lost; or steps are too large for clipping to hold them."""
     clipped, approxkl = log.series("clipfrac"), log.series("approxkl")
