@@ -304,8 +304,8 @@ def score_misaligned(log: RunLog, limits: Limits) -> Finding | None:
                 f"{min(place, 1.0):.0%} of the variance of {name} changes when the same completions are scored in "
                 f"another order, and {chance:.0%} when they are scored again in the same one: their places decide.",
                 {"by_place": place, "by_chance": chance},
-                "scores or references that are joined to the completions by place, not by what they belong to; or a function "
-                "that goes on from row to row, and gives a row what those before it have left.",
+                "scores or references that are joined to the completions by place, not by what they belong to; or a "
+                "function that goes on from row to row, and gives a row what those before it have left.",
                 log,
             )
     for name in log.names(SHIFTED):
