@@ -666,6 +666,27 @@ def test_settings_that_make_no_problem_here_held_the_run_back_if_it_learns_more_
     assert trials[0].logs == (LENGTH if explains else 12)
 
 
+def test_of_unusual_settings_the_remedies_of_what_they_make_are_tried_too() -> None:
+    """A rate that is low and usual is not among them, and without a higher one nothing moves."""
+    config = {**CONFIG, "warmup_steps": 0.5, "learning_rate": 5e-7, "steps_of_run": 160}
+    run = RunLog.of(rows(LENGTH, **{**SMALL, "objective/scores": 0.1}), config)
+    (top,) = [one for one in roots(diagnose(run)) if one.finding.name == "unusual_settings"]
+    assert "steps_too_small" in top.finding.explains and "learning_rate" not in top.finding.remedy.changes
+    first, *others = candidates(top, run)
+    assert first == {"warmup_steps": 0} and {"warmup_steps": 0, "learning_rate": 3e-4} in others
+
+
+def test_what_the_objective_refuses_is_not_proposed() -> None:
+    config = {**CONFIG, "objective": "reinforce", "baseline": "value", "num_ppo_epochs": 1, "adam_epsilon": 0.1}
+    run = RunLog("ppo", [], config={**config, "num_mini_batches": 1, "rollout_batch_size": 64, "steps_of_run": 20})
+    (top,) = roots(diagnose(run))
+    assert "num_ppo_epochs is 1" in top.finding.evidence or "num_ppo_epochs 1" in top.finding.evidence
+    assert candidates(top, run)[0] == {"adam_epsilon": 1e-5}
+    assert to_defaults(run) | {"objective": "clip", "baseline": "leave_one_out", "num_ppo_epochs": 4} == to_defaults(
+        run
+    )
+
+
 def test_a_longer_run_is_not_tried() -> None:
     """It shows nothing until it is longer than the run was."""
     config = {**CONFIG, "num_ppo_epochs": 4, "num_mini_batches": 1, "total_episodes": 320, "steps_of_run": 20}

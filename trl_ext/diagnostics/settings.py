@@ -436,6 +436,9 @@ RANGES: tuple[Range, ...] = (
 # run says otherwise often came from another library or paper as a set.
 DEFAULTS: dict[str, Any] = {
     "objective": "clip",
+    "baseline": "leave_one_out",
+    "penalty_coef": 1.0,
+    "penalty_target": 0.01,
     "num_ppo_epochs": 4,
     "cliprange": 0.2,
     "cliprange_value": 0.2,
@@ -654,6 +657,12 @@ def _can_make(doubt: Doubt, finding: Finding) -> bool:
     return not finding.from_the_start or doubt.setting in ("temperature", "chat_template_kwargs", *PLAIN_SAMPLING)
 
 
+def _can_be_set(doubt: Doubt, log: RunLog) -> bool:
+    """Whether the trainer takes the usual value beside the run's other settings."""
+    one_epoch = doubt.setting == "num_ppo_epochs" and log.setting("objective") == "reinforce"
+    return doubt.setting != OF_THE_ADAPTER and not one_epoch
+
+
 def unusual_settings(log: RunLog, limits: Limits, findings: Sequence[Finding]) -> Finding | None:
     """Settings far from the usual that can make one of `findings` which nothing else explains, or, before the score has
     risen, that are off by orders of magnitude: those, and what is sure, are told of a log without a row, too."""
@@ -687,7 +696,7 @@ def unusual_settings(log: RunLog, limits: Limits, findings: Sequence[Finding]) -
         cause="; ".join(f"{doubt.setting}: {doubt.side.why}" for doubt, _ in blamed) + ".",
         remedy=Remedy(
             text="Set what you have no reason for to the usual value.",
-            changes={doubt.setting: doubt.instead for doubt, _ in blamed if doubt.setting != OF_THE_ADAPTER},
+            changes={doubt.setting: doubt.instead for doubt, _ in blamed if _can_be_set(doubt, log)},
             code="LoraConfig(r=16, lora_alpha=32)"
             if any(doubt.setting == OF_THE_ADAPTER for doubt, _ in blamed)
             else "",

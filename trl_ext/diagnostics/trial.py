@@ -200,9 +200,12 @@ def _in_turn(patient: _Patient, waiting: list[Explained], causes: int) -> Iterat
 
 
 def candidates(root: Explained, run: RunLog | None = None) -> list[dict[str, Any]]:
-    """What to try, in turn: the settings of the root's remedy, those of its suspects, stand-ins for what it blames, and
-    the defaults for all that makes a step. A longer run shows nothing until it is longer than the run was."""
+    """What to try, in turn: the settings of the root's remedy, those of its suspects, of unusual settings also the
+    remedies of what they are blamed for, stand-ins for what it blames, and the defaults for all that makes a step. A
+    longer run shows nothing until it is longer than the run was."""
     offered = [root.finding.remedy.changes, *(suspect.changes for suspect in root.finding.suspects)]
+    if root.finding.name == "unusual_settings":
+        offered += [root.finding.remedy.changes | one.finding.remedy.changes for one in list(root)[1:]]
     if run is not None:
         offered += stand_ins(root.finding.name, run)
         offered += [to_defaults(run)] if root.finding.name in OF_SETTINGS else []
