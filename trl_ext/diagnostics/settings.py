@@ -643,7 +643,7 @@ def _few_steps(log: RunLog) -> Iterator[Doubt]:
     setting, instead = "total_episodes", int(size * math.ceil(FEW_STEPS / (epochs * minibatches)))
     if epochs < DEFAULTS["num_ppo_epochs"]:
         setting, instead = "num_ppo_epochs", DEFAULTS["num_ppo_epochs"]
-    side = Side("the run ends before much can be learned", STANDS)
+    side = Side("the run ends before much can be learned", ("no_progress", "noise_drowns_signal", "value_not_learning"))
     yield Doubt(setting, text, side, instead, f"{PPO_PAPER}; {ANDRYCHOWICZ}, section 3.5", FEW_STEPS / steps, sure=True)
 
 
