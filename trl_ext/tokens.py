@@ -87,7 +87,7 @@ def fault_of_template(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBas
         content = message.get("content")
         if isinstance(content, list) and str(content) in written:
             return "a message in parts, which the chat template writes as Python does: give it as a text"
-        texts = [part["text"] for part in content] if isinstance(content, list) else [content or ""]
+        texts = [part.get("text", "") for part in content] if isinstance(content, list) else [content or ""]
         if not all(text.strip() in written for text in texts):
             return f"a message of the role {message['role']!r} that the chat template leaves out: give it another"
     return None
@@ -103,11 +103,27 @@ def fault_of_prompt(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase,
         )
     if (fault := fault_of_template(messages, tokenizer, **template)) is not None:
         return fault
-    asked, written = messages[-1].get("content"), tokenizer.apply_chat_template(messages, tokenize=False, **template)
-    words = asked.split() if isinstance(asked, str) else []
-    if sum(word in written for word in words) < len(words) / 2:  # a template may change some of them
+    asked = messages[-1].get("content")
+    if (
+        isinstance(asked, str)
+        and asked.strip()
+        and _is_left_out(messages, tokenizer, {"add_generation_prompt": True, **template})
+    ):
         return f"a last message that the chat template leaves out, so that nobody asks {asked!r:.60}: mend the template"
     return None
+
+
+def _is_left_out(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase, template: dict[str, Any]) -> bool:
+    """Whether the template writes the same whatever the last message says."""
+    asked = str(messages[-1]["content"]).strip()
+    written = tokenizer.apply_chat_template(list(messages), tokenize=False, **template)
+    if len(asked) > 20 and asked in written:
+        return False
+    other = [*messages[:-1], {**messages[-1], "content": "0" if asked != "0" else "1"}]
+    try:
+        return bool(tokenizer.apply_chat_template(other, tokenize=False, **template) == written)
+    except Exception:  # it reads the message, and would have another kind
+        return False
 
 
 def sequence_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any, **template: Any) -> list[int]:

@@ -32,6 +32,14 @@ def test_missed_share_of_verdicts_that_are_mostly_the_lowest_or_all_the_same() -
     assert math.isnan(evidence.missed_share(torch.full((12,), math.nan), torch.arange(12.0)))
 
 
+def test_missed_share_of_a_score_that_few_earn() -> None:
+    """A reward for the right answer alone, beside verdicts that have steps between, or beside a skewed scale."""
+    steps = torch.tensor([0.0] * 45 + [0.2] * 10 + [1.0] * 9)
+    assert evidence.missed_share(steps, (steps == 1).double()) == 0.0
+    skewed = torch.linspace(0, 1, 100) ** 8
+    assert evidence.missed_share(skewed, (skewed > 0.9 * 0.9**8).double()) == 0.0
+
+
 @pytest.mark.parametrize(("r", "share"), [(0.75, 0.042), (0.0, 0.5)])
 def test_missed_share_of_normal_variables(r: float, share: float) -> None:
     draw = np.random.default_rng(0)

@@ -162,7 +162,13 @@ SICK: dict[str, dict[str, Any]] = {
     "score_misaligned": {"agreement/exact": 0.1, "agreement_shifted/exact": 0.9},
     "value_starts_far_off": {"loss/value_avg": lambda t: 900 * (1 - t / 2), "episode": lambda t: 64 + 960 * t},
     "reference_moves": {"objective/kl": 0.0, "objective/kl_std": 0.0},
-    "policy_is_reset": {"objective/kl": 0.0, "objective/kl_std": 0.0, "objective/scores": 0.1},
+    "policy_is_reset": {
+        "objective/kl": 0.0,
+        "objective/kl_std": 0.0,
+        "objective/scores": 0.1,
+        "eval_objective/scores": lambda t: 0.1,
+        "eval_objective/scores_std": 1.0,
+    },
     "no_progress": {"objective/scores": 0.1},
     "score_unrelated": {"agreement/exact": [0.1, -0.1] * 8},
     "score_drifts": {"objective/scores": lambda t: 6 * t, "objective/kl": 0.1, "objective/kl_std": 0.2},
@@ -250,10 +256,12 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("base_damaged", {"episode": lambda t: 128 + 960 * t}, {}),  # a log of later rollouts
     ("gradients_pile_up", {"evidence/gradient/signal": [1e-2] * 7 + [1e-4] * 9}, {}),
     ("gradients_pile_up", {"evidence/gradient/noise": 1e-2}, {}),
-    ("policy_is_reset", {"objective/scores": HEALTHY["objective/scores"]}, {}),  # it learns: reference_moves
+    ("gradients_pile_up", {}, {"rollout_batch_size": 64 * 32}),  # gradients of so many have little noise
+    ("base_damaged", {}, {"temperature": 1.4}),
+    ("policy_is_reset", {"eval_objective/scores": lambda t: t}, {}),  # it learns: reference_moves
+    ("policy_is_reset", {"eval_objective/scores_std": 0.0}, {}),  # nothing can be told
     ("policy_is_reset", {"policy/approxkl_avg": 1e-8}, {}),
     ("policy_is_reset", {"objective/kl": 1e-4}, {}),
-    ("reference_moves", {"objective/scores": 0.1}, {}),
     ("rate_off_schedule", {"learning_rate": lambda t: 1e-3 * (1 + 0.9 * t)}, {}),
     ("score_unrelated", {"agreement/exact": -0.9}, {}),  # that is score_opposed
     ("score_misaligned", {"agreement_shifted/exact": 0.5}, {}),
@@ -329,13 +337,17 @@ def log_of(**changes: Any) -> RunLog:
 
 
 def sick_log(name: str) -> RunLog:
+    return with_evaluations({**HEALTHY, **SICK[name]}, {**CONFIG, **SETTINGS.get(name, {})})
+
+
+def with_evaluations(metrics: dict[str, Any], config: dict[str, Any]) -> RunLog:
     """Evaluations have logs of their own."""
     history = []
-    for row in rows(**{**HEALTHY, **SICK[name]}):
+    for row in rows(**metrics):
         evaluated = {key: value for key, value in row.items() if key.startswith("eval_")}
         history.append({key: value for key, value in row.items() if key not in evaluated})
         history += [{"step": row["step"], **evaluated}] if evaluated else []
-    return RunLog.of(history, {**CONFIG, **SETTINGS.get(name, {})})
+    return RunLog.of(history, config)
 
 
 def test_a_healthy_run_has_no_finding() -> None:
@@ -435,6 +447,7 @@ def test_a_score_that_follows_its_purpose_in_part_is_a_warning() -> None:
         (0.04, 16, False),  # as much as a correlation of 0.75 makes
         ([0.0] * 12 + [0.9] * 4, 16, False),  # later, when the policy has moved
         ([0.0, 0.3] * 8, 1, False),
+        (0.06, 16, False),  # of 192, which may be 0.043
         (0.25, 1, False),  # four of sixteen may be chance, by three standard errors
         (0.4, 1, True),
         (0.25, 2, True),
@@ -446,6 +459,15 @@ def test_scores_that_are_wrong_for_some(missed: Any, rollouts: int, found: bool)
     told = diagnose(log)
     assert [(one.name, one.severity) for one in told] == ([("score_unrelated", "warning")] if found else [])
     assert all("likes best" in one.evidence for one in told)
+
+
+def test_scores_that_go_with_the_yardstick_over_all_do_not_explain_that_they_part() -> None:
+    exploited = {**HEALTHY, **SICK["over_optimisation"], "agreement/exact": 0.9, "missed/exact": 0.12}
+    tops = [top.finding.name for top in roots(diagnose(RunLog.of(rows(**exploited), CONFIG)))]
+    assert "over_optimisation" in tops and "score_unrelated" in tops
+    agreement = [0.0, 0.2, 0.6] * 5 + [0.6]
+    in_part = RunLog.of(rows(**{**HEALTHY, "agreement/exact": agreement, "missed/exact": 0.3})[:3], CONFIG)
+    assert diagnose(in_part) == [], "over all of them the two hardly go together"
 
 
 @pytest.mark.parametrize("kwargs", [None, {"min_lr": 0.1}])
@@ -715,8 +737,8 @@ def test_functions_that_are_brought_to_one_scale_do_not_drown_each_other(name: s
 def test_what_is_not_yet_a_problem(name: str, changes: dict[str, Any], settings: dict[str, Any]) -> None:
     metrics = {**HEALTHY, **SICK[name]}
     config = {**CONFIG, **SETTINGS.get(name, {})}
-    assert name in names_of(RunLog.of(rows(**metrics), config))
-    assert name not in names_of(RunLog.of(rows(**{**metrics, **changes}), {**config, **settings}))
+    assert name in names_of(with_evaluations(metrics, config))
+    assert name not in names_of(with_evaluations({**metrics, **changes}, {**config, **settings}))
 
 
 def test_completions_may_shrink_for_a_reason_that_the_log_does_not_show() -> None:

@@ -164,7 +164,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("neftune_noise_alpha", 5.0, "neftune_noise_alpha is 5.0, and noise in training alone"),
     ("label_smoothing_factor", 0.1, "label_smoothing_factor is 0.1, and PPO has no labels"),
     ("debug", "underflow_overflow", "debug is [<DebugOption.UNDERFLOW_OVERFLOW"),
-    ("parallelism_config", {"tp_size": 2}, "parallelism_config is {'tp_size': 2}, and the four roles"),
+    ("parallelism_config", {"tp_size": 2}, "parallelism_config is set, and the four roles"),
     ("accelerator_config", {"dispatch_batches": True}, "accelerator_config has dispatch_batches"),
 ]  # fmt: skip
 

@@ -311,17 +311,23 @@ def test_prompts_of_two_kinds_unknown_roles_and_parts() -> None:
 
 
 def test_what_is_asked_must_be_in_what_the_template_writes() -> None:
-    """A template may change some words of it, and leave out what came before."""
-    skips = word_tokenizer("{% for m in messages[1:] %}{{ m.content }} {% endfor %}the")
+    """In whatever way: a template may write it as JSON, in capitals, or with an opening for the answer alone."""
+    skips = word_tokenizer("{% for m in messages[1:] %}{{ m.role }} {{ m.content }} {% endfor %}the")
     with pytest.raises(
         ValueError, match=r"^The prompt in row 1 of train_dataset has a last message that the chat temp"
     ):
         run([[Q, Q], [Q]], tokenizer=skips)
-    assert fault_of_prompt([Q], skips) is not None and fault_of_prompt([Q, Q], skips) is None
-    changes = word_tokenizer("{% for m in messages %}{{ m.content.replace('cat', 'dog') }} {% endfor %}")
-    assert fault_of_prompt([{"role": "user", "content": "the cat sat"}], changes) is None
-    assert fault_of_prompt([{"role": "user", "content": "cat"}], changes) is not None
-    assert fault_of_prompt([{"role": "user", "content": ""}], changes) is None, "an empty one has its own finding"
+    assert fault_of_prompt([Q | {"content": "the"}], skips) is not None, (
+        "though that word is written, of something else"
+    )
+    for content in ("cat", '{"temp": 22}', "0", "the cat sat on the mat and the dog"):
+        for written in ("m.content | tojson", "m.content | upper", "m.content | e"):
+            loop = "{% for m in messages %}{{ " + written + " }} {% endfor %}"
+            for template in (loop, "{% if add_generation_prompt %}" + loop + "{% endif %}the"):
+                for role in ("user", "tool"):
+                    assert fault_of_prompt([{"role": role, "content": content}], word_tokenizer(template)) is None
+    for content in ("", None):  # an empty one has its own finding
+        assert fault_of_prompt([{"role": "user", "content": content}], skips) is None
 
 
 def test_a_conversation_that_is_answered_already_is_no_prompt() -> None:

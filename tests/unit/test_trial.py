@@ -692,6 +692,8 @@ def test_a_longer_run_is_not_tried() -> None:
     config = {**CONFIG, "num_ppo_epochs": 4, "num_mini_batches": 1, "total_episodes": 320, "steps_of_run": 20}
     (top,) = roots(diagnose(RunLog("ppo", [], config={**config, "rollout_batch_size": 64})))
     assert top.finding.remedy.changes == {"total_episodes": 640} and candidates(top) == []
+    (top,) = roots(diagnose(RunLog("ppo", [], config={**config, "rollout_batch_size": 64, "adam_epsilon": 1.0})))
+    assert "total_episodes" in top.finding.remedy.changes and candidates(top) == [{"adam_epsilon": 1e-5}]
 
 
 def test_a_remedy_takes_the_place_of_what_it_contradicts() -> None:

@@ -283,19 +283,23 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("given", "steps", "setting"),
+    ("given", "steps", "changes"),
     [
-        ({"num_ppo_epochs": 1, "num_mini_batches": 4}, 24, "num_ppo_epochs"),
-        ({"num_ppo_epochs": 4, "num_mini_batches": 2}, 32, "total_episodes"),
+        ({"num_ppo_epochs": 1, "num_mini_batches": 4, "objective": "clip"}, 24, {"num_ppo_epochs": 4}),
+        ({"num_ppo_epochs": 1, "objective": "reinforce", "total_episodes": 640}, 10, {"total_episodes": 2560}),
+        ({"num_ppo_epochs": 1, "objective": "Mine", "max_steps": 10}, 10, {"max_steps": 40}),
+        ({"num_ppo_epochs": 4, "num_mini_batches": 2, "total_episodes": 256}, 32, {"total_episodes": 512}),
+        ({"num_ppo_epochs": 4, "max_steps": 12}, 12, {"max_steps": 48}),
+        ({"num_ppo_epochs": 4, "num_train_epochs": 3.0}, 12, {"num_train_epochs": 12}),
         ({"num_ppo_epochs": 4, "num_mini_batches": 2}, 40, None),
     ],
 )
-def test_a_run_of_few_steps_is_told_before_it_begins_and_when_it_has_learned(
-    given: dict[str, int], steps: int, setting: str | None
+def test_a_run_of_few_steps_is_told_once_before_it_begins_and_when_it_has_learned(
+    given: dict[str, Any], steps: int, changes: dict[str, int] | None
 ) -> None:
     known = {"rollout_batch_size": 64, "per_device_train_batch_size": 64, "steps_of_run": steps, **given}
     for rows_ in ([], log_with({}).rows):
         found = [one for one in diagnose(RunLog("ppo", rows_, config={**known})) if one.name == "unusual_settings"]
-        assert [list(one.remedy.changes) for one in found] == ([[setting]] if setting else [])
-        assert all(f"{steps} optimizer steps in all" in one.evidence for one in found)
+        assert [one.remedy.changes for one in found] == ([changes] if changes else [])
+        assert all(f"{steps} optimizer steps in all" in one.evidence and ";" not in one.evidence for one in found)
         assert all(one.severity == "warning" for one in found)

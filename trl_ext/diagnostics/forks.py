@@ -84,7 +84,7 @@ class Forks:
     ) -> None:
         self.make_trainer, self.folder, self.limits = make_trainer, folder, limits
         reads = any(finding.remedy.moves.startswith(HELD_OUT) for finding in findings)
-        reads |= run is not None and run.setting("lr_scheduler_type") == "reduce_lr_on_plateau"  # of an evaluation
+        reads |= run is not None and run.setting("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy")
         self._evaluated = run is not None and (run.kind in EVALUATED or reads) and bool(run.evals)
         self._beside = BESIDE if self._evaluated else BESIDE | {"eval_strategy": "no"}
         config = run.config if run is not None else {}

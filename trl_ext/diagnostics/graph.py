@@ -182,13 +182,9 @@ EDGES: tuple[Edge, ...] = (
     *_edges(
         "score_unrelated",
         HACKING,
+        _over_all,
         score_ignores_prompt="What it stands for depends on what was asked, and what is scored does not.",
         over_optimisation="What raises the score has nothing to do with what it was to stand for.",
-    ),
-    *_edges(
-        "score_unrelated",
-        HACKING,
-        _over_all,
         constant_scores="What something else is given for may be had by all.",
     ),
     *_edges(

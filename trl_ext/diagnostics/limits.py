@@ -113,8 +113,8 @@ class Limits:
         noticeable: standard errors from which a rise, a fall or a correlation counts.
         fighting: correlation of two reward functions below which they pull apart.
         dominates: times that one function's weighted spread exceeds every other's.
-        too_clear: what a rollout's gradients have in common, squared, over what they have not, in the middle of all;
-            where nothing is wrong it is below 8 (measured).
+        too_clear: what a rollout's gradients, of 32 completions each, have in common, squared, over what they have not,
+            in the middle of all, and in proportion of more; where nothing is wrong it is below 8 (measured).
         gradient_growth: times the median of the first `least_rows` gradient norms.
         prompts_at_max_length: share of prompts exactly as long as the longest.
         prompts_spread: tokens by which the shortest prompt is shorter than the longest.

@@ -353,7 +353,7 @@ def score_unrelated(log: RunLog, limits: Limits) -> Finding | None:
     few_differ = first <= -limits.unrelated and log.series("objective/scores_alike").start() >= limits.alike
     unrelated = first < limits.unrelated and sure and not few_differ
     if not unrelated and not (rows >= limits.least_rows and limits.unrelated <= first < limits.in_part - error):
-        return _wrong_for_some(log, limits)
+        return _wrong_for_some(log, limits) if first >= limits.in_part - error else None
     title = "The score has nothing to do with what it stands for"
     if first < -limits.unrelated:
         title = "The score goes against what it stands for rather than with it"
@@ -386,7 +386,8 @@ def _wrong_for_some(log: RunLog, limits: Limits) -> Finding | None:
         series = log.series(f"{MISSED}{name}")
         rows = min(len(series), 2 * limits.least_rows)
         share, best = series.start(rows), float(log.setting("rollout_batch_size", 0)) * rows / 4  # at the least
-        if not best or not share > max(limits.missed, limits.noticeable * math.sqrt(share * (1 - share) / best)):
+        error = math.sqrt(share * (1 - share) / best) if best else math.inf
+        if not share > max(limits.missed + error, limits.noticeable * error):
             continue
         return Finding(
             name="score_unrelated",
@@ -404,7 +405,9 @@ def _wrong_for_some(log: RunLog, limits: Limits) -> Finding | None:
             ),
             remedy=Remedy(
                 text="Look at completions that should score high and do not: what do their prompts share?",
-                code="print([c for c, s, v in zip(completions, scores, verdicts) if v == max(verdicts) and s < 0])",
+                code="print(sorted(zip(scores, completions))[:10])  # of those that should score high",
+                moves="missed/",
+                direction="down",
             ),
             samples=log.last_samples(),
         )

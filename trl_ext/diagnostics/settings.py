@@ -406,9 +406,7 @@ RANGES: tuple[Range, ...] = (
         1.0,
         f"{ZIEGLER}, section 2.1",
         below=Side("completions hardly differ", ("entropy_collapse", *STANDS)),
-        above=Side(
-            "completions are noise", (*FLIES, "truncation", "score_ignores_prompt", "score_unrelated", "base_damaged")
-        ),
+        above=Side("completions are noise", (*FLIES, "truncation", "score_ignores_prompt", "score_unrelated")),
     ),
     Range(
         "normalization_samples",
@@ -467,6 +465,9 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+LENGTH = ("total_episodes", "max_steps", "num_train_epochs")  # what says how long a run is
+
+
 def to_defaults(log: RunLog) -> dict[str, Any]:
     """What takes a run of our PPOTrainer back to `DEFAULTS`; empty where less than two settings are others than the
     trainer's own defaults, whose rate is linear."""
@@ -479,14 +480,15 @@ def to_defaults(log: RunLog) -> dict[str, Any]:
 
 def doubts(log: RunLog, limits: Limits) -> list[Doubt]:
     """The settings of a run that are far from the usual, the farthest first."""
+    few = list(_few_steps(log))
     found = [
-        *_outside(log),
+        *(one for one in _outside(log) if not few or one.setting not in (*LENGTH, "num_ppo_epochs")),
         *_weights(log, limits),
         *_coefficient(log, limits),
         *_clip_range(log),
         *_sampling(log),
         *_kinds(log),
-        *_few_steps(log),
+        *few,
     ]
     return sorted(found, key=lambda doubt: -doubt.far)
 
@@ -628,8 +630,8 @@ def _kinds(log: RunLog) -> Iterator[Doubt]:
 
 
 def _few_steps(log: RunLog) -> Iterator[Doubt]:
-    """A run of so few optimizer steps that little can be learned, however it goes. Blamed is what makes few of them:
-    passes, minibatches, or the size of a rollout."""
+    """A run of so few optimizer steps that little can be learned, however it goes. Blamed are the passes over a
+    rollout, where the objective may take more of them, else the length of the run."""
     steps, size = log.setting("steps_of_run", 0), log.setting("rollout_batch_size")
     if log.kind != "ppo" or not size or not 0 < steps < FEW_STEPS:
         return
@@ -640,13 +642,20 @@ def _few_steps(log: RunLog) -> Iterator[Doubt]:
         f"{size:g} completions (per_device_train_batch_size {a_device:g}, gradient_accumulation_steps {more:g}), "
         f"num_ppo_epochs {epochs}, num_mini_batches {minibatches}"
     )
-    setting, instead = "total_episodes", int(size * math.ceil(FEW_STEPS / (epochs * minibatches)))
-    if epochs < DEFAULTS["num_ppo_epochs"]:
+    longer = math.ceil(FEW_STEPS / steps)
+    if log.setting("objective") in SEVERAL_EPOCHS and epochs < DEFAULTS["num_ppo_epochs"]:
         setting, instead = "num_ppo_epochs", DEFAULTS["num_ppo_epochs"]
+    elif log.setting("total_episodes"):  # of which the trainer makes max_steps
+        setting, instead = "total_episodes", longer * int(log.setting("total_episodes"))
+    elif float(log.setting("max_steps", -1)) > 0:
+        setting, instead = "max_steps", longer * int(log.setting("max_steps"))
+    else:
+        setting, instead = "num_train_epochs", longer * math.ceil(float(log.setting("num_train_epochs", 1)))
     side = Side("the run ends before much can be learned", ("no_progress", "noise_drowns_signal", "value_not_learning"))
     yield Doubt(setting, text, side, instead, f"{PPO_PAPER}; {ANDRYCHOWICZ}, section 3.5", FEW_STEPS / steps, sure=True)
 
 
+SEVERAL_EPOCHS = ("clip", "kl_penalty", "sequence")  # objectives that know the policy that sampled
 FEW_STEPS = 40  # optimizer steps in which adapters learn little at any usual rate; chosen
 OF_THE_ADAPTER = "lora_alpha"  # which no trainer's settings have
 FIRST = 1  # causes that a report begins with: a setting that one of them names is not told again
@@ -659,13 +668,13 @@ def _can_make(doubt: Doubt, finding: Finding) -> bool:
 
 def _can_be_set(doubt: Doubt, log: RunLog) -> bool:
     """Whether the trainer takes the usual value beside the run's other settings."""
-    one_epoch = doubt.setting == "num_ppo_epochs" and log.setting("objective") == "reinforce"
+    one_epoch = doubt.setting == "num_ppo_epochs" and log.setting("objective", "clip") not in SEVERAL_EPOCHS
     return doubt.setting != OF_THE_ADAPTER and not one_epoch
 
 
 def unusual_settings(log: RunLog, limits: Limits, findings: Sequence[Finding]) -> Finding | None:
     """Settings far from the usual that can make one of `findings` which nothing else explains, or, before the score has
-    risen, that are off by orders of magnitude: those, and what is sure, are told of a log without a row, too."""
+    risen, that are off by orders of magnitude: those, and what is sure, are told of a PPO run without a row, too."""
     rose = log.kind not in ("ppo", "online") or log.series("score").ever_rose(limits.noticeable)
     unexplained = {top.finding.name: top.finding for top in roots(findings)}
     named = {setting for finding in findings for setting in finding.remedy.changes}

@@ -30,7 +30,7 @@ from trl_ext.diagnostics.graph import Explained, roots
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog, Series
 from trl_ext.diagnostics.remedies import STAND_INS, stand_ins
-from trl_ext.diagnostics.settings import FLIES, STANDS, to_defaults
+from trl_ext.diagnostics.settings import FLIES, LENGTH, STANDS, to_defaults
 from trl_ext.diagnostics.updates import STRONGER
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,6 @@ FIXED_AT_START = {
     *("reward_funcs", "train_dataset", "shuffle_dataset"),  # a score's mean and spread, and the order of the prompts
 }
 OF_SETTINGS = {"unusual_settings", *STANDS, *FLIES}  # what settings make that do not go together
-LENGTH = {"total_episodes", "max_steps"}
 MOST = 4  # remedies of one finding that are followed by a stronger one
 HELPED = ("cured", "in part")
 NOTHING_LEARNED = "nothing is learned"
@@ -209,7 +208,8 @@ def candidates(root: Explained, run: RunLog | None = None) -> list[dict[str, Any
     if run is not None:
         offered += stand_ins(root.finding.name, run)
         offered += [to_defaults(run)] if root.finding.name in OF_SETTINGS else []
-    return [changes for i, changes in enumerate(offered) if set(changes) - LENGTH and changes not in offered[:i]]
+    offered = [{name: value for name, value in changes.items() if name not in LENGTH} for changes in offered]
+    return [changes for i, changes in enumerate(offered) if changes and changes not in offered[:i]]
 
 
 Tried = tuple[Trial, RunLog]  # with the log of its fork: that with the remedy, where it was not seen the other one
@@ -324,8 +324,8 @@ class _Patient:
         else:
             as_long = replace(with_.log, rows=with_.log.rows[:rows])  # what comes later may come without it, too
             verdict, new, left = judged(finding, without.log, as_long, with_.died, self.limits)
-            if bare and verdict in HELPED and not _learns_more(with_.log, without.log, times=2.0):
-                verdict, left = "not cured", []
+        if bare and verdict in HELPED and not _learns_more(with_.log, without.log, times=2.0):
+            verdict, left = "not cured", []
         after = _after(with_.log, metric, start)
         trial = replace(trial, changes=changes, verdict=verdict, with_=after, new=new, left=left, died=with_.died)
         logger.info("%s", trial)

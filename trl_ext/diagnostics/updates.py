@@ -102,7 +102,9 @@ def gradients_pile_up(log: RunLog, limits: Limits) -> Finding | None:
     if len(signal) < limits.least_rows or len(noise) < len(signal):
         return None
     ratios = [ours / max(theirs, 1e-30) for ours, theirs in zip(signal.values, noise.values, strict=False)]
-    if not (clear := median(ratios)) > limits.too_clear:
+    parts = float(log.setting("num_mini_batches", 1)) * float(log.setting("gradient_accumulation_steps", 1))
+    completions = float(log.setting("rollout_batch_size", 0)) / parts  # of one gradient: the more, the less noise
+    if not (clear := median(ratios)) > limits.too_clear * max(completions / 32, 1.0):
         return None
     return Finding(
         name="gradients_pile_up",

@@ -71,7 +71,6 @@ NOT_FOR_PPO = {
     "neftune_noise_alpha": "noise in training alone makes another policy than the one that sampled: leave it out",
     "label_smoothing_factor": "PPO has no labels that could be smoothed: leave it out",
     "debug": "what watches every module's output cannot read PPO's: leave it out",
-    "parallelism_config": "the four roles are trained on whole models: leave it out, or use fsdp or deepspeed",
 }
 # Schedules that follow a metric of evaluations.
 BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
@@ -290,6 +289,10 @@ class PPOConfig(BaseConfig):
         for name, why in NOT_FOR_PPO.items():
             if getattr(self, name) and getattr(self, name) != self._usual(name):
                 raise ValueError(f"{name} is {getattr(self, name)!r:.80}, and {why}.")
+        if self.parallelism_config is not None and getattr(self.parallelism_config, "total_size", 2) > 1:
+            raise ValueError(
+                "parallelism_config is set, and the four roles are trained on whole models: leave it out, or use fsdp."
+            )
         if getattr(self.accelerator_config, "dispatch_batches", None):
             raise ValueError(
                 "accelerator_config has dispatch_batches, which sends tensors alone: leave it out, for PPO's rows are "
