@@ -205,10 +205,10 @@ def candidates(root: Explained, run: RunLog | None = None) -> list[dict[str, Any
     offered = [root.finding.remedy.changes, *(suspect.changes for suspect in root.finding.suspects)]
     if root.finding.name == "unusual_settings":
         offered += [root.finding.remedy.changes | one.finding.remedy.changes for one in list(root)[1:]]
+        offered = [{name: value for name, value in changes.items() if name not in LENGTH} for changes in offered]
     if run is not None:
         offered += stand_ins(root.finding.name, run)
         offered += [to_defaults(run)] if root.finding.name in OF_SETTINGS else []
-    offered = [{name: value for name, value in changes.items() if name not in LENGTH} for changes in offered]
     return [changes for i, changes in enumerate(offered) if changes and changes not in offered[:i]]
 
 
