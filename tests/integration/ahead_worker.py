@@ -56,6 +56,7 @@ def main() -> None:
         trained = {name: p.detach().clone() for name, p in trainer.base.named_parameters() if p.requires_grad}
         save_file(trained, Path(out) / "trained.safetensors")
         (Path(out) / "logs.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
+    trainer.accelerator.end_training()  # without it a thread of gloo's may outlive the process, which then aborts
 
 
 if __name__ == "__main__":
