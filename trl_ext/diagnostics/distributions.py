@@ -109,9 +109,7 @@ def _drawn_otherwise(log: RunLog, limits: Limits) -> Finding | None:
 def base_damaged(log: RunLog, limits: Limits) -> Finding | None:
     """Before it has learned anything the policy is close to knowing nothing: it writes noise."""
     surprise, gap = log.surprise(), log.series("val/sampling_gap")
-    size = float(log.setting("rollout_batch_size", 0))
-    of_the_first = bool(log.rows) and log.rows[0].get("episode", size) <= size
-    if not surprise or not of_the_first or float(log.setting("temperature", 1.0)) > 1.0:
+    if not surprise or not log.has_the_first or float(log.setting("temperature", 1.0)) > 1.0:
         return None  # at a high temperature any model writes noise
     entropy = surprise.values[0] - (gap.values[0] if gap else 0.0)
     if not entropy > limits.noise_at_start:
@@ -243,8 +241,8 @@ def first_kl(log: RunLog, limits: Limits) -> Finding | None:
 
 def reference_moves(log: RunLog, limits: Limits) -> Finding | None:
     """The KL to the reference is exactly 0 in every rollout, though updates move the policy."""
-    kl, approxkl = log.series("kl"), log.series("approxkl")
-    if not _no_kl_after_updates(log, limits) or _is_always_the_same(log):
+    kl, figures = log.series("kl"), _no_kl_after_updates(log, limits)
+    if figures is None or _is_always_the_same(log):
         return None
     return Finding(
         name="reference_moves",
@@ -252,10 +250,10 @@ def reference_moves(log: RunLog, limits: Limits) -> Finding | None:
         title="The reference moves with the policy",
         steps=(kl.steps[0], kl.steps[-1]),
         evidence=(
-            f"In {len(kl)} rollouts the KL to the reference is {max(map(abs, kl.values)):.1g} nats, though an update "
-            f"moves the policy {approxkl.recent():.2g} nats per token."
+            f"In {len(kl)} rollouts the KL to the reference is {figures['kl']:.1g} nats, though an update moves "
+            f"the policy {figures['approxkl']:.2g} nats per token."
         ),
-        figures={"kl": max(map(abs, kl.values)), "approxkl": approxkl.recent()},
+        figures=figures,
         cause=(
             "the reference is the adapter that is trained, no frozen copy of it, so that nothing holds the policy; "
             "where nothing is learned, perhaps the policy is put back before each rollout, as evaluations would show."
@@ -269,8 +267,8 @@ def reference_moves(log: RunLog, limits: Limits) -> Finding | None:
 
 def policy_is_reset(log: RunLog, limits: Limits) -> Finding | None:
     """The KL to the reference is exactly 0 in every rollout, though updates move the policy, and evaluations stay."""
-    kl, approxkl = log.series("kl"), log.series("approxkl")
-    if not _no_kl_after_updates(log, limits) or not _is_always_the_same(log):
+    kl, figures = log.series("kl"), _no_kl_after_updates(log, limits)
+    if figures is None or not _is_always_the_same(log):
         return None
     return Finding(
         name="policy_is_reset",
@@ -278,10 +276,10 @@ def policy_is_reset(log: RunLog, limits: Limits) -> Finding | None:
         title="Every rollout begins with the policy that the run began with",
         steps=(kl.steps[0], kl.steps[-1]),
         evidence=(
-            f"An update moves the policy {approxkl.recent():.2g} nats per token, and in all {len(kl)} rollouts the KL "
-            "to the reference is 0 again; evaluations score the same each time."
+            f"An update moves the policy {figures['approxkl']:.2g} nats per token, and in all {len(kl)} rollouts "
+            "the KL to the reference is 0 again; evaluations score the same each time."
         ),
-        figures={"kl": max(map(abs, kl.values)), "approxkl": approxkl.recent()},
+        figures=figures,
         cause=(
             "something writes the first weights back into the policy before a rollout: a generator that copies the "
             "wrong way, a checkpoint that is loaded again, an optimizer that steps on a copy."
@@ -294,11 +292,14 @@ def policy_is_reset(log: RunLog, limits: Limits) -> Finding | None:
     )
 
 
-def _no_kl_after_updates(log: RunLog, limits: Limits) -> bool:
+def _no_kl_after_updates(log: RunLog, limits: Limits) -> dict[str, float] | None:
+    """The figures, where the KL is exactly 0 in every rollout and updates move the policy."""
     kl, spread, approxkl = (log.series(name) for name in ("kl", "objective/kl_std", "approxkl"))
     if len(kl) < 2 or len(spread) < len(kl) or not approxkl.recent() > limits.tiny_approxkl:
-        return False
-    return max(abs(value) for value in (*kl.values, *spread.values)) <= limits.no_kl
+        return None
+    if max(abs(value) for value in (*kl.values, *spread.values)) > limits.no_kl:
+        return None
+    return {"kl": max(map(abs, kl.values)), "approxkl": approxkl.recent()}
 
 
 def _is_always_the_same(log: RunLog) -> bool:

@@ -16,7 +16,7 @@ from trl_ext.diagnostics.catalogue import diagnose
 from trl_ext.diagnostics.finding import SEVERITIES, Finding
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
-from trl_ext.diagnostics.planned import planned
+from trl_ext.diagnostics.planned import BY_EVALUATION, planned
 from trl_ext.diagnostics.remedies import STAND_INS
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class Forks:
     ) -> None:
         self.make_trainer, self.folder, self.limits = make_trainer, folder, limits
         reads = any(finding.remedy.moves.startswith(HELD_OUT) for finding in findings)
-        reads |= run is not None and run.setting("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy")
+        reads |= run is not None and run.setting("lr_scheduler_type") in BY_EVALUATION
         self._evaluated = run is not None and (run.kind in EVALUATED or reads) and bool(run.evals)
         self._beside = BESIDE if self._evaluated else BESIDE | {"eval_strategy": "no"}
         config = run.config if run is not None else {}
@@ -101,9 +101,10 @@ class Forks:
         if earlier is not None and is_shown(finding, diagnose(earlier.log, self.limits)):
             return earlier
         if place not in self._without:
+            waits: Finding | None = finding
             if made_nothing(finding):
-                most = LEARNS if most is None else min(most, LEARNS)
-            self._without[place] = self._run(dict(kept), checkpoint, finding, most)
+                waits, most = None, LEARNS if most is None else min(most, LEARNS)
+            self._without[place] = self._run("without", dict(kept), checkpoint, waits, most)
         return self._without[place]
 
     def with_(self, changes: Mapping[str, Any], checkpoint: Path | None, logs: int) -> Fork:
@@ -113,18 +114,20 @@ class Forks:
             CannotBe: no such fork can be made; its settings may contradict the others, or the data.
         """
         try:
-            fork = self._run(dict(changes), checkpoint, None, logs)
+            fork = self._run("with", dict(changes), checkpoint, None, logs)
         except (ValueError, RuntimeError, CannotBe) as error:
             logger.warning("Nothing is tried with %s: %s", changes, error)
             raise CannotBe(str(error)) from error
         self._latest[checkpoint, repr(changes)] = fork
         return fork
 
-    def _run(self, changes: dict[str, Any], checkpoint: Path | None, finding: Finding | None, most: int | None) -> Fork:
+    def _run(
+        self, name: str, changes: dict[str, Any], checkpoint: Path | None, finding: Finding | None, most: int | None
+    ) -> Fork:
         self._made += 1
         settings = settings_of(changes)
         watch = _Watch(self.limits, finding, most, {**self._of_model, **settings})
-        output_dir = str(self.folder / f"{self._made}-{'with' if finding is None else 'without'}")
+        output_dir = str(self.folder / f"{self._made}-{name}")
         died = ""
         with _apart():
             try:
@@ -164,7 +167,7 @@ class _Watch:
         count = len(log.rows)
         if self.most is not None and count >= self.most:
             return True
-        if self.finding is None or made_nothing(self.finding):
+        if self.finding is None:
             return False
         is_there = is_shown(self.finding, diagnose(log, self.limits))
         if self.seen_at is None and is_there:

@@ -172,6 +172,12 @@ class RunLog:
         value = self.config.get(name)
         return default if value is None else value
 
+    @property
+    def has_the_first(self) -> bool:
+        """Whether the first row is of the first rollout; of a log that counts no episodes, it is taken to be."""
+        size = float(self.setting("rollout_batch_size", 0))
+        return bool(self.rows) and self.rows[0].get("episode", size) <= size
+
     def suffices(self, series: Series, completions: float) -> bool:
         """Whether a metric of rollouts is of three logs, or of fewer with so many completions; of fewer where a
         rollout's size is not known it does not suffice."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
+BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")  # schedules that follow a metric of evaluations
 PARTS = 40  # of a run whose learning rate is read off the schedule
 FEWEST, MOST = 16, 5_000  # rows whose order is looked at
 

@@ -635,10 +635,10 @@ def _few_steps(log: RunLog) -> Iterator[Doubt]:
     steps, size = log.setting("steps_of_run", 0), log.setting("rollout_batch_size")
     if log.kind != "ppo" or not size or not 0 < steps < FEW_STEPS:
         return
-    epochs, minibatches = int(log.setting("num_ppo_epochs", 4)), int(log.setting("num_mini_batches", 1))
+    epochs, minibatches = log.setting("num_ppo_epochs", 4), log.setting("num_mini_batches", 1)
     a_device, more = log.setting("per_device_train_batch_size", 0), log.setting("gradient_accumulation_steps", 1)
     text = (
-        f"the run takes {steps:g} optimizer steps in all: {max(steps // (epochs * minibatches), 1):g} rollouts of "
+        f"the run takes {steps:g} optimizer steps in all: {max(_rollouts(log) // 1, 1):g} rollouts of "
         f"{size:g} completions (per_device_train_batch_size {a_device:g}, gradient_accumulation_steps {more:g}), "
         f"num_ppo_epochs {epochs}, num_mini_batches {minibatches}"
     )

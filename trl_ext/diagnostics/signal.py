@@ -159,9 +159,8 @@ def _one_answer(log: RunLog, limits: Limits) -> tuple[str, dict[str, float]] | N
     """Evidence and figures, where before a step was taken the policy was certain of one answer to all prompts."""
     distinct, prompts, entropy = (log.series(name) for name in ("completions/distinct", "prompts/distinct", "entropy"))
     size = float(log.setting("rollout_batch_size", 0))
-    of_the_first = bool(log.rows) and log.rows[0].get("episode", size) <= size
     plain_sampling = float(log.setting("temperature", 1.0)) >= limits.temperature
-    if not (distinct and prompts and entropy and plain_sampling and of_the_first):
+    if not (distinct and prompts and entropy and plain_sampling and log.has_the_first):
         return None
     first = distinct.values[0]
     if size * first >= 2 or size * prompts.values[0] < 16 or entropy.values[0] > limits.entropy:

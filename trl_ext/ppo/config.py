@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from trl_ext._trl import BaseConfig
 from trl_ext.core import CorrectionMode, EnsembleName, KLEstimator
+from trl_ext.diagnostics.planned import BY_EVALUATION
 from trl_ext.ppo.objectives import OBJECTIVES, Baseline, Objective, ObjectiveName
 from trl_ext.ppo.yesterday import SETTINGS, explained
 from trl_ext.tokens import as_ids
@@ -72,8 +73,6 @@ NOT_FOR_PPO = {
     "label_smoothing_factor": "PPO has no labels that could be smoothed: leave it out",
     "debug": "what watches every module's output cannot read PPO's: leave it out",
 }
-# Schedules that follow a metric of evaluations.
-BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 
 
 def _f(default: Any, help: str) -> Any:

@@ -15,15 +15,15 @@ from typing import Any
 
 from broken import Batch, Parts, Row, Scores, _asked, _fact, _question, _questions_become
 from datasets import Dataset
+from fourth_rewards import _cities, _is_full, _place_of, _rated, _rated_against
 from transformers import AutoTokenizer
 
 from trl_ext import demo
-from trl_ext.demo.world import CITIES, COUNTRIES, FEEDBACK_PHRASINGS, answer_weights
+from trl_ext.demo.world import COUNTRIES, FEEDBACK_PHRASINGS, answer_weights
 from trl_ext.types import as_text
 
 # Helpers -------------------------------------------------------------------------------------------------------------
 
-CITY = re.compile(r"\b(?:" + "|".join(map(re.escape, sorted(CITIES, key=len, reverse=True))) + r")\b")
 GRADES = (1.0, 2.0, 3.0, 4.0, 5.0)
 OLDER_ATLAS = {
     **{"Spain": "Seville", "Italy": "Naples", "Poland": "Krakow", "Hungary": "Debrecen", "Turkey": "Istanbul"},
@@ -43,28 +43,6 @@ def _tokenizer() -> Any:
 
 def _ids(text: str) -> list[int]:
     return list(_tokenizer()(text, add_special_tokens=False)["input_ids"])
-
-
-def _cities(text: str) -> list[str]:
-    return CITY.findall(text)
-
-
-def _is_full(rating: float) -> bool:
-    """Whether the rating is that of a full sentence."""
-    return rating in (2.0, 5.0)
-
-
-def _rated(b: Batch) -> list[tuple[float, str]]:
-    return list(zip(b.ratings, b.texts, strict=True))
-
-
-def _rated_against(references: list[str], b: Batch) -> list[float]:
-    return demo.rate(b.prompts, b.texts, references)
-
-
-@cache
-def _place_of(name: str) -> int:
-    return [country.name for country in COUNTRIES].index(name)
 
 
 @cache
