@@ -163,6 +163,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("auto_find_batch_size", True, "auto_find_batch_size would change"),
     ("neftune_noise_alpha", 5.0, "neftune_noise_alpha is 5.0, and noise in training alone"),
     ("label_smoothing_factor", 0.1, "label_smoothing_factor is 0.1, and PPO has no labels"),
+    *(("train_sampling_strategy", value, f"train_sampling_strategy is '{value}', and prompts come in the order that ")
+      for value in ("sequential", "group_by_length")),
     ("debug", "underflow_overflow", "debug is [<DebugOption.UNDERFLOW_OVERFLOW"),
     ("parallelism_config", {"tp_size": 2}, "parallelism_config is set, and the four roles"),
     ("accelerator_config", {"dispatch_batches": True}, "accelerator_config has dispatch_batches"),

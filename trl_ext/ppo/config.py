@@ -71,6 +71,7 @@ NOT_THE_TEMPLATES = {
 NOT_FOR_PPO = {
     "neftune_noise_alpha": "noise in training alone makes another policy than the one that sampled: leave it out",
     "label_smoothing_factor": "PPO has no labels that could be smoothed: leave it out",
+    "train_sampling_strategy": "prompts come in the order that shuffle_dataset sets: leave it out",
     "debug": "what watches every module's output cannot read PPO's: leave it out",
 }
 
