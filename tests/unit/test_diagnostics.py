@@ -251,6 +251,11 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("reference_moves", {"objective/kl": 1e-4}, {}),
     ("reference_moves", {"objective/kl_std": 1e-4}, {}),
     ("reference_moves", {"policy/approxkl_avg": 1e-8}, {}),  # neither moves
+    (
+        "reference_moves",
+        {"eval_objective/scores": lambda t: 0.1, "eval_objective/scores_std": 1.0},
+        {},
+    ),  # that is policy_is_reset
     ("base_damaged", {"objective/entropy": 30.0}, {}),
     ("base_damaged", {"val/sampling_gap": 5.0}, {}),  # what was drawn surprises, and the policy is no noise
     ("base_damaged", {"episode": lambda t: 128 + 960 * t}, {}),  # a log of later rollouts

@@ -257,6 +257,36 @@ def test_our_own_settings_are_usual(tmp_path: Path) -> None:
         assert doubts(log, Limits()) == []
 
 
+@pytest.mark.parametrize(
+    ("given", "steps", "changes"),
+    [
+        ({"num_ppo_epochs": 1, "num_mini_batches": 4, "objective": "clip"}, 24, {"num_ppo_epochs": 4}),
+        ({"num_ppo_epochs": 1, "objective": "reinforce", "total_episodes": 640}, 10, {"total_episodes": 2560}),
+        ({"num_ppo_epochs": 1, "objective": "Mine", "max_steps": 10}, 10, {"max_steps": 40}),
+        ({"num_ppo_epochs": 4, "num_mini_batches": 2, "total_episodes": 256}, 32, {"total_episodes": 512}),
+        ({"num_ppo_epochs": 4, "max_steps": 12}, 12, {"max_steps": 48}),
+        ({"num_ppo_epochs": 4, "num_train_epochs": 3.0}, 12, {"num_train_epochs": 12}),
+        ({"num_ppo_epochs": 4, "num_mini_batches": 2}, 40, None),
+    ],
+)
+def test_a_run_of_few_steps_is_told_once_before_it_begins_and_when_it_has_learned(
+    given: dict[str, Any], steps: int, changes: dict[str, int] | None
+) -> None:
+    known = {"rollout_batch_size": 64, "per_device_train_batch_size": 64, "steps_of_run": steps, **given}
+    for rows_ in ([], log_with({}).rows):
+        found = [one for one in diagnose(RunLog("ppo", rows_, config={**known})) if one.name == "unusual_settings"]
+        assert [one.remedy.changes for one in found] == ([changes] if changes else [])
+        assert all(f"{steps} optimizer steps in all" in one.evidence and ";" not in one.evidence for one in found)
+        assert all(one.severity == "warning" for one in found)
+
+
+@pytest.mark.parametrize(("objective", "changes"), [("clip", {"num_ppo_epochs": 4}), ("reinforce", {}), ("Mine", {})])
+def test_epochs_are_proposed_where_the_objective_takes_them(objective: str, changes: dict[str, int]) -> None:
+    given = {"objective": objective, "num_ppo_epochs": 1, "num_mini_batches": 4, "max_steps": -1, "steps_of_run": 64}
+    (found,) = [one for one in diagnose(log_with(STILL, **given)) if one.name == "unusual_settings"]
+    assert "num_ppo_epochs is 1, which makes 64 optimizer steps" in found.evidence and found.remedy.changes == changes
+
+
 PAGE = Path(__file__).parents[2] / "docs" / "diagnostics" / "unusual_settings.md"
 START, END = "<!-- ranges: begin -->", "<!-- ranges: end -->"
 
@@ -280,26 +310,3 @@ def test_the_page_lists_the_ranges() -> None:
 if __name__ == "__main__":
     before, rest = PAGE.read_text(encoding="utf-8").split(START)
     PAGE.write_text(f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}", encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    ("given", "steps", "changes"),
-    [
-        ({"num_ppo_epochs": 1, "num_mini_batches": 4, "objective": "clip"}, 24, {"num_ppo_epochs": 4}),
-        ({"num_ppo_epochs": 1, "objective": "reinforce", "total_episodes": 640}, 10, {"total_episodes": 2560}),
-        ({"num_ppo_epochs": 1, "objective": "Mine", "max_steps": 10}, 10, {"max_steps": 40}),
-        ({"num_ppo_epochs": 4, "num_mini_batches": 2, "total_episodes": 256}, 32, {"total_episodes": 512}),
-        ({"num_ppo_epochs": 4, "max_steps": 12}, 12, {"max_steps": 48}),
-        ({"num_ppo_epochs": 4, "num_train_epochs": 3.0}, 12, {"num_train_epochs": 12}),
-        ({"num_ppo_epochs": 4, "num_mini_batches": 2}, 40, None),
-    ],
-)
-def test_a_run_of_few_steps_is_told_once_before_it_begins_and_when_it_has_learned(
-    given: dict[str, Any], steps: int, changes: dict[str, int] | None
-) -> None:
-    known = {"rollout_batch_size": 64, "per_device_train_batch_size": 64, "steps_of_run": steps, **given}
-    for rows_ in ([], log_with({}).rows):
-        found = [one for one in diagnose(RunLog("ppo", rows_, config={**known})) if one.name == "unusual_settings"]
-        assert [one.remedy.changes for one in found] == ([changes] if changes else [])
-        assert all(f"{steps} optimizer steps in all" in one.evidence and ";" not in one.evidence for one in found)
-        assert all(one.severity == "warning" for one in found)

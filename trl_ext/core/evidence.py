@@ -32,10 +32,9 @@ def missed_share(verdicts: Tensor, scores: Tensor, least: int = 3) -> float:
 
         best = {i: v_i >= Q_{3/4}(v)},   missed = mean_{i in best} [s_i <= mean_{j not in best} s_j]
 
-    Where verdicts that are the same make more than a quarter of it, the best are those above them, if there are; none
-    has the lowest verdict. Of a score that fewer earn than that, as many are the best as earn it. A correlation hardly
-    sees scores that are wrong for a few prompts alone. Of two normal variables with a correlation of 0.9 this is below
-    0.01, of 0.75 about 0.04, of independent ones 1/2.
+    None of the best has the lowest verdict. Of a score that fewer earn than that, as many are the best as earn it. A
+    correlation hardly sees scores that are wrong for a few prompts alone. Of two normal variables with a correlation of
+    0.9 this is below 0.01, of 0.75 about 0.04, of independent ones 1/2.
 
     Args:
         verdicts, scores: (rows,), NaN where there is none.
@@ -45,9 +44,7 @@ def missed_share(verdicts: Tensor, scores: Tensor, least: int = 3) -> float:
     verdicts, scores = verdicts[both].double(), scores[both].double()
     if not len(verdicts):
         return math.nan
-    upper = verdicts.quantile(0.75)
-    above = verdicts > upper
-    best = above if int(above.sum()) >= least else (verdicts >= upper) & (verdicts > verdicts.min())
+    best = (verdicts >= verdicts.quantile(0.75)) & (verdicts > verdicts.min())
     if not least <= int(best.sum()) <= len(verdicts) - least:
         return math.nan
     earned = max(int((scores > scores[~best].mean()).sum()), least)

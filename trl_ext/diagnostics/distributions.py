@@ -119,7 +119,7 @@ def base_damaged(log: RunLog, limits: Limits) -> Finding | None:
         severity="problem",
         title="The model writes noise from the start",
         steps=(surprise.steps[0], surprise.steps[0]),
-        evidence=f"In the first rollout a token has {entropy:.2g} nats of entropy; language models have 1 to 3.",
+        evidence=f"In the first rollout a token has {entropy:.2g} nats of entropy; language models have about 2.5.",
         figures={"entropy": entropy},
         cause=(
             "a base that is not what its files hold: weights that were missing and drawn anew (Transformers says so "
