@@ -74,6 +74,11 @@ def test_nothing_is_said_of_variance_without_repeats_or_with_one_prompt(groups: 
     assert evidence.variance_components(torch.tensor([1.0, 2.0, 4.0]), torch.tensor(groups)) == (0.0, 0.0, 0)
 
 
+def test_the_share_of_the_most_common_value() -> None:
+    values = torch.tensor([1.0, 0.3, 0.1 + 0.2, math.nan, 2.0])  # rounding makes no other value
+    assert evidence.alike(values) == 0.5 and evidence.alike(values[3:4]) == 0.0
+
+
 def test_noise_share_by_hand() -> None:
     """Differences 2, 0 and one that is missing: (4 + 0) / 2 / 2 = 1, of a variance of 5."""
     first, again = torch.tensor([1.0, 4.0, math.nan]), torch.tensor([3.0, 4.0, 2.0])

@@ -654,7 +654,60 @@ def test_a_remedy_never_weakens_what_is_there(name: str, config: dict[str, Any],
     sick = {**SICK[name], **({"objective/kl_coef": 0.4} if name == "kl_runs_away" else {})}
     log = RunLog.of(rows(**{**HEALTHY, **sick}), {**CONFIG, **config})
     (finding,) = [finding for finding in diagnose(log) if finding.name == name]
-    assert {key: finding.remedy.changes[key] for key in changes} == changes
+    proposed = {**finding.remedy.changes, **{k: v for one in finding.suspects for k, v in one.changes.items()}}
+    assert {key: proposed[key] for key in changes} == changes
+
+
+FLAT = {"objective/scores": lambda t: 0.5 + 0.05 * math.sin(40 * t)}
+
+
+@pytest.mark.parametrize("name", ["kl_runs_away", "entropy_collapse", "mode_collapse", "repetition_exploitation"])
+def test_what_the_score_does_not_pay_for_has_no_known_cause(name: str) -> None:
+    """Where the score has not risen, it is not what the policy follows: the likeliest causes are named, each with what
+    would show it, and no setting is proposed as the cure."""
+    paid, unpaid = (found_in(name, {**HEALTHY, **SICK[name], **score}) for score in ({}, FLAT))
+    assert not paid.suspects and "cannot tell" not in paid.cause
+    assert "I cannot tell" in unpaid.cause and not unpaid.remedy.changes and unpaid.severity == "problem"
+    assert [set(one.changes) for one in unpaid.suspects] == [{"learning_rate"}, {"kl_coef"}, set()]
+
+
+def test_a_score_that_looks_at_the_prompt_does_not_explain_one_completion_for_all() -> None:
+    looks, blind = (
+        found_in("mode_collapse", {**HEALTHY, **SICK["mode_collapse"], "evidence/score/moved_by_prompt": moved})
+        for moved in (0.9, 0.001)
+    )
+    assert looks.suspects and "looks at the prompt" in looks.cause and not blind.suspects
+
+
+@pytest.mark.parametrize(
+    ("cut", "score", "suspects"),
+    [
+        (0.9, {}, 3),  # from the start: the limit, the EOS, the prompts
+        (lambda t: t, FLAT, 4),  # later, and nothing is gained by it: the limit, and what moves the policy
+        (lambda t: t, {}, 0),  # the score rises with it
+        (lambda t: 0.9 * (1 - t), {}, 0),  # it has learned to end: the limit was too short
+    ],
+)
+def test_why_completions_are_cut(cut: Any, score: dict[str, Any], suspects: int) -> None:
+    finding = found_in("truncation", {**HEALTHY, "completions/clipped_ratio": cut, **score})
+    assert len(finding.suspects) == suspects and bool(finding.remedy.changes) == (not suspects)
+    longer = finding.suspects[0].changes if suspects else finding.remedy.changes
+    assert longer["max_completion_length"] == 32
+
+
+@pytest.mark.parametrize("name", ["constant_scores", "scores_alike"])
+def test_a_score_is_right_to_be_one_where_what_is_written_is_of_one_worth(name: str) -> None:
+    """Where a yardstick sees differences, the score is to blame; where it sees none, the log does not say what is."""
+    differ, one = (
+        found_in(name, {**HEALTHY, **SICK[name], "one_verdict/exact": lambda t, s=share: s}) for share in (0.4, 0.95)
+    )
+    assert not differ.suspects and "cannot tell" not in differ.cause
+    assert "I cannot tell: yardstick exact says the same of 95%" in one.cause and len(one.suspects) == 2
+
+
+def found_in(name: str, metrics: dict[str, Any]) -> Finding:
+    (finding,) = [finding for finding in diagnose(RunLog.of(rows(**metrics), CONFIG)) if finding.name == name]
+    return finding
 
 
 def test_the_coefficient_in_force_is_known_without_being_logged() -> None:

@@ -20,11 +20,11 @@ from transformers import TrainerState
 
 from trl_ext.callbacks.rollout import RolloutCallback
 from trl_ext.core import masked_sum
-from trl_ext.core.evidence import correlation, missed_share
+from trl_ext.core.evidence import alike, correlation, missed_share
 from trl_ext.diagnostics import Edge, Finding, Limits, Rule, RunLog, Sample, diagnose
 from trl_ext.diagnostics.forks import scale_learning_rate
 from trl_ext.diagnostics.graph import cause_of
-from trl_ext.diagnostics.log import AGREEMENT, MISSED, SHIFTED
+from trl_ext.diagnostics.log import AGREEMENT, MISSED, ONE_VERDICT, SHIFTED
 from trl_ext.diagnostics.planned import planned
 from trl_ext.types import Experience, as_text
 
@@ -58,7 +58,8 @@ class DiagnosticsCallback(RolloutCallback):
             the one that is trained on, exact grading, or people's verdicts. Our PPOTrainer calls it with `prompts`,
             `completions` and `completion_ids` of every rollout and of every evaluation, and logs its mean as
             `yardstick/<name>`, its correlation with the score as `agreement/<name>`, and of the completions that it
-            likes best the share that scores low as `missed/<name>`.
+            likes best the share that scores low as `missed/<name>`, and that with its most common verdict as
+            `one_verdict/<name>`.
         limits: thresholds; None: the documented ones.
         rules: None: the catalogue's.
         samples: completions of each rollout to keep for findings and reports.
@@ -182,8 +183,8 @@ class DiagnosticsCallback(RolloutCallback):
         self._write(args, state)
 
     def _judged(self, experience: Experience, among_others: bool = False) -> dict[str, float]:
-        """The yardstick's mean over a rollout, its correlation with the score, and the share of what it likes best that
-        scores low, where they are finite; nothing without a yardstick.
+        """The yardstick's mean over a rollout, its correlation with the score, the share of what it likes best that
+        scores low, and the share of its most common verdict, where they are finite; nothing without a yardstick.
 
         Args:
             among_others: also the highest correlation that scores have with the verdicts on rows some places above.
@@ -205,6 +206,7 @@ class DiagnosticsCallback(RolloutCallback):
             f"yardstick/{name}": float(judged.nanmean()),
             f"{AGREEMENT}{name}": correlation(judged, scores),
             f"{MISSED}{name}": missed_share(judged, scores),
+            f"{ONE_VERDICT}{name}": alike(judged),
         }
         if among_others:
             shifted = [correlation(judged.roll(places), scores) for places in range(1, min(len(scores), PLACES + 1))]

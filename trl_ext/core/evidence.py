@@ -4,6 +4,7 @@ the reach of credit, rounding. Statistics of few rows, each beside its equation 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -25,6 +26,16 @@ def correlation(x: Tensor, y: Tensor, least: int = 3, undefined: float = math.na
     if both.shape[1] < least or bool((both.std(dim=1) == 0).any()):
         return undefined
     return float(torch.corrcoef(both)[0, 1])
+
+
+def alike(values: Tensor) -> float:
+    """The share of the most common value, to six digits; 0 where there is none.
+
+    Args:
+        values: (rows,), NaN where there is none.
+    """
+    counts = Counter(f"{value:.6g}" for value in values[~values.isnan()].tolist())
+    return max(counts.values(), default=0) / max(counts.total(), 1)
 
 
 def missed_share(verdicts: Tensor, scores: Tensor, least: int = 3) -> float:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from trl_ext.diagnostics.finding import Finding, Remedy, Suspect
+from trl_ext.diagnostics.finding import CANNOT_TELL, TRY_EACH, Finding, Remedy, Suspect
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
-from trl_ext.diagnostics.updates import lower_rate
+from trl_ext.diagnostics.updates import GONE, large_steps, lower_rate
 
 # Sampling from the plain softmax: of all sampling settings, PPO's log-probabilities know the temperature alone.
 PLAIN_SAMPLING = {"top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None}
@@ -329,6 +329,24 @@ def weaker(log: RunLog) -> dict[str, float]:
     return {_field(log): float(f"{now / 4:.1g}")} if now else {}
 
 
+def pays(log: RunLog, limits: Limits) -> bool:
+    """Whether the score is higher than at the start: only then can it be what the policy follows."""
+    return log.series("score").rise()[1] > limits.noticeable
+
+
+def movers(log: RunLog, limits: Limits) -> tuple[Suspect, ...]:
+    """What may have moved the policy to where the score is no higher."""
+    penalty = stronger(log, limits)
+    return (
+        large_steps(log),
+        *([Suspect(cause="the KL penalty is too weak", experiment=GONE, changes=penalty)] if penalty else []),
+        Suspect(
+            cause="something else moves it than the loss: gradients that are kept, a callback, a generator that writes",
+            experiment="compare the weights before and after what is no optimizer step.",
+        ),
+    )
+
+
 def coefficient_now(log: RunLog) -> float:
     """The coefficient of the KL penalty as last logged, else as set."""
     now = log.series("kl_coef").recent()
@@ -359,6 +377,7 @@ def kl_runs_away(log: RunLog, limits: Limits) -> Finding | None:
     if min(kl.recent(), kl.lasting()) < limits.kl_per_token * tokens or kl.recent() < kl.start():
         return None
     under = f" with kl_coef {coefficient.recent():.3g}" if coefficient else ""
+    follows = pays(log, limits)
     return Finding(
         name="kl_runs_away",
         severity="problem",
@@ -369,9 +388,14 @@ def kl_runs_away(log: RunLog, limits: Limits) -> Finding | None:
             f"{kl.recent() / tokens:.2f} a token{under}."
         ),
         figures={"kl": kl.recent(), "kl_per_token": kl.recent() / tokens},
-        cause="the penalty is too weak for the scale of the scores, so the policy follows the score wherever it goes.",
-        remedy=_coefficient(stronger(log, limits)),
+        cause=(
+            "the penalty is too weak for the scale of the scores, so the policy follows the score wherever it goes."
+            if follows
+            else f"{CANNOT_TELL}: the score has not risen, so it is not what the policy follows."
+        ),
+        remedy=_coefficient(stronger(log, limits)) if follows else TRY_EACH,
         samples=log.last_samples(),
+        suspects=() if follows else movers(log, limits),
     )
 
 
@@ -409,6 +433,7 @@ def entropy_collapse(log: RunLog, limits: Limits) -> Finding | None:
     temperature = float(log.setting("temperature", 1.0))
     sharp = temperature < limits.temperature
     slower, bonus = lower_rate(log, 3), max(0.01, 2 * float(log.setting("entropy_coef", 0.0)))
+    known = sharp or pays(log, limits)
     return Finding(
         name="entropy_collapse",
         severity="problem",
@@ -424,6 +449,8 @@ def entropy_collapse(log: RunLog, limits: Limits) -> Finding | None:
             "completions."
             if sharp
             else "too large steps, or too weak a KL penalty, let the policy settle on what it happened to try first."
+            if known
+            else f"{CANNOT_TELL}: the score has not risen, so it is not what the policy follows."
         ),
         remedy=(
             Remedy(
@@ -435,8 +462,11 @@ def entropy_collapse(log: RunLog, limits: Limits) -> Finding | None:
                 text="Smaller steps, a stronger KL penalty, or an entropy bonus.",
                 changes={**slower, "entropy_coef": bonus} if log.kind != "online" else slower,
             )
+            if known
+            else TRY_EACH
         ),
         samples=log.last_samples(),
+        suspects=() if known else movers(log, limits),
     )
 
 
@@ -464,20 +494,16 @@ def entropy_rises(log: RunLog, limits: Limits) -> Finding | None:
             f"the entropy bonus: entropy_coef is {bonus:g}"
             f"{f', and its gradient {pulls:.2g} beside {score:.2g} of the score' if pulls >= score else ''}."
             if by_bonus
-            else "I cannot tell: no bonus asks for it."
+            else f"{CANNOT_TELL}: no bonus asks for it."
         ),
         remedy=Remedy(text="Weigh the bonus far less, or leave it out.", changes={"entropy_coef": 0.0})
         if by_bonus
-        else Remedy(text="Try these, one at a time: each tells one cause from the others."),
+        else TRY_EACH,
         samples=log.last_samples(),
         suspects=()
         if by_bonus
         else (
-            Suspect(
-                cause="steps are too large, or too many are taken on one rollout",
-                experiment="the entropy stays if this is it.",
-                changes=lower_rate(log, 10),
-            ),
+            large_steps(log),
             Suspect(
                 cause="the score is noise, or falls for everything that the policy knows",
                 experiment="read the completions with the highest scores, and score them twice.",

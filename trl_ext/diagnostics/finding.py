@@ -60,6 +60,11 @@ class Suspect:
         return f"{self.cause}: {f'with {settings}, ' if settings else ''}{self.experiment}"
 
 
+# Where the log does not show the cause: how that is said, and the remedy in the place of one.
+CANNOT_TELL = "I cannot tell"
+TRY_EACH = Remedy(text="Try these, one at a time: each tells one cause from the others.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """A problem, named.

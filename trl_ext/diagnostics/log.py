@@ -27,6 +27,7 @@ LOGGED_NAMES: dict[str, tuple[str, ...]] = {
 
 AGREEMENT = "agreement/"  # of the score with a yardstick, by its name
 SHIFTED = "agreement_shifted/"  # of the score with its verdicts on rows some places away, the highest
+ONE_VERDICT = "one_verdict/"  # of the completions the share with a yardstick's most common verdict, by its name
 MISSED = "missed/"  # of the completions that a yardstick likes best the share that scores low, by its name
 
 

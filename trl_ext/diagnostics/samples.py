@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from trl_ext.diagnostics.distributions import stronger, weaker
-from trl_ext.diagnostics.finding import Finding, Remedy, Suspect
+from trl_ext.diagnostics.distributions import movers, pays, stronger, weaker
+from trl_ext.diagnostics.finding import CANNOT_TELL, TRY_EACH, Finding, Remedy, Suspect
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
 
@@ -15,8 +15,10 @@ def truncation(log: RunLog, limits: Limits) -> Finding | None:
     cut = log.series("truncated")
     if not log.suffices(cut, limits.enough) or not max(cut.recent(3), cut.start()) >= limits.truncated:
         return None
+    now, from_the_start = cut.recent(3) >= limits.truncated, cut.values[0] >= limits.truncated
     longest, penalty = log.setting("max_completion_length"), float(log.setting("missing_eos_penalty", 0.0))
-    now = cut.recent(3) >= limits.truncated
+    longer = {"max_completion_length": 2 * int(longest), "missing_eos_penalty": max(1.0, penalty)} if longest else {}
+    grown = now and not from_the_start and pays(log, limits)
     return Finding(
         name="truncation",
         severity="problem" if now else "warning",
@@ -27,18 +29,45 @@ def truncation(log: RunLog, limits: Limits) -> Finding | None:
             f"without EOS; {cut.start():.0%} did at the start."
         ),
         figures={"truncated": cut.recent(3), "start": cut.start()},
-        from_the_start=cut.values[0] >= limits.truncated,
-        cause="too short a limit, a reward for length, or a model that was never taught to stop."
-        if now
-        else "too short a limit for what the policy had to say, so that it learned to say less.",
-        remedy=Remedy(
-            text="Raise the limit, and take a penalty off the score of a completion that was cut.",
-            changes={"max_completion_length": 2 * int(longest), "missing_eos_penalty": max(1.0, penalty)}
-            if longest
-            else {},
+        from_the_start=from_the_start,
+        cause=(
+            "too short a limit for what the policy had to say, so that it learned to say less."
+            if not now
+            else "a reward for length, or for what has no end."
+            if grown
+            else f"{CANNOT_TELL} from the log alone."
         ),
+        remedy=Remedy(
+            text="Raise the limit, and take a penalty off the score of a completion that was cut.", changes=longer
+        )
+        if grown or not now
+        else TRY_EACH,
         samples=log.last_samples(),
+        suspects=()
+        if grown or not now
+        else (
+            Suspect(
+                cause="the limit is too short for what there is to say",
+                experiment="far fewer are cut if this is it.",
+                changes=longer,
+            ),
+            *(_NEVER_ENDS if from_the_start else movers(log, limits)),
+        ),
     )
+
+
+# What the model makes of its prompts, or is, where what it writes is no answer.
+UNREAD = Suspect(
+    cause="prompts are not written as the model was taught to read them, or its weights are not what its files hold",
+    experiment="the base alone, by Transformers' generate and its own template, answers well if this is it.",
+)
+_NEVER_ENDS = (
+    Suspect(
+        cause="the model was not taught to end, or generation waits for another EOS than it writes",
+        experiment="compare the ids in which its answers end with those that generation waits for.",
+    ),
+    UNREAD,
+)
 
 
 def length_exploitation(log: RunLog, limits: Limits) -> Finding | None:
@@ -94,7 +123,7 @@ def completions_shrink(log: RunLog, limits: Limits) -> Finding | None:
         cause=(
             "a score that is higher for shorter completions: a sum of penalties, each of which needs something written."
             if rewarded
-            else "I cannot tell: the score does not rise, and is not seen to favour short completions."
+            else f"{CANNOT_TELL}: the score does not rise, and is not seen to favour short completions."
         ),
         remedy=Remedy(
             text="Score an empty completion and a good one, and let the empty one be worse.",
@@ -145,12 +174,19 @@ def repetition_exploitation(log: RunLog, limits: Limits) -> Finding | None:
             "start."
         ),
         figures={"repetition": repeated.recent(3), "start": repeated.start()},
-        cause="a reward that counts something that a completion can repeat.",
+        cause=(
+            "a reward that counts something that a completion can repeat."
+            if pays(log, limits)
+            else f"{CANNOT_TELL}: the score has not risen by it."
+        ),
         remedy=Remedy(
             text="Add a penalty on repetition, or count each thing once.",
             code="reward_funcs=[..., trl_ext.rewards.texts.repetition_penalty()]",
-        ),
+        )
+        if pays(log, limits)
+        else TRY_EACH,
         samples=log.last_samples(),
+        suspects=() if pays(log, limits) else movers(log, limits),
     )
 
 
@@ -162,6 +198,8 @@ def mode_collapse(log: RunLog, limits: Limits) -> Finding | None:
     share = distinct.recent(3) / max(prompts.recent(3), 1e-6)
     if share > limits.distinct or distinct.recent(3) > 0.5 * distinct.start():
         return None
+    looks = log.series("evidence/score/moved_by_prompt").start() > limits.within_prompt
+    earned = pays(log, limits) and not looks
     return Finding(
         name="mode_collapse",
         severity="problem",
@@ -169,12 +207,19 @@ def mode_collapse(log: RunLog, limits: Limits) -> Finding | None:
         steps=(distinct.steps[0], distinct.steps[-1]),
         evidence=f"{distinct.recent(3):.0%} of the completions are distinct, {distinct.start():.0%} were at the start.",
         figures={"distinct": distinct.recent(3), "start": distinct.start()},
-        cause="a reward that does not look at the prompt, and too weak a KL penalty.",
+        cause=(
+            "a reward that does not look at the prompt, and too weak a KL penalty."
+            if earned
+            else f"{CANNOT_TELL}: {'the score looks at the prompt' if looks else 'the score has not risen by it'}."
+        ),
         remedy=Remedy(
             text="Let the reward look at the prompt, and hold the policy nearer to the reference.",
             changes=stronger(log, limits),
-        ),
+        )
+        if earned
+        else TRY_EACH,
         samples=log.last_samples(),
+        suspects=() if earned else movers(log, limits),
     )
 
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 from statistics import fmean
 
 from trl_ext.diagnostics.distributions import stronger, weaker
-from trl_ext.diagnostics.finding import Finding, Remedy, Suspect
+from trl_ext.diagnostics.finding import CANNOT_TELL, TRY_EACH, Finding, Remedy, Suspect
 from trl_ext.diagnostics.limits import Limits
-from trl_ext.diagnostics.log import AGREEMENT, MISSED, SHIFTED, RunLog, Series
+from trl_ext.diagnostics.log import AGREEMENT, MISSED, ONE_VERDICT, SHIFTED, RunLog, Series
+from trl_ext.diagnostics.samples import UNREAD
 from trl_ext.diagnostics.signal import differs_by, noise_of
 from trl_ext.diagnostics.updates import lower_rate
 
@@ -21,6 +22,7 @@ def constant_scores(log: RunLog, limits: Limits) -> Finding | None:
         return None
     if not spread.recent(3) <= 1e-4 * max(abs(score.recent(3)), 1e-2):
         return None
+    worth = _of_one_worth(log, limits, slice(-3, None))
     return Finding(
         name="constant_scores",
         severity="problem",
@@ -33,13 +35,34 @@ def constant_scores(log: RunLog, limits: Limits) -> Finding | None:
         cause=(
             "a reward function that never matches, reads the wrong column, or is clipped to a constant; or a policy "
             "that gives one completion."
+            if worth is None
+            else f"{CANNOT_TELL}: {worth}."
         ),
         remedy=Remedy(
             text="Score a few of the completions by hand.",
             code="print(reward_func(prompts=prompts, completions=completions))",
         ),
         samples=log.last_samples(),
+        suspects=() if worth is None else _OF_ONE_WORTH,
     )
+
+
+def _of_one_worth(log: RunLog, limits: Limits, rows: slice) -> str | None:
+    """What a yardstick says that finds nearly all completions of some rollouts alike: then the score is right to."""
+    for name in log.names(ONE_VERDICT):
+        shares = log.series(f"{ONE_VERDICT}{name}").values[rows]
+        if shares and fmean(shares) >= limits.alike:
+            return f"yardstick {name} says the same of {fmean(shares):.0%} of the completions, too"
+    return None
+
+
+_OF_ONE_WORTH = (
+    UNREAD,
+    Suspect(
+        cause="the prompts are too hard for the model as it is, or too easy",
+        experiment="with easier or harder ones, several completions of a prompt differ in score if this is it.",
+    ),
+)
 
 
 def no_progress(log: RunLog, limits: Limits) -> Finding | None:
@@ -60,8 +83,8 @@ def no_progress(log: RunLog, limits: Limits) -> Finding | None:
             f"its best is no more than chance makes. The KL is {kl.recent():.2g} nats per completion."
         ),
         figures={"score": score.recent(), "start": score.start(4), "best": score.best(), "kl": kl.recent()},
-        cause="I cannot tell from the log alone.",
-        remedy=Remedy(text="Try these, one at a time: each tells one cause from the others."),
+        cause=f"{CANNOT_TELL} from the log alone.",
+        remedy=TRY_EACH,
         samples=log.last_samples(),
         suspects=(
             Suspect(
@@ -444,6 +467,7 @@ def scores_alike(log: RunLog, limits: Limits) -> Finding | None:
         return None
     if not limits.alike <= alike.start() or spread.start() == 0.0:
         return None
+    worth = _of_one_worth(log, limits, slice(3))
     return Finding(
         name="scores_alike",
         severity="warning" if log.series("score").ever_rose(limits.noticeable) else "problem",
@@ -456,6 +480,8 @@ def scores_alike(log: RunLog, limits: Limits) -> Finding | None:
         cause=(
             "a reward that hardly any completion earns, or nearly every one; or scores that are cut to one end of "
             "their range."
+            if worth is None
+            else f"{CANNOT_TELL}: {worth}."
         ),
         remedy=Remedy(
             text=(
@@ -465,6 +491,7 @@ def scores_alike(log: RunLog, limits: Limits) -> Finding | None:
             code="print(collections.Counter(reward_func(prompts=prompts, completions=completions)))",
         ),
         samples=log.last_samples(),
+        suspects=() if worth is None else _OF_ONE_WORTH,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from trl_ext.diagnostics.finding import Finding, Remedy, Suspect
+from trl_ext.diagnostics.finding import CANNOT_TELL, TRY_EACH, Finding, Remedy, Suspect
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog, Series
 from trl_ext.diagnostics.remedies import value_weight_is_idle
@@ -191,7 +191,7 @@ def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
             f"rate {rate:.1g})."
         ),
         figures={"learning_rate": rate, **({"approxkl": moved} if known else {"kl": log.series("kl").recent()})},
-        cause=cause or "I cannot tell: the learning rate is not small.",
+        cause=cause or f"{CANNOT_TELL}: the learning rate is not small.",
         remedy=Remedy(text="Take larger steps, or more of them.", changes=more)
         if more
         else Remedy(
@@ -433,8 +433,8 @@ def _why_values_do_not_learn(log: RunLog, limits: Limits) -> dict[str, Any]:
         experiment="score the same completions twice: what differs no value role can learn.",
     )
     return {
-        "cause": "I cannot tell: its gradient is not small, and scores are within its reach.",
-        "remedy": Remedy(text="Try these, one at a time: each tells one cause from the others."),
+        "cause": f"{CANNOT_TELL}: its gradient is not small, and scores are within its reach.",
+        "remedy": TRY_EACH,
         "suspects": (
             *([] if repeats else [unpredictable]),
             Suspect(
@@ -533,6 +533,18 @@ def lower_rate(log: RunLog, times: float) -> dict[str, float]:
     """A lower learning rate, and one that LoRA can take."""
     rate = log.setting("learning_rate")
     return {"learning_rate": float(f"{min(float(rate) / times, 1e-3):.1g}")} if rate else {}
+
+
+GONE = "it does not come back if this is it."
+
+
+def large_steps(log: RunLog) -> Suspect:
+    """That steps overshoot, and what shows it."""
+    return Suspect(
+        cause="steps are too large, or too many are taken on one rollout",
+        experiment=GONE,
+        changes=lower_rate(log, 10),
+    )
 
 
 def higher_rate(log: RunLog) -> dict[str, float]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import torch
 from torch import Tensor
 
 from trl_ext.core import importance_ratio, masked_mean, masked_sum, penalize_missing_eos, share_cut
-from trl_ext.core.evidence import correlation
+from trl_ext.core.evidence import alike, correlation
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.objectives import sampling_weights
 from trl_ext.rewards import correlations
@@ -187,9 +185,3 @@ def shorth(scores: Tensor) -> float:
     """
     ordered, half = scores.double().sort().values, len(scores) // 2
     return float((ordered[half:] - ordered[: len(scores) - half]).min()) if len(scores) else 0.0
-
-
-def alike(scores: Tensor) -> float:
-    """The share of the most common score, to six digits; 0 where there is none."""
-    counts = Counter(f"{score:.6g}" for score in scores.tolist())
-    return max(counts.values(), default=0) / max(len(scores), 1)
