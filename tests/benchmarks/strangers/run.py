@@ -37,6 +37,8 @@ import fourth_models
 import fourth_rewards
 import more_models
 import more_rewards
+import sixth_models
+import sixth_rewards
 import split
 import third_models
 import third_rewards
@@ -58,6 +60,7 @@ for rewards, models in (  # of the lists after the first
     (third_rewards, third_models),
     (fourth_rewards, fourth_models),
     (fifth_rewards, fifth_models),
+    (sixth_rewards, sixth_models),
 ):
     broken.REWARDS.update(rewards.REWARDS)
     broken.NOT_NORMALISED.update(rewards.NOT_NORMALISED)

@@ -49,7 +49,10 @@ FOURTH = Listed("mistakes_4.yaml", "_4", 28_112_028, 10)
 
 # By other authors once more, when the measured half of the fourth had been read.
 FIFTH = Listed("mistakes_5.yaml", "_5", 28_112_029, 10)
-LISTS = (FIRST, SECOND, THIRD, FOURTH, FIFTH)
+
+# And by two more, when both halves of the fifth had been read.
+SIXTH = Listed("mistakes_6.yaml", "_6", 28_112_030, 10)
+LISTS = (FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH)
 
 
 def groups(of: Listed) -> dict[str, dict[str, list[dict[str, Any]]]]:
