@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from trl_ext.diagnostics import Explained, Finding, RunLog, diagnose, roots
+from trl_ext.diagnostics.finding import CANNOT_TELL
 
 Result = dict[str, Any]
 Root = dict[str, Any]
@@ -185,10 +186,15 @@ def is_named(result: Result, truth: Truth, refusals: Truth, among: int = 2) -> b
     return any(is_true(root, result["mistakes"], truth) for root in first) or is_named_in_refusal(result, refusals)
 
 
-def begins_falsely(result: Result, truth: Truth) -> bool:
+def begins_otherwise(result: Result, truth: Truth) -> bool:
     """Whether the doctor's first root is a problem that is not the true cause."""
     first = result["roots"][:1]
     return any(root["severity"] == "problem" and not is_true(root, result["mistakes"], truth) for root in first)
+
+
+def begins_falsely(result: Result, truth: Truth) -> bool:
+    """Whether it is one of which the doctor says what makes it: who says that the cause cannot be told names none."""
+    return begins_otherwise(result, truth) and not result["roots"][0]["cause"].startswith(CANNOT_TELL)
 
 
 # When ----------------------------------------------------------------------------------------------------------------
@@ -259,16 +265,19 @@ def table(results: Sequence[Result], healthy: Sequence[Result], truth: Truth, re
     harmless = [run for run in results if run not in harmful]
     named = [run for run in harmful if is_named(run, truth, refusals)]
     false = [run for run in harmful if begins_falsely(run, truth)]
+    open_ = [run for run in harmful if begins_otherwise(run, truth) and run not in false]
     leads = [ratio for run in harmful if (ratio := lead(run, recipe[run["seed"]], truth)) is not None]
     sections = [
-        _by_kind(results, harmful, named, false),
+        _by_kind(results, harmful, named, false, open_),
         f"Of {len(harmful)} harmful runs (of {len(results)}) the true cause is among the first two roots in "
         f"{len(named)} ({_share(named, harmful)}); the first root is a false cause in {len(false)} "
-        f"({_share(false, harmful)}).",
+        f"({_share(false, harmful)}), and in {len(open_)} a problem whose cause the doctor says it cannot tell "
+        f"({_share(open_, harmful)}).",
         _lead_in_words(leads, harmful),
         _listed("Misses", [run for run in harmful if run not in named], recipe),
         _listed("False first roots in harmful runs", false, recipe),
-        _listed("False problems in harmless runs", [run for run in harmless if begins_falsely(run, truth)], recipe),
+        _listed("First roots without a cause in harmful runs", open_, recipe),
+        _listed("False problems in harmless runs", [run for run in harmless if begins_otherwise(run, truth)], recipe),
         _confusion(harmful),
         _of_healthy(healthy),
     ]
@@ -276,8 +285,8 @@ def table(results: Sequence[Result], healthy: Sequence[Result], truth: Truth, re
 
 
 def _by_kind(results: Sequence[Result], *parts: Sequence[Result]) -> str:
-    lines = ["| kind of mistake | runs | harmful | true cause among the first two | false first root |"]
-    lines.append("|---|---|---|---|---|")
+    heads = ("kind of mistake", "runs", "harmful", "true cause among the first two", "false first root")
+    lines = [f"| {' | '.join([*heads, 'first root without a cause'])} |", "|---" * 6 + "|"]
     for kind in dict.fromkeys(run["kind"] for run in results):
         counts = [sum(run["kind"] == kind for run in part) for part in (results, *parts)]
         lines.append(f"| {kind} | {' | '.join(map(str, counts))} |")
