@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 from tests.helpers import DEVICE, prompt_dataset, saved_model, word_tokenizer
 from tests.integration.test_ppo_trainer import LORA, cats, config, rows_with, trained_state, trainer_for
 from trl_ext import PPOConfig, PPOTrainer, RolloutCallback, SharedBase
 from trl_ext.core import clipped_policy_loss, estimate_advantages
-from trl_ext.ppo.evidence import LOST, ROWS, TWINS, Frozen, Schedule, reading
+from trl_ext.ppo.evidence import LOST, ROWS, TWINS, Frozen, Schedule, other_tokens, reading
 
 
 def rewarding(kind: str) -> Any:
@@ -170,6 +171,18 @@ def test_prompts_that_a_chat_model_was_not_taught_to_read() -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
     assert reading([messages], tokenizer) == {"prompts/plain": 0.0, "prompts/unknown_markers": 0.5}
     assert reading(["a"], tokenizer) == {"prompts/plain": 1.0}
+
+
+def test_tokens_that_a_tokenizer_reads_as_others() -> None:
+    """ "a b c" of a model is "a ? ?" to a tokenizer that has lost b and c; the first token and marks do not count."""
+    whole, lossy = word_tokenizer(), word_tokenizer()
+    ids = [[*whole("a cat sat", add_special_tokens=False)["input_ids"], 1], [1], []]
+    assert len(ids[0]) == 4 and other_tokens(ids, whole) == 0.0
+    assert math.isnan(other_tokens([[1], [5]], whole))
+    lossy.backend_tokenizer.normalizer = normalizers.Replace("sat", "mat")
+    assert other_tokens(ids, lossy) == 0.5
+    lossy.backend_tokenizer.normalizer = normalizers.Replace("a cat", "the cat")
+    assert other_tokens(ids, lossy) == 0.0
 
 
 def test_noise_does_not_repeat(tmp_path: Path) -> None:

@@ -917,6 +917,25 @@ def test_a_model_that_has_one_answer_to_all_prompts_before_it_learns(changes: di
         assert "prompts_unlike_the_model" not in [one.name for one in cold]
 
 
+@pytest.mark.parametrize(
+    ("share", "changes", "is_told"),
+    [
+        (0.2, {}, True),
+        (0.06, {}, False),  # what a temperature of 1.4 makes
+        (0.2, {"agreement/exact": 0.85}, False),  # it does no harm
+        (0.9, {"objective/entropy": 60.0, "policy/entropy_avg": 7.0, "episode": lambda t: 64 + 960 * t}, False),
+    ],
+)
+def test_a_tokenizer_that_takes_texts_to_other_pieces(share: float, changes: dict[str, Any], is_told: bool) -> None:
+    """Of a model that writes noise no text is read as it was written."""
+    metrics = {**HEALTHY, "agreement/exact": 0.5, "evidence/prompts/other_tokens": share, **changes}
+    found = {one.name: one for one in diagnose(RunLog.of(rows(**metrics), CONFIG))}
+    assert ("prompts_unlike_the_model" in found) == is_told
+    if is_told:
+        (top, *_) = roots(list(found.values()))
+        assert top.finding.name == "prompts_unlike_the_model" and "20% of the tokens" in top.finding.evidence
+
+
 def test_copies_of_one_prompt() -> None:
     """Each prompt four times, and one answer for the four."""
     copies = {**SICK["copied_completions"], "prompts/distinct": [0.25] * 16, "completions/distinct": [0.25] * 16}

@@ -14,7 +14,8 @@ from datasets import Dataset, IterableDataset
 from torch.optim.lr_scheduler import LambdaLR, MultiplicativeLR, SequentialLR
 from transformers import get_scheduler
 
-from trl_ext.diagnostics.planned import order, planned, rates
+from tests.helpers import word_tokenizer
+from trl_ext.diagnostics.planned import order, planned, rates, stop_words
 
 draw = random.Random(1)
 PROMPTS = [" ".join(draw.choices(["a", "the", "cat", "sat", "on", "mats"], k=draw.randint(3, 12))) for _ in range(400)]
@@ -119,3 +120,14 @@ def test_where_there_is_no_order_to_look_at() -> None:
     args.shuffle_dataset = True
     assert "prompts_order" not in planned(args, state, train_dataloader=loader)
     assert planned(SimpleNamespace(shuffle_dataset=False), state, train_dataloader=loader) == {"planned_rates": []}
+
+
+def test_ends_that_are_ordinary_words() -> None:
+    """Ids of another model's EOS; a mark, a newline and a stop are where some mean to end."""
+    tokenizer = word_tokenizer()
+    cat = tokenizer.convert_tokens_to_ids("cat")
+    assert stop_words([tokenizer.eos_token_id, 3, 4, cat], tokenizer) == ["cat"]
+    assert stop_words([cat], None) == []
+    args = SimpleNamespace(generation_kwargs={"eos_token_id": [1, cat]})
+    assert planned(args, SimpleNamespace(max_steps=0), processing_class=tokenizer)["stop_words"] == ["cat"]
+    assert "stop_words" not in planned(SimpleNamespace(generation_kwargs=None), SimpleNamespace(max_steps=0))

@@ -287,6 +287,15 @@ def test_epochs_are_proposed_where_the_objective_takes_them(objective: str, chan
     assert "num_ppo_epochs is 1, which makes 64 optimizer steps" in found.evidence and found.remedy.changes == changes
 
 
+def test_an_end_that_is_an_ordinary_word_is_told_at_once() -> None:
+    given = {"generation_kwargs": {"eos_token_id": [1, 271]}, "stop_words": [" capital"]}
+    (found,) = [
+        one for one in diagnose(RunLog("ppo", [], config={**CONFIG, **given})) if one.name == "unusual_settings"
+    ]
+    assert "an ordinary word, ' capital'" in found.evidence and found.remedy.changes == {"generation_kwargs": None}
+    assert not diagnose(RunLog("ppo", [], config={**CONFIG, **given, "stop_words": []}))
+
+
 PAGE = Path(__file__).parents[2] / "docs" / "diagnostics" / "unusual_settings.md"
 START, END = "<!-- ranges: begin -->", "<!-- ranges: end -->"
 

@@ -623,6 +623,13 @@ def _kinds(log: RunLog) -> Iterator[Doubt]:
         side = Side("no prompt opens the answer that the model is to write", OF_THE_TEMPLATE)
         text = "chat_template_kwargs has add_generation_prompt False, and PPO asks for an answer"
         yield Doubt("chat_template_kwargs", text, side, None, ZIEGLER, math.inf)
+    if words := log.setting("stop_words"):
+        side = Side("completions end in the middle of what they say, where this word comes", (*OF_THE_TEMPLATE, *FLIES))
+        text = (
+            f"generation_kwargs has eos_token_id {log.setting('generation_kwargs')['eos_token_id']}, which is to this "
+            f"tokenizer an ordinary word, {words[0]!r}"
+        )
+        yield Doubt("generation_kwargs", text, side, None, ZIEGLER, math.inf)
     if log.config.get("whiten_advantages") is False:
         side = Side("steps have the size of the scores", (*STANDS, *FLIES))
         text = "whiten_advantages is False, and the usual is True"

@@ -11,6 +11,7 @@ import logging
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -125,7 +126,9 @@ class Evidence:
             moved = gather_object([self.frozen.moved()])
             metrics["base_moved"] = max((one for one in moved if math.isfinite(one)), default=math.nan)
             if rollout % self.schedule.gradients == 0:
-                metrics |= reading(experience.rollout.prompts, self.collector.tokenizer)
+                written, tokenizer = experience.rollout, self.collector.tokenizer
+                metrics |= reading(written.prompts, tokenizer)
+                metrics["prompts/other_tokens"] = other_tokens(written.completion_tokens, tokenizer)
                 metrics |= self.prompts_read(experience.rollout, len(inputs))
                 metrics |= self._scored_again(experience, inputs, trainer_state, rollout)
                 if rollout % self.schedule.twins == 0:
@@ -499,6 +502,30 @@ def reading(prompts: Sequence[Any], tokenizer: Any) -> dict[str, float]:
         unknown = [tokenizer.convert_tokens_to_ids(marker) in none for marker in markers]
         figures["prompts/unknown_markers"] = sum(unknown) / len(unknown)
     return figures
+
+
+def other_tokens(completions: Sequence[Sequence[int]], tokenizer: Any) -> float:
+    """The share of a model's own tokens that are others once the tokenizer has read the text of them: near 0 where it
+    is the model's own. Most of what a model samples it would also have been given to read.
+
+        1 - |a multiset intersection of the sampled tokens and those that are read| / |sampled|
+
+    The first token of each is left out: some tokenizers begin every text with a space.
+
+    Args:
+        completions: token ids of each; special ones do not count.
+
+    Returns:
+        NaN where there are no tokens.
+    """
+    special = set(tokenizer.all_special_ids)
+    own = [[token for token in one if token not in special] for one in completions]
+    texts = tokenizer.batch_decode(own, clean_up_tokenization_spaces=False)
+    kept = 0
+    for sampled, read in zip(own, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
+        kept += (Counter(sampled[1:]) & Counter(read)).total()
+    total = sum(max(len(one) - 1, 0) for one in own)
+    return 1 - kept / total if total else math.nan
 
 
 def held_out_gap(trained: Experience | None, held_out: Experience) -> dict[str, float]:
