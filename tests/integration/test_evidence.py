@@ -13,7 +13,7 @@ from tests.helpers import DEVICE, prompt_dataset, saved_model, word_tokenizer
 from tests.integration.test_ppo_trainer import LORA, cats, config, rows_with, trained_state, trainer_for
 from trl_ext import PPOConfig, PPOTrainer, RolloutCallback, SharedBase
 from trl_ext.core import clipped_policy_loss, estimate_advantages
-from trl_ext.ppo.evidence import LOST, ROWS, TWINS, Frozen, Schedule, other_tokens, reading
+from trl_ext.ppo.evidence import LOST, ROWS, TWINS, Frozen, Schedule, other_tokens, reading, written_otherwise
 
 
 def rewarding(kind: str) -> Any:
@@ -183,6 +183,26 @@ def test_tokens_that_a_tokenizer_reads_as_others() -> None:
     assert other_tokens(ids, lossy) == 0.5
     lossy.backend_tokenizer.normalizer = normalizers.Replace("a cat", "the cat")
     assert other_tokens(ids, lossy) == 0.0
+
+
+def test_prompts_that_the_models_own_tokenizer_writes_otherwise(tmp_path: Path) -> None:
+    plain = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    own, other, none = word_tokenizer(plain), word_tokenizer(plain + " cat"), word_tokenizer()
+    prompts = [[{"role": "user", "content": text}] for text in ("a cat", "a mat")]
+    assert written_otherwise(prompts, own, own, None) == 0.0 and written_otherwise(prompts, other, own, None) == 1.0
+    assert all(math.isnan(written_otherwise(prompts, own, one, None)) for one in (None, none))
+    folder = saved_model(tmp_path / "model")  # with its tokenizer beside it
+    base = SharedBase.from_pretrained(folder, policy=LORA, dtype="float32")
+    for tokenizer, share in ((None, 0.0), (lossy_tokenizer(), 1.0)):
+        trainer = PPOTrainer(base, cats, config(tmp_path), prompt_dataset(), processing_class=tokenizer)
+        trainer.train()
+        assert measured(trainer, "prompts/otherwise")[0] == share
+
+
+def lossy_tokenizer() -> Any:
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("sat", "mat")
+    return tokenizer
 
 
 def test_noise_does_not_repeat(tmp_path: Path) -> None:

@@ -111,12 +111,12 @@ NOT_READ = ("truncation", "score_unrelated", "held_out_differs", "no_progress", 
 
 def prompts_unlike_the_model(log: RunLog, limits: Limits, findings: Sequence[Finding]) -> Finding | None:
     """Prompts are not written as the model was taught to read them, and that has done harm."""
-    names = ("plain", "unknown_markers", "other_tokens")
+    names = ("plain", "unknown_markers", "otherwise", "other_tokens")
     shares = {name: series.start() for name in names if (series := log.series(f"evidence/prompts/{name}"))}
     harm = [finding for finding in findings if finding.name in NOT_READ]
     if not harm:
         return None
-    plain, unknown, other = (shares.get(name, 0.0) for name in names)
+    plain, unknown, otherwise, other = (shares.get(name, 0.0) for name in names)
     code = "dataset.map(lambda row: {'prompt': [{'role': 'user', 'content': row['prompt']}]})"
     if unknown > limits.not_read:
         evidence = (
@@ -130,6 +130,9 @@ def prompts_unlike_the_model(log: RunLog, limits: Limits, findings: Sequence[Fin
             "ends."
         )
         cause, figures = "texts where a chat model expects messages.", shares
+    elif otherwise > limits.not_read:
+        evidence = f"{otherwise:.0%} of the prompts are other tokens to the tokenizer and template beside the model."
+        cause, figures = "another tokenizer or chat template than the model was trained with.", shares
     elif other > limits.other_tokens and not any(finding.name == "base_damaged" for finding in findings):
         evidence = (
             f"{other:.0%} of the tokens that the model wrote at the start are others once the tokenizer has read their "

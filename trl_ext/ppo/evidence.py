@@ -15,13 +15,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from statistics import fmean
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from trl_ext.core import evidence, masked_sum, penalize_missing_eos, shape_rewards, token_mean
 from trl_ext.generation import GenerationError, TransformersGenerator
@@ -33,6 +35,7 @@ from trl_ext.random_state import RandomState
 from trl_ext.rewards import RewardError
 from trl_ext.roles import Role, SharedBase
 from trl_ext.roles.sharding import own_part
+from trl_ext.tokens import tokenize_prompts
 from trl_ext.types import Experience, Rollout, concatenate
 
 logger = logging.getLogger(__name__)
@@ -129,6 +132,9 @@ class Evidence:
                 written, tokenizer = experience.rollout, self.collector.tokenizer
                 metrics |= reading(written.prompts, tokenizer)
                 metrics["prompts/other_tokens"] = other_tokens(written.completion_tokens, tokenizer)
+                metrics["prompts/otherwise"] = written_otherwise(
+                    written.prompts[:ROWS], tokenizer, self._own_tokenizer, self.args.chat_template_kwargs
+                )
                 metrics |= self.prompts_read(experience.rollout, len(inputs))
                 metrics |= self._scored_again(experience, inputs, trainer_state, rollout)
                 if rollout % self.schedule.twins == 0:
@@ -137,6 +143,17 @@ class Evidence:
                     step = trainer_state.global_step
                     metrics |= self._attempt(lambda: self._gradients(experience, step)) or {}
         return {f"evidence/{name}": value for name, value in metrics.items() if math.isfinite(value)}
+
+    @cached_property
+    def _own_tokenizer(self) -> Any:
+        """The one that lies beside the model's weights; None where none does."""
+        name = getattr(self.collector.base.causal_lm.config, "name_or_path", "")
+        if not name:
+            return None
+        try:
+            return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        except Exception:  # of whatever kind: nothing but a measurement asks for it
+            return None
 
     @property
     def sees_whole_gradients(self) -> bool:
@@ -502,6 +519,26 @@ def reading(prompts: Sequence[Any], tokenizer: Any) -> dict[str, float]:
         unknown = [tokenizer.convert_tokens_to_ids(marker) in none for marker in markers]
         figures["prompts/unknown_markers"] = sum(unknown) / len(unknown)
     return figures
+
+
+def written_otherwise(
+    prompts: Sequence[Any], tokenizer: Any, own: Any, chat_template_kwargs: Any
+) -> float:
+    """The share of prompts that are other ids to another tokenizer, with its own template.
+
+    Args:
+        own: the other one; None: there is none.
+
+    Returns:
+        NaN where it cannot write them.
+    """
+    if own is None:
+        return math.nan
+    try:
+        pairs = [tokenize_prompts(prompts, one, chat_template_kwargs) for one in (tokenizer, own)]
+    except ValueError:  # no template, or one that knows no such messages
+        return math.nan
+    return fmean(a != b for a, b in zip(*pairs, strict=True))
 
 
 def other_tokens(completions: Sequence[Sequence[int]], tokenizer: Any) -> float:
