@@ -373,7 +373,8 @@ def kl_runs_away(log: RunLog, limits: Limits) -> Finding | None:
     if len(kl) < 3:
         return None
     # Without lengths, as in TRL 1.12's logs: Ziegler et al. 2019 held 6 nats per completion, and lost language at 40.
-    tokens = max(length.recent(), 1.0) if length else 60.0
+    # Completions that have become shorter had their KL to spend while they were long.
+    tokens = max(length.recent(), length.start(), 1.0) if length else 60.0
     if min(kl.recent(), kl.lasting()) < limits.kl_per_token * tokens or kl.recent() < kl.start():
         return None
     under = f" with kl_coef {coefficient.recent():.3g}" if coefficient else ""

@@ -44,6 +44,11 @@ def _at_a_usual_rate(cause: Finding, consequence: Finding) -> bool:
     return consequence.figures["learning_rate"] >= 1e-4
 
 
+def _in_scores(cause: Finding, consequence: Finding) -> bool:
+    """A gap that may come with learning; how prompts are read was so before."""
+    return "gap" in consequence.figures
+
+
 def _of_value(cause: Finding, consequence: Finding) -> bool:
     return "value" in cause.title
 
@@ -236,7 +241,12 @@ EDGES: tuple[Edge, ...] = (
     *_edges(
         "few_prompts",
         "Cobbe et al. 2019, arXiv:1812.02341",
+        _in_scores,
         held_out_differs="Prompts that come again and again are learned by heart.",
+    ),
+    *_edges(
+        "few_prompts",
+        "Cobbe et al. 2019, arXiv:1812.02341",
         over_optimisation="What is good for few prompts need not be for others.",
         mode_collapse="Few prompts need few completions.",
         entropy_collapse="Few prompts need few completions.",

@@ -319,7 +319,8 @@ def score_opposed(log: RunLog, limits: Limits) -> Finding | None:
 
 def score_misaligned(log: RunLog, limits: Limits) -> Finding | None:
     """Scores are those of other rows: places decide, or they go with the yardstick's verdicts some places away."""
-    for name in noise_of(log):
+    of_its_own = max((log.series(f"{AGREEMENT}{name}").start() for name in log.names(AGREEMENT)), default=math.nan)
+    for name in noise_of(log) if not of_its_own >= limits.related else ():
         place, chance = differs_by(log, "place", name), differs_by(log, "chance", name)
         if place > limits.noise and chance < limits.same_again:
             return _misaligned(

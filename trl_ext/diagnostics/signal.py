@@ -38,6 +38,14 @@ def differs_by(log: RunLog, kind: str, name: str) -> float:
     return log.series(f"evidence/noise_by_{kind}/{name}").start()
 
 
+def is_compared(log: RunLog, name: str, limits: Limits) -> bool:
+    """Whether a function's scores differ by who else is scored, and neither by chance nor by place: it compares each
+    row with those beside it, which some mean to do."""
+    if not noise_of(log)[name][0] > limits.noise:
+        return False
+    return max(differs_by(log, "chance", name), differs_by(log, "place", name)) < limits.noise
+
+
 def share_of_functions(log: RunLog) -> float:
     """The share of the whole reward's variance that the reward functions make; NaN where it is not known."""
     shares = [log.series(f"evidence/share_of/{name}").recent() for name in log.names("evidence/share_of/")]
@@ -52,6 +60,8 @@ def score_ignores_completion(log: RunLog, limits: Limits) -> Finding | None:
     share, repeats = within_prompt(log)
     if repeats < limits.unlike or share > limits.within_prompt:
         return None
+    if log.setting("num_generations", 1) == 1 and any(is_compared(log, name, limits) for name in noise_of(log)):
+        return None  # two answers of one prompt stand side by side for this measurement alone
     return Finding(
         name="score_ignores_completion",
         severity="problem",
@@ -191,8 +201,7 @@ def score_not_repeatable(log: RunLog, limits: Limits) -> Finding | None:
     share, count = noisy[name]
     if count < 2 and share < limits.noise_alone:
         return None
-    # The same rows in any order repeat: each is compared with those beside it, which some mean to do.
-    compared = max(differs_by(log, "chance", name), differs_by(log, "place", name)) < limits.noise
+    compared = is_compared(log, name, limits)
     causes = "it compares each row with those beside it." if compared else "it draws random numbers, or keeps a state."
     return Finding(
         name="score_not_repeatable",

@@ -521,9 +521,7 @@ def reading(prompts: Sequence[Any], tokenizer: Any) -> dict[str, float]:
     return figures
 
 
-def written_otherwise(
-    prompts: Sequence[Any], tokenizer: Any, own: Any, chat_template_kwargs: Any
-) -> float:
+def written_otherwise(prompts: Sequence[Any], tokenizer: Any, own: Any, chat_template_kwargs: Any) -> float:
     """The share of prompts that are other ids to another tokenizer, with its own template.
 
     Args:
