@@ -95,7 +95,14 @@ HEALTHY: dict[str, Any] = {
 CONFIG = {"learning_rate": 1e-3, "max_completion_length": 16, "rollout_batch_size": 64, "kl_coef": 0.4}
 
 # A judge whose scores are those of places.
-PLACED = {"evidence/noise/judge": 0.9, "evidence/noise_by_place/judge": 0.9, "evidence/noise_by_chance/judge": 0.0}
+PLACED = {
+    "evidence/noise/judge": 0.9,
+    "evidence/noise_by_place/judge": 0.9,
+    "evidence/noise_by_chance/judge": 0.0,
+    "agreement/exact": 0.2,
+}
+# One whose scores are those of the rows beside.
+COMPARED = {"evidence/noise/judge": 0.9, "evidence/noise_by_place/judge": 0.0, "evidence/noise_by_chance/judge": 0.0}
 
 SICK: dict[str, dict[str, Any]] = {
     "sampling_differs": {"val/sampling_gap": -0.05, "val/sampling_gap_z": -4.0},
@@ -272,6 +279,9 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("score_misaligned", {"agreement_shifted/exact": 0.5}, {}),
     ("score_misaligned", {"agreement_shifted/exact": 0.1, **PLACED, "evidence/noise_by_place/judge": 0.15}, {}),
     ("score_misaligned", {"agreement_shifted/exact": 0.1, **PLACED, "evidence/noise_by_chance/judge": 0.9}, {}),
+    ("score_misaligned", {"agreement_shifted/exact": 0.1, **PLACED, "agreement/exact": 0.6}, {}),  # ties by place
+    ("score_ignores_completion", COMPARED, {}),  # two answers of a prompt beside each other, for the measurement
+    ("kl_runs_away", {"objective/kl": lambda t: 3.1 * t, "completions/mean_length": lambda t: 12 - 9 * t}, {}),
     ("score_misaligned", {"agreement/exact": 0.3}, {}),  # prompts alike: other rows' verdicts are its own
     ("value_starts_far_off", {"loss/value_avg": lambda t: 10 * (1 - t / 2)}, {}),  # 4.5, and scores lie 1 from 0
     ("value_starts_far_off", {"objective/scores": lambda t: 10 + t}, {}),  # whose own distance is as far: score_scale
@@ -934,6 +944,25 @@ def test_a_tokenizer_that_takes_texts_to_other_pieces(share: float, changes: dic
     if is_told:
         (top, *_) = roots(list(found.values()))
         assert top.finding.name == "prompts_unlike_the_model" and "20% of the tokens" in top.finding.evidence
+
+
+def test_what_few_prompts_explain_comes_with_learning() -> None:
+    """Held-out prompts that score lower are those not learned by heart; how prompts are read was so before."""
+    read = {"evidence/prompts/surprise": 18.0, "evidence/prompts/surprise_error": 0.1}
+    log = RunLog.of(rows(**{**HEALTHY, **SICK["few_prompts"], **read}), CONFIG)
+    lower = {"evidence/held_out/score_gap": 1.0, "evidence/held_out/score_gap_z": 9.0}
+    for told, follows in ((lower, ["held_out_differs"]), ({**read, "evidence/prompts/surprise": 9.0}, [])):
+        found = diagnose(replace(log, evals=[{"step": step, **told} for step in (8, 64, 128)]))
+        assert "held_out_differs" in [one.name for one in found]
+        (top,) = [one for one in roots(found) if one.finding.name == "few_prompts"]
+        assert [one.finding.name for one in top.follows] == follows
+
+
+def test_two_completions_of_a_group_that_score_alike() -> None:
+    """Where a rollout has groups, a function that scores them alike ignores the completion."""
+    metrics = {**HEALTHY, **SICK["score_ignores_completion"], **COMPARED}
+    found = [one.name for one in diagnose(RunLog.of(rows(**metrics), {**CONFIG, "num_generations": 4}))]
+    assert "score_ignores_completion" in found
 
 
 def test_copies_of_one_prompt() -> None:
