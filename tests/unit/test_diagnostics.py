@@ -946,6 +946,22 @@ def test_a_tokenizer_that_takes_texts_to_other_pieces(share: float, changes: dic
         assert top.finding.name == "prompts_unlike_the_model" and "20% of the tokens" in top.finding.evidence
 
 
+@pytest.mark.parametrize(("zeros", "is_told"), [((0, 1, 4, 6), True), ((0, 1, 4), False), (range(12, 15), False)])
+def test_scores_that_are_often_the_same(zeros: Any, is_told: bool) -> None:
+    """In a third of the first twelve rollouts; what a policy has learned to do well may score alike later."""
+    spread = [0.0 if i in zeros else 1.0 for i in range(16)]
+    found = {one.name: one for one in diagnose(RunLog.of(rows(**{**HEALTHY, "objective/scores_std": spread}), CONFIG))}
+    assert ("constant_scores" in found) == is_told
+    if is_told:
+        assert found["constant_scores"].evidence.startswith("In 4 of the first 12 rollouts")
+
+
+def test_gradients_that_begin_at_nothing_do_not_explode() -> None:
+    norms = {"grad_norm/value": [0.0] * 6 + [0.3] * 10, "objective/scores_std": [0.0] * 6 + [1.0] * 10}
+    found = [one.name for one in diagnose(RunLog.of(rows(**{**HEALTHY, **norms}), CONFIG))]
+    assert "gradients_explode" not in found and "constant_scores" in found
+
+
 def test_what_few_prompts_explain_comes_with_learning() -> None:
     """Held-out prompts that score lower are those not learned by heart; how prompts are read was so before."""
     read = {"evidence/prompts/surprise": 18.0, "evidence/prompts/surprise_error": 0.1}

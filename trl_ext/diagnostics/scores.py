@@ -16,20 +16,25 @@ from trl_ext.diagnostics.updates import lower_rate
 
 
 def constant_scores(log: RunLog, limits: Limits) -> Finding | None:
-    """Every completion gets the same score."""
+    """Every completion gets the same score: of late, or in many of the first rollouts."""
     spread, score = log.series("score_std"), log.series("score")
     if not log.suffices(spread, limits.enough):
         return None
-    if not spread.recent(3) <= 1e-4 * max(abs(score.recent(3)), 1e-2):
+    now = spread.recent(3) <= 1e-4 * max(abs(score.recent(3)), 1e-2)
+    first = range(min(len(spread), len(score), 2 * limits.least_rows))
+    same = [i for i in first if spread.values[i] <= 1e-4 * max(abs(score.values[i]), 1e-2)]
+    if not now and not (len(first) >= limits.least_rows and len(same) >= len(first) / 3):
         return None
-    worth = _of_one_worth(log, limits, slice(-3, None))
+    worth = _of_one_worth(log, limits, slice(-3, None) if now else slice(len(first)))
     return Finding(
         name="constant_scores",
         severity="problem",
-        title="All scores are the same",
-        steps=(spread.steps[-3:][0], spread.steps[-1]),
+        title="All scores are the same" if now else "In many rollouts all scores are the same",
+        steps=(spread.steps[-3:][0], spread.steps[-1]) if now else (spread.steps[0], spread.steps[len(first) - 1]),
         evidence=(
             f"The latest rollouts scored {score.recent(3):.3g} with a standard deviation of {spread.recent(3):.1g}."
+            if now
+            else f"In {len(same)} of the first {len(first)} rollouts all completions had one score."
         ),
         figures={"score": score.recent(3), "score_std": spread.recent(3)},
         cause=(

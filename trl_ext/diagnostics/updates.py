@@ -68,7 +68,7 @@ def gradients_explode(log: RunLog, limits: Limits) -> Finding | None:
     # Trainers log the norm of one step, which tells little about the others; ours also logs a mean for each role.
     roles = [log.series(f"grad_norm/{role}") for role in log.names("grad_norm/")]
     for norms in roles or [log.series("grad_norm")]:
-        usual = median(norms.values[: limits.least_rows]) if norms else 0.0
+        usual = median([norm for norm in norms.values if norm > 0][: limits.least_rows] or [0.0])
         if len(norms) <= limits.least_rows or norms.lasting() < limits.gradient_growth * max(usual, 1e-8):
             continue
         spread = log.series("score_std")
