@@ -191,6 +191,8 @@ def test_prompts_that_the_models_own_tokenizer_writes_otherwise(tmp_path: Path) 
     prompts = [[{"role": "user", "content": text}] for text in ("a cat", "a mat")]
     assert written_otherwise(prompts, own, own, None) == 0.0 and written_otherwise(prompts, other, own, None) == 1.0
     assert all(math.isnan(written_otherwise(prompts, own, one, None)) for one in (None, none))
+    given = {"chat_template": plain + " cat"}
+    assert written_otherwise(prompts, own, own, given) == 1.0 and written_otherwise(prompts, own, own, {}) == 0.0
     folder = saved_model(tmp_path / "model")  # with its tokenizer beside it
     base = SharedBase.from_pretrained(folder, policy=LORA, dtype="float32")
     for tokenizer, share in ((None, 0.0), (lossy_tokenizer(), 1.0)):

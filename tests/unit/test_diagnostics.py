@@ -974,6 +974,27 @@ def test_what_few_prompts_explain_comes_with_learning() -> None:
         assert [one.finding.name for one in top.follows] == follows
 
 
+@pytest.mark.parametrize(
+    ("trained", "held_out", "logs", "severity"),
+    [
+        (0.3, 0.86, 16, "warning"),
+        (0.2, 0.86, 16, "problem"),
+        (0.3, 0.86, 2, None),  # chance
+        (0.6, 0.86, 16, None),
+        (0.1, 0.45, 16, None),  # it is wrong for both
+    ],
+)
+def test_a_score_that_is_right_for_held_out_prompts_alone(
+    trained: float, held_out: float, logs: int, severity: str | None
+) -> None:
+    log = RunLog.of(rows(**{**HEALTHY, "agreement/exact": trained})[:logs], CONFIG)
+    found = diagnose(replace(log, evals=[{"step": step, "agreement/exact": held_out} for step in (8, 64)]))
+    assert [one.severity for one in found if one.name == "held_out_differs"] == ([severity] if severity else [])
+    if severity:
+        (top, *_) = roots(found)
+        assert top.finding.name == "held_out_differs" and "score_unrelated" in [one.finding.name for one in top]
+
+
 def test_two_completions_of_a_group_that_score_alike() -> None:
     """Where a rollout has groups, a function that scores them alike ignores the completion."""
     metrics = {**HEALTHY, **SICK["score_ignores_completion"], **COMPARED}

@@ -62,6 +62,8 @@ class Limits:
             it the score is wrong for some. In healthy runs none does (measured), and a correlation of 0.75 makes 0.04.
         agreement_drop: by which that correlation changes from one rollout to the next; healthy runs stay below 0.2
             (measured).
+        agreement_gap: how much lower it is on training prompts than on held-out ones where it is right for these alone;
+            chosen; healthy runs stay below 0.02 (measured).
         related: the same of held-out completions from which the score is right for them; chosen.
         misaligned: the same with the yardstick's verdicts on rows some places away, the highest of 64, from which
             scores belong to those; chosen, above the 0.42 of healthy runs (measured).
@@ -177,6 +179,7 @@ class Limits:
     in_part: float = 0.75
     missed: float = 0.05
     agreement_drop: float = 0.7
+    agreement_gap: float = 0.3
     related: float = 0.5
     misaligned: float = 0.6
     alike: float = 0.9

@@ -407,8 +407,12 @@ def held_out_differs(log: RunLog, limits: Limits) -> Finding | None:
     for name in log.names(AGREEMENT):
         trained, held_out = log.series(f"{AGREEMENT}{name}"), log.series(f"{AGREEMENT}{name}", evals=True)
         of_trained = max(trained.start(limits.least_rows), trained.recent(limits.least_rows))
-        if held_out and of_trained < limits.unrelated and held_out.best(2) > limits.related:
+        if not held_out or not held_out.best(2) > limits.related:
+            continue
+        if of_trained < limits.unrelated:
             return _scored_otherwise(name, trained, held_out)
+        if len(trained) >= 3 and held_out.recent(len(held_out)) - of_trained > limits.agreement_gap:
+            return _scored_otherwise(name, trained, held_out, severity="warning")
     return _read_otherwise(log, limits) or _scores_elsewhere(log, limits)
 
 
@@ -450,7 +454,7 @@ def _scores_elsewhere(log: RunLog, limits: Limits) -> Finding | None:
     )
 
 
-def _scored_otherwise(name: str, trained: Series, held_out: Series) -> Finding:
+def _scored_otherwise(name: str, trained: Series, held_out: Series, severity: str = "problem") -> Finding:
     return _of_another_kind(
         (trained.steps[0], held_out.steps[-1]),
         f"On held-out prompts the score and yardstick {name} correlate at {held_out.best(2):.2f}, on training prompts "
@@ -459,7 +463,7 @@ def _scored_otherwise(name: str, trained: Series, held_out: Series) -> Finding:
         {"trained": trained.start(6), "held_out": held_out.best(2)},
         "training prompts in another form than the model reads, or columns that belong to other rows.",
         "What is not read, or joined to another row, is not scored for what is meant.",
-        severity="problem",
+        severity=severity,
     )
 
 

@@ -522,7 +522,8 @@ def reading(prompts: Sequence[Any], tokenizer: Any) -> dict[str, float]:
 
 
 def written_otherwise(prompts: Sequence[Any], tokenizer: Any, own: Any, chat_template_kwargs: Any) -> float:
-    """The share of prompts that are other ids to another tokenizer, with its own template.
+    """The share of prompts that are other ids to another tokenizer, with its own template in the place of one that the
+    settings give.
 
     Args:
         own: the other one; None: there is none.
@@ -532,8 +533,12 @@ def written_otherwise(prompts: Sequence[Any], tokenizer: Any, own: Any, chat_tem
     """
     if own is None:
         return math.nan
+    own_kwargs = {k: value for k, value in (chat_template_kwargs or {}).items() if k != "chat_template"}
     try:
-        pairs = [tokenize_prompts(prompts, one, chat_template_kwargs) for one in (tokenizer, own)]
+        pairs = [
+            tokenize_prompts(prompts, one, kwargs)
+            for one, kwargs in ((tokenizer, chat_template_kwargs), (own, own_kwargs))
+        ]
     except ValueError:  # no template, or one that knows no such messages
         return math.nan
     return fmean(a != b for a, b in zip(*pairs, strict=True))
