@@ -49,6 +49,11 @@ def _in_scores(cause: Finding, consequence: Finding) -> bool:
     return "gap" in consequence.figures
 
 
+def _score_is_right(cause: Finding, consequence: Finding) -> bool:
+    """Scores that are one where a yardstick finds the completions to be of one worth, too."""
+    return bool(consequence.suspects)
+
+
 def _of_value(cause: Finding, consequence: Finding) -> bool:
     return "value" in cause.title
 
@@ -80,6 +85,8 @@ def _edges(
 ) -> list[Edge]:
     return [Edge(cause, name, mechanism, source, holds) for name, mechanism in mechanisms.items()]
 
+
+OF_ONE_WORTH = "What is written is of one worth, and so is its score."
 
 # Of several causes of a finding the first one here counts: what lies nearer to the settings comes first.
 EDGES: tuple[Edge, ...] = (
@@ -608,6 +615,21 @@ EDGES: tuple[Edge, ...] = (
         "mode_collapse",
         WILLIAMS,
         no_progress="One completion for all prompts is right for few.",
+    ),
+    # What leaves nothing to tell completions apart by.
+    *_edges("base_damaged", WILLIAMS, _score_is_right, constant_scores=OF_ONE_WORTH),
+    *_edges("entropy_collapse", WILLIAMS, _score_is_right, scores_alike=OF_ONE_WORTH),
+    *(
+        edge
+        for cause, source in (
+            ("prompts_unlike_the_model", ZIEGLER),
+            ("first_kl", ZIEGLER),
+            ("entropy_rises", WILLIAMS),
+            ("mode_collapse", WILLIAMS),
+            ("repetition_exploitation", HACKING),
+            ("truncation", f"{N_PLUS}, the EOS trick"),
+        )
+        for edge in _edges(cause, source, _score_is_right, constant_scores=OF_ONE_WORTH, scores_alike=OF_ONE_WORTH)
     ),
     *_edges(
         "margins_explode",
