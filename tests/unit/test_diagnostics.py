@@ -715,6 +715,13 @@ def test_a_score_is_right_to_be_one_where_what_is_written_is_of_one_worth(name: 
     assert "I cannot tell: yardstick exact says the same of 95%" in one.cause and len(one.suspects) == 2
 
 
+@pytest.mark.parametrize(("name", "share"), [("scores_alike", 0.95), ("scores_alike", 0.4), ("constant_scores", 0.95)])
+def test_completions_that_are_cut_explain_one_score_for_all_where_a_yardstick_agrees(name: str, share: float) -> None:
+    metrics = {**HEALTHY, **SICK["truncation"], **SICK[name], "one_verdict/exact": share}
+    tops = {top.finding.name: top for top in roots(diagnose(RunLog.of(rows(**metrics), CONFIG)))}
+    assert (name in tops) == (share < 0.9) and "truncation" in tops
+
+
 def found_in(name: str, metrics: dict[str, Any]) -> Finding:
     (finding,) = [finding for finding in diagnose(RunLog.of(rows(**metrics), CONFIG)) if finding.name == name]
     return finding
