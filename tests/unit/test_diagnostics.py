@@ -279,7 +279,7 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("score_misaligned", {"agreement_shifted/exact": 0.5}, {}),
     ("score_misaligned", {"agreement_shifted/exact": 0.1, **PLACED, "evidence/noise_by_place/judge": 0.15}, {}),
     ("score_misaligned", {"agreement_shifted/exact": 0.1, **PLACED, "evidence/noise_by_chance/judge": 0.9}, {}),
-    ("score_misaligned", {"agreement_shifted/exact": 0.1, **PLACED, "agreement/exact": 0.6}, {}),  # ties by place
+    ("score_misaligned", {"agreement_shifted/exact": 0.1, **PLACED, "agreement/exact": 0.8}, {}),  # ties by place
     ("score_ignores_completion", COMPARED, {}),  # two answers of a prompt beside each other, for the measurement
     ("kl_runs_away", {"objective/kl": lambda t: 3.1 * t, "completions/mean_length": lambda t: 12 - 9 * t}, {}),
     ("score_misaligned", {"agreement/exact": 0.3}, {}),  # prompts alike: other rows' verdicts are its own
@@ -668,6 +668,36 @@ def test_a_remedy_never_weakens_what_is_there(name: str, config: dict[str, Any],
     assert {key: proposed[key] for key in changes} == changes
 
 
+def test_what_is_not_known_of_a_score_changes_no_cause() -> None:
+    """Of few rows, and of scores that are brought to one mean as they rise."""
+    sick = {**HEALTHY, **SICK["kl_runs_away"]}
+    few = [
+        one for one in diagnose(RunLog.of(rows(5, **sick, **{"episode": 64.0}), CONFIG)) if one.name == "kl_runs_away"
+    ]
+    assert few[0].remedy.changes == {"kl_coef": 0.5}
+    flat = {**sick, **FLAT, "rewards/judge/mean": lambda t: t}
+    for normalised, known in (("running", True), ("none", False)):
+        log = RunLog.of(rows(**flat), {**CONFIG, "score_normalization": normalised})
+        (found,) = [one for one in diagnose(log) if one.name == "kl_runs_away"]
+        assert (not found.suspects) == known
+
+
+def test_a_policy_that_is_certain_from_the_start_was_not_moved() -> None:
+    log = RunLog.of(rows(**{**HEALTHY, **FLAT, "policy/entropy_avg": 0.01}), CONFIG)
+    (found,) = [one for one in diagnose(log) if one.name == "entropy_collapse"]
+    assert "before a step was taken" in found.cause and found.from_the_start
+    assert [one.changes for one in found.suspects] == [{"entropy_coef": 0.01}]
+
+
+def test_completions_that_shrink_may_spend_what_they_could_but_no_more() -> None:
+    shrinks = {"completions/mean_length": lambda t: 200 - 190 * t, "completions/score_length_correlation": -0.3}
+    found = [
+        one.name
+        for one in diagnose(RunLog.of(rows(**{**HEALTHY, **shrinks, "objective/kl": lambda t: 60 * t}), CONFIG))
+    ]
+    assert "kl_runs_away" in found
+
+
 FLAT = {"objective/scores": lambda t: 0.5 + 0.05 * math.sin(40 * t)}
 
 
@@ -684,7 +714,7 @@ def test_what_the_score_does_not_pay_for_has_no_known_cause(name: str) -> None:
 def test_a_score_that_looks_at_the_prompt_does_not_explain_one_completion_for_all() -> None:
     looks, blind = (
         found_in("mode_collapse", {**HEALTHY, **SICK["mode_collapse"], "evidence/score/moved_by_prompt": moved})
-        for moved in (0.9, 0.001)
+        for moved in (0.9, 0.1)  # a reward model looks at it a little, and overrates a phrase all the same
     )
     assert looks.suspects and "looks at the prompt" in looks.cause and not blind.suspects
 
@@ -705,19 +735,21 @@ def test_why_completions_are_cut(cut: Any, score: dict[str, Any], suspects: int)
     assert longer["max_completion_length"] == 32
 
 
-@pytest.mark.parametrize("name", ["constant_scores", "scores_alike"])
-def test_a_score_is_right_to_be_one_where_what_is_written_is_of_one_worth(name: str) -> None:
+@pytest.mark.parametrize(("name", "below", "above"), [("constant_scores", 0.95, 1.0), ("scores_alike", 0.4, 0.95)])
+def test_a_score_is_right_to_be_one_where_what_is_written_is_of_one_worth(
+    name: str, below: float, above: float
+) -> None:
     """Where a yardstick sees differences, the score is to blame; where it sees none, the log does not say what is."""
     differ, one = (
-        found_in(name, {**HEALTHY, **SICK[name], "one_verdict/exact": lambda t, s=share: s}) for share in (0.4, 0.95)
+        found_in(name, {**HEALTHY, **SICK[name], "one_verdict/exact": lambda t, s=share: s}) for share in (below, above)
     )
     assert not differ.suspects and "cannot tell" not in differ.cause
-    assert "I cannot tell: yardstick exact says the same of 95%" in one.cause and len(one.suspects) == 2
+    assert f"I cannot tell: yardstick exact says the same of {above:.0%}" in one.cause and len(one.suspects) == 2
 
 
-@pytest.mark.parametrize(("name", "share"), [("scores_alike", 0.95), ("scores_alike", 0.4), ("constant_scores", 0.95)])
+@pytest.mark.parametrize(("name", "share"), [("scores_alike", 0.95), ("scores_alike", 0.4), ("constant_scores", 1.0)])
 def test_completions_that_are_cut_explain_one_score_for_all_where_a_yardstick_agrees(name: str, share: float) -> None:
-    metrics = {**HEALTHY, **SICK["truncation"], **SICK[name], "one_verdict/exact": share}
+    metrics = {**HEALTHY, **SICK["truncation"], **SICK[name], "one_verdict/exact": lambda t: share}
     tops = {top.finding.name: top for top in roots(diagnose(RunLog.of(rows(**metrics), CONFIG)))}
     assert (name in tops) == (share < 0.9) and "truncation" in tops
 
@@ -950,16 +982,26 @@ def test_a_tokenizer_that_takes_texts_to_other_pieces(share: float, changes: dic
     assert ("prompts_unlike_the_model" in found) == is_told
     if is_told:
         (top, *_) = roots(list(found.values()))
-        assert top.finding.name == "prompts_unlike_the_model" and "20% of the tokens" in top.finding.evidence
+        assert top.finding.name == "prompts_unlike_the_model" and "21% of the tokens" in top.finding.evidence
 
 
-@pytest.mark.parametrize(("zeros", "is_told"), [((0, 1, 4, 6), True), ((0, 1, 4), False), (range(12, 15), False)])
-def test_scores_that_are_often_the_same(zeros: Any, is_told: bool) -> None:
-    """In a third of the first twelve rollouts; what a policy has learned to do well may score alike later."""
-    spread = [0.0 if i in zeros else 1.0 for i in range(16)]
-    found = {one.name: one for one in diagnose(RunLog.of(rows(**{**HEALTHY, "objective/scores_std": spread}), CONFIG))}
-    assert ("constant_scores" in found) == is_told
-    if is_told:
+@pytest.mark.parametrize(
+    ("zeros", "score", "size", "severity"),
+    [
+        ((0, 1, 4, 6), {"objective/scores": 0.1}, 64, "problem"),
+        ((0, 1, 4, 6), {}, 64, "warning"),  # it rises
+        ((0, 1, 4, 6), {"objective/scores": 0.1}, 8, None),  # so few may be alike by chance
+        ((0, 1, 4), {"objective/scores": 0.1}, 64, None),
+        (range(12, 15), {"objective/scores": 0.1}, 64, None),  # what it has learned to do well may score alike
+    ],
+)
+def test_scores_that_are_often_the_same(zeros: Any, score: dict[str, Any], size: int, severity: str | None) -> None:
+    """In a third of the first twelve rollouts."""
+    spread = {"objective/scores_std": [0.0 if i in zeros else 1.0 for i in range(16)]}
+    log = RunLog.of(rows(**{**HEALTHY, **score, **spread}), {**CONFIG, "rollout_batch_size": size})
+    found = {one.name: one for one in diagnose(log)}
+    assert [one.severity for one in found.values() if one.name == "constant_scores"] == ([severity] if severity else [])
+    if severity:
         assert found["constant_scores"].evidence.startswith("In 4 of the first 12 rollouts")
 
 
@@ -967,6 +1009,8 @@ def test_gradients_that_begin_at_nothing_do_not_explode() -> None:
     norms = {"grad_norm/value": [0.0] * 6 + [0.3] * 10, "objective/scores_std": [0.0] * 6 + [1.0] * 10}
     found = [one.name for one in diagnose(RunLog.of(rows(**{**HEALTHY, **norms}), CONFIG))]
     assert "gradients_explode" not in found and "constant_scores" in found
+    late = {"grad_norm/value": 0.2, "grad_norm/policy": [0.0] * 10 + [0.1, 0.1, 0.2, 300.0, 800.0, 900.0]}
+    assert "gradients_explode" in [one.name for one in diagnose(RunLog.of(rows(**{**HEALTHY, **late}), CONFIG))]
 
 
 def test_what_few_prompts_explain_comes_with_learning() -> None:
@@ -987,6 +1031,7 @@ def test_what_few_prompts_explain_comes_with_learning() -> None:
         (0.3, 0.86, 16, "warning"),
         (0.2, 0.86, 16, "problem"),
         (0.3, 0.86, 2, None),  # chance
+        (0.3, 0.5, 16, None),
         (0.6, 0.86, 16, None),
         (0.1, 0.45, 16, None),  # it is wrong for both
     ],
@@ -999,7 +1044,8 @@ def test_a_score_that_is_right_for_held_out_prompts_alone(
     assert [one.severity for one in found if one.name == "held_out_differs"] == ([severity] if severity else [])
     if severity:
         (top, *_) = roots(found)
-        assert top.finding.name == "held_out_differs" and "score_unrelated" in [one.finding.name for one in top]
+        explained = ["score_unrelated"] if severity == "problem" else []
+        assert top.finding.name == "held_out_differs" and [one.finding.name for one in top.follows] == explained
 
 
 def test_two_completions_of_a_group_that_score_alike() -> None:

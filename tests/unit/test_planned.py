@@ -128,6 +128,7 @@ def test_ends_that_are_ordinary_words() -> None:
     cat = tokenizer.convert_tokens_to_ids("cat")
     assert stop_words([tokenizer.eos_token_id, 3, 4, cat], tokenizer) == ["cat"]
     assert stop_words([cat], None) == []
-    args = SimpleNamespace(generation_kwargs={"eos_token_id": [1, cat]})
+    args = SimpleNamespace(generation_kwargs={"eos_token_id": [1, cat]}, steps_per_rollout=1, shuffle_dataset=True)
     assert planned(args, SimpleNamespace(max_steps=0), processing_class=tokenizer)["stop_words"] == ["cat"]
-    assert "stop_words" not in planned(SimpleNamespace(generation_kwargs=None), SimpleNamespace(max_steps=0))
+    of_trl = SimpleNamespace(generation_kwargs={"eos_token_id": cat})  # which may be a number, beside any processor
+    assert "stop_words" not in planned(of_trl, SimpleNamespace(max_steps=0), processing_class=object())

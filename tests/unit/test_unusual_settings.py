@@ -292,7 +292,9 @@ def test_an_end_that_is_an_ordinary_word_is_told_at_once() -> None:
     (found,) = [
         one for one in diagnose(RunLog("ppo", [], config={**CONFIG, **given})) if one.name == "unusual_settings"
     ]
-    assert "an ordinary word, ' capital'" in found.evidence and found.remedy.changes == {"generation_kwargs": None}
+    assert "ends at ' capital', which is an ordinary word" in found.evidence and found.remedy.changes == {
+        "generation_kwargs": None
+    }
     assert not diagnose(RunLog("ppo", [], config={**CONFIG, **given, "stop_words": []}))
 
 

@@ -206,7 +206,7 @@ class DiagnosticsCallback(RolloutCallback):
             f"yardstick/{name}": float(judged.nanmean()),
             f"{AGREEMENT}{name}": correlation(judged, scores),
             f"{MISSED}{name}": missed_share(judged, scores),
-            f"{ONE_VERDICT}{name}": alike(judged),
+            f"{ONE_VERDICT}{name}": alike(judged) if 2 * judged.isnan().sum() < len(judged) else math.nan,
         }
         if among_others:
             shifted = [correlation(judged.roll(places), scores) for places in range(1, min(len(scores), PLACES + 1))]

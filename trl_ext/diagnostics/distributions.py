@@ -7,7 +7,7 @@ from typing import Any
 
 from trl_ext.diagnostics.finding import CANNOT_TELL, TRY_EACH, Finding, Remedy, Suspect
 from trl_ext.diagnostics.limits import Limits
-from trl_ext.diagnostics.log import RunLog
+from trl_ext.diagnostics.log import RunLog, Series
 from trl_ext.diagnostics.updates import GONE, large_steps, lower_rate
 
 # Sampling from the plain softmax: of all sampling settings, PPO's log-probabilities know the temperature alone.
@@ -329,16 +329,27 @@ def weaker(log: RunLog) -> dict[str, float]:
     return {_field(log): float(f"{now / 4:.1g}")} if now else {}
 
 
+NOT_FOLLOWED = f"{CANNOT_TELL}: the score has not risen, so it is not what the policy follows."
+
+
 def pays(log: RunLog, limits: Limits) -> bool:
-    """Whether the score is higher than at the start: only then can it be what the policy follows."""
-    return log.series("score").rise()[1] > limits.noticeable
+    """Whether the score is higher than at the start: only then can it be what the policy follows. True where it is not
+    known: of few rows, or of scores that are brought to one mean as they rise."""
+    functions = log.names("rewards/", "/mean")
+    if log.setting("score_normalization") == "running":
+        score = log.series(f"rewards/{functions[0]}/mean") if len(functions) == 1 else Series([], [])
+    else:
+        score = log.series("score")
+    if len(score) < 8:
+        return True
+    return max(score.rise()[1], score.rise(len(score) // 2)[1]) > limits.noticeable
 
 
 def movers(log: RunLog, limits: Limits) -> tuple[Suspect, ...]:
     """What may have moved the policy to where the score is no higher."""
     penalty = stronger(log, limits)
     return (
-        large_steps(log),
+        *large_steps(log),
         *([Suspect(cause="the KL penalty is too weak", experiment=GONE, changes=penalty)] if penalty else []),
         Suspect(
             cause="something else moves it than the loss: gradients that are kept, a callback, a generator that writes",
@@ -373,8 +384,11 @@ def kl_runs_away(log: RunLog, limits: Limits) -> Finding | None:
     if len(kl) < 3:
         return None
     # Without lengths, as in TRL 1.12's logs: Ziegler et al. 2019 held 6 nats per completion, and lost language at 40.
-    # Completions that have become shorter had their KL to spend while they were long.
-    tokens = max(length.recent(), length.start(), 1.0) if length else 60.0
+    tokens = max(length.recent(), 1.0) if length else 60.0
+    # Completions that have become shorter may spend what they could while they were long.
+    spent = kl.recent() / max(length.start(), 1.0) if length else math.inf
+    if kl.recent() < limits.budget and spent < limits.kl_per_token:
+        return None
     if min(kl.recent(), kl.lasting()) < limits.kl_per_token * tokens or kl.recent() < kl.start():
         return None
     under = f" with kl_coef {coefficient.recent():.3g}" if coefficient else ""
@@ -392,7 +406,7 @@ def kl_runs_away(log: RunLog, limits: Limits) -> Finding | None:
         cause=(
             "the penalty is too weak for the scale of the scores, so the policy follows the score wherever it goes."
             if follows
-            else f"{CANNOT_TELL}: the score has not risen, so it is not what the policy follows."
+            else NOT_FOLLOWED
         ),
         remedy=_coefficient(stronger(log, limits)) if follows else TRY_EACH,
         samples=log.last_samples(),
@@ -434,11 +448,13 @@ def entropy_collapse(log: RunLog, limits: Limits) -> Finding | None:
     temperature = float(log.setting("temperature", 1.0))
     sharp = temperature < limits.temperature
     slower, bonus = lower_rate(log, 3), max(0.01, 2 * float(log.setting("entropy_coef", 0.0)))
-    known = sharp or pays(log, limits)
+    from_the_start = log.has_the_first and entropy.values[0] <= limits.entropy
+    known = sharp or (pays(log, limits) and not from_the_start)
     return Finding(
         name="entropy_collapse",
         severity="problem",
-        title="The policy does not explore" if sharp else "The policy's entropy has collapsed",
+        title="The policy does not explore" if sharp or from_the_start else "The policy's entropy has collapsed",
+        from_the_start=from_the_start,
         steps=(entropy.steps[0], entropy.steps[-1]),
         evidence=(
             f"It went from {entropy.start():.3f} to {entropy.recent():.4f} nats per token: completions are certain, "
@@ -451,7 +467,9 @@ def entropy_collapse(log: RunLog, limits: Limits) -> Finding | None:
             if sharp
             else "too large steps, or too weak a KL penalty, let the policy settle on what it happened to try first."
             if known
-            else f"{CANNOT_TELL}: the score has not risen, so it is not what the policy follows."
+            else f"{CANNOT_TELL}: it was so before a step was taken."
+            if from_the_start
+            else NOT_FOLLOWED
         ),
         remedy=(
             Remedy(
@@ -467,7 +485,17 @@ def entropy_collapse(log: RunLog, limits: Limits) -> Finding | None:
             else TRY_EACH
         ),
         samples=log.last_samples(),
-        suspects=() if known else movers(log, limits),
+        suspects=()
+        if known
+        else (
+            Suspect(
+                cause="the model is certain by itself: trained to one answer, or its logits are sharpened",
+                experiment="its entropy rises if this is it.",
+                changes={"entropy_coef": bonus} if log.kind != "online" else {},
+            ),
+        )
+        if from_the_start
+        else movers(log, limits),
     )
 
 
@@ -504,7 +532,7 @@ def entropy_rises(log: RunLog, limits: Limits) -> Finding | None:
         suspects=()
         if by_bonus
         else (
-            large_steps(log),
+            *large_steps(log),
             Suspect(
                 cause="the score is noise, or falls for everything that the policy knows",
                 experiment="read the completions with the highest scores, and score them twice.",

@@ -51,6 +51,8 @@ class Limits:
         unlike: second completions, unlike the first, from which the variance within prompts is judged; chosen.
         within_prompt: share of the scores' variance within prompts below which the score ignores the completion: 0 in
             theory, above it for rounding; healthy runs here begin above 0.4 (measured).
+        reads_prompt: share by which a score changes under another prompt from which it is taken to look at what was
+            asked; chosen.
         noise: share of a function's variance that does not repeat, a mean of several measurements.
         same_again: the same, of a function that does repeat when it is asked again in the same order; chosen.
         noise_alone: the same from which one measurement is enough, and from which it is a problem.
@@ -120,7 +122,7 @@ class Limits:
         too_clear: what a rollout's gradients, of 32 completions each, have in common, squared, over what they have not,
             in the middle of all, and in proportion of more; healthy runs stay below 0.3, those with any other mistake
             below 12 (measured).
-        gradient_growth: times the median of the first `least_rows` gradient norms.
+        gradient_growth: times the median of the first `least_rows` gradient norms, or of the first half of fewer.
         prompts_at_max_length: share of prompts exactly as long as the longest.
         prompts_spread: tokens by which the shortest prompt is shorter than the longest.
         overfit_accuracy: training accuracy less held-out accuracy.
@@ -172,6 +174,7 @@ class Limits:
     repeats: int = 12
     unlike: int = 6
     within_prompt: float = 0.02
+    reads_prompt: float = 0.5
     noise: float = 0.2
     noise_alone: float = 0.5
     gradient_noise: float = 5.0

@@ -31,19 +31,20 @@ def planned(
     told: dict[str, Any] = {"planned_rates": rates(lr_scheduler, state.max_steps)}
     if hasattr(args, "steps_per_rollout") and args.shuffle_dataset is False:
         told["prompts_order"] = order(getattr(train_dataloader, "dataset", None))
-    if ends := (getattr(args, "generation_kwargs", None) or {}).get("eos_token_id"):  # a list, as PPOConfig keeps it
+    ends = (getattr(args, "generation_kwargs", None) or {}).get("eos_token_id")
+    if hasattr(args, "steps_per_rollout") and ends:  # a list, as PPOConfig keeps it
         told["stop_words"] = stop_words(ends, processing_class)
     return told
 
 
 def stop_words(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """Of the tokens at which generation ends those that are ordinary words, or parts of one: no mark that was added to
-    the vocabulary, and no space or stop, at which some mean to end. An id of another model's EOS is such a word."""
+    """Of the tokens at which generation ends those that are ordinary words, or parts of one: no mark, and no space or
+    stop, at which some mean to end. An id of another model's EOS is such a word."""
     if tokenizer is None:
         return []
     marks = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     texts = [tokenizer.decode([one]) for one in ids if one not in marks]
-    return [text for text in texts if any(character.isalpha() for character in text)]
+    return [text for text in texts if any(c.isalpha() for c in text) and not text.strip().startswith(("<", "["))]
 
 
 def rates(schedule: Any, steps: int) -> list[tuple[int, float]]:

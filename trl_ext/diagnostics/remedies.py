@@ -194,9 +194,13 @@ def bearing(finding: Finding, log: RunLog) -> Finding:
         told = "; ".join(f"{name} would not help: {why}" for name, why in idle.items())
         remedy = replace(remedy, text=f"I know no setting that moves this here ({told}).")
     remedy = replace(remedy, changes=changes, moves=remedy.moves or moves, direction=remedy.direction or direction)
-    suspects = tuple(
-        suspect
+    bear = [
+        {name: value for name, value in suspect.changes.items() if why_idle(log, name, value) is None}
         for suspect in finding.suspects
-        if not suspect.changes or all(why_idle(log, name, value) is None for name, value in suspect.changes.items())
+    ]
+    suspects = tuple(
+        replace(suspect, changes=changes)
+        for suspect, changes in zip(finding.suspects, bear, strict=True)
+        if changes or not suspect.changes
     )
     return replace(finding, remedy=remedy, suspects=suspects)

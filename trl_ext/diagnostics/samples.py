@@ -33,7 +33,7 @@ def truncation(log: RunLog, limits: Limits) -> Finding | None:
         cause=(
             "too short a limit for what the policy had to say, so that it learned to say less."
             if not now
-            else "a reward for length, or for what has no end."
+            else "a reward for length or for what has no end, or a limit too short for answers that rightly grew."
             if grown
             else f"{CANNOT_TELL} from the log alone."
         ),
@@ -198,8 +198,8 @@ def mode_collapse(log: RunLog, limits: Limits) -> Finding | None:
     share = distinct.recent(3) / max(prompts.recent(3), 1e-6)
     if share > limits.distinct or distinct.recent(3) > 0.5 * distinct.start():
         return None
-    looks = log.series("evidence/score/moved_by_prompt").start() > limits.within_prompt
-    earned = pays(log, limits) and not looks
+    paid, looks = pays(log, limits), log.series("evidence/score/moved_by_prompt").start() > limits.reads_prompt
+    earned = paid and not looks
     return Finding(
         name="mode_collapse",
         severity="problem",
@@ -219,8 +219,14 @@ def mode_collapse(log: RunLog, limits: Limits) -> Finding | None:
         if earned
         else TRY_EACH,
         samples=log.last_samples(),
-        suspects=() if earned else movers(log, limits),
+        suspects=() if earned else (*([_OVERRATED] if paid else []), *movers(log, limits)),
     )
+
+
+_OVERRATED = Suspect(
+    cause="the score overrates this one completion, whatever was asked",
+    experiment="score it as the answer to ten prompts: it earns more than good answers if this is it.",
+)
 
 
 def copied_completions(log: RunLog, limits: Limits) -> Finding | None:

@@ -16,30 +16,34 @@ from trl_ext.diagnostics.updates import lower_rate
 
 
 def constant_scores(log: RunLog, limits: Limits) -> Finding | None:
-    """Every completion gets the same score: of late, or in many of the first rollouts."""
+    """Every completion gets the same score: of late, or in many of PPO's first rollouts."""
     spread, score = log.series("score_std"), log.series("score")
     if not log.suffices(spread, limits.enough):
         return None
-    now = spread.recent(3) <= 1e-4 * max(abs(score.recent(3)), 1e-2)
-    first = range(min(len(spread), len(score), 2 * limits.least_rows))
-    same = [i for i in first if spread.values[i] <= 1e-4 * max(abs(score.values[i]), 1e-2)]
-    if not now and not (len(first) >= limits.least_rows and len(same) >= len(first) / 3):
+    now, same = _is_one(spread.recent(3), score.recent(3)), 0
+    first = min(len(spread), len(score), 2 * limits.least_rows)
+    if log.kind == "ppo" and log.setting("rollout_batch_size", 0) >= 16:  # few may score alike by chance
+        same = sum(_is_one(spread.values[i], score.values[i]) for i in range(first))
+    often = first >= limits.least_rows and same >= first / 3
+    if not now and not often:
         return None
-    worth = _of_one_worth(log, limits, slice(-3, None) if now else slice(len(first)))
+    worth = _of_one_worth(log, 0.99, slice(-3, None) if now else slice(first))
     return Finding(
         name="constant_scores",
-        severity="problem",
+        severity="problem" if now or not score.ever_rose(limits.noticeable) else "warning",
         title="All scores are the same" if now else "In many rollouts all scores are the same",
-        steps=(spread.steps[-3:][0], spread.steps[-1]) if now else (spread.steps[0], spread.steps[len(first) - 1]),
+        steps=(spread.steps[-3:][0], spread.steps[-1]) if now else (spread.steps[0], spread.steps[first - 1]),
         evidence=(
             f"The latest rollouts scored {score.recent(3):.3g} with a standard deviation of {spread.recent(3):.1g}."
             if now
-            else f"In {len(same)} of the first {len(first)} rollouts all completions had one score."
+            else f"In {same} of the first {first} rollouts all completions had one score."
         ),
-        figures={"score": score.recent(3), "score_std": spread.recent(3)},
+        figures={"score": score.recent(3), "score_std": spread.recent(3)} if now else {"share": same / first},
         cause=(
             "a reward function that never matches, reads the wrong column, or is clipped to a constant; or a policy "
             "that gives one completion."
+            if now and worth is None
+            else "a rank, a threshold or a median that leaves nothing between completions, or a reward that few earn."
             if worth is None
             else f"{CANNOT_TELL}: {worth}."
         ),
@@ -52,11 +56,16 @@ def constant_scores(log: RunLog, limits: Limits) -> Finding | None:
     )
 
 
-def _of_one_worth(log: RunLog, limits: Limits, rows: slice) -> str | None:
-    """What a yardstick says that finds nearly all completions of some rollouts alike: then the score is right to."""
+def _is_one(spread: float, score: float) -> bool:
+    return spread <= 1e-4 * max(abs(score), 1e-2)
+
+
+def _of_one_worth(log: RunLog, least: float, rows: slice) -> str | None:
+    """What a yardstick says that finds at least so many completions of some rollouts alike: then the score is right
+    to."""
     for name in log.names(ONE_VERDICT):
         shares = log.series(f"{ONE_VERDICT}{name}").values[rows]
-        if shares and fmean(shares) >= limits.alike:
+        if shares and fmean(shares) >= least:
             return f"yardstick {name} says the same of {fmean(shares):.0%} of the completions, too"
     return None
 
@@ -325,7 +334,7 @@ def score_opposed(log: RunLog, limits: Limits) -> Finding | None:
 def score_misaligned(log: RunLog, limits: Limits) -> Finding | None:
     """Scores are those of other rows: places decide, or they go with the yardstick's verdicts some places away."""
     of_its_own = max((log.series(f"{AGREEMENT}{name}").start() for name in log.names(AGREEMENT)), default=math.nan)
-    for name in noise_of(log) if not of_its_own >= limits.related else ():
+    for name in noise_of(log) if not of_its_own >= limits.in_part else ():
         place, chance = differs_by(log, "place", name), differs_by(log, "chance", name)
         if place > limits.noise and chance < limits.same_again:
             return _misaligned(
@@ -473,7 +482,7 @@ def scores_alike(log: RunLog, limits: Limits) -> Finding | None:
         return None
     if not limits.alike <= alike.start() or spread.start() == 0.0:
         return None
-    worth = _of_one_worth(log, limits, slice(3))
+    worth = _of_one_worth(log, limits.alike, slice(3))
     return Finding(
         name="scores_alike",
         severity="warning" if log.series("score").ever_rose(limits.noticeable) else "problem",

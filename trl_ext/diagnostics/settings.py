@@ -625,10 +625,7 @@ def _kinds(log: RunLog) -> Iterator[Doubt]:
         yield Doubt("chat_template_kwargs", text, side, None, ZIEGLER, math.inf)
     if words := log.setting("stop_words"):
         side = Side("completions end in the middle of what they say, where this word comes", (*OF_THE_TEMPLATE, *FLIES))
-        text = (
-            f"generation_kwargs has eos_token_id {log.setting('generation_kwargs')['eos_token_id']}, which is to this "
-            f"tokenizer an ordinary word, {words[0]!r}"
-        )
+        text = f"by generation_kwargs an answer ends at {words[0]!r}, which is an ordinary word to this tokenizer"
         yield Doubt("generation_kwargs", text, side, None, ZIEGLER, math.inf)
     if log.config.get("whiten_advantages") is False:
         side = Side("steps have the size of the scores", (*STANDS, *FLIES))
@@ -701,6 +698,7 @@ def unusual_settings(log: RunLog, limits: Limits, findings: Sequence[Finding]) -
         for name in made:
             explains.setdefault(name, (f"{doubt.setting}: {doubt.side.why}.", doubt.source))
     (first, _), *others = blamed
+    others = [one for one in others if one[0].setting != first.setting]
     more = f", and {len(others)} more" if len(others) > 1 else f", and so is {others[0][0].setting}" if others else ""
     return Finding(
         name="unusual_settings",

@@ -60,7 +60,9 @@ def score_ignores_completion(log: RunLog, limits: Limits) -> Finding | None:
     share, repeats = within_prompt(log)
     if repeats < limits.unlike or share > limits.within_prompt:
         return None
-    if log.setting("num_generations", 1) == 1 and any(is_compared(log, name, limits) for name in noise_of(log)):
+    compared = [name for name in noise_of(log) if is_compared(log, name, limits)]
+    of_these = sum(log.series(f"evidence/share_of/{name}").recent() for name in compared)
+    if log.setting("num_generations", 1) == 1 and compared and not of_these < 0.5:
         return None  # two answers of one prompt stand side by side for this measurement alone
     return Finding(
         name="score_ignores_completion",
@@ -121,13 +123,13 @@ NOT_READ = ("truncation", "score_unrelated", "held_out_differs", "no_progress", 
 
 def prompts_unlike_the_model(log: RunLog, limits: Limits, findings: Sequence[Finding]) -> Finding | None:
     """Prompts are not written as the model was taught to read them, and that has done harm."""
-    names = ("plain", "unknown_markers", "otherwise", "other_tokens")
+    names = ("plain", "unknown_markers", "otherwise")
     shares = {name: series.start() for name in names if (series := log.series(f"evidence/prompts/{name}"))}
     harm = [finding for finding in findings if finding.name in NOT_READ]
     if not harm:
         return None
-    plain, unknown, otherwise, other = (shares.get(name, 0.0) for name in names)
-    code = "dataset.map(lambda row: {'prompt': [{'role': 'user', 'content': row['prompt']}]})"
+    plain, unknown, otherwise = (shares.get(name, 0.0) for name in names)
+    code = "print(tokenizer.decode(ids), AutoTokenizer.from_pretrained(model_path).apply_chat_template(prompt))"
     if unknown > limits.not_read:
         evidence = (
             f"{unknown:.0%} of the markers that the chat template writes are no tokens of the tokenizer, which takes "
@@ -140,16 +142,19 @@ def prompts_unlike_the_model(log: RunLog, limits: Limits, findings: Sequence[Fin
             "ends."
         )
         cause, figures = "texts where a chat model expects messages.", shares
+        code = "dataset.map(lambda row: {'prompt': [{'role': 'user', 'content': row['prompt']}]})"
     elif otherwise > limits.not_read:
         evidence = f"{otherwise:.0%} of the prompts are other tokens to the tokenizer and template beside the model."
         cause, figures = "another tokenizer or chat template than the model was trained with.", shares
-    elif other > limits.other_tokens and not any(finding.name == "base_damaged" for finding in findings):
+    elif (other := _other_tokens(log, findings)) > limits.other_tokens:
         evidence = (
             f"{other:.0%} of the tokens that the model wrote at the start are others once the tokenizer has read their "
             "text: it takes what it is asked to other pieces than the model knows."
         )
-        cause, figures = "a tokenizer that is not the model's, or not whole: merges, casing, a vocabulary.", shares
-        code = "print(tokenizer.tokenize(text), AutoTokenizer.from_pretrained(model_path).tokenize(text))"
+        cause, figures = (
+            "a tokenizer that is not the model's, or not whole: merges, casing, a vocabulary.",
+            {"share": other},
+        )
     elif (told := _one_answer(log, limits)) is not None:
         evidence, figures = told
         cause = (
@@ -173,6 +178,14 @@ def prompts_unlike_the_model(log: RunLog, limits: Limits, findings: Sequence[Fin
         ),
         samples=log.last_samples(),
     )
+
+
+def _other_tokens(log: RunLog, findings: Sequence[Finding]) -> float:
+    """The share of the model's first tokens that the tokenizer reads as others; NaN where it is not known, or the model
+    writes noise, of which no text is read as it was written."""
+    share = log.series("evidence/prompts/other_tokens")
+    noise = float(log.setting("temperature", 1.0)) > 1.0 or any(one.name == "base_damaged" for one in findings)
+    return share.values[0] if share and log.has_the_first and not noise else math.nan
 
 
 def _one_answer(log: RunLog, limits: Limits) -> tuple[str, dict[str, float]] | None:
@@ -202,7 +215,14 @@ def score_not_repeatable(log: RunLog, limits: Limits) -> Finding | None:
     if count < 2 and share < limits.noise_alone:
         return None
     compared = is_compared(log, name, limits)
-    causes = "it compares each row with those beside it." if compared else "it draws random numbers, or keeps a state."
+    by_place = differs_by(log, "place", name) > limits.noise > differs_by(log, "chance", name)
+    causes = (
+        "it compares each row with those beside it."
+        if compared
+        else "a row's place among the others decides: it goes on from row to row, or breaks ties by place."
+        if by_place
+        else "it draws random numbers, or keeps a state."
+    )
     return Finding(
         name="score_not_repeatable",
         severity="problem" if share > limits.noise_alone and not compared else "warning",
@@ -411,7 +431,7 @@ def held_out_differs(log: RunLog, limits: Limits) -> Finding | None:
             continue
         if of_trained < limits.unrelated:
             return _scored_otherwise(name, trained, held_out)
-        if len(trained) >= 3 and held_out.recent(len(held_out)) - of_trained > limits.agreement_gap:
+        if len(trained) >= 3 and len(held_out) > 1 and min(held_out.values) - of_trained > limits.agreement_gap:
             return _scored_otherwise(name, trained, held_out, severity="warning")
     return _read_otherwise(log, limits) or _scores_elsewhere(log, limits)
 
@@ -462,7 +482,7 @@ def _scored_otherwise(name: str, trained: Series, held_out: Series, severity: st
         "trained on.",
         {"trained": trained.start(6), "held_out": held_out.best(2)},
         "training prompts in another form than the model reads, or columns that belong to other rows.",
-        "What is not read, or joined to another row, is not scored for what is meant.",
+        "What is not read, or joined to another row, is not scored for what is meant." if severity == "problem" else "",
         severity=severity,
     )
 

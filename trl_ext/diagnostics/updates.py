@@ -68,7 +68,10 @@ def gradients_explode(log: RunLog, limits: Limits) -> Finding | None:
     # Trainers log the norm of one step, which tells little about the others; ours also logs a mean for each role.
     roles = [log.series(f"grad_norm/{role}") for role in log.names("grad_norm/")]
     for norms in roles or [log.series("grad_norm")]:
-        usual = median([norm for norm in norms.values if norm > 0][: limits.least_rows] or [0.0])
+        began = [
+            norm for i, norm in enumerate(norms.values) if any(norms.values[: i + 1])
+        ]  # the value role may be first
+        usual = median(began[: min(limits.least_rows, len(began) // 2)] or [0.0])
         if len(norms) <= limits.least_rows or norms.lasting() < limits.gradient_growth * max(usual, 1e-8):
             continue
         spread = log.series("score_std")
@@ -538,13 +541,10 @@ def lower_rate(log: RunLog, times: float) -> dict[str, float]:
 GONE = "it does not come back if this is it."
 
 
-def large_steps(log: RunLog) -> Suspect:
-    """That steps overshoot, and what shows it."""
-    return Suspect(
-        cause="steps are too large, or too many are taken on one rollout",
-        experiment=GONE,
-        changes=lower_rate(log, 10),
-    )
+def large_steps(log: RunLog) -> list[Suspect]:
+    """That steps overshoot, and what shows it; nothing where the rate is not known."""
+    slower, cause = lower_rate(log, 10), "steps are too large, or too many are taken on one rollout"
+    return [Suspect(cause=cause, experiment=GONE, changes=slower)] if slower else []
 
 
 def higher_rate(log: RunLog) -> dict[str, float]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -131,7 +132,7 @@ class Evidence:
             if rollout % self.schedule.gradients == 0:
                 written, tokenizer = experience.rollout, self.collector.tokenizer
                 metrics |= reading(written.prompts, tokenizer)
-                metrics["prompts/other_tokens"] = other_tokens(written.completion_tokens, tokenizer)
+                metrics["prompts/other_tokens"] = other_tokens(written.completion_tokens[:TWINS], tokenizer)
                 metrics["prompts/otherwise"] = written_otherwise(
                     written.prompts[:ROWS], tokenizer, self._own_tokenizer, self.args.chat_template_kwargs
                 )
@@ -146,12 +147,16 @@ class Evidence:
 
     @cached_property
     def _own_tokenizer(self) -> Any:
-        """The one that lies beside the model's weights; None where none does."""
-        name = getattr(self.collector.base.causal_lm.config, "name_or_path", "")
-        if not name:
+        """The one that lies beside the model's weights; None where none does, or where prompts are written by that of
+        an adapter, which may have been taught to read them otherwise."""
+        config, mine = self.collector.base.causal_lm.config, Path(self.collector.tokenizer.name_or_path)
+        if not config.name_or_path or (mine / "adapter_config.json").is_file():
             return None
+        revision = getattr(config, "_commit_hash", None)
         try:
-            return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(
+                config.name_or_path, revision=revision, local_files_only=True, trust_remote_code=False
+            )
         except Exception:  # of whatever kind: nothing but a measurement asks for it
             return None
 
@@ -539,7 +544,7 @@ def written_otherwise(prompts: Sequence[Any], tokenizer: Any, own: Any, chat_tem
             tokenize_prompts(prompts, one, kwargs)
             for one, kwargs in ((tokenizer, chat_template_kwargs), (own, own_kwargs))
         ]
-    except ValueError:  # no template, or one that knows no such messages
+    except Exception:  # no template, or one that knows no such messages: nothing ends for a measurement's sake
         return math.nan
     return fmean(a != b for a, b in zip(*pairs, strict=True))
 
@@ -550,7 +555,7 @@ def other_tokens(completions: Sequence[Sequence[int]], tokenizer: Any) -> float:
 
         1 - |a multiset intersection of the sampled tokens and those that are read| / |sampled|
 
-    The first token of each is left out: some tokenizers begin every text with a space.
+    The first word of each is left out: some tokenizers begin every text with a space.
 
     Args:
         completions: token ids of each; special ones do not count.
@@ -559,13 +564,19 @@ def other_tokens(completions: Sequence[Sequence[int]], tokenizer: Any) -> float:
         NaN where there are no tokens.
     """
     special = set(tokenizer.all_special_ids)
-    own = [[token for token in one if token not in special] for one in completions]
+    own = [_after_a_word([token for token in one if token not in special], tokenizer) for one in completions]
     texts = tokenizer.batch_decode(own, clean_up_tokenization_spaces=False)
-    kept = 0
+    kept, total = 0, sum(map(len, own))
     for sampled, read in zip(own, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
-        kept += (Counter(sampled[1:]) & Counter(read)).total()
-    total = sum(max(len(one) - 1, 0) for one in own)
+        kept += (Counter(sampled) & Counter(read)).total()
     return 1 - kept / total if total else math.nan
+
+
+def _after_a_word(ids: list[int], tokenizer: Any) -> list[int]:
+    """What begins with a space, by the marks of byte-level and SentencePiece vocabularies; of others all but the
+    first."""
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    return ids[next((i for i, piece in enumerate(pieces) if i and piece[:1] in ("\u0120", "\u2581")), 1) :]
 
 
 def held_out_gap(trained: Experience | None, held_out: Experience) -> dict[str, float]:
