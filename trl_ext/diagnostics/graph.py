@@ -213,6 +213,13 @@ EDGES: tuple[Edge, ...] = (
         steps_too_small="A score for what the policy cannot change makes steps that cancel.",
     ),
     *_edges(
+        "constant_scores",
+        GAE,
+        value_loss_explodes="Values that were taught one score meet others all at once.",
+        value_not_learning="Returns that do not differ teach values nothing.",
+        gradients_explode="Where scores do not differ there is next to no gradient, and then there is one.",
+    ),
+    *_edges(
         "scores_alike",
         WILLIAMS,
         no_progress="Completions with one score have no differences to learn from.",
