@@ -217,7 +217,6 @@ EDGES: tuple[Edge, ...] = (
         GAE,
         value_loss_explodes="Values that were taught one score meet others all at once.",
         value_not_learning="Returns that do not differ teach values nothing.",
-        gradients_explode="Where scores do not differ there is next to no gradient, and then there is one.",
     ),
     *_edges(
         "scores_alike",
