@@ -668,23 +668,28 @@ def test_a_remedy_never_weakens_what_is_there(name: str, config: dict[str, Any],
     assert {key: proposed[key] for key in changes} == changes
 
 
+FLAT = {"objective/scores": lambda t: 0.5 + 0.05 * math.sin(40 * t)}
+
+
 def test_what_is_not_known_of_a_score_changes_no_cause() -> None:
-    """Of few rows, and of scores that are brought to one mean as they rise."""
-    sick = {**HEALTHY, **SICK["kl_runs_away"]}
-    few = [
-        one for one in diagnose(RunLog.of(rows(5, **sick, **{"episode": 64.0}), CONFIG)) if one.name == "kl_runs_away"
-    ]
-    assert few[0].remedy.changes == {"kl_coef": 0.5}
+    """Of few rows, and of scores that are brought to one mean as they rise; over many rows halves are compared."""
+    sick, draw = {**HEALTHY, **SICK["kl_runs_away"], "episode": 64.0}, random.Random(3)
+    noisy = {**sick, "objective/scores": lambda t: 0.3 + 0.3 * t + draw.gauss(0, 0.15)}
     flat = {**sick, **FLAT, "rewards/judge/mean": lambda t: t}
-    for normalised, known in (("running", True), ("none", False)):
-        log = RunLog.of(rows(**flat), {**CONFIG, "score_normalization": normalised})
+    for metrics, count, normalised, known in (
+        (sick, 4, "none", True),  # of which the first four are the last four
+        (flat, 16, "running", True),
+        (flat, 16, "none", False),
+        (noisy, 300, "none", True),
+    ):
+        log = RunLog.of(rows(count, **metrics), {**CONFIG, "score_normalization": normalised})
         (found,) = [one for one in diagnose(log) if one.name == "kl_runs_away"]
-        assert (not found.suspects) == known
+        assert (not found.suspects) == bool(found.remedy.changes) == known, (count, normalised)
 
 
-def test_a_policy_that_is_certain_from_the_start_was_not_moved() -> None:
-    log = RunLog.of(rows(**{**HEALTHY, **FLAT, "policy/entropy_avg": 0.01}), CONFIG)
-    (found,) = [one for one in diagnose(log) if one.name == "entropy_collapse"]
+@pytest.mark.parametrize("score", [FLAT, {}])
+def test_a_policy_that_is_certain_from_the_start_was_not_moved(score: dict[str, Any]) -> None:
+    found = found_in("entropy_collapse", {**HEALTHY, **score, "policy/entropy_avg": 0.01})
     assert "before a step was taken" in found.cause and found.from_the_start
     assert [one.changes for one in found.suspects] == [{"entropy_coef": 0.01}]
 
@@ -696,9 +701,6 @@ def test_completions_that_shrink_may_spend_what_they_could_but_no_more() -> None
         for one in diagnose(RunLog.of(rows(**{**HEALTHY, **shrinks, "objective/kl": lambda t: 60 * t}), CONFIG))
     ]
     assert "kl_runs_away" in found
-
-
-FLAT = {"objective/scores": lambda t: 0.5 + 0.05 * math.sin(40 * t)}
 
 
 @pytest.mark.parametrize("name", ["kl_runs_away", "entropy_collapse", "mode_collapse", "repetition_exploitation"])
@@ -1051,8 +1053,10 @@ def test_a_score_that_is_right_for_held_out_prompts_alone(
 def test_two_completions_of_a_group_that_score_alike() -> None:
     """Where a rollout has groups, a function that scores them alike ignores the completion."""
     metrics = {**HEALTHY, **SICK["score_ignores_completion"], **COMPARED}
-    found = [one.name for one in diagnose(RunLog.of(rows(**metrics), {**CONFIG, "num_generations": 4}))]
-    assert "score_ignores_completion" in found
+    little = {**metrics, "evidence/share_of/judge": 0.2}  # another function makes the score
+    for given, changes in ((metrics, {"num_generations": 4}), (little, {})):
+        found = [one.name for one in diagnose(RunLog.of(rows(**given), {**CONFIG, **changes}))]
+        assert "score_ignores_completion" in found
 
 
 def test_copies_of_one_prompt() -> None:
