@@ -718,7 +718,8 @@ def test_a_score_that_looks_at_the_prompt_does_not_explain_one_completion_for_al
         found_in("mode_collapse", {**HEALTHY, **SICK["mode_collapse"], "evidence/score/moved_by_prompt": moved})
         for moved in (0.9, 0.1)  # a reward model looks at it a little, and overrates a phrase all the same
     )
-    assert looks.suspects and "looks at the prompt" in looks.cause and not blind.suspects
+    assert "looks at the prompt" in looks.cause and not blind.suspects
+    assert looks.suspects[0].cause.startswith("the score overrates this one completion")
 
 
 @pytest.mark.parametrize(
@@ -1048,6 +1049,8 @@ def test_a_score_that_is_right_for_held_out_prompts_alone(
         (top, *_) = roots(found)
         explained = ["score_unrelated"] if severity == "problem" else []
         assert top.finding.name == "held_out_differs" and [one.finding.name for one in top.follows] == explained
+    once = diagnose(replace(log, evals=[{"step": 8, "agreement/exact": held_out}]))
+    assert "warning" not in [one.severity for one in once if one.name == "held_out_differs"]
 
 
 def test_two_completions_of_a_group_that_score_alike() -> None:
@@ -1057,6 +1060,21 @@ def test_two_completions_of_a_group_that_score_alike() -> None:
     for given, changes in ((metrics, {"num_generations": 4}), (little, {})):
         found = [one.name for one in diagnose(RunLog.of(rows(**given), {**CONFIG, **changes}))]
         assert "score_ignores_completion" in found
+
+
+def test_a_temperature_at_which_no_text_is_read_as_it_was_written_says_nothing_of_the_tokenizer() -> None:
+    metrics = {**HEALTHY, "agreement/exact": 0.5, "evidence/prompts/other_tokens": 0.3}
+    for temperature, told in ((1.0, True), (1.5, False)):
+        found = diagnose(RunLog.of(rows(**metrics), {**CONFIG, "temperature": temperature}))
+        assert ("prompts_unlike_the_model" in [one.name for one in found]) == told
+
+
+def test_suspects_keep_the_settings_that_the_trainer_has() -> None:
+    """TRL's trainers have no missing_eos_penalty; where nothing is left of what would show a cause, it is not named."""
+    of_trl = {"output_dir": "x", "max_completion_length": 16, "learning_rate": 1e-3, "rollout_batch_size": 64}
+    cut = {**HEALTHY, **FLAT, "completions/clipped_ratio": lambda t: t}
+    (found,) = [one for one in diagnose(RunLog.of(rows(**cut), of_trl)) if one.name == "truncation"]
+    assert [one.changes for one in found.suspects] == [{"max_completion_length": 32}, {"learning_rate": 1e-4}, {}]
 
 
 def test_copies_of_one_prompt() -> None:
