@@ -128,6 +128,9 @@ def test_ends_that_are_ordinary_words() -> None:
     cat = tokenizer.convert_tokens_to_ids("cat")
     assert stop_words([tokenizer.eos_token_id, 3, 4, cat], tokenizer) == ["cat"]
     assert stop_words([cat], None) == []
+    words = ["<|end|>", "[SEP]", "cat"]  # a vocabulary that has marks among its words
+    unmarked = SimpleNamespace(all_special_ids=[], get_added_vocab=dict, decode=lambda ids: words[ids[0]])
+    assert stop_words([0, 1, 2], unmarked) == ["cat"]
     args = SimpleNamespace(generation_kwargs={"eos_token_id": [1, cat]}, steps_per_rollout=1, shuffle_dataset=True)
     assert planned(args, SimpleNamespace(max_steps=0), processing_class=tokenizer)["stop_words"] == ["cat"]
     of_trl = SimpleNamespace(generation_kwargs={"eos_token_id": cat})  # which may be a number, beside any processor

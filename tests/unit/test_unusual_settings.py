@@ -296,6 +296,9 @@ def test_an_end_that_is_an_ordinary_word_is_told_at_once() -> None:
         "generation_kwargs": None
     }
     assert not diagnose(RunLog("ppo", [], config={**CONFIG, **given, "stop_words": []}))
+    given["generation_kwargs"]["num_beams"] = 4  # two of one setting are told once
+    (found,) = diagnose(RunLog("ppo", [], config={**CONFIG, **given}))
+    assert found.title == "generation_kwargs is far from the usual" and "num_beams" in found.evidence
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "diagnostics" / "unusual_settings.md"
