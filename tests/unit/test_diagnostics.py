@@ -1053,6 +1053,13 @@ def test_a_score_that_is_right_for_held_out_prompts_alone(
     assert "warning" not in [one.severity for one in once if one.name == "held_out_differs"]
 
 
+def test_places_that_decide_a_part_are_a_warning() -> None:
+    """Errors by place, on a score that follows its purpose well enough to be learned from."""
+    for agreement, severity in ((0.6, "warning"), (0.4, "problem")):
+        found = found_in("score_misaligned", {**HEALTHY, **PLACED, "agreement/exact": agreement})
+        assert found.severity == severity
+
+
 def test_two_completions_of_a_group_that_score_alike() -> None:
     """Where a rollout has groups, a function that scores them alike ignores the completion."""
     metrics = {**HEALTHY, **SICK["score_ignores_completion"], **COMPARED}

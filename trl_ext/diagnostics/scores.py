@@ -345,6 +345,7 @@ def score_misaligned(log: RunLog, limits: Limits) -> Finding | None:
                 "scores or references that are joined to the completions by place, not by what they belong to; or a "
                 "function that goes on from row to row, and gives a row what those before it have left.",
                 log,
+                severity="warning" if of_its_own >= limits.related else "problem",  # which a policy learns from
             )
     for name in log.names(SHIFTED):
         own, other = log.series(f"{AGREEMENT}{name}"), log.series(f"{SHIFTED}{name}")
@@ -363,10 +364,17 @@ def score_misaligned(log: RunLog, limits: Limits) -> Finding | None:
     return None
 
 
-def _misaligned(steps: tuple[int, int], evidence: str, figures: dict[str, float], cause: str, log: RunLog) -> Finding:
+def _misaligned(
+    steps: tuple[int, int],
+    evidence: str,
+    figures: dict[str, float],
+    cause: str,
+    log: RunLog,
+    severity: str = "problem",
+) -> Finding:
     return Finding(
         name="score_misaligned",
-        severity="problem",
+        severity=severity,
         title="Scores belong to other rows",
         steps=steps,
         evidence=evidence,
