@@ -563,20 +563,22 @@ def other_tokens(completions: Sequence[Sequence[int]], tokenizer: Any) -> float:
     Returns:
         NaN where there are no tokens.
     """
-    special = set(tokenizer.all_special_ids)
-    own = [_after_a_word([token for token in one if token not in special], tokenizer) for one in completions]
-    texts = tokenizer.batch_decode(own, clean_up_tokenization_spaces=False)
-    kept, total = 0, sum(map(len, own))
-    for sampled, read in zip(own, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
-        kept += (Counter(sampled) & Counter(read)).total()
+    try:
+        special = set(tokenizer.all_special_ids)
+        own = [_after_a_word([token for token in one if token not in special], tokenizer) for one in completions]
+        texts = tokenizer.batch_decode(own, clean_up_tokenization_spaces=False)
+        read = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    except Exception:  # ids that the tokenizer does not know, say: nothing ends for a measurement's sake
+        return math.nan
+    kept, total = sum((Counter(a) & Counter(b)).total() for a, b in zip(own, read, strict=True)), sum(map(len, own))
     return 1 - kept / total if total else math.nan
 
 
 def _after_a_word(ids: list[int], tokenizer: Any) -> list[int]:
     """What begins with a space, by the marks of byte-level and SentencePiece vocabularies; of others all but the
     first."""
-    pieces = tokenizer.convert_ids_to_tokens(ids)
-    return ids[next((i for i, piece in enumerate(pieces) if i and piece[:1] in ("\u0120", "\u2581")), 1) :]
+    pieces = tokenizer.convert_ids_to_tokens(ids)  # None of an id that only the model has
+    return ids[next((i for i, piece in enumerate(pieces) if i and piece and piece[:1] in ("\u0120", "\u2581")), 1) :]
 
 
 def held_out_gap(trained: Experience | None, held_out: Experience) -> dict[str, float]:
