@@ -180,7 +180,7 @@ def test_tokens_that_a_tokenizer_reads_as_others() -> None:
     assert len(ids[0]) == 4 and other_tokens(ids, whole) == 0.0
     assert math.isnan(other_tokens([[1], [5]], whole))
     assert other_tokens([[5, 6, 10_000]], whole) == 0.5  # a model may have more ids than its tokenizer
-    assert math.isnan(other_tokens([[5, 6]], None))
+    assert math.isnan(other_tokens([[5, 6]], None)) and math.isnan(other_tokens([], whole))
     lossy.backend_tokenizer.normalizer = normalizers.Replace("sat", "mat")
     assert other_tokens(ids, lossy) == 0.5
     lossy.backend_tokenizer.normalizer = normalizers.Replace("a cat", "the cat")

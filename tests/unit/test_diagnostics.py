@@ -689,7 +689,9 @@ def test_what_is_not_known_of_a_score_changes_no_cause() -> None:
 
 @pytest.mark.parametrize("score", [FLAT, {}])
 def test_a_policy_that_is_certain_from_the_start_was_not_moved(score: dict[str, Any]) -> None:
-    found = found_in("entropy_collapse", {**HEALTHY, **score, "policy/entropy_avg": 0.01})
+    certain = {**HEALTHY, **score, "policy/entropy_avg": 0.01}
+    assert not found_in("entropy_collapse", certain).from_the_start  # what was sampled first was no certainty
+    found = found_in("entropy_collapse", {**certain, "objective/entropy": 0.05})
     assert "before a step was taken" in found.cause and found.from_the_start
     assert [one.changes for one in found.suspects] == [{"entropy_coef": 0.01}]
 

@@ -329,9 +329,6 @@ def weaker(log: RunLog) -> dict[str, float]:
     return {_field(log): float(f"{now / 4:.1g}")} if now else {}
 
 
-NOT_FOLLOWED = f"{CANNOT_TELL}: the score has not risen, so it is not what the policy follows."
-
-
 def pays(log: RunLog, limits: Limits) -> bool:
     """Whether the score is higher than at the start: only then can it be what the policy follows. True where it is not
     known: of few rows, or of scores that are brought to one mean as they rise."""
@@ -356,6 +353,15 @@ def movers(log: RunLog, limits: Limits) -> tuple[Suspect, ...]:
             experiment="compare the weights before and after what is no optimizer step.",
         ),
     )
+
+
+def if_paid(log: RunLog, limits: Limits, cause: str, remedy: Remedy) -> dict[str, Any]:
+    """Cause, remedy and suspects of what a score may pay for: these, or, where it does not, what else may have moved
+    the policy."""
+    if pays(log, limits):
+        return {"cause": cause, "remedy": remedy}
+    unpaid = f"{CANNOT_TELL}: the score has not risen, so it is not what the policy follows."
+    return {"cause": unpaid, "remedy": TRY_EACH, "suspects": movers(log, limits)}
 
 
 def coefficient_now(log: RunLog) -> float:
@@ -392,7 +398,6 @@ def kl_runs_away(log: RunLog, limits: Limits) -> Finding | None:
     if min(kl.recent(), kl.lasting()) < limits.kl_per_token * tokens or kl.recent() < kl.start():
         return None
     under = f" with kl_coef {coefficient.recent():.3g}" if coefficient else ""
-    follows = pays(log, limits)
     return Finding(
         name="kl_runs_away",
         severity="problem",
@@ -403,14 +408,13 @@ def kl_runs_away(log: RunLog, limits: Limits) -> Finding | None:
             f"{kl.recent() / tokens:.2f} a token{under}."
         ),
         figures={"kl": kl.recent(), "kl_per_token": kl.recent() / tokens},
-        cause=(
-            "the penalty is too weak for the scale of the scores, so the policy follows the score wherever it goes."
-            if follows
-            else NOT_FOLLOWED
-        ),
-        remedy=_coefficient(stronger(log, limits)) if follows else TRY_EACH,
         samples=log.last_samples(),
-        suspects=() if follows else movers(log, limits),
+        **if_paid(
+            log,
+            limits,
+            "the penalty is too weak for the scale of the scores, so the policy follows the score wherever it goes.",
+            _coefficient(stronger(log, limits)),
+        ),
     )
 
 
@@ -445,11 +449,10 @@ def entropy_collapse(log: RunLog, limits: Limits) -> Finding | None:
     entropy = log.series("entropy")
     if len(entropy) < limits.least_rows or entropy.recent() > limits.entropy:
         return None
-    temperature = float(log.setting("temperature", 1.0))
-    sharp = temperature < limits.temperature
-    slower, bonus = lower_rate(log, 3), max(0.01, 2 * float(log.setting("entropy_coef", 0.0)))
-    from_the_start = log.has_the_first and entropy.values[0] <= limits.entropy
-    known = sharp or (pays(log, limits) and not from_the_start)
+    sharp = float(log.setting("temperature", 1.0)) < limits.temperature
+    # Of a rollout the entropy is a mean over its training; what was sampled surprises before a step is taken.
+    first = max(series.values[0] for series in (entropy, log.surprise()) if series)
+    from_the_start = log.has_the_first and first <= limits.entropy
     return Finding(
         name="entropy_collapse",
         severity="problem",
@@ -461,41 +464,40 @@ def entropy_collapse(log: RunLog, limits: Limits) -> Finding | None:
             "so PPO has no differences to learn from."
         ),
         figures={"entropy": entropy.recent(), "start": entropy.start()},
-        cause=(
-            f"completions are sampled at temperature {temperature:g}, and PPO learns from the differences between "
-            "completions."
-            if sharp
-            else "too large steps, or too weak a KL penalty, let the policy settle on what it happened to try first."
-            if known
-            else f"{CANNOT_TELL}: it was so before a step was taken."
-            if from_the_start
-            else NOT_FOLLOWED
-        ),
-        remedy=(
-            Remedy(
+        samples=log.last_samples(),
+        **_why_certain(log, limits, sharp, from_the_start),
+    )
+
+
+def _why_certain(log: RunLog, limits: Limits, sharp: bool, from_the_start: bool) -> dict[str, Any]:
+    """Cause, remedy and suspects."""
+    if sharp:
+        return {
+            "cause": (
+                f"completions are sampled at temperature {float(log.setting('temperature')):g}, and PPO learns from "
+                "the differences between completions."
+            ),
+            "remedy": Remedy(
                 text="Sample at temperature 1 in training; use a lower one with the trained model.",
                 changes={"temperature": 1.0},
-            )
-            if sharp
-            else Remedy(
-                text="Smaller steps, a stronger KL penalty, or an entropy bonus.",
-                changes={**slower, "entropy_coef": bonus} if log.kind != "online" else slower,
-            )
-            if known
-            else TRY_EACH
-        ),
-        samples=log.last_samples(),
-        suspects=()
-        if known
-        else (
-            Suspect(
-                cause="the model is certain by itself: trained to one answer, or its logits are sharpened",
-                experiment="its entropy rises if this is it.",
-                changes={"entropy_coef": bonus} if log.kind != "online" else {},
             ),
+        }
+    bonus = {"entropy_coef": max(0.01, 2 * float(log.setting("entropy_coef", 0.0)))} if log.kind != "online" else {}
+    if from_the_start:
+        suspect = Suspect(
+            cause="the model is certain by itself: trained to one answer, or its logits are sharpened",
+            experiment="its entropy rises if this is it.",
+            changes=bonus,
         )
-        if from_the_start
-        else movers(log, limits),
+        cause = f"{CANNOT_TELL}: it was so before a step was taken."
+        return {"cause": cause, "remedy": TRY_EACH, "suspects": (suspect,)}
+    return if_paid(
+        log,
+        limits,
+        "too large steps, or too weak a KL penalty, let the policy settle on what it happened to try first.",
+        Remedy(
+            text="Smaller steps, a stronger KL penalty, or an entropy bonus.", changes={**lower_rate(log, 3), **bonus}
+        ),
     )
 
 

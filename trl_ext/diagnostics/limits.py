@@ -77,7 +77,7 @@ class Limits:
         holds: share of the completions that stand in their prompt; chosen: extracts do, answers rarely.
         not_read: share of prompts, or of a template's markers, that the model was not taught to read; chosen.
         other_tokens: share of a model's own tokens that its tokenizer reads as others: 0 of the embedded default, 0.02
-            of SmolLM2-135M at temperature 1 and 0.06 at 1.4; 0.23 where a third of the merges is left (measured).
+            of SmolLM2-135M at temperature 1 and 0.06 at 1.4; 0.27 where a third of the merges is left (measured).
         empty_prompts: share of prompts without a text; chosen.
         opposed: correlation of score and yardstick over completions below which one is the other turned round; chosen,
             as strong as `length_correlation`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from trl_ext.diagnostics.distributions import movers, pays, stronger, weaker
+from trl_ext.diagnostics.distributions import if_paid, movers, pays, stronger, weaker
 from trl_ext.diagnostics.finding import CANNOT_TELL, TRY_EACH, Finding, Remedy, Suspect
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog
@@ -18,7 +18,7 @@ def truncation(log: RunLog, limits: Limits) -> Finding | None:
     now, from_the_start = cut.recent(3) >= limits.truncated, cut.values[0] >= limits.truncated
     longest, penalty = log.setting("max_completion_length"), float(log.setting("missing_eos_penalty", 0.0))
     longer = {"max_completion_length": 2 * int(longest), "missing_eos_penalty": max(1.0, penalty)} if longest else {}
-    grown = now and not from_the_start and pays(log, limits)
+    known = not now or (not from_the_start and pays(log, limits))
     return Finding(
         name="truncation",
         severity="problem" if now else "warning",
@@ -34,17 +34,17 @@ def truncation(log: RunLog, limits: Limits) -> Finding | None:
             "too short a limit for what the policy had to say, so that it learned to say less."
             if not now
             else "a reward for length or for what has no end, or a limit too short for answers that rightly grew."
-            if grown
+            if known
             else f"{CANNOT_TELL} from the log alone."
         ),
         remedy=Remedy(
             text="Raise the limit, and take a penalty off the score of a completion that was cut.", changes=longer
         )
-        if grown or not now
+        if known
         else TRY_EACH,
         samples=log.last_samples(),
         suspects=()
-        if grown or not now
+        if known
         else (
             Suspect(
                 cause="the limit is too short for what there is to say",
@@ -174,19 +174,16 @@ def repetition_exploitation(log: RunLog, limits: Limits) -> Finding | None:
             "start."
         ),
         figures={"repetition": repeated.recent(3), "start": repeated.start()},
-        cause=(
-            "a reward that counts something that a completion can repeat."
-            if pays(log, limits)
-            else f"{CANNOT_TELL}: the score has not risen by it."
-        ),
-        remedy=Remedy(
-            text="Add a penalty on repetition, or count each thing once.",
-            code="reward_funcs=[..., trl_ext.rewards.texts.repetition_penalty()]",
-        )
-        if pays(log, limits)
-        else TRY_EACH,
         samples=log.last_samples(),
-        suspects=() if pays(log, limits) else movers(log, limits),
+        **if_paid(
+            log,
+            limits,
+            "a reward that counts something that a completion can repeat.",
+            Remedy(
+                text="Add a penalty on repetition, or count each thing once.",
+                code="reward_funcs=[..., trl_ext.rewards.texts.repetition_penalty()]",
+            ),
+        ),
     )
 
 
@@ -198,8 +195,19 @@ def mode_collapse(log: RunLog, limits: Limits) -> Finding | None:
     share = distinct.recent(3) / max(prompts.recent(3), 1e-6)
     if share > limits.distinct or distinct.recent(3) > 0.5 * distinct.start():
         return None
-    paid, looks = pays(log, limits), log.series("evidence/score/moved_by_prompt").start() > limits.reads_prompt
-    earned = paid and not looks
+    why = if_paid(
+        log,
+        limits,
+        "a reward that does not look at the prompt, and too weak a KL penalty.",
+        Remedy(
+            text="Let the reward look at the prompt, and hold the policy nearer to the reference.",
+            changes=stronger(log, limits),
+        ),
+    )
+    if log.series("evidence/score/moved_by_prompt").start() > limits.reads_prompt:
+        overrated = [_OVERRATED] if pays(log, limits) else []
+        suspects = (*overrated, *movers(log, limits))
+        why = {"cause": f"{CANNOT_TELL}: the score looks at the prompt.", "remedy": TRY_EACH, "suspects": suspects}
     return Finding(
         name="mode_collapse",
         severity="problem",
@@ -207,19 +215,8 @@ def mode_collapse(log: RunLog, limits: Limits) -> Finding | None:
         steps=(distinct.steps[0], distinct.steps[-1]),
         evidence=f"{distinct.recent(3):.0%} of the completions are distinct, {distinct.start():.0%} were at the start.",
         figures={"distinct": distinct.recent(3), "start": distinct.start()},
-        cause=(
-            "a reward that does not look at the prompt, and too weak a KL penalty."
-            if earned
-            else f"{CANNOT_TELL}: {'the score looks at the prompt' if looks else 'the score has not risen by it'}."
-        ),
-        remedy=Remedy(
-            text="Let the reward look at the prompt, and hold the policy nearer to the reference.",
-            changes=stronger(log, limits),
-        )
-        if earned
-        else TRY_EACH,
         samples=log.last_samples(),
-        suspects=() if earned else (*([_OVERRATED] if paid else []), *movers(log, limits)),
+        **why,
     )
 
 

@@ -334,7 +334,7 @@ def score_opposed(log: RunLog, limits: Limits) -> Finding | None:
 def score_misaligned(log: RunLog, limits: Limits) -> Finding | None:
     """Scores are those of other rows: places decide, or they go with the yardstick's verdicts some places away."""
     of_its_own = max((log.series(f"{AGREEMENT}{name}").start() for name in log.names(AGREEMENT)), default=math.nan)
-    for name in noise_of(log) if not of_its_own >= limits.in_part else ():
+    for name in () if of_its_own >= limits.in_part else noise_of(log):  # ties may be broken by place
         place, chance = differs_by(log, "place", name), differs_by(log, "chance", name)
         if place > limits.noise and chance < limits.same_again:
             return _misaligned(

@@ -151,10 +151,8 @@ def prompts_unlike_the_model(log: RunLog, limits: Limits, findings: Sequence[Fin
             f"{other:.0%} of the tokens that the model wrote at the start are others once the tokenizer has read their "
             "text: it takes what it is asked to other pieces than the model knows."
         )
-        cause, figures = (
-            "a tokenizer that is not the model's, or not whole: merges, casing, a vocabulary.",
-            {"share": other},
-        )
+        cause = "a tokenizer that is not the model's, or not whole: merges, casing, a vocabulary."
+        figures = {"share": other}
     elif (told := _one_answer(log, limits)) is not None:
         evidence, figures = told
         cause = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import dropwhile
 from statistics import median
 from typing import Any
 
@@ -68,9 +69,7 @@ def gradients_explode(log: RunLog, limits: Limits) -> Finding | None:
     # Trainers log the norm of one step, which tells little about the others; ours also logs a mean for each role.
     roles = [log.series(f"grad_norm/{role}") for role in log.names("grad_norm/")]
     for norms in roles or [log.series("grad_norm")]:
-        began = [
-            norm for i, norm in enumerate(norms.values) if any(norms.values[: i + 1])
-        ]  # the value role may be first
+        began = list(dropwhile(lambda norm: norm == 0, norms.values))  # the value role may be trained alone at first
         usual = median(began[: min(limits.least_rows, len(began) // 2)] or [0.0])
         if len(norms) <= limits.least_rows or norms.lasting() < limits.gradient_growth * max(usual, 1e-8):
             continue

@@ -157,7 +157,8 @@ class Evidence:
             return AutoTokenizer.from_pretrained(
                 config.name_or_path, revision=revision, local_files_only=True, trust_remote_code=False
             )
-        except Exception:  # of whatever kind: nothing but a measurement asks for it
+        except Exception as error:  # of whatever kind: nothing but a measurement asks for it
+            logger.debug("prompts/otherwise is left out: %s", error)
             return None
 
     @property
@@ -544,7 +545,8 @@ def written_otherwise(prompts: Sequence[Any], tokenizer: Any, own: Any, chat_tem
             tokenize_prompts(prompts, one, kwargs)
             for one, kwargs in ((tokenizer, chat_template_kwargs), (own, own_kwargs))
         ]
-    except Exception:  # no template, or one that knows no such messages: nothing ends for a measurement's sake
+    except Exception as error:  # no template, or one that knows no such messages
+        logger.debug("prompts/otherwise is left out: %s", error)
         return math.nan
     return fmean(a != b for a, b in zip(*pairs, strict=True))
 
@@ -566,12 +568,14 @@ def other_tokens(completions: Sequence[Sequence[int]], tokenizer: Any) -> float:
     try:
         special = set(tokenizer.all_special_ids)
         own = [_after_a_word([token for token in one if token not in special], tokenizer) for one in completions]
+        if not (total := sum(map(len, own))):
+            return math.nan
         texts = tokenizer.batch_decode(own, clean_up_tokenization_spaces=False)
         read = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    except Exception:  # ids that the tokenizer does not know, say: nothing ends for a measurement's sake
+    except Exception as error:  # ids that the tokenizer does not know, say: nothing ends for a measurement's sake
+        logger.debug("prompts/other_tokens is left out: %s", error)
         return math.nan
-    kept, total = sum((Counter(a) & Counter(b)).total() for a, b in zip(own, read, strict=True)), sum(map(len, own))
-    return 1 - kept / total if total else math.nan
+    return 1 - sum((Counter(a) & Counter(b)).total() for a, b in zip(own, read, strict=True)) / total
 
 
 def _after_a_word(ids: list[int], tokenizer: Any) -> list[int]:

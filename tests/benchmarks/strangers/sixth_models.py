@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from functools import partial
+from typing import ClassVar
 
 import torch
 from broken import Parts, _with_change, _with_generator
@@ -41,14 +42,23 @@ class TruncatesPrompts(Sampler):
         return super().answers([prompt[-KEPT:] for prompt in prompt_ids], config, role)
 
 
-class HasOwnLimit(Sampler):
-    """It writes six tokens at most, whatever is asked for."""
+class ByOtherSettings(Sampler):
+    """It answers by settings of its own in the place of those that it is given."""
+
+    settings: ClassVar[dict[str, int | None]]
 
     def answers(self, prompt_ids: Ids, config: GenerationConfig, role: str) -> Ids | Answers:
         """See `trl_ext.generation.Generator`."""
-        shorter = copy.deepcopy(config)
-        shorter.max_new_tokens = LIMIT
-        return super().answers(prompt_ids, shorter, role)
+        other = copy.deepcopy(config)
+        for name, value in self.settings.items():
+            setattr(other, name, value)
+        return super().answers(prompt_ids, other, role)
+
+
+class HasOwnLimit(ByOtherSettings):
+    """It writes six tokens at most, whatever is asked for."""
+
+    settings: ClassVar[dict[str, int | None]] = {"max_new_tokens": LIMIT}
 
 
 class KeepsDropout(Sampler):
@@ -74,14 +84,10 @@ def _dropped(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
     return nn.functional.dropout(output, DROPOUT)
 
 
-class IgnoresEos(Sampler):
+class IgnoresEos(ByOtherSettings):
     """It writes on behind an EOS, up to the limit."""
 
-    def answers(self, prompt_ids: Ids, config: GenerationConfig, role: str) -> Ids | Answers:
-        """See `trl_ext.generation.Generator`."""
-        endless = copy.deepcopy(config)
-        endless.eos_token_id = None
-        return super().answers(prompt_ids, endless, role)
+    settings: ClassVar[dict[str, int | None]] = {"eos_token_id": None}
 
 
 class AnswersNothingOnTimeout(Sampler):
