@@ -140,6 +140,22 @@ def test_weights_stay_with_their_functions_in_saved_logs(tmp_path: Path) -> None
     assert weights_of(callback.log_of(resumed.state)) == {"nothing": 0.0, "cats": 1.0}
 
 
+@pytest.mark.parametrize(("verdicts", "share"), [([1.0] * 6 + [2.0, None], [6 / 7] * 2), ([1.0] * 3 + [None] * 5, [])])
+def test_the_share_of_one_verdict_is_of_most_completions(
+    verdicts: list[float | None], share: list[float], tmp_path: Path
+) -> None:
+    """Where a yardstick says nothing of most, what it says of few is not that all are alike."""
+
+    def judge(completions: list[str], **kwargs: Any) -> list[float | None]:
+        return verdicts
+
+    trainer = trainer_for(tmp_path)
+    trainer.add_callback(DiagnosticsCallback(yardstick=judge))
+    trainer.train()
+    told = [row["one_verdict/judge"] for row in rows_with(trainer, "one_verdict/judge")]
+    assert told == pytest.approx(share)
+
+
 def test_a_yardstick_may_count_tokens(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path)
     trainer.add_callback(DiagnosticsCallback(yardstick=length_penalty(0, 100)))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import normalizers
+from transformers import PreTrainedTokenizerFast
 
 from tests.helpers import DEVICE, prompt_dataset, saved_model, word_tokenizer
 from tests.integration.test_ppo_trainer import LORA, cats, config, rows_with, trained_state, trainer_for
@@ -201,6 +202,20 @@ def test_prompts_that_the_models_own_tokenizer_writes_otherwise(tmp_path: Path) 
         trainer = PPOTrainer(base, cats, config(tmp_path), prompt_dataset(), processing_class=tokenizer)
         trainer.train()
         assert measured(trainer, "prompts/otherwise")[0] == share
+
+
+def test_the_tokenizer_of_an_adapter_is_its_own(tmp_path: Path) -> None:
+    """Who was trained further may have been taught another template: that of the base says nothing."""
+    adapter = tmp_path / "adapter"
+    lossy_tokenizer().save_pretrained(adapter)
+    base = SharedBase.from_pretrained(saved_model(tmp_path / "model"), policy=LORA, dtype="float32")
+    for of_an_adapter, shares in ((False, [1.0]), (True, [])):
+        if of_an_adapter:
+            (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(adapter)
+        trainer = PPOTrainer(base, cats, config(tmp_path), prompt_dataset(), processing_class=tokenizer)
+        trainer.train()
+        assert measured(trainer, "prompts/otherwise")[:1] == shares
 
 
 def lossy_tokenizer() -> Any:
