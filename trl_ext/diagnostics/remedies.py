@@ -158,6 +158,14 @@ def clipping_is_idle(log: RunLog, value: Any) -> str | None:
     return f"no gradient is larger than {value}" if highest < float(value) else None
 
 
+def epsilon_is_idle(log: RunLog, value: Any) -> str | None:
+    """Why another adam_epsilon would move nothing: it is added to the size of each weight's gradient, which of a million
+    weights is a thousandth of their norm, and counts from a tenth of that on."""
+    now, norm = float(log.setting("adam_epsilon") or 0.0), log.series("grad_norm/policy").recent()
+    large = max(now, float(value))
+    return f"the policy's gradient ({norm:.2g}) is large beside {large:g}" if norm / 1e3 > 10 * large else None
+
+
 def guard_is_idle(log: RunLog, value: Any) -> str | None:
     """Why a wider max_ratio would move nothing."""
     skipped = log.series("policy/skipped_minibatches")
@@ -170,6 +178,7 @@ IDLE: dict[str, Callable[[RunLog, Any], str | None]] = {
     "vf_coef": value_weight_is_idle,
     "missing_eos_penalty": eos_penalty_is_idle,
     "max_grad_norm": clipping_is_idle,
+    "adam_epsilon": epsilon_is_idle,
     "max_ratio": guard_is_idle,
 }
 

@@ -46,7 +46,7 @@ FIXED_AT_START = {
     *("reward_funcs", "train_dataset", "shuffle_dataset"),  # a score's mean and spread, and the order of the prompts
 }
 OF_SETTINGS = {"unusual_settings", *STANDS, *FLIES}  # what settings make that do not go together
-MOST = 4  # remedies of one finding that are followed by a stronger one
+MOST = 4  # remedies of one finding that are followed by another, and stronger ones than one that helped
 HELPED = ("cured", "in part")
 NOTHING_LEARNED = "nothing is learned"
 
@@ -208,7 +208,9 @@ def candidates(root: Explained, run: RunLog | None = None) -> list[dict[str, Any
         offered = [{name: value for name, value in changes.items() if name not in LENGTH} for changes in offered]
     if run is not None:
         offered += stand_ins(root.finding.name, run)
-        offered += [to_defaults(run)] if root.finding.name in OF_SETTINGS else []
+        if root.finding.name in OF_SETTINGS and (defaults := to_defaults(run)):
+            made = [one.finding.remedy.changes for one in list(root)[1:]]
+            offered += [defaults, *(defaults | changes for changes in made)]
     return [changes for i, changes in enumerate(offered) if changes and changes not in offered[:i]]
 
 
@@ -243,10 +245,10 @@ class _Patient:
             done.append((trial, log))
             if trial.verdict in HELPED:
                 return self._further(finding, done)
-            # A remedy that did not go far enough: what the doctor says of the fork goes further.
-            found = diagnose(log, self.limits)
-            told = [one.remedy.changes for one in found if one.name == finding.name]
-            further, tried = [changes | one for one in told if one], [one.changes for one, _ in done]
+            # A remedy that did not go far enough, or brought another problem: what the doctor says of the fork goes
+            # further.
+            told, tried = self._told(log, finding, trial), [one.changes for one, _ in done]
+            further = [changes | one for one in told]
             waiting = [one for one in further if self.kept | one not in tried and len(done) < MOST] + waiting
         return self._best_last(finding, done)
 
@@ -283,17 +285,37 @@ class _Patient:
     def _further(self, finding: Finding, done: list[Tried]) -> list[Tried]:
         """Go on in the same direction for as long as the run learns more by it: a finding is gone at once where a
         setting is half right."""
-        stronger = STRONGER.get(finding.name, lambda log: {})
-        while len(done) < MOST and (more := stronger(done[-1][1])):
+        for _ in range(MOST):
             weaker, log = done[-1]
-            try:
-                trial, further = self._tried(finding, weaker.changes | more)
-            except CannotBe:
+            better = self._better(finding, weaker.changes, log)
+            if better is None:
                 break
-            if trial.verdict not in HELPED or not _learns_more(further, log):
-                break
-            done[-1:] = [(replace(weaker, verdict="in part", left=[finding.name]), log), (trial, further)]
+            done[-1:] = [(replace(weaker, verdict="in part", left=[finding.name]), log), better]
         return done
+
+    def _better(self, finding: Finding, changes: Mapping[str, Any], log: RunLog) -> Tried | None:
+        """A remedy that goes further than one that helped, and by which the run learns more: a stronger one, or where
+        settings were to blame the defaults for all that makes a step; None where there is none."""
+        defaults = to_defaults(log) if finding.name in OF_SETTINGS else {}
+        for more in (STRONGER.get(finding.name, lambda log: {})(log), defaults):
+            waiting = [dict(changes) | more] if more and changes | more != changes else []
+            for tried in waiting:
+                try:
+                    trial, further = self._tried(finding, tried)
+                except CannotBe:
+                    continue
+                if trial.verdict in HELPED and _learns_more(further, log):
+                    return trial, further
+                if trial.verdict not in HELPED and len(waiting) == 1:
+                    # What it brought with it may have a remedy of its own.
+                    waiting += [tried | told for told in self._told(further, finding, trial)][:1]
+        return None
+
+    def _told(self, log: RunLog, finding: Finding, trial: Trial) -> list[dict[str, Any]]:
+        """What the doctor says of a fork that a remedy did not cure: the settings against the finding, what it makes,
+        and the problems that are new."""
+        names = {finding.name, *finding.explains, *trial.new}
+        return [one.remedy.changes for one in diagnose(log, self.limits) if one.name in names and one.remedy.changes]
 
     def _tried(self, finding: Finding, changes: dict[str, Any]) -> Tried:
         """One remedy."""

@@ -173,16 +173,22 @@ def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
     if log.series("entropy").recent() < limits.entropy:
         return None  # a policy without entropy gets no gradient: that is `entropy_collapse`
     rises, rate = score.rise()[1] > limits.noticeable, float(log.setting("learning_rate", math.nan))
-    # It is measured before each step, so with one step a rollout it is always 0.
+    # It is measured before each step, so with one step a rollout it is always 0. The KL is that of all of them.
     known = log.setting("num_ppo_epochs", 4) * log.setting("num_mini_batches", 1) > 1
-    tiny = known and approxkl.recent() <= limits.tiny_approxkl and not rises
+    kl, length = log.series("kl"), log.series("length")
+    small = (
+        approxkl.recent() <= limits.tiny_approxkl
+        if known
+        else abs(kl.recent()) <= limits.tiny_approxkl * length.recent() and len(kl) >= limits.least_rows
+    )
+    tiny = small and not rises
     stands = tiny and len(approxkl) >= limits.least_rows
     if not tiny and not _learns_slowly(log, approxkl if known else None, limits):
         return None
     moved = approxkl.recent() if tiny else median(approxkl.values) if known else math.nan
     more, cause = larger_steps(log)
     by_step = f"An update moves the policy {moved:.1g} nats per token, and"
-    by_rollout = f"In {len(score)} rollouts of one step the KL came to {log.series('kl').recent():.2g} nats, and"
+    by_rollout = f"In {len(score)} rollouts of one step the KL came to {kl.recent():.2g} nats, and"
     return Finding(
         name="steps_too_small",
         severity="problem" if stands else "warning",
@@ -192,12 +198,31 @@ def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
             f"{by_step if known else by_rollout} the score {'rises slowly' if rises else 'does not rise'} (learning "
             f"rate {rate:.1g})."
         ),
-        figures={"learning_rate": rate, **({"approxkl": moved} if known else {"kl": log.series("kl").recent()})},
+        figures={"learning_rate": rate, **({"approxkl": moved} if known else {"kl": kl.recent()})},
         cause=cause or f"{CANNOT_TELL}: the learning rate is not small.",
-        remedy=Remedy(text="Take larger steps, or more of them.", changes=more)
-        if more
-        else Remedy(
-            text="Look for what takes the steps away: Adam's epsilon, clipping, a guard, a policy without a gradient."
+        remedy=Remedy(text="Take larger steps, or more of them.", changes=more) if more else TRY_EACH,
+        suspects=() if more else _lost_steps(log),
+    )
+
+
+def _lost_steps(log: RunLog) -> tuple[Suspect, ...]:
+    """What may take the steps away where the learning rate is not small."""
+    shows = "an update moves the policy and the score rises if this is it."
+    return (
+        Suspect(
+            cause="Adam's epsilon outweighs the gradient's size",
+            experiment=shows,
+            changes={"adam_epsilon": 1e-8},
+        ),
+        Suspect(
+            cause="the guard leaves out minibatches whose ratio is large",
+            experiment=shows,
+            changes={"max_ratio": None},
+        ),
+        Suspect(
+            cause="this model wants larger steps than most",
+            experiment=shows,
+            changes=_three_times_the_rate(log),
         ),
     )
 
