@@ -407,6 +407,36 @@ def test_tiny_steps_are_told_of_two_rollouts_and_are_a_problem_once_the_score_ha
         assert [one.severity for one in found if one.name == "steps_too_small"] == severities, count
 
 
+@pytest.mark.parametrize(
+    ("kl", "score", "told"), [(1e-5, 0.1, True), (-1e-5, 0.1, True), (5e-3, 0.1, False), (1e-5, None, False)]
+)
+def test_one_step_a_rollout_that_leaves_the_kl_at_0_is_too_small(kl: float, score: float | None, told: bool) -> None:
+    """The KL of each update is measured before its first step, and there is no other."""
+    one = {**CONFIG, "num_ppo_epochs": 1, "num_mini_batches": 1, "learning_rate": 1e-6}
+    still = {**HEALTHY, "policy/approxkl_avg": 0.0, "objective/kl": kl}
+    still |= {} if score is None else {"objective/scores": score}
+    found = [one for one in diagnose(RunLog.of(rows(**still), one)) if one.severity == "problem"]
+    assert [one.name for one in found] == ["steps_too_small"] * told
+    assert not told or (
+        found[0].remedy.changes == {"learning_rate": 3e-4} and "of one step the KL came to" in found[0].evidence
+    )
+
+
+def test_where_the_rate_is_not_small_what_takes_the_steps_away_is_suspected() -> None:
+    still, usual = {**HEALTHY, **SICK["steps_too_small"]}, {**CONFIG, "learning_rate": 1e-3, "adam_epsilon": 1e-5}
+
+    def suspected(**more: Any) -> list[dict[str, Any]]:
+        found = diagnose(RunLog.of(rows(**{**still, **more}), usual))
+        (finding,) = [one for one in found if one.name == "steps_too_small"]
+        assert finding.remedy.changes == {} and "cannot tell" in finding.cause
+        return [one.changes for one in finding.suspects]
+
+    faster, epsilon, guard = {"learning_rate": 3e-3}, {"adam_epsilon": 1e-8}, {"max_ratio": None}
+    assert suspected(**{"grad_norm/policy": 1e-4}) == [epsilon, faster]
+    assert suspected(**{"grad_norm/policy": 1.0}) == [faster], "such a gradient is larger than the epsilon"
+    assert suspected(**{"grad_norm/policy": 1.0, "policy/skipped_minibatches": 1.0}) == [guard, faster]
+
+
 def test_one_step_a_rollout_may_be_too_few() -> None:
     slow = {**HEALTHY, "policy/approxkl_avg": 0.0, "objective/kl": lambda t: 0.3 * t}
     one = {**CONFIG, "num_ppo_epochs": 1, "num_mini_batches": 1, "per_device_train_batch_size": 64}

@@ -198,6 +198,23 @@ def test_what_the_doctor_says_of_a_fork_goes_on_top_of_the_forks_own_changes(tmp
     assert trials[-1].changes == {"learning_rate": 1e-3, "num_ppo_epochs": 4}
 
 
+def test_what_a_stronger_remedy_brings_has_a_remedy_of_its_own(tmp_path: Path) -> None:
+    class Away(Ladder):
+        """At the rate by which most is learned the KL runs away, which a larger coefficient mends."""
+
+        GAINS: ClassVar = {(3e-4, 1): 1.0, (1e-3, 1): 2.0}
+
+        def __init__(self, settings: dict[str, Any]) -> None:
+            super().__init__(settings)
+            if settings["learning_rate"] == 1e-3 and settings.get("kl_coef") is None:
+                self.history = rows(LENGTH, **{**HEALTHY, "objective/kl": lambda t: 50 * t})
+
+    first, second = try_remedies(Clinic(Away, learning_rate=1e-6), findings_at(1e-6), tmp_path / "trial")
+    assert (first.verdict, first.changes) == ("in part", {"learning_rate": 3e-4})
+    assert second.verdict == "cured" and second.changes["learning_rate"] == 1e-3
+    assert second.changes["kl_coef"] is not None
+
+
 SET = {"num_ppo_epochs": 1, "cliprange": 0.02, "gamma": 0.9, "weight_decay": 0.01}
 
 
@@ -224,6 +241,45 @@ def test_settings_that_came_as_a_set_are_taken_back_to_the_defaults_together(tmp
     assert [one.verdict for one in trials] == ["not cured", "in part", "cured"]
     assert trials[1].changes == to_defaults(run), "all of them"
     assert trials[2].changes == to_defaults(run) | {"learning_rate": 3e-3}, "and at a rate by which it learns more"
+
+
+def test_the_defaults_are_tried_with_the_remedy_of_what_was_made_and_then_strengthened(tmp_path: Path) -> None:
+    slow = {"warmup_steps": 0.5, "cliprange": 0.19, "weight_decay": 0.01, "learning_rate": 1e-6}
+
+    class Slow(Ported):
+        def known(self) -> tuple[str, ...]:
+            return tuple(slow)
+
+        def __init__(self, settings: dict[str, Any]) -> None:
+            super().__init__(settings)
+            if any(settings.get(name) == value for name, value in slow.items()):
+                self.history = rows(LENGTH, **SMALL)
+
+    run = RunLog.of(Slow(slow).history, {**CONFIG, **slow, "steps_of_run": 160})
+    (found,) = [one for one in diagnose(run) if one.name == "unusual_settings"]
+    assert "steps_too_small" in found.explains and "learning_rate" not in found.remedy.changes
+    trials = try_remedies(Clinic(Slow, **slow), diagnose(run), tmp_path / "trial", run)
+    with_rate = to_defaults(run) | {"learning_rate": 3e-4}
+    assert [one.changes for one in trials[-3:]] == [with_rate | {"learning_rate": x} for x in (3e-4, 9e-4, 3e-3)]
+    assert [one.verdict for one in trials[-3:]] == ["in part", "in part", "cured"]
+
+
+@pytest.mark.parametrize(("more", "taken"), [(2.0, True), (0.0, False)])
+def test_the_other_settings_of_a_set_are_usual_again_where_more_is_learned_so(
+    more: float, taken: bool, tmp_path: Path
+) -> None:
+    class HalfRight(Ported):
+        def __init__(self, settings: dict[str, Any]) -> None:
+            super().__init__(settings)
+            gain = 1.0 if self.kept else 1.0 + more
+            learning = {**HEALTHY, "yardstick/exact": lambda t: 3 + gain * t}
+            self.history = rows(LENGTH, **(STILL if "cliprange" in self.kept else learning))
+
+    run = RunLog.of(rows(LENGTH, **STILL), {**CONFIG, **SET})
+    (found,) = [one for one in diagnose(run) if one.name == "unusual_settings"]
+    trials = try_remedies(Clinic(HalfRight, **SET), [found], tmp_path / "trial", run)
+    assert trials[-1].verdict == "cured" and trials[0].changes == found.remedy.changes
+    assert (trials[-1].changes == to_defaults(run)) == taken and len(trials) == 1 + taken
 
 
 @pytest.mark.parametrize(

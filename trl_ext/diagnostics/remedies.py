@@ -159,8 +159,8 @@ def clipping_is_idle(log: RunLog, value: Any) -> str | None:
 
 
 def epsilon_is_idle(log: RunLog, value: Any) -> str | None:
-    """Why another adam_epsilon would move nothing: it is added to the size of each weight's gradient, which of a million
-    weights is a thousandth of their norm, and counts from a tenth of that on."""
+    """Why another adam_epsilon would move nothing: it is added to the size of each weight's gradient, which is a
+    thousandth of the norm of a million of them, and counts from a tenth of that on."""
     now, norm = float(log.setting("adam_epsilon") or 0.0), log.series("grad_norm/policy").recent()
     large = max(now, float(value))
     return f"the policy's gradient ({norm:.2g}) is large beside {large:g}" if norm / 1e3 > 10 * large else None
@@ -169,7 +169,7 @@ def epsilon_is_idle(log: RunLog, value: Any) -> str | None:
 def guard_is_idle(log: RunLog, value: Any) -> str | None:
     """Why a wider max_ratio would move nothing."""
     skipped = log.series("policy/skipped_minibatches")
-    return "no minibatch is left out" if skipped and max(skipped.values) == 0.0 else None
+    return None if skipped and max(skipped.values) > 0.0 else "no minibatch is left out"
 
 
 # Settings that may be idle in a run: from its log and the new value, the reason; None where the setting bears.

@@ -296,8 +296,9 @@ class _Patient:
     def _better(self, finding: Finding, changes: Mapping[str, Any], log: RunLog) -> Tried | None:
         """A remedy that goes further than one that helped, and by which the run learns more: a stronger one, or where
         settings were to blame the defaults for all that makes a step; None where there is none."""
-        defaults = to_defaults(log) if finding.name in OF_SETTINGS else {}
-        for more in (STRONGER.get(finding.name, lambda log: {})(log), defaults):
+        defaults = to_defaults(self.run) if self.run is not None and finding.name in OF_SETTINGS else {}
+        usual = {name: value for name, value in defaults.items() if name not in changes}
+        for more in (STRONGER.get(finding.name, lambda log: {})(log), usual):
             waiting = [dict(changes) | more] if more and changes | more != changes else []
             for tried in waiting:
                 try:
