@@ -299,18 +299,22 @@ class _Patient:
         defaults = to_defaults(self.run) if self.run is not None and finding.name in OF_SETTINGS else {}
         usual = {name: value for name, value in defaults.items() if name not in changes}
         for more in (STRONGER.get(finding.name, lambda log: {})(log), usual):
-            waiting = [dict(changes) | more] if more and changes | more != changes else []
-            for tried in waiting:
-                try:
-                    trial, further = self._tried(finding, tried)
-                except CannotBe:
-                    continue
-                if trial.verdict in HELPED and _learns_more(further, log):
-                    return trial, further
-                if trial.verdict not in HELPED and len(waiting) == 1:
-                    # What it brought with it may have a remedy of its own.
-                    waiting += [tried | told for told in self._told(further, finding, trial)][:1]
+            further = dict(changes) | more
+            if further != changes and (better := self._if_better(finding, further, log)) is not None:
+                return better
         return None
+
+    def _if_better(self, finding: Finding, changes: dict[str, Any], log: RunLog, last: bool = False) -> Tried | None:
+        """The remedy, if the run learns more by it than `log` shows; if it does not help, but for the `last` time, with
+        the remedy of what it brings."""
+        try:
+            trial, further = self._tried(finding, changes)
+        except CannotBe:
+            return None
+        if trial.verdict in HELPED:
+            return (trial, further) if _learns_more(further, log) else None
+        told = [] if last else self._told(further, finding, trial)
+        return self._if_better(finding, changes | told[0], log, last=True) if told else None
 
     def _told(self, log: RunLog, finding: Finding, trial: Trial) -> list[dict[str, Any]]:
         """What the doctor says of a fork that a remedy did not cure: the settings against the finding, what it makes,

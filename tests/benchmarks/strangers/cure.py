@@ -207,6 +207,7 @@ def table(cases: Sequence[Result], waiting: int) -> str:
     cured = [case for case in mine if any(is_truly_cured(case, trial) for trial in case["trials"])]
     verdicts = Counter(trial["verdict"] for case in mine for trial in case["trials"])
     verdicts["failed"] += sum(bool(case["failed"]) for case in mine)
+    began = [case for case in mine if case["untried"] != REFUSED]
     untried = Counter(case["untried"] for case in mine if case["untried"])
     sections = [
         _by_kind(cases, mine, settings, [case for case in mine if any(case is one for one, _ in called)], cured),
@@ -216,7 +217,8 @@ def table(cases: Sequence[Result], waiting: int) -> str:
         f"Of {len(called)} remedies called cured {len(true)} are truly cured ({_share(true, called)}; the goal is "
         f"{CALLED:.0%}).",
         f"Of {len(mine)} runs with a named cause {len(cured)} are truly cured ({_share(cured, mine)}; the goal is "
-        f"{TRULY:.0%}), of those whose remedy can be tried {_share(cured, settings)}.",
+        f"{TRULY:.0%}); of the {len(began)} that were not refused before they began {_share(cured, began)}, of those "
+        f"whose remedy can be tried {_share(cured, settings)}.",
         _listed("Called cured, and not", [_of_trial(*one) for one in called if one not in true]),
         _listed("Named, and not truly cured", [_of_case(case) for case in mine if case not in cured]),
     ]

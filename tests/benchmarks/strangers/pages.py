@@ -1,4 +1,5 @@
-"""What `--try` made of each problem, from the kept trials of cure.py, into the problem's page.
+"""What `--try` made of each problem, from the kept trials of cure.py, into the problem's page. The pages of problems of
+which there are none stay as they are.
 
 python tests/benchmarks/strangers/pages.py --out runs/doctor:catalogue runs/strangers:measure_3
 """
@@ -69,7 +70,9 @@ def main() -> None:
         for trial in case["trials"]:
             found[trial["finding"]].append((case, trial))
     for name in MOVES:
-        write(PAGES / f"{name}.md", text(found[name]))
+        page = PAGES / f"{name}.md"
+        if found[name] or START not in page.read_text(encoding="utf-8"):
+            write(page, text(found[name]))
     print(f"{sum(map(len, found.values()))} trials of {len(found)} problems, in {len(cases)} runs")
 
 
