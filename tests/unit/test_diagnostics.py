@@ -1040,6 +1040,23 @@ def test_scores_that_are_often_the_same(zeros: Any, score: dict[str, Any], size:
         assert found["constant_scores"].evidence.startswith("In 4 of the first 12 rollouts")
 
 
+def test_why_gradients_explode_is_said_where_something_shows_it() -> None:
+    def found(**more: Any) -> Any:
+        settings = {**CONFIG, "learning_rate": 1e-3, "max_grad_norm": 0.0}  # which is none
+        norms = {**SICK["gradients_explode"], "grad_norm": SICK["gradients_explode"]["grad_norm/value"]}
+        log = RunLog.of(rows(**{**HEALTHY, **norms, **more}), settings)
+        return next(one for one in diagnose(log) if one.name == "gradients_explode")
+
+    assert found(**{"objective/scores_std": [1.0] * 10 + [500.0] * 6}).remedy.changes == {
+        "score_normalization": "running"
+    }
+    far = found(**{"policy/approxkl_avg": 0.3})
+    assert "0.3 nats" in far.cause and far.remedy.changes == {"learning_rate": 1e-4, "max_grad_norm": 1.0}
+    unknown = found()
+    assert "cannot tell" in unknown.cause and not unknown.remedy.changes
+    assert [one.changes for one in unknown.suspects] == [{"learning_rate": 1e-4}, {"max_grad_norm": 1.0}, {}]
+
+
 def test_gradients_that_begin_at_nothing_do_not_explode() -> None:
     norms = {"grad_norm/value": [0.0] * 6 + [0.3] * 10, "objective/scores_std": [0.0] * 6 + [1.0] * 10}
     found = [one.name for one in diagnose(RunLog.of(rows(**{**HEALTHY, **norms}), CONFIG))]

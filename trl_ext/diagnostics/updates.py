@@ -82,20 +82,35 @@ def gradients_explode(log: RunLog, limits: Limits) -> Finding | None:
             steps=(norms.steps[0], norms.steps[-1]),
             evidence=f"The gradient norm is {norms.recent(2):.3g}, at the start it was {usual:.3g}.",
             figures={"grad_norm": norms.recent(2), "start": usual},
-            cause="scores of another scale than before." if rescaled else "too large a learning rate.",
-            remedy=(
-                Remedy(
-                    text="Normalise the scores, so that their scale does not matter.",
-                    changes={"score_normalization": "running"},
-                )
-                if rescaled
-                else Remedy(
-                    text="Lower the learning rate and clip gradients.",
-                    changes={**lower_rate(log, 10), "max_grad_norm": 1.0},
-                )
-            ),
+            **_why_gradients_explode(log, limits, rescaled),
         )
     return None
+
+
+def _why_gradients_explode(log: RunLog, limits: Limits, rescaled: bool) -> dict[str, Any]:
+    """Cause, remedy and suspects."""
+    if rescaled:
+        text = "Normalise the scores, so that their scale does not matter."
+        remedy = Remedy(text=text, changes={"score_normalization": "running"})
+        return {"cause": "scores of another scale than before.", "remedy": remedy}
+    moved, slower, clipped = log.series("approxkl").recent(), lower_rate(log, 10), {"max_grad_norm": 1.0}
+    if moved > limits.large_approxkl:
+        return {
+            "cause": f"steps are too large: an update moves the policy {moved:.2g} nats per token.",
+            "remedy": Remedy(text="Lower the learning rate and clip gradients.", changes={**slower, **clipped}),
+        }
+    return {
+        "cause": f"{CANNOT_TELL}: neither do the scores have another scale, nor does an update move the policy far.",
+        "remedy": TRY_EACH,
+        "suspects": (
+            *large_steps(log),
+            Suspect(cause="a few gradients are far larger than the others", experiment=GONE, changes=clipped),
+            Suspect(
+                cause="some returns are far off, as of a score without bounds or an empty completion",
+                experiment="print the highest and the lowest score of a rollout in which the norm is large.",
+            ),
+        ),
+    }
 
 
 def gradients_pile_up(log: RunLog, limits: Limits) -> Finding | None:
