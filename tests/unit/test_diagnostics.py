@@ -413,10 +413,11 @@ def test_tiny_steps_are_told_of_two_rollouts_and_are_a_problem_once_the_score_ha
 def test_one_step_a_rollout_that_leaves_the_kl_at_0_is_too_small(kl: float, score: float | None, told: bool) -> None:
     """The KL of each update is measured before its first step, and there is no other."""
     one = {**CONFIG, "num_ppo_epochs": 1, "num_mini_batches": 1, "learning_rate": 1e-6}
-    still = {**HEALTHY, "policy/approxkl_avg": 0.0, "objective/kl": kl}
+    still = {**HEALTHY, "policy/approxkl_avg": 0.0, "objective/kl": kl, "objective/kl_std": math.sqrt(2 * abs(kl))}
     still |= {} if score is None else {"objective/scores": score}
-    found = [one for one in diagnose(RunLog.of(rows(**still), one)) if one.severity == "problem"]
-    assert [one.name for one in found] == ["steps_too_small"] * told
+    problems = [one for one in diagnose(RunLog.of(rows(**still), one)) if one.severity == "problem"]
+    found = [one for one in problems if one.name == "steps_too_small"]
+    assert len(found) == told
     assert not told or (
         found[0].remedy.changes == {"learning_rate": 3e-4} and "of one step the KL came to" in found[0].evidence
     )
@@ -432,9 +433,31 @@ def test_where_the_rate_is_not_small_what_takes_the_steps_away_is_suspected() ->
         return [one.changes for one in finding.suspects]
 
     faster, epsilon, guard = {"learning_rate": 3e-3}, {"adam_epsilon": 1e-8}, {"max_ratio": None}
+    large = {"grad_norm/policy": 1.0}
     assert suspected(**{"grad_norm/policy": 1e-4}) == [epsilon, faster]
-    assert suspected(**{"grad_norm/policy": 1.0}) == [faster], "such a gradient is larger than the epsilon"
-    assert suspected(**{"grad_norm/policy": 1.0, "policy/skipped_minibatches": 1.0}) == [guard, faster]
+    assert suspected(**large) == [faster], "such a gradient is larger than the epsilon"
+    assert suspected(**large, **{"policy/skipped_minibatches": 1.0}) == [faster], "by another guard"
+    usual |= {"max_ratio": 1.1}
+    assert suspected(**large, **{"policy/skipped_minibatches": 1.0}) == [guard, faster]
+    assert suspected(**large, **{"policy/skipped_minibatches": 0.0}) == [faster]
+    usual |= {"adam_epsilon": 1e-8, "learning_rate": 2e-3}
+    assert suspected(**{"grad_norm/policy": 1e-6}) == [], "it is so already, and such a rate suits nothing"
+
+
+def test_the_kl_says_nothing_while_the_value_role_is_trained_alone() -> None:
+    one = {**CONFIG, "num_ppo_epochs": 1, "num_mini_batches": 1, "learning_rate": 1e-3, "value_warmup_rollouts": 10}
+    still = {
+        **HEALTHY,
+        "policy/approxkl_avg": 0.0,
+        "objective/kl": 0.0,
+        "objective/kl_std": 0.0,
+        "objective/scores": 0.1,
+    }
+    for count, told in ((12, False), (16, True)):
+        found = [one.name for one in diagnose(RunLog.of(rows(count, **still), one)) if one.severity == "problem"]
+        assert ("steps_too_small" in found) == told, count
+    plain = {name: value for name, value in still.items() if name != "objective/kl_std"}
+    assert "steps_too_small" in names_of(RunLog.of(rows(16, **plain), one)), "by the KL itself"
 
 
 def test_one_step_a_rollout_may_be_too_few() -> None:
@@ -1055,6 +1078,12 @@ def test_why_gradients_explode_is_said_where_something_shows_it() -> None:
     unknown = found()
     assert "cannot tell" in unknown.cause and not unknown.remedy.changes
     assert [one.changes for one in unknown.suspects] == [{"learning_rate": 1e-4}, {"max_grad_norm": 1.0}, {}]
+    norms = [{"step": i, "loss": 0.5, "accuracy": 0.6, "grad_norm": 0.5 if i < 20 else 500.0} for i in range(40)]
+    (other,) = [one for one in diagnose(RunLog.of(norms, {"learning_rate": 1e-3})) if one.name == "gradients_explode"]
+    assert "does not say" in other.cause and [one.changes for one in other.suspects] == [
+        {"learning_rate": 1e-4},
+        {"max_grad_norm": 1.0},
+    ]
 
 
 def test_gradients_that_begin_at_nothing_do_not_explode() -> None:

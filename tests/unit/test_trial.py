@@ -215,6 +215,44 @@ def test_what_a_stronger_remedy_brings_has_a_remedy_of_its_own(tmp_path: Path) -
     assert second.changes["kl_coef"] is not None
 
 
+def test_a_cure_is_not_given_up_for_one_in_part(tmp_path: Path) -> None:
+    class Cut(Ladder):
+        """At the rate by which most is learned completions are cut off, and no penalty mends it."""
+
+        GAINS: ClassVar = {(3e-4, 1): 1.0}
+
+        def __init__(self, settings: dict[str, Any]) -> None:
+            super().__init__(settings)
+            if settings["learning_rate"] == 1e-3:
+                learning = {"yardstick/exact": lambda t: 3 + 3 * t}
+                self.history = rows(LENGTH, **{**HEALTHY, **SICK["truncation"], **learning})
+
+        def known(self) -> tuple[str, ...]:
+            return (*super().known(), "missing_eos_penalty")
+
+    (trial,) = try_remedies(Clinic(Cut, learning_rate=1e-6), findings_at(1e-6), tmp_path / "trial")
+    assert (trial.verdict, trial.changes) == ("cured", {"learning_rate": 3e-4})
+
+
+def test_the_defaults_do_not_go_on_top_of_a_stand_in(tmp_path: Path) -> None:
+    class AllIsWell(Ported):
+        """With the yardstick it learns, and more with the usual settings."""
+
+        def exchange(self, part: str) -> bool:
+            gain = 1.0 if self.kept else 3.0
+            self.history = rows(LENGTH, **{**HEALTHY, "yardstick/exact": lambda t: 3 + gain * t})
+            return part == "reward_funcs"
+
+        def __init__(self, settings: dict[str, Any]) -> None:
+            super().__init__(settings)
+            self.history = rows(LENGTH, **{**STILL, "yardstick/exact": 3.0})
+
+    run = RunLog.of(rows(LENGTH, **{**STILL, "yardstick/exact": 3.0}), {**CONFIG, **SET})
+    (found,) = [one for one in diagnose(run) if one.name == "no_progress"]
+    trials = try_remedies(Clinic(AllIsWell, **SET), [found], tmp_path / "trial", run)
+    assert trials[-1].verdict == "cured" and trials[-1].changes == {"reward_funcs": "the yardstick"}
+
+
 SET = {"num_ppo_epochs": 1, "cliprange": 0.02, "gamma": 0.9, "weight_decay": 0.01}
 
 
@@ -262,6 +300,7 @@ def test_the_defaults_are_tried_with_the_remedy_of_what_was_made_and_then_streng
     with_rate = to_defaults(run) | {"learning_rate": 3e-4}
     assert [one.changes for one in trials[-3:]] == [with_rate | {"learning_rate": x} for x in (3e-4, 9e-4, 3e-3)]
     assert [one.verdict for one in trials[-3:]] == ["in part", "in part", "cured"]
+    assert all(one.changes not in [other.changes for other in trials[:i]] for i, one in enumerate(trials))
 
 
 @pytest.mark.parametrize(("more", "taken"), [(2.0, True), (0.0, False)])

@@ -199,6 +199,10 @@ def test_a_setting_that_the_log_acquits_is_not_blamed() -> None:
     assert named(log_with({**STILL, "policy/skipped_minibatches": 0.0}, max_ratio=1.001)) == []
     assert named(log_with(STILL, max_grad_norm=1e-3)) == ["max_grad_norm"]
     assert named(log_with({**STILL, "grad_norm": 1e-4}, max_grad_norm=1e-3)) == [], "none is as large"
+    assert named(log_with({**STILL, "grad_norm/policy": 200.0}, adam_epsilon=1e-3, max_grad_norm=0.0)) == []
+    assert named(log_with({**STILL, "grad_norm/policy": 200.0}, adam_epsilon=1e-3, max_grad_norm=1.0)) == [
+        "adam_epsilon"
+    ]
 
 
 def test_a_share_of_the_run_is_known_whatever_the_run_s_length_was_given_as() -> None:

@@ -162,6 +162,7 @@ def epsilon_is_idle(log: RunLog, value: Any) -> str | None:
     """Why another adam_epsilon would move nothing: it is added to the size of each weight's gradient, which is a
     thousandth of the norm of a million of them, and counts from a tenth of that on."""
     now, norm = float(log.setting("adam_epsilon") or 0.0), log.series("grad_norm/policy").recent()
+    norm = min(norm, float(log.setting("max_grad_norm") or math.inf))  # it is logged before it is clipped
     large = max(now, float(value))
     return f"the policy's gradient ({norm:.2g}) is large beside {large:g}" if norm / 1e3 > 10 * large else None
 
@@ -169,7 +170,7 @@ def epsilon_is_idle(log: RunLog, value: Any) -> str | None:
 def guard_is_idle(log: RunLog, value: Any) -> str | None:
     """Why a wider max_ratio would move nothing."""
     skipped = log.series("policy/skipped_minibatches")
-    return None if skipped and max(skipped.values) > 0.0 else "no minibatch is left out"
+    return "no minibatch is left out" if skipped and max(skipped.values) == 0.0 else None
 
 
 # Settings that may be idle in a run: from its log and the new value, the reason; None where the setting bears.
@@ -190,14 +191,19 @@ def why_idle(log: RunLog, name: str, value: Any) -> str | None:
     return IDLE[name](log, value) if name in IDLE else None
 
 
+def _is_so(log: RunLog, changes: dict[str, Any]) -> bool:
+    """Whether the run has all these settings already."""
+    return all(name in log.config and log.config[name] == value for name, value in changes.items())
+
+
 def bearing(finding: Finding, log: RunLog) -> Finding:
     """The finding with only those settings in its remedy and its suspects that can move its evidence in this run, and
     with the quantity that the remedy moves."""
     moves, direction = MOVES.get(finding.name, ("", ""))
     remedy = finding.remedy
     changes = {name: value for name, value in remedy.changes.items() if why_idle(log, name, value) is None}
-    if all(name in log.config and log.config[name] == value for name, value in changes.items()):
-        changes = {}  # it is so already
+    if _is_so(log, changes):
+        changes = {}
     idle = {name: why for name, value in remedy.changes.items() if name in IDLE and (why := IDLE[name](log, value))}
     if idle and not changes:
         told = "; ".join(f"{name} would not help: {why}" for name, why in idle.items())
@@ -210,6 +216,6 @@ def bearing(finding: Finding, log: RunLog) -> Finding:
     suspects = tuple(
         replace(suspect, changes=changes)
         for suspect, changes in zip(finding.suspects, bear, strict=True)
-        if changes or not suspect.changes
+        if not suspect.changes or not _is_so(log, changes)
     )
     return replace(finding, remedy=remedy, suspects=suspects)

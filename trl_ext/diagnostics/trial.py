@@ -46,7 +46,7 @@ FIXED_AT_START = {
     *("reward_funcs", "train_dataset", "shuffle_dataset"),  # a score's mean and spread, and the order of the prompts
 }
 OF_SETTINGS = {"unusual_settings", *STANDS, *FLIES}  # what settings make that do not go together
-MOST = 4  # remedies of one finding that are followed by another, and stronger ones than one that helped
+MOST = 4  # remedies of one finding after which the doctor is asked again, and stronger ones than one that helped
 HELPED = ("cured", "in part")
 NOTHING_LEARNED = "nothing is learned"
 
@@ -200,18 +200,24 @@ def _in_turn(patient: _Patient, waiting: list[Explained], causes: int) -> Iterat
 
 def candidates(root: Explained, run: RunLog | None = None) -> list[dict[str, Any]]:
     """What to try, in turn: the settings of the root's remedy, those of its suspects, of unusual settings also the
-    remedies of what they are blamed for, stand-ins for what it blames, and the defaults for all that makes a step. A
-    longer run shows nothing until it is longer than the run was."""
-    offered = [root.finding.remedy.changes, *(suspect.changes for suspect in root.finding.suspects)]
+    remedies of what they are blamed for, stand-ins for what it blames, and the defaults for all that makes a step,
+    alone and with the remedies of what follows from the root."""
+    own, made = _settings(root.finding), [_settings(one.finding) for one in list(root)[1:]]
+    offered = [own, *(suspect.changes for suspect in root.finding.suspects)]
     if root.finding.name == "unusual_settings":
-        offered += [root.finding.remedy.changes | one.finding.remedy.changes for one in list(root)[1:]]
-        offered = [{name: value for name, value in changes.items() if name not in LENGTH} for changes in offered]
+        offered += [own | changes for changes in made]
     if run is not None:
         offered += stand_ins(root.finding.name, run)
         if root.finding.name in OF_SETTINGS and (defaults := to_defaults(run)):
-            made = [one.finding.remedy.changes for one in list(root)[1:]]
             offered += [defaults, *(defaults | changes for changes in made)]
     return [changes for i, changes in enumerate(offered) if changes and changes not in offered[:i]]
+
+
+def _settings(finding: Finding) -> dict[str, Any]:
+    """Those of its remedy. Of unusual settings without those that make a run longer, for that shows nothing until it is
+    longer than the run was."""
+    without = LENGTH if finding.name == "unusual_settings" else ()
+    return {name: value for name, value in finding.remedy.changes.items() if name not in without}
 
 
 Tried = tuple[Trial, RunLog]  # with the log of its fork: that with the remedy, where it was not seen the other one
@@ -235,6 +241,8 @@ class _Patient:
         done: list[Tried] = []
         while waiting:
             changes = waiting.pop(0)
+            if self.kept | changes in [one.changes for one, _ in done]:
+                continue
             try:
                 trial, log = self._tried(finding, self.kept | changes)
             except CannotBe:
@@ -245,11 +253,11 @@ class _Patient:
             done.append((trial, log))
             if trial.verdict in HELPED:
                 return self._further(finding, done)
-            # A remedy that did not go far enough, or brought another problem: what the doctor says of the fork goes
-            # further.
-            told, tried = self._told(log, finding, trial), [one.changes for one, _ in done]
-            further = [changes | one for one in told]
-            waiting = [one for one in further if self.kept | one not in tried and len(done) < MOST] + waiting
+            if len(done) < MOST:
+                # A remedy that did not go far enough, or brought another problem: what the doctor says of the fork
+                # goes further.
+                names = (finding.name, *trial.new)
+                waiting = [changes | one for one in self._remedies(log, names)][:2] + waiting
         return self._best_last(finding, done)
 
     def _best_last(self, finding: Finding, done: list[Tried]) -> list[Tried]:
@@ -283,44 +291,47 @@ class _Patient:
         return trial, with_.log
 
     def _further(self, finding: Finding, done: list[Tried]) -> list[Tried]:
-        """Go on in the same direction for as long as the run learns more by it: a finding is gone at once where a
-        setting is half right."""
+        """Go on for as long as the run learns more by it: a finding is gone at once where a setting is half right."""
         for _ in range(MOST):
             weaker, log = done[-1]
-            better = self._better(finding, weaker.changes, log)
+            better = self._better(finding, weaker, log)
             if better is None:
                 break
             done[-1:] = [(replace(weaker, verdict="in part", left=[finding.name]), log), better]
         return done
 
-    def _better(self, finding: Finding, changes: Mapping[str, Any], log: RunLog) -> Tried | None:
-        """A remedy that goes further than one that helped, and by which the run learns more: a stronger one, or where
-        settings were to blame the defaults for all that makes a step; None where there is none."""
-        defaults = to_defaults(self.run) if self.run is not None and finding.name in OF_SETTINGS else {}
-        usual = {name: value for name, value in defaults.items() if name not in changes}
-        for more in (STRONGER.get(finding.name, lambda log: {})(log), usual):
-            further = dict(changes) | more
-            if further != changes and (better := self._if_better(finding, further, log)) is not None:
-                return better
+    def _better(self, finding: Finding, weaker: Trial, log: RunLog) -> Tried | None:
+        """A remedy that goes further than one that helped, and by which the run learns more: a stronger one, or, where
+        settings were to blame, the defaults for all that makes a step; None where there is none."""
+        stronger = STRONGER.get(finding.name, lambda log: {})(log)
+        of_settings = self.run is not None and finding.name in OF_SETTINGS and not STAND_INS.keys() & weaker.changes
+        defaults = to_defaults(self.run) if self.run is not None and of_settings else {}
+        usual = {name: value for name, value in defaults.items() if name not in weaker.changes}
+        for more, times in ((stronger, 1.0), (usual, 2.0)):
+            if weaker.changes | more == weaker.changes:
+                continue
+            tried = self._if_it_can_be(finding, weaker.changes | more)
+            if tried is not None and tried[0].verdict not in HELPED:
+                # What it makes may have a remedy of its own.
+                names = (*tried[0].new, *finding.explains)
+                told = [one for one in self._remedies(tried[1], names) if not one.keys() & more]
+                tried = self._if_it_can_be(finding, weaker.changes | more | told[0]) if told else None
+            if tried is None or tried[0].verdict not in ("cured", weaker.verdict):
+                continue
+            if _learns_more(tried[1], log, times):
+                return tried
         return None
 
-    def _if_better(self, finding: Finding, changes: dict[str, Any], log: RunLog, last: bool = False) -> Tried | None:
-        """The remedy, if the run learns more by it than `log` shows; if it does not help, but for the `last` time, with
-        the remedy of what it brings."""
+    def _if_it_can_be(self, finding: Finding, changes: dict[str, Any]) -> Tried | None:
         try:
-            trial, further = self._tried(finding, changes)
+            return self._tried(finding, changes)
         except CannotBe:
             return None
-        if trial.verdict in HELPED:
-            return (trial, further) if _learns_more(further, log) else None
-        told = [] if last else self._told(further, finding, trial)
-        return self._if_better(finding, changes | told[0], log, last=True) if told else None
 
-    def _told(self, log: RunLog, finding: Finding, trial: Trial) -> list[dict[str, Any]]:
-        """What the doctor says of a fork that a remedy did not cure: the settings against the finding, what it makes,
-        and the problems that are new."""
-        names = {finding.name, *finding.explains, *trial.new}
-        return [one.remedy.changes for one in diagnose(log, self.limits) if one.name in names and one.remedy.changes]
+    def _remedies(self, log: RunLog, names: Sequence[str]) -> list[dict[str, Any]]:
+        """The settings that the doctor offers in a fork against these findings."""
+        found = [_settings(one) for one in diagnose(log, self.limits) if one.name in names]
+        return [changes for changes in found if changes]
 
     def _tried(self, finding: Finding, changes: dict[str, Any]) -> Tried:
         """One remedy."""
@@ -344,7 +355,7 @@ class _Patient:
         if not shown and not bare:
             return trial, without.log
         exchanged = bool(STAND_INS.keys() & changes)
-        long = exchanged or finding.name in STRONGER
+        long = exchanged or finding.name in OF_SETTINGS
         with_ = self.forks.with_(changes, checkpoint, max(rows, LEARNS) if long else rows)
         if exchanged and not with_.died:
             verdict, new, left = self._with_stand_in(finding, with_.log)

@@ -99,16 +99,18 @@ def _why_gradients_explode(log: RunLog, limits: Limits, rescaled: bool) -> dict[
             "cause": f"steps are too large: an update moves the policy {moved:.2g} nats per token.",
             "remedy": Remedy(text="Lower the learning rate and clip gradients.", changes={**slower, **clipped}),
         }
+    why = "the log does not say how far an update moves the model" if math.isnan(moved) else "steps are not large"
+    returns = Suspect(
+        cause="some returns are far off, as of a score without bounds or an empty completion",
+        experiment="print the highest and the lowest score of a rollout in which the norm is large.",
+    )
     return {
-        "cause": f"{CANNOT_TELL}: neither do the scores have another scale, nor does an update move the policy far.",
+        "cause": f"{CANNOT_TELL}: {why}.",
         "remedy": TRY_EACH,
         "suspects": (
             *large_steps(log),
             Suspect(cause="a few gradients are far larger than the others", experiment=GONE, changes=clipped),
-            Suspect(
-                cause="some returns are far off, as of a score without bounds or an empty completion",
-                experiment="print the highest and the lowest score of a rollout in which the norm is large.",
-            ),
+            *([returns] if log.kind in ("ppo", "online") else []),
         ),
     }
 
@@ -190,20 +192,16 @@ def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
     rises, rate = score.rise()[1] > limits.noticeable, float(log.setting("learning_rate", math.nan))
     # It is measured before each step, so with one step a rollout it is always 0. The KL is that of all of them.
     known = log.setting("num_ppo_epochs", 4) * log.setting("num_mini_batches", 1) > 1
-    kl, length = log.series("kl"), log.series("length")
-    small = (
-        approxkl.recent() <= limits.tiny_approxkl
-        if known
-        else abs(kl.recent()) <= limits.tiny_approxkl * length.recent() and len(kl) >= limits.least_rows
-    )
+    small = approxkl.recent() <= limits.tiny_approxkl if known else _has_not_moved(log, limits)
     tiny = small and not rises
     stands = tiny and len(approxkl) >= limits.least_rows
     if not tiny and not _learns_slowly(log, approxkl if known else None, limits):
         return None
     moved = approxkl.recent() if tiny else median(approxkl.values) if known else math.nan
+    kl = log.series("kl").recent()
     more, cause = larger_steps(log)
     by_step = f"An update moves the policy {moved:.1g} nats per token, and"
-    by_rollout = f"In {len(score)} rollouts of one step the KL came to {kl.recent():.2g} nats, and"
+    by_rollout = f"In {len(score)} rollouts of one step the KL came to {kl:.2g} nats, and"
     return Finding(
         name="steps_too_small",
         severity="problem" if stands else "warning",
@@ -213,33 +211,35 @@ def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
             f"{by_step if known else by_rollout} the score {'rises slowly' if rises else 'does not rise'} (learning "
             f"rate {rate:.1g})."
         ),
-        figures={"learning_rate": rate, **({"approxkl": moved} if known else {"kl": kl.recent()})},
-        cause=cause or f"{CANNOT_TELL}: the learning rate is not small.",
+        figures={"learning_rate": rate, **({"approxkl": moved} if known else {"kl": kl})},
+        cause=cause
+        if more
+        else f"{CANNOT_TELL}: the learning rate is {'unknown' if math.isnan(rate) else 'not small'}.",
         remedy=Remedy(text="Take larger steps, or more of them.", changes=more) if more else TRY_EACH,
         suspects=() if more else _lost_steps(log),
     )
 
 
+def _has_not_moved(log: RunLog, limits: Limits) -> bool:
+    """Whether all rollouts together have moved the policy less than an update should: by the spread of its log-ratios
+    to the reference, whose square is twice the KL where that is small and has less noise, else by the KL."""
+    kl, spread, length = log.series("kl"), log.series("objective/kl_std"), log.series("length")
+    if len(kl) < limits.least_rows + log.setting("value_warmup_rollouts", 0):
+        return False
+    nats = spread.recent() ** 2 / 2 if spread else abs(kl.recent())
+    return nats <= limits.tiny_approxkl * length.recent()
+
+
 def _lost_steps(log: RunLog) -> tuple[Suspect, ...]:
     """What may take the steps away where the learning rate is not small."""
-    shows = "an update moves the policy and the score rises if this is it."
-    return (
-        Suspect(
-            cause="Adam's epsilon outweighs the gradient's size",
-            experiment=shows,
-            changes={"adam_epsilon": 1e-8},
-        ),
-        Suspect(
-            cause="the guard leaves out minibatches whose ratio is large",
-            experiment=shows,
-            changes={"max_ratio": None},
-        ),
-        Suspect(
-            cause="this model wants larger steps than most",
-            experiment=shows,
-            changes=_three_times_the_rate(log),
-        ),
+    skipped, shows = log.series("policy/skipped_minibatches"), "an update moves the policy and the score rises."
+    guard = {"max_ratio": None} if log.setting("max_ratio") and skipped and max(skipped.values) > 0 else {}
+    suspects = (
+        ("Adam's epsilon outweighs the gradient's size", {"adam_epsilon": 1e-8}),
+        ("the guard leaves out minibatches whose ratio is large", guard),
+        ("this model wants larger steps than most", _three_times_the_rate(log)),
     )
+    return tuple(Suspect(cause=cause, experiment=shows, changes=changes) for cause, changes in suspects if changes)
 
 
 def _learns_slowly(log: RunLog, approxkl: Series | None, limits: Limits) -> bool:
