@@ -42,7 +42,8 @@ class Limits:
         temperature: sampling below it explains a low entropy.
         clipfrac: share of tokens; PPO's papers and TRL's docs see 0.1 to 0.3 in healthy runs.
         huge_approxkl: nats per token that an update moves the policy; healthy updates stay below 0.3 (measured).
-        large_approxkl: the same in half of all updates; healthy runs stay below 0.03 (measured).
+        large_approxkl: the same in half of all updates, or lately where gradients explode; healthy runs stay
+            below 0.03 (measured).
         small_approxkl: the same in half of all updates, below which learning is slow; healthy runs make 5e-4 and more
             (measured).
         unspent: share of `budget` (and of `budget_per_token`) up to which the policy has moved little; chosen.

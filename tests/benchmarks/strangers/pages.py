@@ -1,5 +1,5 @@
-"""What `--try` made of each problem, from the kept trials of cure.py, into the problem's page. The pages of problems of
-which there are none stay as they are.
+"""What `--try` made of each problem, from the kept trials of cure.py, into the problem's page. The pages of problems
+that no trial met stay as they are.
 
 python tests/benchmarks/strangers/pages.py --out runs/doctor:catalogue runs/strangers:measure_3
 """
