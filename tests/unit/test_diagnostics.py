@@ -1063,6 +1063,15 @@ def test_scores_that_are_often_the_same(zeros: Any, score: dict[str, Any], size:
         assert found["constant_scores"].evidence.startswith("In 4 of the first 12 rollouts")
 
 
+@pytest.mark.parametrize(("longest", "own"), [(6.0, True), (16.0, False), (None, False)])
+def test_completions_that_are_cut_before_their_limit_are_cut_by_who_samples(longest: float | None, own: bool) -> None:
+    written = {} if longest is None else {"completions/max_length": [longest - 1] + [longest] * 15}
+    log = RunLog.of(rows(**{**HEALTHY, **SICK["truncation"], **written}), {**CONFIG, "max_completion_length": 16})
+    (finding,) = [one for one in diagnose(log) if one.name == "truncation"]
+    assert ("has a limit of its own: no completion is longer than 6 tokens" in finding.cause) == own
+    assert (not finding.suspects and not finding.remedy.changes) == own
+
+
 def test_why_gradients_explode_is_said_where_something_shows_it() -> None:
     def found(**more: Any) -> Any:
         settings = {**CONFIG, "learning_rate": 1e-3, "max_grad_norm": 0.0}  # which is none

@@ -107,7 +107,7 @@ BLAMED: dict[str, tuple[str, ...]] = {
     ),
     "copied_completions": ("train_dataset", "generator"),
     "held_out_differs": ("train_dataset", "reward_funcs"),
-    "sampling_differs": ("generator",),
+    **dict.fromkeys(("sampling_differs", "truncation"), ("generator",)),
     "base_moves": ("generator",),
     "policy_is_reset": ("generator",),
 }

@@ -18,7 +18,9 @@ def truncation(log: RunLog, limits: Limits) -> Finding | None:
     now, from_the_start = cut.recent(3) >= limits.truncated, cut.values[0] >= limits.truncated
     longest, penalty = log.setting("max_completion_length"), float(log.setting("missing_eos_penalty", 0.0))
     longer = {"max_completion_length": 2 * int(longest), "missing_eos_penalty": max(1.0, penalty)} if longest else {}
-    known = not now or (not from_the_start and pays(log, limits))
+    written = max(log.series("completions/max_length").values, default=math.nan)
+    own = bool(longest) and written < int(longest)  # cut, and none is as long as it may be
+    known = own or not now or (not from_the_start and pays(log, limits))
     return Finding(
         name="truncation",
         severity="problem" if now else "warning",
@@ -31,13 +33,19 @@ def truncation(log: RunLog, limits: Limits) -> Finding | None:
         figures={"truncated": cut.recent(3), "start": cut.start()},
         from_the_start=from_the_start,
         cause=(
-            "too short a limit for what the policy had to say, so that it learned to say less."
+            f"who samples has a limit of its own: no completion is longer than {written:.0f} tokens."
+            if own
+            else "too short a limit for what the policy had to say, so that it learned to say less."
             if not now
             else "a reward for length or for what has no end, or a limit too short for answers that rightly grew."
             if known
             else f"{CANNOT_TELL} from the log alone."
         ),
         remedy=Remedy(
+            text="Let the generator, or the server behind it, write as many tokens as max_completion_length says."
+        )
+        if own
+        else Remedy(
             text="Raise the limit, and take a penalty off the score of a completion that was cut.", changes=longer
         )
         if known
