@@ -234,6 +234,19 @@ def test_a_cure_is_not_given_up_for_one_in_part(tmp_path: Path) -> None:
     assert (trial.verdict, trial.changes) == ("cured", {"learning_rate": 3e-4})
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_policy_that_moves_and_learns_nothing_is_cured_in_part(learns: bool, tmp_path: Path) -> None:
+    class Moved(Pretender):
+        def __init__(self, settings: dict[str, Any]) -> None:
+            super().__init__(settings)
+            if settings["learning_rate"] >= 1e-4 and not learns:
+                self.history = rows(LENGTH, **{**HEALTHY, "yardstick/exact": 3.0})
+
+    run = RunLog.of(rows(LENGTH, **SMALL), {**CONFIG, "learning_rate": 1e-6})
+    (trial,) = try_remedies(Clinic(Moved, learning_rate=1e-6), findings_at(1e-6), tmp_path / "trial", run)
+    assert (trial.verdict, trial.left) == (("cured", []) if learns else ("in part", ["nothing is learned"]))
+
+
 def test_the_defaults_do_not_go_on_top_of_a_stand_in(tmp_path: Path) -> None:
     class AllIsWell(Ported):
         """With the yardstick it learns, and more with the usual settings."""

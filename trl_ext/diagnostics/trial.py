@@ -49,6 +49,7 @@ OF_SETTINGS = {"unusual_settings", *STANDS, *FLIES}  # what settings make that d
 MOST = 4  # remedies of one finding after which the doctor is asked again, and stronger ones than one that helped
 HELPED = ("cured", "in part")
 NOTHING_LEARNED = "nothing is learned"
+HOLDS_BACK = ("steps_too_small", "kl_drowns_score")  # gone as soon as the policy moves, which is not yet to learn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +63,9 @@ class Trial:
             so, but problems stay that the fork without the remedy has, too, or it stayed, and the run learns more; "not
             cured": it or some of what followed stayed; "worse": another problem came, or the fork died; "not seen":
             without the remedy it did not come back or did not stay, so nothing can be said. With a stand-in, "cured" is
-            a run that also learns; where it does not, it is "in part". With other settings in the place of unusual ones
-            that have made no problem it is a run that learns more.
+            a run that also learns; where it does not, it is "in part", as at the end of a run whose steps were too
+            small or whose KL penalty was too strong. With other settings in the place of unusual ones that have made no
+            problem it is a run that learns more.
         metric: what the remedy was to move.
         without, with_: that metric in the two forks, after where they part.
         logs: how many logs (rollouts in PPO) the fork without the remedy had.
@@ -279,16 +281,26 @@ class _Patient:
 
     def confirmed(self, trial: Trial, log: RunLog) -> Tried:
         """The cure over as many logs as a fork may have: a problem may take longer to come than the one that went."""
-        if self.most is None or self.is_whole(log):
+        if self.most is None:
             return trial, log
+        if self.is_whole(log):
+            return self._if_it_learns(trial, log), log
         checkpoint = self.run_dir / f"checkpoint-{trial.start}" if self.run_dir is not None and trial.start else None
         with_ = self.forks.with_(trial.changes, checkpoint, self.most)
         left = [one.name for one in diagnose(with_.log, self.limits) if one.severity == "problem"]
         verdict = "worse" if with_.died else "in part" if left else "cured"
         after = _after(with_.log, trial.metric, trial.start)
         trial = replace(trial, verdict=verdict, left=left, died=with_.died, with_=after)
+        trial = self._if_it_learns(trial, with_.log)
         logger.info("%s", trial)
         return trial, with_.log
+
+    def _if_it_learns(self, trial: Trial, log: RunLog) -> Trial:
+        """The trial; cured only in part where what held learning back has gone, and still nothing is learned."""
+        learns = trial.finding not in HOLDS_BACK or _learned(log).ever_rose(self.limits.noticeable)
+        if trial.verdict != "cured" or learns:
+            return trial
+        return replace(trial, verdict="in part", left=[NOTHING_LEARNED])
 
     def _further(self, finding: Finding, done: list[Tried]) -> list[Tried]:
         """Go on for as long as the run learns more by it: a finding is gone at once where a setting is half right."""
