@@ -169,9 +169,7 @@ def test_a_remedy_that_helps_is_strengthened_for_as_long_as_the_run_learns_more(
         {"learning_rate": 1e-3, "num_ppo_epochs": 4},
     ]
     assert [one.verdict for one in trials] == ["in part", "in part", "cured"]
-    assert "cured in part by learning_rate=0.0003" in str(trials[0]) and "Still there: steps_too_small." in str(
-        trials[0]
-    )
+    assert "cured in part by learning_rate=0.0003" in str(trials[0]) and "Still there" not in str(trials[0])
 
 
 def test_a_stronger_remedy_by_which_nothing_more_is_learned_is_not_taken(

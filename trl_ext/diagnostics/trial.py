@@ -60,12 +60,12 @@ class Trial:
         finding: its name.
         changes: the settings that were tried, and `STAND_INS`; with those that helped against earlier findings.
         verdict: "cured": the finding went with all that followed from it, and no problem is there; "in part": it went
-            so, but problems stay that the fork without the remedy has, too, or it stayed, and the run learns more; "not
-            cured": it or some of what followed stayed; "worse": another problem came, or the fork died; "not seen":
-            without the remedy it did not come back or did not stay, so nothing can be said. With a stand-in, "cured" is
-            a run that also learns; where it does not, it is "in part", as at the end of a run whose steps were too
-            small or whose KL penalty was too strong. With other settings in the place of unusual ones that have made no
-            problem it is a run that learns more.
+            so, but problems stay that the fork without the remedy has, too, or the run learns more by the next remedy,
+            or it stayed, and the run learns more; "not cured": it or some of what followed stayed; "worse": another
+            problem came, or the fork died; "not seen": without the remedy it did not come back or did not stay, so
+            nothing can be said. With a stand-in, "cured" is a run that also learns; where it does not, it is "in part",
+            as at the end of a run whose steps were too small or whose KL penalty was too strong. With other settings in
+            the place of unusual ones that have made no problem it is a run that learns more.
         metric: what the remedy was to move.
         without, with_: that metric in the two forks, after where they part.
         logs: how many logs (rollouts in PPO) the fork without the remedy had.
@@ -309,7 +309,7 @@ class _Patient:
             better = self._better(finding, weaker, log)
             if better is None:
                 break
-            done[-1:] = [(replace(weaker, verdict="in part", left=[finding.name]), log), better]
+            done[-1:] = [(replace(weaker, verdict="in part"), log), better]
         return done
 
     def _better(self, finding: Finding, weaker: Trial, log: RunLog) -> Tried | None:

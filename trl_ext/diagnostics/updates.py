@@ -237,7 +237,7 @@ def _lost_steps(log: RunLog) -> tuple[Suspect, ...]:
     suspects = (
         ("Adam's epsilon outweighs the gradient's size", {"adam_epsilon": 1e-8}),
         ("the guard leaves out minibatches whose ratio is large", guard),
-        ("this model wants larger steps than most", _three_times_the_rate(log)),
+        ("this model wants larger steps than most", _faster(log, 3)),
     )
     return tuple(Suspect(cause=cause, experiment=shows, changes=changes) for cause, changes in suspects if changes)
 
@@ -269,17 +269,11 @@ def larger_steps(log: RunLog) -> tuple[dict[str, float], str]:
     return (smaller if rows >= 4 else {}), "large minibatches take few steps on each rollout."
 
 
-def _three_times_the_rate(log: RunLog) -> dict[str, float]:
-    """While that is no rate which suits nothing."""
-    rate = 3 * float(log.setting("learning_rate") or math.inf)
-    return {"learning_rate": float(f"{rate:.1g}")} if rate <= 3e-3 else {}
-
-
 # By finding: what goes further in the direction of its remedy, from the log of a run that has the remedy. Settings that
 # came as a set had a learning rate that suited them.
 STRONGER: dict[str, Callable[[RunLog], dict[str, float]]] = {
     "steps_too_small": lambda log: larger_steps(log)[0],
-    "unusual_settings": _three_times_the_rate,
+    "unusual_settings": lambda log: _faster(log, 3),
 }
 
 
@@ -474,16 +468,17 @@ def _why_values_do_not_learn(log: RunLog, limits: Limits) -> dict[str, Any]:
         cause="the returns cannot be predicted, because the score is noise or is given for what comes late",
         experiment="score the same completions twice: what differs no value role can learn.",
     )
+    slow = Suspect(
+        cause="the value role's steps are too small",
+        experiment="val/explained_variance rises within ten rollouts if this is it.",
+        changes=_faster(log, 5),
+    )
     return {
         "cause": f"{CANNOT_TELL}: its gradient is not small, and scores are within its reach.",
         "remedy": TRY_EACH,
         "suspects": (
             *([] if repeats else [unpredictable]),
-            Suspect(
-                cause="the value role's steps are too small",
-                experiment="val/explained_variance rises within ten rollouts if this is it.",
-                changes=_faster(log, 5),
-            ),
+            *([slow] if slow.changes else []),
             Suspect(
                 cause="the policy changes faster than values follow",
                 experiment="val/explained_variance rises during the warm-up if this is it.",
@@ -494,8 +489,9 @@ def _why_values_do_not_learn(log: RunLog, limits: Limits) -> dict[str, Any]:
 
 
 def _faster(log: RunLog, times: float) -> dict[str, float]:
-    rate = log.setting("learning_rate")
-    return {"learning_rate": float(f"{times * float(rate):.1g}")} if rate else {}
+    """So many times the learning rate; empty where it is unknown, or would be one that suits nothing."""
+    rate = times * float(log.setting("learning_rate") or math.inf)
+    return {"learning_rate": float(f"{rate:.1g}")} if rate <= 3e-3 else {}
 
 
 def value_loss_explodes(log: RunLog, limits: Limits) -> Finding | None:
