@@ -136,7 +136,7 @@ def test_vf_coef_is_offered_where_it_is_the_cause(
     assert found.severity == ("warning" if suspects else "problem"), "of an unknown cause it is worth a look"
     if suspects:
         assert "cannot tell" in found.cause
-        assert {"learning_rate": 5e-3} in [suspect.changes for suspect in found.suspects]
+        assert {"learning_rate": 3e-3} in [suspect.changes for suspect in found.suspects]
         assert not any("noise" in suspect.cause for suspect in found.suspects), "the score was seen to repeat"
 
 

@@ -489,9 +489,10 @@ def _why_values_do_not_learn(log: RunLog, limits: Limits) -> dict[str, Any]:
 
 
 def _faster(log: RunLog, times: float) -> dict[str, float]:
-    """So many times the learning rate; empty where it is unknown, or would be one that suits nothing."""
-    rate = times * float(log.setting("learning_rate") or math.inf)
-    return {"learning_rate": float(f"{rate:.1g}")} if rate <= 3e-3 else {}
+    """So many times the learning rate, up to 3e-3, above which it suits nothing; empty where it is unknown or there."""
+    rate = float(log.setting("learning_rate") or math.inf)
+    faster = min(times * rate, 3e-3)
+    return {"learning_rate": float(f"{faster:.1g}")} if faster > 1.5 * rate else {}
 
 
 def value_loss_explodes(log: RunLog, limits: Limits) -> Finding | None:
