@@ -221,6 +221,8 @@ def test_a_cure_is_not_given_up_for_one_in_part(tmp_path: Path) -> None:
 
         def __init__(self, settings: dict[str, Any]) -> None:
             super().__init__(settings)
+            if settings["learning_rate"] < 1e-4:
+                self.history = rows(LENGTH, **{**SMALL, **SICK["truncation"]})
             if settings["learning_rate"] == 1e-3:
                 learning = {"yardstick/exact": lambda t: 3 + 3 * t}
                 self.history = rows(LENGTH, **{**HEALTHY, **SICK["truncation"], **learning})
@@ -467,6 +469,20 @@ def test_a_remedy_that_brings_another_problem_is_followed_by_that_ones_remedy(tm
     assert (first.verdict, first.new) == ("worse", ["truncation"])
     assert (second.finding, second.verdict) == ("truncation", "cured")
     assert second.changes["learning_rate"] == 3e-4 and second.changes["missing_eos_penalty"] is not None
+
+
+def test_what_is_new_in_a_fork_and_has_a_setting_is_tried_with_it(tmp_path: Path) -> None:
+    class Away(Pretender):
+        def __init__(self, settings: dict[str, Any]) -> None:
+            super().__init__(settings)
+            if settings["learning_rate"] >= 1e-4 and settings.get("kl_coef") is None:
+                self.history = rows(LENGTH, **{**HEALTHY, "objective/kl": lambda t: 50 * t})
+
+    (found,) = [one for one in findings_at(1e-6) if one.name == "steps_too_small"]
+    first, second = try_remedies(Clinic(Away, learning_rate=1e-6), [found], tmp_path / "trial")
+    assert (first.verdict, first.new) == ("worse", ["kl_runs_away"])
+    assert (second.finding, second.verdict) == ("steps_too_small", "cured")
+    assert second.changes["learning_rate"] == 3e-4 and second.changes["kl_coef"] > 0
 
 
 def test_a_remedy_that_the_trainer_refuses_is_passed_over(tmp_path: Path) -> None:
