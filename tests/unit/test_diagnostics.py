@@ -1065,11 +1065,24 @@ def test_scores_that_are_often_the_same(zeros: Any, score: dict[str, Any], size:
 
 @pytest.mark.parametrize(("longest", "own"), [(6.0, True), (16.0, False), (None, False)])
 def test_completions_that_are_cut_before_their_limit_are_cut_by_who_samples(longest: float | None, own: bool) -> None:
-    written = {} if longest is None else {"completions/max_length": [longest - 1] + [longest] * 15}
+    lengths = {"completions/min_length": longest, "completions/mean_length": longest, "completions/max_length": longest}
+    written = {} if longest is None else lengths
     log = RunLog.of(rows(**{**HEALTHY, **SICK["truncation"], **written}), {**CONFIG, "max_completion_length": 16})
     (finding,) = [one for one in diagnose(log) if one.name == "truncation"]
     assert ("has a limit of its own: no completion is longer than 6 tokens" in finding.cause) == own
     assert (not finding.suspects and not finding.remedy.changes) == own
+
+
+@pytest.mark.parametrize(("cut", "mean", "least", "most"), [(0.75, 7.16, 5.0, 9.0), (1.0, 3.5, 2.0, 5.0)])
+def test_completions_that_end_at_different_lengths_are_cut_by_no_limit(
+    cut: float, mean: float, least: float, most: float
+) -> None:
+    names = ("clipped_ratio", "mean_length", "min_length", "max_length")
+    lengths = {f"completions/{name}": value for name, value in zip(names, (cut, mean, least, most), strict=True)}
+    log = RunLog.of(rows(**{**HEALTHY, **lengths}), {**CONFIG, "max_completion_length": 16})
+    (finding,) = [one for one in diagnose(log) if one.name == "truncation"]
+    assert "takes the EOS off" in finding.cause and "limit of its own" not in finding.cause
+    assert not finding.suspects and not finding.remedy.changes
 
 
 def test_why_gradients_explode_is_said_where_something_shows_it() -> None:

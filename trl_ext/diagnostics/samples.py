@@ -18,9 +18,8 @@ def truncation(log: RunLog, limits: Limits) -> Finding | None:
     now, from_the_start = cut.recent(3) >= limits.truncated, cut.values[0] >= limits.truncated
     longest, penalty = log.setting("max_completion_length"), float(log.setting("missing_eos_penalty", 0.0))
     longer = {"max_completion_length": 2 * int(longest), "missing_eos_penalty": max(1.0, penalty)} if longest else {}
-    written = max(log.series("completions/max_length").values, default=math.nan)
-    own = bool(longest) and written < int(longest)  # cut, and none is as long as it may be
-    known = own or not now or (not from_the_start and pays(log, limits))
+    sampler = _ended_by_who_samples(log)
+    known = bool(sampler) or not now or (not from_the_start and pays(log, limits))
     return Finding(
         name="truncation",
         severity="problem" if now else "warning",
@@ -33,8 +32,8 @@ def truncation(log: RunLog, limits: Limits) -> Finding | None:
         figures={"truncated": cut.recent(3), "start": cut.start()},
         from_the_start=from_the_start,
         cause=(
-            f"who samples has a limit of its own: no completion is longer than {written:.0f} tokens."
-            if own
+            sampler
+            if sampler
             else "too short a limit for what the policy had to say, so that it learned to say less."
             if not now
             else "a reward for length or for what has no end, or a limit too short for answers that rightly grew."
@@ -42,9 +41,9 @@ def truncation(log: RunLog, limits: Limits) -> Finding | None:
             else f"{CANNOT_TELL} from the log alone."
         ),
         remedy=Remedy(
-            text="Let the generator, or the server behind it, write as many tokens as max_completion_length says."
+            text="Let the generator, or the server behind it, write up to max_completion_length, and give the EOS back."
         )
-        if own
+        if sampler
         else Remedy(
             text="Raise the limit, and take a penalty off the score of a completion that was cut.", changes=longer
         )
@@ -61,6 +60,22 @@ def truncation(log: RunLog, limits: Limits) -> Finding | None:
             ),
             *(_NEVER_ENDS if from_the_start else movers(log, limits)),
         ),
+    )
+
+
+def _ended_by_who_samples(log: RunLog) -> str:
+    """What ends completions that are cut off, and of which none is as long as it may be; empty where some are."""
+    names = ("truncated", "length", "completions/min_length", "completions/max_length")
+    each = list(zip(*(log.series(name).values for name in names), strict=False))
+    written = max((most for *_, most in each), default=math.nan)
+    if not written < int(log.setting("max_completion_length") or 0):
+        return ""
+    # At a limit all that are cut have its length, and the others at least the least; a hundredth for rounding.
+    if all(mean >= 0.99 * (cut * most + (1 - cut) * least) for cut, mean, least, most in each):
+        return f"who samples has a limit of its own: no completion is longer than {written:.0f} tokens."
+    return (
+        "who samples ends them: they are of different lengths and below the limit. It takes the EOS off, or stops at "
+        "marks that are not it."
     )
 
 

@@ -245,14 +245,13 @@ class _Patient:
             changes = waiting.pop(0)
             if self.kept | changes in [one.changes for one, _ in done]:
                 continue
-            try:
-                trial, log = self._tried(finding, self.kept | changes)
-            except CannotBe:
+            if (tried := self._if_it_can_be(finding, self.kept | changes)) is None:
                 continue
+            trial, log = tried
             if trial.verdict == "not seen":
                 # With what helped before, it went along.
                 return done if self.kept else [*done, (trial, log)]
-            done.append((trial, log))
+            done.append(tried)
             if trial.verdict in HELPED:
                 return self._further(finding, done)
             if len(done) < MOST:
@@ -316,9 +315,9 @@ class _Patient:
         """A remedy that goes further than one that helped, and by which the run learns more: a stronger one, or, where
         settings were to blame, the defaults for all that makes a step; None where there is none."""
         stronger = STRONGER.get(finding.name, lambda log: {})(log)
-        of_settings = self.run is not None and finding.name in OF_SETTINGS and not STAND_INS.keys() & weaker.changes
-        defaults = to_defaults(self.run) if self.run is not None and of_settings else {}
-        usual = {name: value for name, value in defaults.items() if name not in weaker.changes}
+        usual: dict[str, Any] = {}
+        if self.run is not None and finding.name in OF_SETTINGS and not STAND_INS.keys() & weaker.changes:
+            usual = {name: value for name, value in to_defaults(self.run).items() if name not in weaker.changes}
         for more, times in ((stronger, 1.0), (usual, 2.0)):
             if weaker.changes | more == weaker.changes:
                 continue
@@ -335,6 +334,7 @@ class _Patient:
         return None
 
     def _if_it_can_be(self, finding: Finding, changes: dict[str, Any]) -> Tried | None:
+        """One remedy; None where the run cannot be had with it, which the forks have said."""
         try:
             return self._tried(finding, changes)
         except CannotBe:
