@@ -183,6 +183,7 @@ def fail() -> None:
     raise ConnectionResetError("the judge went home")
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("event", ["on_rollout_end", "on_advantages", "on_pre_optimizer_step", "on_step_end"])
 def test_a_failure_at_any_stage(event: str, tmp_path: Path, server: StandIn, whole: State) -> None:
     """Of the third rollout: the checkpoint has what was sampled for it, and not what was begun since."""
@@ -383,7 +384,7 @@ def ended(folder: Path, done: subprocess.CompletedProcess[str]) -> State:
     return load_file(folder / "trained.safetensors"), [row for row in logs if "objective/scores" in row]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_each_of_two_processes_begins_its_share(tmp_path: Path, server: StandIn) -> None:
     """And goes on exactly from the middle of a rollout, with evaluations while the other's share is under way."""
     whole = ended(tmp_path / "whole", run_two(tmp_path, server, "whole"))

@@ -365,12 +365,33 @@ def test_the_terms_add_up_to_the_policys_gradient(tmp_path: Path) -> None:
     assert measured(trainer, "gradient/score")[0] == pytest.approx(terms.norms[0], rel=1e-5)
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="compares to six digits")
+@pytest.mark.parametrize("value", ["adapter", "head"])
+def test_terms_that_share_a_forward_have_gradients_of_their_own(value: str, tmp_path: Path) -> None:
+    """Each of its own coefficient, doubled; with recomputed activations they are the same."""
+    found = []
+    for changes in ({}, {"gradient_checkpointing": True}, {"vf_coef": 0.2, "entropy_coef": 0.02, "kl_coef": 0.1}):
+        torch.manual_seed(0)
+        base = SharedBase.from_pretrained(saved_model(tmp_path / "model"), policy=LORA, value=value)
+        torch.nn.init.normal_(base.heads["value"].weight, std=0.1)  # a head of zeros has no gradient for the trunk
+        settings = {"total_episodes": 16, "vf_coef": 0.1, "entropy_coef": 0.01, "kl_coef": 0.05, **changes}
+        trainer = trainer_for(tmp_path / str(len(found)), model=base, **settings)
+        trainer.train()
+        names = ("gradient/score", "gradient/entropy", "cosine/score~entropy")
+        names += ("gradient/value", "cosine/score~value") if value == "head" else ()
+        found.append({name: measured(trainer, name)[0] for name in names})
+    plain, recomputed, doubled = found
+    assert recomputed == pytest.approx(plain, rel=1e-5)
+    times = {name: 2.0 if name in ("gradient/entropy", "gradient/value") else 1.0 for name in plain}
+    assert doubled == pytest.approx({name: times[name] * plain[name] for name in plain}, rel=1e-5)
+
+
 def test_as_often_as_the_share_of_an_update_allows() -> None:
     """The demo's settings by hand: an update is 16 decoding steps and 4 x 2 micro-batches, each a forward and a
-    backward (3) of two roles: 64. The gradients of three terms over 8 of 32 rows cost 9 / 4 of a forward, and
-    completions 16; 0.8% of 64 is 0.512."""
+    backward (3) of two roles: 64. Three forwards and the backwards of three terms over 8 of 32 rows cost 9 / 4 of a
+    forward, and completions 16; 0.5% of 64 is 0.32."""
     args = PPOConfig("out", use_cpu=True, per_device_train_batch_size=32, num_mini_batches=2, max_completion_length=16)
-    assert Schedule.of(args, 2) == Schedule(gradients=5, twins=35)
+    assert Schedule.of(args, 2) == Schedule(gradients=8, twins=56)
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", sys.argv)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("elsewhere")
 def test_a_reward_model_of_an_ensemble_is_made_anew_with_its_own_seed() -> None:
     steps = ["--max_steps", "16", "--per_device_train_batch_size", "32", "--logging_steps", "2"]
@@ -201,7 +201,7 @@ def test_a_reward_model_of_an_ensemble_is_made_anew_with_its_own_seed() -> None:
     assert first["with"]["values"][-1] > first["without"]["values"][-1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("elsewhere")
 def test_dpo_is_made_anew() -> None:
     train("dpo", "--beta", "50", "--learning_rate", "5e-3", "--max_steps", "10", "--logging_steps", "2")

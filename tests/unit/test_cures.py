@@ -152,6 +152,10 @@ def test_what_was_tried_of_a_problem_is_a_table_by_remedy(tmp_path: Path) -> Non
         "In 1 more the problem did not come back without a remedy.",
     ]
     assert pages.text([]) == pages.NOTHING
+    made = pages.text([], [(case(), cured)], untried=2).split("\n\n")
+    assert made[1].splitlines()[2:] == [f"| one of `{cured['finding']}` | 1 | 1 | 0 | 0 | 0 | 1 of 1 |"]
+    assert made[2].startswith("In 2 more runs the remedy was no setting")
+    assert pages.text([], untried=1).startswith("In 1 run the remedy")
     page = tmp_path / "page.md"
     page.write_text("# A problem\n")
     for text in ("first", "second"):

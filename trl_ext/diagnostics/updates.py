@@ -265,8 +265,10 @@ def larger_steps(log: RunLog) -> tuple[dict[str, float], str]:
     rows, parts = int(log.setting("per_device_train_batch_size", 1)), int(log.setting("num_mini_batches", 1))
     if log.setting("objective") != "reinforce":  # which has no ratio that would hold a second epoch
         return {"num_ppo_epochs": 4}, "one epoch takes few steps on each rollout."
+    if rows < 4:
+        return {}, ""
     smaller: dict[str, float] = {"per_device_train_batch_size": rows // 4, "num_mini_batches": 4 * parts}
-    return (smaller if rows >= 4 else {}), "large minibatches take few steps on each rollout."
+    return smaller, "large minibatches take few steps on each rollout."
 
 
 # By finding: what goes further in the direction of its remedy, from the log of a run that has the remedy. Settings that

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,7 +34,7 @@ from trl_ext.ppo.objectives import CheckedObjective, same_prompt, value_loss
 from trl_ext.ppo.pretraining import PretrainMix
 from trl_ext.random_state import RandomState
 from trl_ext.rewards import RewardError
-from trl_ext.roles import Role, SharedBase
+from trl_ext.roles import SharedBase
 from trl_ext.roles.sharding import own_part
 from trl_ext.tokens import tokenize_prompts
 from trl_ext.types import Experience, Rollout, concatenate
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 ROWS = 8  # whose gradient is taken apart, and which are scored again
 DIFFERENT = 0.1  # share of a score's variance from which it is asked what does not repeat
 TWINS = 16  # prompts that are answered a second time
-SHARE = 0.008  # of an update that gradients may take, and second completions, each over the whole run
+SHARE = 0.005  # of an update that gradients may take, and second completions, each over the whole run
 # Of a turn or a part of it, in chat templates.
 MARKER = re.compile(r"<\|[^\s|<>{}]+\|>|<(?:start|end)_of_turn>|<think>")
 TENSORS, NUMBERS = 32, 64  # so many numbers of so many parameters stand for the policy's gradient
@@ -74,7 +74,8 @@ class Schedule:
         update = generations * args.max_completion_length + 3 * micro_batches * trained_forwards
         terms = 3 + bool(args.entropy_coef) + bool(args.ptx_coef) + (trained_forwards == 1)
         few = min(ROWS / args.per_device_train_batch_size, 1.0)
-        gradients = math.ceil(3 * terms * few / (SHARE * update))
+        forwards = 3 + bool(args.ptx_coef)  # of the terms, of prompts, of what is scored again, and of the texts
+        gradients = math.ceil((forwards + 2 * terms) * few / (SHARE * update))
         twins = math.ceil(args.max_completion_length / (SHARE * update))
         return cls(gradients, -(-twins // gradients) * gradients)
 
@@ -286,18 +287,18 @@ class Evidence:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Scores by function of the same completions, as they were and once more, and of second completions of their
         prompts, with which of these are unlike the first (neither where there are no `twins`). All that is scored anew
-        is scored in one call, in another order: what its place or its neighbours decide does not repeat."""
-        rollout = before.rollout
-        if twins:
-            rollout = concatenate(
-                [replace(rollout, sampling_logprobs=None), self.collector.answered(inputs)], self._pad
-            )
-        tokens, count = rollout.completion_tokens, len(inputs)
-        order = _far_apart(len(tokens))
-        scores = self._scores(rollout.rows(order), [inputs[i % count] for i in order.tolist()], trainer_state)
+        is scored in one call, in another order: what its place or its neighbours decide does not repeat. Reward roles
+        repeat, so of them only second completions are scored."""
+        rollout, own, count = before.rollout, before.scores.by_function, len(inputs)
+        anew = [replace(rollout, sampling_logprobs=None)] if self.collector.scorer is not None else []
+        anew += [self.collector.answered(inputs)] if twins else []
+        written = concatenate(anew, self._pad)
+        order = _far_apart(len(anew) * count)
+        scores = self._scores(written.rows(order), [inputs[i % count] for i in order.tolist()], trainer_state)
         scores = scores[order.argsort()]
-        unlike = [one != other for one, other in zip(tokens[:count], tokens[count:], strict=False)]
-        return before.scores.by_function, scores[:count], scores[count:], torch.tensor(unlike, dtype=torch.bool)
+        again, other = (scores[:count], scores[count:]) if self.collector.scorer is not None else (own, scores)
+        tokens = zip(rollout.completion_tokens, written.completion_tokens[-count:] if twins else [], strict=False)
+        return own, again, other, torch.tensor([first != second for first, second in tokens], dtype=torch.bool)
 
     def _scores(self, rollout: Rollout, inputs: list[dict[str, Any]], trainer_state: Any) -> Tensor:
         """By function, (batch, functions)."""
@@ -388,29 +389,30 @@ class Evidence:
 
     def _gradients(self, experience: Experience, global_step: int) -> dict[str, float]:
         """Norm of the policy's gradient from each term of its loss, on few rows before the first step, and the cosine
-        of each with that from the score. One forward a term, so that memory needs no more than in training, and
-        gradient checkpointing has one backward for each forward."""
+        of each with that from the score. The terms share one forward, as in training, and have a backward each."""
         args = self.args
         rows = torch.arange(min(ROWS, args.per_device_train_batch_size, len(experience.kl)))
         batch = experience.rows(rows).to(self.collector.base.device)
         mask, tokens = batch.loss_mask, batch.loss_mask.sum().clamp(min=1)
-
-        def policy(part: Tensor) -> Tensor:
-            # Before the first step the ratio is 1, where the gradient of every surrogate is that of A log pi.
-            return -token_mean(part[rows].to(mask.device) * self._outputs(batch)["logprobs"], mask, tokens)
-
-        terms: dict[str, Callable[[], Tensor]] = {
-            name: partial(policy, part) for name, part in self._advantages_by_part(experience).items()
-        }
-        if args.entropy_coef:
-            terms["entropy"] = lambda: -args.entropy_coef * token_mean(self._outputs(batch)["entropy"], mask, tokens)
-        if self.value_on_trunk:
-            terms["value"] = lambda: value_loss(batch, self._outputs(batch, "value"), tokens, args)[0]
-        if self.pretrain_mix is not None:
-            terms["ptx"] = lambda: self._pretraining_loss(len(rows), global_step)
         if not self.collector.base.training:
             self.collector.base.train()
-        gradients = {name: self._gradient_of(term) for name, term in terms.items()}
+        with torch.enable_grad(), self.accelerator.autocast():
+            outputs = self._outputs(batch)
+            # Before the first step the ratio is 1, where the gradient of every surrogate is that of A log pi.
+            losses = {
+                name: -token_mean(part[rows].to(mask.device) * outputs["logprobs"], mask, tokens)
+                for name, part in self._advantages_by_part(experience).items()
+            }
+            if args.entropy_coef:
+                losses["entropy"] = -args.entropy_coef * token_mean(outputs["entropy"], mask, tokens)
+            if self.value_on_trunk:
+                losses["value"] = value_loss(batch, outputs, tokens, args)[0]
+        gradients = {name: self._gradient_of(loss) for name, loss in losses.items()}
+        del outputs, losses  # the texts have a forward of their own, and memory holds no more than one
+        if self.pretrain_mix is not None:
+            with torch.enable_grad(), self.accelerator.autocast():
+                loss = self._pretraining_loss(len(rows), global_step)
+            gradients["ptx"] = self._gradient_of(loss)
         norms = {f"gradient/{name}": evidence.norm(gradient) for name, gradient in gradients.items()}
         cosines = {
             f"cosine/score~{name}": evidence.cosine(gradients["score"], gradient)
@@ -419,13 +421,13 @@ class Evidence:
         }
         return norms | cosines
 
-    def _outputs(self, batch: Experience, role: Role = "policy") -> dict[str, Tensor]:
+    def _outputs(self, batch: Experience) -> dict[str, Tensor]:
         rollout, args = batch.rollout, self.args
         return self.collector.base(
             rollout.input_ids,
             rollout.attention_mask,
             rollout.completion_ids.shape[1],
-            roles=(role,),
+            roles=("policy", "value") if self.value_on_trunk else ("policy",),
             temperature=args.temperature,
             entropy_grad=bool(args.entropy_coef),
         )
@@ -437,11 +439,9 @@ class Evidence:
         terms = -base(ids, mask, ids.shape[1], roles=("policy",))["logprobs"][:, 1:]
         return self.args.ptx_coef * token_mean(terms, mask[:, 1:], mask[:, 1:].sum())
 
-    def _gradient_of(self, term: Callable[[], Tensor]) -> list[Tensor]:
+    def _gradient_of(self, loss: Tensor) -> list[Tensor]:
         parameters = [parameter for parameter in self.policy if parameter.requires_grad]
-        with torch.enable_grad(), self.accelerator.autocast():
-            loss = term()
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
     def _advantages_by_part(self, experience: Experience) -> dict[str, Tensor]:

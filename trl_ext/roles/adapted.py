@@ -17,7 +17,7 @@ from trl_ext.roles.lm_head import trunk_of
 from trl_ext.roles.lora import AdapterPath, Block, CannotMixError
 from trl_ext.roles.packing import Packing, can_pack, can_pad_left, fault_of_generate, stacked
 from trl_ext.roles.sharding import is_sharded
-from trl_ext.roles.switching import active_adapter, evaluating, keep_differentiable, under
+from trl_ext.roles.switching import Under, active_adapter, evaluating, keep_differentiable, under
 from trl_ext.tokens import longest_row
 
 # Tokens a role up to which one forward for all roles is faster: few rows are bound by reading the weights, over a
@@ -135,7 +135,8 @@ class AdaptedModel(nn.Module):
         return getattr(self.causal_lm, f"activation_checkpointing_{what}", older)
 
     def _checkpoint_contexts(self) -> tuple[Any, Any]:
-        return nullcontext(), under(self.model, active_adapter(self.model))
+        # Entered at each backward: with retain_graph one forward may have several.
+        return nullcontext(), Under(self.model, active_adapter(self.model))
 
     @contextmanager
     def scoring(self) -> Iterator[None]:

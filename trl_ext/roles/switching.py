@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -84,6 +84,20 @@ def under(model: nn.Module, adapter: str | None) -> Iterator[None]:
         yield
     finally:
         _reactivate(before)
+
+
+class Under(AbstractContextManager[None]):
+    """`under`, which can be entered more than once, one time after the other."""
+
+    def __init__(self, model: nn.Module, adapter: str | None) -> None:
+        self.model, self.adapter = model, adapter
+
+    def __enter__(self) -> None:
+        self._inside = under(self.model, self.adapter)
+        self._inside.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._inside.__exit__(*error)
 
 
 @contextmanager

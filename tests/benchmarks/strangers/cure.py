@@ -108,19 +108,22 @@ def of_catalogue(job: Job, out: Path, episodes: int | None) -> Result:
 def nothing(job: Job, why: str) -> Result:
     """What is kept of a run of which nothing was tried; see `of_log`."""
     own = {"id": job.id, "half": job.half, "kind": job.kind, "seed": job.seed}
-    return own | {"untried": why, "failed": "", "trials": [], "seconds": 0.0}
+    return own | {"untried": why, "roots": [], "failed": "", "trials": [], "seconds": 0.0}
 
 
 def of_log(job: Job, log: RunLog, out: Path, episodes: int | None) -> Result:
     """Try the remedies of a run, and run to the end what is called cured.
 
     Returns:
-        "untried": why nothing was tried, else empty; "trials": each with "whole", what became of the remedy at the end
-        of a run, None where it was not called cured; "failed": what ended the trial, as where the remedy is refused.
+        "untried": why nothing was tried, else empty; "roots": each with what follows from it; "trials": each with
+        "whole", what became of the remedy at the end of a run, None where it was not called cured; "failed": what ended
+        the trial, as where the remedy is refused.
     """
     findings = diagnose(log)
-    if why := why_untried(roots(findings), log):
-        return nothing(job, why)
+    tops = roots(findings)
+    shown = {"roots": [[one.finding.name for one in top] for top in tops]}
+    if why := why_untried(tops, log):
+        return nothing(job, why) | shown
     folder, started = out / "cures" / job.half / job.name, time.perf_counter()
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was ended
     trials, failed = list[Trial](), ""
@@ -137,7 +140,7 @@ def of_log(job: Job, log: RunLog, out: Path, episodes: int | None) -> Result:
             wholes[repr(trial.changes)] = whole
     plain = [_as_plain(one, wholes[repr(one.changes)] if one.verdict == "cured" else None) for one in trials]
     seconds = time.perf_counter() - started
-    return nothing(job, "") | {"failed": failed, "trials": plain, "seconds": seconds}
+    return nothing(job, "") | shown | {"failed": failed, "trials": plain, "seconds": seconds}
 
 
 def why_untried(tops: Sequence[Explained], log: RunLog) -> str:

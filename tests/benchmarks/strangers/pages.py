@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +30,42 @@ def remedy_of(changes: Mapping[str, Any]) -> str:
     return ", ".join([*(settings if len(settings) < 5 else [f"{len(settings)} settings"]), *parts])
 
 
-def text(trials: Iterable[tuple[cure.Result, cure.Result]]) -> str:
-    """A table of (case, trial), a line for each remedy."""
+Tried = tuple[cure.Result, cure.Result]  # a case, and one of its trials
+
+
+def table(tried: Iterable[tuple[str, Tried]]) -> str:
+    """A line for each remedy, by what it is called."""
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    unseen = 0
-    for case, trial in trials:
-        if trial["verdict"] == "not seen":
-            unseen += 1
-            continue
-        counts[remedy_of(trial["changes"])].update(
-            [trial["verdict"], *(["truly"] if cure.is_truly_cured(case, trial) else [])]
-        )
+    for remedy, (case, trial) in tried:
+        counts[remedy].update([trial["verdict"], *(["truly"] if cure.is_truly_cured(case, trial) else [])])
     lines = ["| remedy | runs | cured | in part | not cured | worse | cured at the end of a whole run |"]
     lines.append("|---|---|---|---|---|---|---|")
     for remedy, count in sorted(counts.items(), key=lambda one: -one[1].total()):
         of_verdicts = [count[verdict] for verdict in VERDICTS]
         cells = [sum(of_verdicts), *of_verdicts, f"{count['truly']} of {count['cured']}" if count["cured"] else ""]
         lines.append(f"| {remedy} | {' | '.join(map(str, cells))} |")
-    again = f"In {unseen} more the problem did not come back without a remedy." if unseen else ""
-    return "\n\n".join(part for part in ("\n".join(lines) if counts else "", again) if part) or NOTHING
+    return "\n".join(lines)
+
+
+def text(own: Sequence[Tried], followed: Sequence[Tried] = (), untried: int = 0) -> str:
+    """What was tried against one problem.
+
+    Args:
+        own: trials of its remedies.
+        followed: trials of the remedies of what it followed from.
+        untried: runs in which it was among the first two roots, and neither had a remedy that can be tried.
+    """
+    seen, roots = ([one for one in tried if one[1]["verdict"] != "not seen"] for tried in (own, followed))
+    parts = [table((remedy_of(one[1]["changes"]), one) for one in seen)] if seen else []
+    if unseen := len(own) - len(seen):
+        parts += [f"In {unseen} {'more ' if parts else ''}the problem did not come back without a remedy."]
+    if roots:
+        named = ((f"one of `{one[1]['finding']}`", one) for one in roots)
+        parts += [f"Where it followed from another problem, the remedies of that were tried:\n\n{table(named)}"]
+    if untried:
+        runs = f"{untried} {'more run' if parts else 'run'}{'s' if untried > 1 else ''}"
+        parts += [f"In {runs} the remedy was no setting that a fork can change, and nothing was tried."]
+    return "\n\n".join(parts) or NOTHING
 
 
 def write(page: Path, made: str) -> None:
@@ -65,15 +82,22 @@ def main() -> None:
     parser.add_argument("--out", nargs="+", required=True, help="FOLDER:HALF of cure.py, several")
     folders = [one.rsplit(":", 1) for one in parser.parse_args().out]
     cases = [case for folder, half in folders for case in run.kept(Path(folder) / "cures", half)]
-    found: defaultdict[str, list[tuple[cure.Result, cure.Result]]] = defaultdict(list)
+    own: defaultdict[str, list[Tried]] = defaultdict(list)
+    followed: defaultdict[str, list[Tried]] = defaultdict(list)
+    untried: Counter[str] = Counter()
     for case in cases:
+        follows = {root: names for root, *names in case["roots"]}
+        if case["untried"]:
+            untried.update([root for root, *_ in case["roots"][:2]])
         for trial in case["trials"]:
-            found[trial["finding"]].append((case, trial))
+            own[trial["finding"]].append((case, trial))
+            for name in follows.get(trial["finding"], []):
+                followed[name].append((case, trial))
     for name in MOVES:
-        page = PAGES / f"{name}.md"
-        if found[name] or START not in page.read_text(encoding="utf-8"):
-            write(page, text(found[name]))
-    print(f"{sum(map(len, found.values()))} trials of {len(found)} problems, in {len(cases)} runs")
+        page, tried = PAGES / f"{name}.md", (own[name], followed[name], untried[name])
+        if any(tried) or START not in page.read_text(encoding="utf-8"):
+            write(page, text(*tried))
+    print(f"{sum(map(len, own.values()))} trials of {sum(map(bool, own.values()))} problems, in {len(cases)} runs")
 
 
 if __name__ == "__main__":
