@@ -12,6 +12,9 @@ from tests.helpers import prompt_dataset, saved_model, word_tokenizer
 from tests.integration.test_ppo_trainer import LORA, cats, config, rows_with, trained_state
 from tests.parity.tiny import save_reward_adapter
 from trl_ext import PPOTrainer, SharedBase
+from trl_ext.ppo import evidence
+from trl_ext.ppo.collector import Collector
+from trl_ext.ppo.evidence import TWINS
 
 
 def base_with(tmp_path: Path, members: int) -> SharedBase:
@@ -27,6 +30,36 @@ def trainer_of(tmp_path: Path, members: int = 2, reward: Any = None, **changes: 
         settings["normalization_samples"] = 16
     args, data = config(tmp_path / "out", **settings), prompt_dataset(32)
     return PPOTrainer(base_with(tmp_path, members), reward, args, data, processing_class=word_tokenizer())
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_evidence_scores_only_what_reward_roles_have_not_scored(
+    members: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Second completions and other rows' prompts; what they are compared with is what the rollout was scored by."""
+    passes, plain, compared = [], Collector.score_pass, []
+    within = evidence._within
+
+    def counted(self: Collector, rollout: Any, roles: Any = None) -> Any:
+        passes.append((len(rollout.prompts), roles))
+        return plain(self, rollout, roles) if roles is not None else plain(self, rollout)
+
+    def seen(scores: torch.Tensor, groups: torch.Tensor) -> dict[str, float]:
+        compared.append(scores)
+        return within(scores, groups)
+
+    monkeypatch.setattr(Collector, "score_pass", counted)
+    monkeypatch.setattr(evidence, "_within", seen)
+    settings = {"per_device_train_batch_size": 16, "total_episodes": 16, "score_normalization": "none"}
+    trainer = trainer_of(tmp_path, members, num_mini_batches=1, **settings)
+    trainer.train()
+    assert [rows for rows, roles in passes if roles == ["reward"]] == [TWINS, TWINS]
+    own, others = compared[-1].chunk(2)
+    assert trainer.experience is not None
+    known = trainer.experience.scores.total.tolist()
+    assert 4 < len(own) == len(others)
+    assert all(min(abs(score - one) for one in known) < 1e-6 for score in own.tolist())
+    assert not all(min(abs(score - one) for one in known) < 1e-6 for score in others.tolist())
 
 
 @pytest.mark.parametrize("how", ["mean", "min", "uncertainty"])
