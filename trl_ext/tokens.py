@@ -5,12 +5,16 @@ Lists of ids have one entry per token; masks are bool, True marks a real token.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 # Prompts and completions -------------------------------------------------------------------------------------------
 
@@ -194,6 +198,26 @@ def config_of(model: Any, trust_remote_code: bool = False, revision: str | None 
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, revision=revision or "main")
     except (OSError, ValueError):
+        return None
+
+
+def tokenizer_beside(config: Any, mine: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies beside a model's weights, with its chat template; None where none does, or where prompts
+    are written by that of an adapter, which may have been taught to read them otherwise.
+
+    Args:
+        config: of the model.
+        mine: who writes prompts.
+    """
+    if not config.name_or_path or (Path(mine.name_or_path) / "adapter_config.json").is_file():
+        return None
+    revision = getattr(config, "_commit_hash", None)
+    try:
+        return AutoTokenizer.from_pretrained(
+            config.name_or_path, revision=revision, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # of whatever kind: nothing but a measurement asks for it
+        logger.debug("No tokenizer lies beside %s: %s", config.name_or_path, error)
         return None
 
 

@@ -114,11 +114,26 @@ def test_the_base_answers_in_the_place_of_a_generator(tmp_path: Path) -> None:
     trainer.train()
 
 
+def test_the_tokenizer_beside_the_model_reads_in_the_place_of_another(tmp_path: Path) -> None:
+    trainer = with_parts(tmp_path)
+    trainer.processing_class.add_tokens(["the dog"])  # one token, which the model has never seen
+    assert trainer.exchange("processing_class")
+    trainer.train()
+    own = word_tokenizer()
+    rollout = trainer.experience.rollout
+    assert rollout.prompt_tokens == [own(prompt)["input_ids"] for prompt in rollout.prompts]
+    assert trainer.processing_class is trainer.collector.tokenizer
+    assert trainer.collector.generation_config.pad_token_id == own.pad_token_id
+
+
 def test_what_is_not_there_stands_in_for_nothing(tmp_path: Path) -> None:
     trainer = with_parts(tmp_path, callbacks=[DiagnosticsCallback()])
     trainer.eval_dataset = trainer.eval_dataset.select(range(3))
     assert not trainer.exchange("reward_funcs"), "no yardstick"
     assert not trainer.exchange("train_dataset"), "too few for a rollout"
+    for file in (tmp_path / "model").glob("*token*"):
+        file.unlink()
+    assert not trainer.exchange("processing_class"), "no tokenizer lies beside the model"
 
 
 @pytest.mark.long

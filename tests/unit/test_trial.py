@@ -611,6 +611,13 @@ def test_stand_ins_are_offered_where_the_run_has_them() -> None:
     assert stand_ins("held_out_differs", evaluated) == [{"train_dataset": "the held-out prompts"}]
     assert stand_ins("sampling_differs", run) == [{"generator": "Transformers' generate"}]
     assert stand_ins("overfit", run) == []
+    read = {"evidence/prompts/otherwise": 0.0, "evidence/prompts/other_tokens": 0.0}
+    assert stand_ins("prompts_unlike_the_model", RunLog.of(rows(**{**HEALTHY, **read}), CONFIG)) == []
+    for name in read:
+        otherwise = RunLog.of(rows(**{**HEALTHY, **read, name: 0.5}), CONFIG)
+        assert stand_ins("prompts_unlike_the_model", otherwise) == [
+            {"processing_class": "the tokenizer beside the model"}
+        ]
     of_trl = RunLog.of(rows(**NOISY), {**CONFIG, "rollout_batch_size": None})
     assert stand_ins("score_opposed", of_trl) == [], "TRL 1.12's PPOTrainer exchanges nothing"
 

@@ -85,6 +85,7 @@ STAND_INS = {
     "reward_funcs": "the yardstick",
     "train_dataset": "the held-out prompts",
     "generator": "Transformers' generate",
+    "processing_class": "the tokenizer beside the model",
 }
 # By finding: the arguments that may be to blame for it, in turn.
 BLAMED: dict[str, tuple[str, ...]] = {
@@ -99,12 +100,10 @@ BLAMED: dict[str, tuple[str, ...]] = {
         ("reward_funcs",),
     ),
     **dict.fromkeys(
-        (
-            *("empty_prompts", "few_prompts", "prompts_hold_completions", "prompts_in_order", "prompts_truncated"),
-            "prompts_unlike_the_model",
-        ),
+        ("empty_prompts", "few_prompts", "prompts_hold_completions", "prompts_in_order", "prompts_truncated"),
         ("train_dataset",),
     ),
+    "prompts_unlike_the_model": ("processing_class", "train_dataset"),
     "copied_completions": ("train_dataset", "generator"),
     "held_out_differs": ("train_dataset", "reward_funcs"),
     **dict.fromkeys(("sampling_differs", "truncation"), ("generator",)),
@@ -117,7 +116,13 @@ def stand_ins(name: str, log: RunLog) -> list[dict[str, str]]:
     """What can be exchanged in this run to see whether it is to blame for the finding `name`, in turn."""
     if log.kind != "ppo" or not log.setting("rollout_batch_size"):  # TRL's own trainers exchange nothing
         return []
-    there = {"reward_funcs": bool(log.names("yardstick/")), "train_dataset": bool(log.evals), "generator": True}
+    read = [log.series(f"evidence/prompts/{name}").start() for name in ("otherwise", "other_tokens")]
+    there = {
+        "reward_funcs": bool(log.names("yardstick/")),
+        "train_dataset": bool(log.evals),
+        "generator": True,
+        "processing_class": any(share > 0 for share in read),  # NaN, where nothing was measured, is not
+    }
     return [{part: STAND_INS[part]} for part in BLAMED.get(name, ()) if there[part]]
 
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -24,7 +23,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from trl_ext.core import evidence, masked_sum, penalize_missing_eos, shape_rewards, token_mean
 from trl_ext.generation import GenerationError, TransformersGenerator
@@ -36,7 +34,7 @@ from trl_ext.random_state import RandomState
 from trl_ext.rewards import RewardError
 from trl_ext.roles import SharedBase
 from trl_ext.roles.sharding import own_part
-from trl_ext.tokens import tokenize_prompts
+from trl_ext.tokens import tokenize_prompts, tokenizer_beside
 from trl_ext.types import Experience, Rollout, concatenate
 
 logger = logging.getLogger(__name__)
@@ -148,19 +146,7 @@ class Evidence:
 
     @cached_property
     def _own_tokenizer(self) -> Any:
-        """The one that lies beside the model's weights; None where none does, or where prompts are written by that of
-        an adapter, which may have been taught to read them otherwise."""
-        config, mine = self.collector.base.causal_lm.config, Path(self.collector.tokenizer.name_or_path)
-        if not config.name_or_path or (mine / "adapter_config.json").is_file():
-            return None
-        revision = getattr(config, "_commit_hash", None)
-        try:
-            return AutoTokenizer.from_pretrained(
-                config.name_or_path, revision=revision, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # of whatever kind: nothing but a measurement asks for it
-            logger.debug("prompts/otherwise is left out: %s", error)
-            return None
+        return tokenizer_beside(self.collector.base.causal_lm.config, self.collector.tokenizer)
 
     @property
     def sees_whole_gradients(self) -> bool:

@@ -11,6 +11,10 @@ from datasets import Dataset
 from trl_ext.callbacks import DiagnosticsCallback
 from trl_ext.generation import TransformersGenerator
 from trl_ext.ppo.building import build_scorer
+from trl_ext.ppo.checks import check_tokenizer
+from trl_ext.ppo.collector import sampling_config
+from trl_ext.ppo.stream import PromptStream
+from trl_ext.tokens import tokenizer_beside, vocabulary_size
 
 
 def score_by_yardstick(trainer: Any) -> bool:
@@ -45,10 +49,29 @@ def answer_plainly(trainer: Any) -> bool:
     return True
 
 
+def read_as_the_model_does(trainer: Any) -> bool:
+    """Have the tokenizer and the chat template that lie beside the model's weights write prompts and read
+    completions."""
+    base = trainer.base
+    tokenizer = tokenizer_beside(base.causal_lm.config, trainer.processing_class)
+    if tokenizer is None:
+        return False
+    rows = trainer.train_dataset
+    rows = rows.first() if isinstance(rows, PromptStream) else rows
+    try:
+        check_tokenizer(tokenizer, rows, trainer.eval_dataset, vocabulary_size(base.config))
+    except ValueError:
+        return False
+    trainer.processing_class = trainer.collector.tokenizer = tokenizer
+    trainer.collector.generation_config = sampling_config(trainer.args, base, tokenizer)
+    return True
+
+
 # By the argument of PPOTrainer in whose place something stands; each takes a PPOTrainer, and returns whether there is
 # such a thing here.
 EXCHANGES: dict[str, Callable[[Any], bool]] = {
     "reward_funcs": score_by_yardstick,
     "train_dataset": train_on_held_out,
     "generator": answer_plainly,
+    "processing_class": read_as_the_model_does,
 }

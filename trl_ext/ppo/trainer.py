@@ -223,8 +223,8 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
         """Put what is known to be good in a part's place, before training, to see whether the part is to blame.
 
         Args:
-            part: "reward_funcs" (the doctor's yardstick scores), "train_dataset" (the held-out prompts) or "generator"
-                (Transformers' `generate`).
+            part: "reward_funcs" (the doctor's yardstick scores), "train_dataset" (the held-out prompts), "generator"
+                (Transformers' `generate`) or "processing_class" (the tokenizer beside the model's weights).
 
         Returns:
             Whether there is such a thing here; if not, nothing changed.

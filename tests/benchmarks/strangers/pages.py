@@ -38,7 +38,7 @@ def table(tried: Iterable[tuple[str, Tried]]) -> str:
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for remedy, (case, trial) in tried:
         counts[remedy].update([trial["verdict"], *(["truly"] if cure.is_truly_cured(case, trial) else [])])
-    lines = ["| remedy | runs | cured | in part | not cured | worse | cured at the end of a whole run |"]
+    lines = ["| remedy | trials | cured | in part | not cured | worse | cured at the end of a whole run |"]
     lines.append("|---|---|---|---|---|---|---|")
     for remedy, count in sorted(counts.items(), key=lambda one: -one[1].total()):
         of_verdicts = [count[verdict] for verdict in VERDICTS]
