@@ -1085,6 +1085,27 @@ def test_completions_that_end_at_different_lengths_are_cut_by_no_limit(
     assert not finding.suspects and not finding.remedy.changes
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_a_number_is_no_measurement(value: float) -> None:
+    """At the first rollout, at the last, or at all of them: a healthy run stays one, but where gradients are meant."""
+    healthy = rows(**HEALTHY)
+    metrics = {name for row in healthy for name in row if name != "step"}
+    for name in metrics - {name for name in metrics if name.startswith("grad_norm")}:
+        for places in ([0], [-1], range(len(healthy))):
+            log = [dict(row) for row in healthy]
+            for i in places:
+                log[i][name] = value
+            assert not names_of(RunLog.of(log, CONFIG)), (name, places)
+
+
+def test_a_weight_without_a_gradient_is_divided_by_nothing() -> None:
+    log = rows(**{**HEALTHY, **SICK["gradients_not_finite"]})
+    for epsilon, changes in ((0.0, {"adam_epsilon": 1e-8}), (1e-8, {"learning_rate": 1e-4})):
+        config = {**CONFIG, "adam_epsilon": epsilon, "learning_rate": 1e-3}
+        (found,) = [one for one in diagnose(RunLog.of(log, config)) if one.name == "gradients_not_finite"]
+        assert found.remedy.changes == changes
+
+
 def test_why_gradients_explode_is_said_where_something_shows_it() -> None:
     def found(**more: Any) -> Any:
         settings = {**CONFIG, "learning_rate": 1e-3, "max_grad_norm": 0.0}  # which is none

@@ -139,9 +139,9 @@ class RunLog:
                 rows.append({"step": step, **of_training})
         return cls(kind_of(rows, evals), rows, evals, dict(config or {}), list(samples))
 
-    def series(self, name: str, evals: bool = False) -> Series:
+    def series(self, name: str, evals: bool = False, finite: bool = True) -> Series:
         """A metric by the doctor's name or by the logged one; empty where it was not logged. "eval_" before a name
-        does what `evals` does."""
+        does what `evals` does. What is NaN or infinite is no measurement and is left out, but where not `finite`."""
         name, evals = name.removeprefix("eval_"), evals or name.startswith("eval_")
         rows = self.evals if evals else self.rows
         for key in LOGGED_NAMES.get(name, (name,)):
@@ -149,14 +149,19 @@ class RunLog:
             if points:
                 if key == "kl" and self.kind == "online":
                     points = _kl_of_completions(rows)
-                return Series([step for step, _ in points], [value for _, value in points])
+                kept = [(step, value) for step, value in points if not finite or math.isfinite(value)]
+                return Series([step for step, _ in kept], [value for _, value in kept])
         return Series([], [])
 
     def surprise(self) -> Series:
         """What a token of a completion surprises the policy by, nats: where all tokens are sampled an estimate of its
         entropy, which is there before a rollout is trained on."""
         names = ("objective/entropy", "completions/mean_length")
-        known = [row for row in self.rows if all(name in row for name in names) and row[names[1]] > 0]
+        known = [
+            row
+            for row in self.rows
+            if all(math.isfinite(row.get(name, math.nan)) for name in names) and row[names[1]] > 0
+        ]
         return Series([row["step"] for row in known], [row[names[0]] / row[names[1]] for row in known])
 
     def names(self, prefix: str, suffix: str = "") -> list[str]:

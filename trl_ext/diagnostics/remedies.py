@@ -163,10 +163,15 @@ def clipping_is_idle(log: RunLog, value: Any) -> str | None:
     return f"no gradient is larger than {value}" if highest < float(value) else None
 
 
+NO_EPSILON = 1e-12  # below it Adam divides what has no gradient by nothing
+
+
 def epsilon_is_idle(log: RunLog, value: Any) -> str | None:
     """Why another adam_epsilon would move nothing: it is added to the size of each weight's gradient, which is a
     thousandth of the norm of a million of them, and counts from a tenth of that on."""
-    now, norm = float(log.setting("adam_epsilon") or 0.0), log.series("grad_norm/policy").recent()
+    now, norm = float(log.setting("adam_epsilon", 1e-8)), log.series("grad_norm/policy").recent()
+    if now < NO_EPSILON:
+        return None
     norm = min(norm, float(log.setting("max_grad_norm") or math.inf))  # it is logged before it is clipped
     large = max(now, float(value))
     return f"the policy's gradient ({norm:.2g}) is large beside {large:g}" if norm / 1e3 > 10 * large else None

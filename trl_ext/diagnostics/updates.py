@@ -12,14 +12,14 @@ from typing import Any
 from trl_ext.diagnostics.finding import CANNOT_TELL, TRY_EACH, Finding, Remedy, Suspect
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import RunLog, Series
-from trl_ext.diagnostics.remedies import value_weight_is_idle
+from trl_ext.diagnostics.remedies import NO_EPSILON, value_weight_is_idle
 from trl_ext.diagnostics.signal import noise_of
 
 
 def gradients_not_finite(log: RunLog, limits: Limits) -> Finding | None:
     """Gradients that are NaN or infinite."""
     for name in ("grad_norm", "grad_norm/policy", "grad_norm/value"):
-        norms = log.series(name)
+        norms = log.series(name, finite=False)
         broken = [step for step, value in zip(norms.steps, norms.values, strict=True) if not math.isfinite(value)]
         # In float16 gradients are scaled up until they overflow, again and again: such a step is skipped.
         lasting = len(broken) >= limits.least_rows and broken[-limits.least_rows :] == norms.steps[-limits.least_rows :]
@@ -31,13 +31,27 @@ def gradients_not_finite(log: RunLog, limits: Limits) -> Finding | None:
                 steps=(broken[0], broken[-1]),
                 evidence=f"{name} is NaN or infinite in {len(broken)} logs, first at step {broken[0]}.",
                 figures={"logs": float(len(broken))},
-                cause=(
-                    "an overflow in half precision, a division by 0 in a reward function, or steps so large that "
-                    "weights blew up."
-                ),
-                remedy=Remedy(text="Lower the learning rate; in fp16 change to bf16.", changes=lower_rate(log, 10)),
+                **_why_not_finite(log),
             )
     return None
+
+
+def _why_not_finite(log: RunLog) -> dict[str, Any]:
+    """Cause and remedy. Adam divides by the size of each weight's gradients, which is 0 for half of an adapter at its
+    first step: the other half is 0 then."""
+    if float(log.setting("adam_epsilon", math.nan)) < NO_EPSILON:
+        text = "Keep a small number in Adam's denominator."
+        return {
+            "cause": "adam_epsilon is 0 or nearly so: a weight that has no gradient yet is divided by nothing.",
+            "remedy": Remedy(text=text, changes={"adam_epsilon": 1e-8}),
+        }
+    return {
+        "cause": (
+            "an overflow in half precision, a division by 0 in a reward function, or steps so large that weights blew "
+            "up."
+        ),
+        "remedy": Remedy(text="Lower the learning rate; in fp16 change to bf16.", changes=lower_rate(log, 10)),
+    }
 
 
 def gradients_absent(log: RunLog, limits: Limits) -> Finding | None:

@@ -199,7 +199,7 @@ def build(
         callbacks=[callback],
         generator=parts.make_generator(base) if parts.make_generator is not None else None,
     )
-    return trainer, lambda trainer: demo.run_exam(base, trainer.processing_class).covered, callback
+    return trainer, lambda trained: demo.run_exam(base, trained.processing_class).covered, callback
 
 
 def run(
