@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -86,7 +86,7 @@ def under(model: nn.Module, adapter: str | None) -> Iterator[None]:
         _reactivate(before)
 
 
-class Under(AbstractContextManager[None]):
+class Under:
     """`under`, which can be entered more than once, one time after the other."""
 
     def __init__(self, model: nn.Module, adapter: str | None) -> None:
