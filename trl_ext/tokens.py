@@ -216,7 +216,7 @@ def tokenizer_beside(config: Any, mine: PreTrainedTokenizerBase) -> PreTrainedTo
         return AutoTokenizer.from_pretrained(
             config.name_or_path, revision=revision, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # of whatever kind: nothing but a measurement asks for it
+    except Exception as error:  # of whatever kind: only what is beside training asks for it
         logger.debug("No tokenizer lies beside %s: %s", config.name_or_path, error)
         return None
 

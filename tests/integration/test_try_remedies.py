@@ -17,6 +17,7 @@ from trl_ext.diagnostics import Finding, Remedy, diagnose, read_run, try_remedie
 from trl_ext.generation import TransformersGenerator
 from trl_ext.launch.remaking import trainer_maker
 from trl_ext.launch.settings import recipe_file
+from trl_ext.ppo.pretraining import PretrainMix
 
 STEPS = {"num_ppo_epochs": 1, "num_mini_batches": 2, "per_device_train_batch_size": 8}
 
@@ -117,7 +118,11 @@ def test_the_base_answers_in_the_place_of_a_generator(tmp_path: Path) -> None:
 def test_the_tokenizer_beside_the_model_reads_in_the_place_of_another(tmp_path: Path) -> None:
     trainer = with_parts(tmp_path)
     trainer.processing_class.add_tokens(["the dog"])  # one token, which the model has never seen
+    trainer.collector.generation_config.pad_token_id = 7
+    mix = trainer.updater.pretrain_mix = PretrainMix(None, trainer.processing_class, 8, 0)
     assert trainer.exchange("processing_class")
+    assert mix.tokenizer is trainer.callback_handler.processing_class is trainer.processing_class
+    trainer.updater.pretrain_mix = None
     trainer.train()
     own = word_tokenizer()
     rollout = trainer.experience.rollout

@@ -1098,6 +1098,21 @@ def test_what_is_not_a_number_is_no_measurement(value: float) -> None:
             assert not names_of(RunLog.of(log, CONFIG)), (name, places)
 
 
+@pytest.mark.slow
+def test_a_metric_that_is_never_a_number_makes_no_problem_of_its_own() -> None:
+    """In no sick log of PPO, and in none of a reward model or of DPO, there also at the first step alone."""
+    ppo = [(RunLog.of(rows(**{**HEALTHY, **sick}), CONFIG), False) for sick in SICK.values()]
+    reward = [(preference_log(REWARD, sick), True) for sick in ({}, *SICK_REWARD.values())]
+    for log, once in (*ppo, *reward, *((preference_log(DPO, sick), True) for sick in ({}, *SICK_DPO.values()))):
+        known = set(names_of(log))
+        for name in {name for row in log.rows for name in row if name != "step" and not name.startswith("grad_norm")}:
+            for spoilt in (log.rows, log.rows[:1]) if once else (log.rows,):
+                never = [{**row, name: math.nan} for row in spoilt] + log.rows[len(spoilt) :]
+                # Where the root of others is not seen any more, they are.
+                new = set(names_of(replace(log, rows=never))) - known
+                assert new <= {"no_progress", "unusual_settings"}, (name, new)
+
+
 def test_a_weight_without_a_gradient_is_divided_by_nothing() -> None:
     log = rows(**{**HEALTHY, **SICK["gradients_not_finite"]})
     for epsilon, changes in ((0.0, {"adam_epsilon": 1e-8}), (1e-8, {"learning_rate": 1e-4})):

@@ -165,11 +165,12 @@ class RunLog:
         return Series([row["step"] for row in known], [row[names[0]] / row[names[1]] for row in known])
 
     def names(self, prefix: str, suffix: str = "") -> list[str]:
-        """What stands between `prefix` and `suffix` in logged names, each once, in order."""
+        """What stands between `prefix` and `suffix` in the names of what was measured, each once, in order."""
         middles: dict[str, None] = {}
         for row in self.rows:
-            for name in row:
-                if name.startswith(prefix) and name.endswith(suffix) and len(name) > len(prefix) + len(suffix):
+            for name, value in row.items():
+                fits = name.startswith(prefix) and name.endswith(suffix) and len(name) > len(prefix) + len(suffix)
+                if fits and math.isfinite(value):
                     middles[name[len(prefix) : len(name) - len(suffix)]] = None
         return list(middles)
 

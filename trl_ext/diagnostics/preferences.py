@@ -108,8 +108,8 @@ def uncentred(log: RunLog, limits: Limits) -> Finding | None:
     """Scores are far from 0, where PPO's value role starts."""
     mean, low, high = (log.series(f"{name}_reward") for name in ("mean", "min", "max"))
     good = log.series("data/good").recent(1)
-    if len(mean) < limits.least_rows or abs(mean.recent()) < limits.uncentred * (high.recent() - low.recent()):
-        return None
+    if len(mean) < limits.least_rows or not abs(mean.recent()) >= limits.uncentred * (high.recent() - low.recent()):
+        return None  # also where the range is not known
     unequal = not math.isnan(good)
     return Finding(
         name="uncentred",
@@ -207,19 +207,17 @@ def reference_mismatch(log: RunLog, limits: Limits) -> Finding | None:
     """DPO's rewards are not 0 at the first step, where policy and reference are the same."""
     if not log.rows or log.rows[0]["step"] > 1:
         return None
-    first = [abs(log.rows[0].get(f"rewards/{side}", 0.0)) for side in ("chosen", "rejected")]
-    if max(first) < (limits.reference_gap_half if log.in_half_precision else limits.reference_gap):
+    chosen, rejected = (log.rows[0].get(f"rewards/{side}", 0.0) for side in ("chosen", "rejected"))
+    reward = max(abs(one) for one in (0.0, chosen, rejected) if math.isfinite(one))
+    if reward < (limits.reference_gap_half if log.in_half_precision else limits.reference_gap):
         return None
     return Finding(
         name="reference_mismatch",
         severity="problem",
         title="The reference is not where training starts",
         steps=(log.rows[0]["step"], log.rows[0]["step"]),
-        evidence=(
-            f"At the first step the rewards are {log.rows[0].get('rewards/chosen', 0.0):+.3f} and "
-            f"{log.rows[0].get('rewards/rejected', 0.0):+.3f}, which should be 0."
-        ),
-        figures={"reward": max(first)},
+        evidence=(f"At the first step the rewards are {chosen:+.3f} and {rejected:+.3f}, which should be 0."),
+        figures={"reward": reward},
         cause=(
             "another reference model than the one that training starts from, a merged or missing adapter, or dropout."
         ),

@@ -301,9 +301,10 @@ def prompts_truncated(log: RunLog, limits: Limits) -> Finding | None:
     mean = share.recent(len(share))
     if not share or not limits.prompts_at_max_length <= mean < 1:
         return None
-    if shortest and max(longest.values) - min(shortest.values) < limits.prompts_spread:
+    ends = (min(shortest.values), max(longest.values)) if shortest and longest else None
+    if ends is not None and ends[1] - ends[0] < limits.prompts_spread:
         return None
-    lengths = f": {max(longest.values):.0f} tokens. The shortest has {min(shortest.values):.0f}." if shortest else "."
+    lengths = f": {ends[1]:.0f} tokens. The shortest has {ends[0]:.0f}." if ends is not None else "."
     return Finding(
         name="prompts_truncated",
         severity="warning",

@@ -29,7 +29,7 @@ def within_prompt(log: RunLog) -> tuple[float, float]:
 def noise_of(log: RunLog) -> dict[str, tuple[float, int]]:
     """Of each reward function the share of its variance that does not repeat, a mean, and how often it was measured."""
     series = {name: log.series(f"evidence/noise/{name}") for name in log.names("evidence/noise/")}
-    return {name: (fmean(of_one.values), len(of_one)) for name, of_one in series.items() if of_one}
+    return {name: (fmean(of_one.values), len(of_one)) for name, of_one in series.items()}
 
 
 def differs_by(log: RunLog, kind: str, name: str) -> float:

@@ -43,12 +43,8 @@ FIXED_AT_START = {
     *("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),  # the optimizer's state has them
     *("lora_r", "lora_alpha", "lora_rslora"),  # the adapter has them
     *("beta", "loss_type", "loss_weights"),  # DPO: what was learned from another loss stays learned
-    *(
-        "reward_funcs",
-        "train_dataset",
-        "processing_class",
-        "shuffle_dataset",
-    ),  # a score's mean and spread, and the order of the prompts
+    *("reward_funcs", "train_dataset", "shuffle_dataset"),  # a score's mean and spread, and the order of the prompts
+    "processing_class",  # what the policy has learned from misread prompts
 }
 OF_SETTINGS = {"unusual_settings", *STANDS, *FLIES}  # what settings make that do not go together
 MOST = 4  # remedies of one finding after which the doctor is asked again, and stronger ones than one that helped

@@ -37,8 +37,8 @@ def gradients_not_finite(log: RunLog, limits: Limits) -> Finding | None:
 
 
 def _why_not_finite(log: RunLog) -> dict[str, Any]:
-    """Cause and remedy. Adam divides by the size of each weight's gradients, which is 0 for half of an adapter at its
-    first step: the other half is 0 then."""
+    """Cause and remedy. Adam divides by the size of each weight's gradients. At the first step that is 0 for an
+    adapter's A, for B is 0 there."""
     if float(log.setting("adam_epsilon", math.nan)) < NO_EPSILON:
         text = "Keep a small number in Adam's denominator."
         return {
@@ -563,8 +563,9 @@ def value_starts_far_off(log: RunLog, limits: Limits) -> Finding | None:
         return None
     # Half a squared error. What is asked of values is the score, less a KL that is 0 before the first step.
     error = math.sqrt(2 * loss.values[0])
-    of_zero = max(abs(log.series(name).start(1)) for name in ("score", "objective/rlhf_reward", "score_std"))
-    if error < limits.value_far_off * max(of_zero, 1.0):
+    returns = [abs(log.series(name).start(1)) for name in ("score", "objective/rlhf_reward", "score_std")]
+    of_zero = max((one for one in returns if not math.isnan(one)), default=math.nan)
+    if not error >= limits.value_far_off * max(of_zero, 1.0):
         return None
     return Finding(
         name="value_starts_far_off",

@@ -77,14 +77,18 @@ class Collector:
         accelerator: Accelerator,
         events: RolloutEvents,
     ) -> None:
-        self.base, self.tokenizer, self.generator = base, tokenizer, generator
+        self.base, self.generator = base, generator
         self.args, self.accelerator, self.events = args, accelerator, events
-        self.generation_config = sampling_config(args, base, tokenizer)
+        self.write_by(tokenizer)
         self.score_by(scorer, args.reward_weights)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.log = RewardLog()
         self.ahead: Ahead | None = None
         self._told = False
+
+    def write_by(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Who writes prompts and reads completions from now on."""
+        self.tokenizer, self.generation_config = tokenizer, sampling_config(self.args, self.base, tokenizer)
 
     def score_by(self, scorer: Scorer | None, weights: list[float] | None = None) -> None:
         """Who scores from now on, with nothing known of their scores yet."""

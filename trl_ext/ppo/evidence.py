@@ -276,15 +276,16 @@ class Evidence:
         is scored in one call, in another order: what its place or its neighbours decide does not repeat. Reward roles
         repeat, so of them only second completions are scored."""
         rollout, own, count = before.rollout, before.scores.by_function, len(inputs)
-        anew = [replace(rollout, sampling_logprobs=None)] if self.collector.scorer is not None else []
-        anew += [self.collector.answered(inputs)] if twins else []
-        written = concatenate(anew, self._pad)
-        order = _far_apart(len(anew) * count)
+        same = [replace(rollout, sampling_logprobs=None)] if self.collector.scorer is not None else []
+        others = [self.collector.answered(inputs)] if twins else []
+        written = concatenate([*same, *others], self._pad)
+        order = _far_apart(len(written.prompts))
         scores = self._scores(written.rows(order), [inputs[i % count] for i in order.tolist()], trainer_state)
         scores = scores[order.argsort()]
-        again, other = (scores[:count], scores[count:]) if self.collector.scorer is not None else (own, scores)
-        tokens = zip(rollout.completion_tokens, written.completion_tokens[-count:] if twins else [], strict=False)
-        return own, again, other, torch.tensor([first != second for first, second in tokens], dtype=torch.bool)
+        again, other = (scores[:count], scores[count:]) if same else (own, scores)
+        second = others[0].completion_tokens if others else []
+        unlike = [one != two for one, two in zip(rollout.completion_tokens, second, strict=False)]
+        return own, again, other, torch.tensor(unlike, dtype=torch.bool)
 
     def _scores(self, rollout: Rollout, inputs: list[dict[str, Any]], trainer_state: Any) -> Tensor:
         """By function, (batch, functions)."""

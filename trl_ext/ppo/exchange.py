@@ -12,7 +12,6 @@ from trl_ext.callbacks import DiagnosticsCallback
 from trl_ext.generation import TransformersGenerator
 from trl_ext.ppo.building import build_scorer
 from trl_ext.ppo.checks import check_tokenizer
-from trl_ext.ppo.collector import sampling_config
 from trl_ext.ppo.stream import PromptStream
 from trl_ext.tokens import tokenizer_beside, vocabulary_size
 
@@ -50,8 +49,8 @@ def answer_plainly(trainer: Any) -> bool:
 
 
 def read_as_the_model_does(trainer: Any) -> bool:
-    """Have the tokenizer and the chat template that lie beside the model's weights write prompts and read
-    completions."""
+    """Have the tokenizer and the chat template that lie beside the model's weights write prompts and the pretraining
+    term's texts, and read completions."""
     base = trainer.base
     tokenizer = tokenizer_beside(base.causal_lm.config, trainer.processing_class)
     if tokenizer is None:
@@ -62,8 +61,10 @@ def read_as_the_model_does(trainer: Any) -> bool:
         check_tokenizer(tokenizer, rows, trainer.eval_dataset, vocabulary_size(base.config))
     except ValueError:
         return False
-    trainer.processing_class = trainer.collector.tokenizer = tokenizer
-    trainer.collector.generation_config = sampling_config(trainer.args, base, tokenizer)
+    trainer.processing_class = trainer.callback_handler.processing_class = tokenizer
+    trainer.collector.write_by(tokenizer)
+    if trainer.updater.pretrain_mix is not None:
+        trainer.updater.pretrain_mix.tokenizer = tokenizer
     return True
 
 
