@@ -136,6 +136,10 @@ def test_what_is_not_there_stands_in_for_nothing(tmp_path: Path) -> None:
     trainer.eval_dataset = trainer.eval_dataset.select(range(3))
     assert not trainer.exchange("reward_funcs"), "no yardstick"
     assert not trainer.exchange("train_dataset"), "too few for a rollout"
+    trainer.train_dataset = prompt_dataset(64, chat=True)
+    assert not trainer.exchange("processing_class"), "it writes no conversations"
+    trainer.train_dataset = prompt_dataset(64)
+    assert trainer.exchange("processing_class")
     for file in (tmp_path / "model").glob("*token*"):
         file.unlink()
     assert not trainer.exchange("processing_class"), "no tokenizer lies beside the model"

@@ -657,6 +657,29 @@ def test_the_forks_begin_at_the_last_checkpoint_before_the_first_sign(tmp_path: 
     )
 
 
+def test_what_was_learned_from_misread_prompts_is_not_gone_on_with(tmp_path: Path) -> None:
+    late = {**HEALTHY, "evidence/prompts/otherwise": 0.5, "completions/clipped_ratio": lambda t: 0.9 * (t > 0.6)}
+
+    class Misread(Pretender):
+        def __init__(self, settings: dict[str, Any]) -> None:
+            super().__init__({"learning_rate": 1e-3, **settings})
+            self.history = rows(LENGTH, **late)
+
+        def exchange(self, part: str) -> bool:
+            self.history = rows(LENGTH, **{**HEALTHY, "objective/scores": lambda t: 5 * t})
+            return True
+
+    for step in (16, 32):
+        (tmp_path / f"run/checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / f"run/checkpoint-{step}/trainer_state.json").write_text("{}")
+    run, clinic = RunLog.of(rows(LENGTH, **late), CONFIG), Clinic(Misread)
+    (found,) = [one for one in diagnose(run) if one.name == "prompts_unlike_the_model"]
+    assert first_sign(run, found.name, severity=found.severity) > 32
+    trial, *_ = try_remedies(clinic, [found], tmp_path / "trial", run, tmp_path / "run")
+    assert (trial.verdict, trial.start) == ("cured", 0) and "At fault: processing_class" in str(trial)
+    assert {one.resumed for one in clinic.made} == {None}
+
+
 def by_heart(evals: int = 3) -> RunLog:
     """The log of such a reward model that was evaluated so often, at its end or before too."""
     learner = ByHeart({"eval_strategy": "no"} if evals == 1 else {})
