@@ -127,13 +127,19 @@ def _ppo(case: Case, cured: bool, settings: dict, seed: int, folder: Path, callb
         reward=None if functions else demo.reward_adapter(),
         dtype="float32",
     )
+    if case.roles is not None and not cured:
+        case.roles(base)
+    generator = case.generator(base) if case.generator is not None and not cured else None
     prompts = demo.load("prompts", "train")
     if case.prompts is not None and not cured:
         prompts = case.prompts(prompts)
     args = PPOConfig(str(folder), seed=seed, **ALWAYS | settings)
     held_out = demo.load("prompts", "test").select(range(64)) if "eval_strategy" in settings else None
     trainer = PPOTrainer(
-        base, list(functions) or None, args, prompts, held_out, processing_class=tokenizer, callbacks=[callback]
+        *(base, list(functions) or None, args, prompts, held_out),
+        processing_class=tokenizer,
+        generator=generator,
+        callbacks=[callback],
     )
     return trainer, lambda _: demo.run_exam(base, tokenizer).covered
 

@@ -9,10 +9,12 @@ from difflib import SequenceMatcher
 from functools import cache
 from typing import Any
 
+import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
-from trl_ext import demo, feedback
+from trl_ext import SharedBase, demo, feedback
+from trl_ext.generation import Answers, TransformersGenerator
 from trl_ext.rewards.texts import length_penalty
 from trl_ext.types import as_text
 
@@ -71,9 +73,10 @@ class Case:
         prompts, pairs: what the mistake does to the data.
         cured_pairs: what the cure does to the pairs in its place; None: the same as the mistake, or nothing where the
             cure is to leave it.
+        roles: what the mistake does to the roles, once they are loaded.
+        generator: what the mistake answers with, made from the roles.
         note: the mistake in words.
         cured_by: the cure in words, where it is not one of settings.
-        arguments: what else the trainer is given.
     """
 
     finds: str
@@ -88,6 +91,8 @@ class Case:
     pairs: Callable[[Dataset, int], Dataset] | None = None
     cured_pairs: Callable[[Dataset, int], Dataset] | None = None
     arguments: Settings = field(default_factory=dict)
+    roles: Callable[[SharedBase], None] | None = None
+    generator: Callable[[SharedBase], Any] | None = None
     cured_by: str = ""
 
 
@@ -154,6 +159,55 @@ def same_reference(completions: list[Any], **kwargs: Any) -> list[float]:
     """Similarity to a reference, the same one for every prompt where each should have its own."""
     reference = "The capital of France is Paris."
     return [8 * SequenceMatcher(None, reference, text).ratio() for text in _texts(completions)]
+
+
+def long_questions(prompts: list[Any], **kwargs: Any) -> list[float]:
+    """Meant to reward long answers; it measures the questions."""
+    return [float(len(as_text(prompt))) for prompt in prompts]
+
+
+def of_four(rows: Dataset) -> Dataset:
+    """The first four prompts, again and again."""
+    return rows.select([i % 4 for i in range(len(rows))])
+
+
+def open_books(rows: Dataset) -> Dataset:
+    """What may be answered stands before each question."""
+
+    def told(row: dict[str, Any]) -> dict[str, Any]:
+        answers = f"It is {row['capital']}. The capital of {row['country']} is {row['capital']}."
+        return {"prompt": [{"role": "user", "content": f"{answers} {as_text(row['prompt'])}"}]}
+
+    return rows.map(told)
+
+
+class OnceACall(TransformersGenerator):
+    """A cache whose key leaves out the prompt: all get what the first one is answered."""
+
+    def answers(self, prompt_ids: list[list[int]], config: GenerationConfig, role: str) -> Answers:
+        """See `trl_ext.generation.Generator`."""
+        return Answers(super().answers(prompt_ids[:1], config, role).ids * len(prompt_ids))
+
+
+def in_bfloat16(base: SharedBase) -> None:
+    """The adapters that are trained, too."""
+    for name, parameter in base.model.named_parameters():
+        if parameter.requires_grad and "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+
+
+def its_own_reference(base: SharedBase) -> None:
+    """The reference is the adapter that is trained."""
+    base.adapters["reference"] = base.adapters["policy"]
+
+
+@torch.no_grad()
+def drawn_anew(base: SharedBase) -> None:
+    """The base's matrices, as Transformers draws those that a checkpoint lacks."""
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in base.model.named_parameters():
+        if weight.dim() == 2 and "lora_" not in name:
+            weight.copy_(base.config.initializer_range * torch.randn(weight.shape, generator=generator))
 
 
 def cut_prompts(rows: Dataset) -> Dataset:
@@ -335,6 +389,69 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "prompts_truncated", "ppo", "prompts cut to 16 tokens", prompts=cut_prompts, cure={}, cured_by="whole prompts"
+    ),
+    Case("few_prompts", "ppo", "four prompts in all", {"eval_strategy": "steps", "eval_steps": 80}, prompts=of_four),
+    Case(
+        "prompts_hold_completions",
+        "ppo",
+        "prompts that tell what they ask for",
+        {"eval_strategy": "steps", "eval_steps": 80},
+        functions=(demo.rate,),
+        prompts=open_books,
+        cure={},
+        cured_by="the questions alone",
+    ),
+    Case(
+        "copied_completions",
+        "ppo",
+        "a generator whose cache leaves the prompt out of its key",
+        generator=lambda base: OnceACall(base, 64),
+        cure={},
+        cured_by="Transformers' generate",
+    ),
+    Case(
+        "score_ignores_completion",
+        "ppo",
+        "a reward function that measures the question",
+        functions=(long_questions,),
+        cured_functions=(demo.rate,),
+        cure={},
+        cured_by="the demo's exact ratings instead",
+    ),
+    Case(
+        "penalty_dominates",
+        "ppo",
+        "a penalty of 50 for a missing EOS, at most 9 tokens an answer, five rollouts",
+        {
+            **{"missing_eos_penalty": 50.0, "max_completion_length": 9, "total_episodes": 320},
+            **{"score_normalization": "none", "learning_rate": 1e-4},
+        },
+        functions=(demo.rate,),
+    ),
+    Case(
+        "term_drowns_score",
+        "ppo",
+        "entropy_coef 20, five rollouts",
+        {"entropy_coef": 20.0, "total_episodes": 320, "learning_rate": 1e-4},
+    ),
+    Case("first_kl", "ppo", "adapters that do not start at 0", lora={"init_lora_weights": False}),
+    Case("reference_moves", "ppo", "a reference that is the policy", roles=its_own_reference),
+    Case("base_damaged", "ppo", "a base whose matrices were drawn anew", roles=drawn_anew),
+    Case(
+        "lost_to_rounding",
+        "ppo",
+        "adapters in bfloat16, a tenth of the rate",
+        {"learning_rate": 1e-4},
+        roles=in_bfloat16,
+    ),
+    Case(
+        "wrong_checkpoint",
+        "ppo",
+        "the checkpoint with the lowest KL is kept",
+        {
+            **{"eval_strategy": "steps", "eval_steps": 40, "save_strategy": "steps", "save_steps": 40},
+            **{"load_best_model_at_end": True, "metric_for_best_model": "objective/kl", "greater_is_better": False},
+        },
     ),
     Case("overfit", "reward", "80 pairs, 40 epochs", {"num_train_epochs": 40, "eval_steps": 20}, pairs=few),
     Case(

@@ -164,6 +164,17 @@ def test_what_was_tried_of_a_problem_is_a_table_by_remedy(tmp_path: Path) -> Non
     assert page.read_text().startswith("# A problem\n\n## What `--try` made of it\n")
 
 
+def test_a_first_root_that_was_passed_over_counts_as_untried() -> None:
+    roots = [["one", "follows"], ["two"], ["three"]]
+
+    def passed_over(*findings: str, failed: str = "") -> list[str]:
+        return pages.without_trial({"roots": roots, "trials": [{"finding": one} for one in findings], "failed": failed})
+
+    assert passed_over() == passed_over("three") == ["one", "two"]
+    assert passed_over("two") == ["one"]
+    assert passed_over("one") == passed_over(failed="refused") == []
+
+
 def test_every_case_of_the_catalogue_that_has_a_trainer_of_ours_or_dpo_is_a_job() -> None:
     jobs = cure.catalogue_jobs([1, 2], 64)
     cases = [one for one in cure.doctor.CASES if one.kind != "online"]

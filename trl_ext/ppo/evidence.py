@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 ROWS = 8  # whose gradient is taken apart, and which are scored again
 DIFFERENT = 0.1  # share of a score's variance from which it is asked what does not repeat
 TWINS = 16  # prompts that are answered a second time
-SHARE = 0.005  # of an update that gradients may take, and second completions, each over the whole run
+SHARE = 0.0025  # of an update that gradients may take, and second completions, each over the whole run
 # Of a turn or a part of it, in chat templates.
 MARKER = re.compile(r"<\|[^\s|<>{}]+\|>|<(?:start|end)_of_turn>|<think>")
 TENSORS, NUMBERS = 32, 64  # so many numbers of so many parameters stand for the policy's gradient

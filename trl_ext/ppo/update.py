@@ -447,9 +447,9 @@ class Updater:
             self.metrics.add_value("evidence/gradient/noise", noise)
 
     def note_rounding(self, optimizer: Any) -> None:
-        """Log what rounding took of the policy's step just taken, at a rollout's first step now and then."""
-        at = self.position
-        if self.evidence is not None and at.first and at.rollout % self.evidence.schedule.gradients == 0:
+        """Log what rounding took of the policy's step just taken, at each rollout's first step: in a run's first one,
+        where LoRA's second matrices are 0, it takes nothing."""
+        if self.evidence is not None and self.position.first:
             share = rounding_of(optimizer, self._parameters["policy"])
             if math.isfinite(share) and not self.progress.skipped:
                 self.metrics.add_value("evidence/lost_to_rounding", share)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def text(own: Sequence[Tried], followed: Sequence[Tried] = (), untried: int = 0)
     Args:
         own: trials of its remedies.
         followed: trials of the remedies of what it followed from.
-        untried: runs in which it was among the first two roots, and neither had a remedy that can be tried.
+        untried: runs in which it had no remedy that can be tried, see `without_trial`.
     """
     seen, roots = ([one for one in tried if one[1]["verdict"] != "not seen"] for tried in (own, followed))
     parts = [table((remedy_of(one[1]["changes"]), one) for one in seen)] if seen else []
@@ -66,6 +67,12 @@ def text(own: Sequence[Tried], followed: Sequence[Tried] = (), untried: int = 0)
         runs = f"{untried} {'more run' if parts else 'run'}{'s' if untried > 1 else ''}"
         parts += [f"In {runs} the remedy was no setting that a fork can change, and nothing was tried."]
     return "\n\n".join(parts) or NOTHING
+
+
+def without_trial(case: cure.Result) -> list[str]:
+    """Of the first two roots those before any that was tried: of them no remedy can be tried."""
+    names, tried = [root for root, *_ in case["roots"][:2]], {trial["finding"] for trial in case["trials"]}
+    return [] if case["failed"] else list(takewhile(lambda name: name not in tried, names))
 
 
 def write(page: Path, made: str) -> None:
@@ -87,8 +94,7 @@ def main() -> None:
     untried: Counter[str] = Counter()
     for case in cases:
         follows = {root: names for root, *names in case["roots"]}
-        if case["untried"]:
-            untried.update([root for root, *_ in case["roots"][:2]])
+        untried.update(without_trial(case))
         for trial in case["trials"]:
             own[trial["finding"]].append((case, trial))
             for name in follows.get(trial["finding"], []):
