@@ -45,6 +45,7 @@ TWINS = 16  # prompts that are answered a second time
 SHARE = 0.0025  # of an update that gradients may take, and second completions, each over the whole run
 # Of a turn or a part of it, in chat templates.
 MARKER = re.compile(r"<\|[^\s|<>{}]+\|>|<(?:start|end)_of_turn>|<think>")
+ROUNDED = 8  # parameters in which rounding is measured, in every rollout
 TENSORS, NUMBERS = 32, 64  # so many numbers of so many parameters stand for the policy's gradient
 
 
@@ -631,7 +632,8 @@ def sampled(parameters: Sequence[nn.Parameter], scale: float = 1.0) -> Tensor:
 def rounding_of(optimizer: Any, parameters: Sequence[nn.Parameter]) -> float:
     """Share of Adam's step just taken that rounding took away, by squares, over some of the policy's parameters; NaN
     where the optimizer keeps no moments."""
-    of_policy = {id(parameter) for parameter in parameters[:: max(1, len(parameters) // TENSORS)]}
+    stride = max(1, len(parameters) // ROUNDED) | 1  # odd, so that both of LoRA's matrices are among them
+    of_policy = {id(parameter) for parameter in parameters[::stride]}
     lost = size = 0.0
     for group in optimizer.param_groups:
         for parameter in group["params"]:
