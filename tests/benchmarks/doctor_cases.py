@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -189,11 +189,11 @@ class OnceACall(TransformersGenerator):
         return Answers(super().answers(prompt_ids[:1], config, role).ids * len(prompt_ids))
 
 
-def in_bfloat16(base: SharedBase) -> None:
-    """The adapters that are trained, too."""
+def adapters_in(dtype: torch.dtype, base: SharedBase) -> None:
+    """The adapters that are trained, in another precision."""
     for name, parameter in base.model.named_parameters():
         if parameter.requires_grad and "lora_" in name:
-            parameter.data = parameter.data.bfloat16()
+            parameter.data = parameter.data.to(dtype)
 
 
 def its_own_reference(base: SharedBase) -> None:
@@ -442,7 +442,7 @@ CASES: tuple[Case, ...] = (
         "ppo",
         "adapters in bfloat16, a tenth of the rate",
         {"learning_rate": 1e-4},
-        roles=in_bfloat16,
+        roles=partial(adapters_in, torch.bfloat16),
     ),
     Case(
         "wrong_checkpoint",

@@ -14,7 +14,7 @@ from tests.helpers import DEVICE, prompt_dataset, saved_model, word_tokenizer
 from tests.integration.test_ppo_trainer import LORA, cats, config, rows_with, trained_state, trainer_for
 from trl_ext import PPOConfig, PPOTrainer, RolloutCallback, SharedBase
 from trl_ext.core import clipped_policy_loss, estimate_advantages
-from trl_ext.ppo.evidence import LOST, ROWS, TWINS, Frozen, Schedule, other_tokens, reading, written_otherwise
+from trl_ext.ppo.evidence import LOST, ROWS, TWINS, Frozen, Schedule, other_tokens, reading, sampled, written_otherwise
 
 
 def rewarding(kind: str) -> Any:
@@ -466,3 +466,18 @@ def test_each_rollout_tells_what_the_adapters_precision_takes(tmp_path: Path) ->
     assert len(lost[torch.float32]) == len(lost[torch.bfloat16]) == 4
     assert max(lost[torch.float32]) < 1e-6
     assert min(lost[torch.bfloat16][1:]) > 1e-4
+
+
+def test_a_gradient_is_seen_in_both_of_loras_matrices() -> None:
+    """Whatever the number of layers and of targets, whose product decides which parameters are looked at."""
+
+    def pair(of_second: bool) -> list[torch.nn.Parameter]:
+        both = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+        both[of_second].grad = torch.ones(2)
+        return both
+
+    for pairs in range(1, 600):
+        for of_second in (False, True):
+            parameters = [one for _ in range(pairs) for one in pair(of_second)]
+            numbers = sampled(parameters)
+            assert 0 < float(numbers.sum()) < len(numbers) <= 2 * min(2 * pairs, 63), pairs

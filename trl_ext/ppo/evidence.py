@@ -618,22 +618,26 @@ class Frozen:
         return min(float((changes / self._before.abs().amax(dim=1).clamp(min=1e-12)).max()), LOST)
 
 
-def sampled(parameters: Sequence[nn.Parameter], scale: float = 1.0) -> Tensor:
+def _spread(parameters: Sequence[nn.Parameter], about: int) -> Sequence[nn.Parameter]:
+    """About so many of them, of all layers. LoRA's matrices come in pairs, of which at first only the second has
+    gradients: an odd stride meets both kinds."""
+    return parameters[:: max(1, len(parameters) // about) | 1]
+
+
+def sampled(parameters: Sequence[nn.Parameter]) -> Tensor:
     """Some numbers of the gradient, the same ones every time: (numbers,) float64 on the CPU."""
-    kept = parameters[:: max(1, len(parameters) // TENSORS)]
     parts = []
-    for parameter in kept:
+    for parameter in _spread(parameters, TENSORS):
         stride = max(1, parameter.numel() // NUMBERS)
         whole = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
         parts.append(whole.detach().flatten()[::stride][:NUMBERS].double())
-    return torch.cat(parts).cpu() / scale if parts else torch.zeros(0, dtype=torch.float64)
+    return torch.cat(parts).cpu() if parts else torch.zeros(0, dtype=torch.float64)
 
 
 def rounding_of(optimizer: Any, parameters: Sequence[nn.Parameter]) -> float:
     """Share of Adam's step just taken that rounding took away, by squares, over some of the policy's parameters; NaN
     where the optimizer keeps no moments."""
-    stride = max(1, len(parameters) // ROUNDED) | 1  # odd, so that both of LoRA's matrices are among them
-    of_policy = {id(parameter) for parameter in parameters[::stride]}
+    of_policy = {id(parameter) for parameter in _spread(parameters, ROUNDED)}
     lost = size = 0.0
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import doctor
-from doctor_cases import DPO, PPO, Case, capitals, same_reference
+from doctor_cases import DPO, PPO, Case, adapters_in, capitals, same_reference
 
 from trl_ext import DiagnosticsCallback, SharedBase, demo
 from trl_ext.demo import model as demo_model
@@ -488,15 +488,6 @@ def _eos_never_taught(parts: Parts) -> None:
     parts.change_base = change
 
 
-def _adapters_in(dtype: torch.dtype, parts: Parts) -> None:
-    def change(base: SharedBase) -> None:
-        for name, parameter in base.model.named_parameters():
-            if parameter.requires_grad and "lora_" in name:
-                parameter.data = parameter.data.to(dtype)
-
-    parts.change_base = change
-
-
 def _frozen_upper_half(parts: Parts) -> None:
     def change(base: SharedBase) -> None:
         middle = base.config.num_hidden_layers // 2
@@ -594,8 +585,8 @@ MODELS: dict[str, Callable[[Parts], None]] = {
     "eos_never_taught": _eos_never_taught,
     "wrong_reference": lambda parts: _with_base(parts, reference=_made(parts.made / "by_dpo", _train_by_dpo)),
     "reference_is_untaught": lambda parts: _with_base(parts, reference=_made(parts.made / "random", _draw_adapter)),
-    "bfloat16_adapters": partial(_adapters_in, torch.bfloat16),
-    "float16_adapters": partial(_adapters_in, torch.float16),
+    "bfloat16_adapters": partial(_with_change, partial(adapters_in, torch.bfloat16)),
+    "float16_adapters": partial(_with_change, partial(adapters_in, torch.float16)),
     "frozen_upper_half": _frozen_upper_half,
     "value_starts_far_off": _value_starts_far_off,
     "reward_of_another_base": lambda parts: _with_base(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from broken import Parts, _template_goes_on, _with_base, _with_change, _with_generator
+from doctor_cases import its_own_reference
 from transformers import GenerationConfig
 
 from trl_ext import SharedBase, demo
@@ -107,10 +108,6 @@ def _scaled(base: SharedBase, adapter: str, by: float) -> Iterator[None]:
             layer.scaling[adapter] = scaling
 
 
-def _reference_is_the_policy(base: SharedBase) -> None:
-    base.adapters["reference"] = base.adapters["policy"]
-
-
 @torch.no_grad()
 def _policy_starts_as_reward_adapter(base: SharedBase) -> None:
     for layer in _lora_layers(base, "reward"):
@@ -166,7 +163,7 @@ MODELS: dict[str, Callable[[Parts], None]] = {
     "sampler_drops_the_end": partial(_with_generator, DropsTheEnd),
     "sampler_returns_by_length": partial(_with_generator, ReturnsByLength),
     "sampler_caches_answers": partial(_with_generator, CachesAnswers),
-    "reference_is_the_policy": partial(_with_change, _reference_is_the_policy),
+    "reference_is_the_policy": partial(_with_change, its_own_reference),
     "policy_starts_as_reward_adapter": partial(_with_change, _policy_starts_as_reward_adapter),
     "value_starts_as_reward": lambda parts: _with_base(parts, value=demo.reward_adapter()),
     "reward_adapter_left_out": partial(_with_change, _reward_adapter_left_out),
