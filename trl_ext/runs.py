@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 LOCK = "_run.lock"  # what begins with "_" Transformers leaves out where it uploads output_dir
 # What tells a process that it is one of several, and which: of torchrun and accelerate, of SLURM's srun (a batch script
@@ -74,6 +77,29 @@ def claimed(folder: str | Path) -> FileLock | None:
             f"{str(folder)!r} is in use by another run: wait for it, stop it first, or name another output_dir."
         )
     return lock
+
+
+def on_main(work: Callable[[], Result]) -> Result:
+    """What the main process made, on all processes: for what costs money or time, or may come out otherwise the second
+    time. Every process must call it; where the work fails, it fails on all of them.
+
+    Raises:
+        RuntimeError: it failed on the main process, which raises its own error.
+    """
+    if PartialState().num_processes == 1:
+        return work()
+    shared: list[Any] = [None, ""]  # what was made, and what went wrong
+    try:
+        if PartialState().is_main_process:
+            shared[0] = work()
+    except Exception as error:
+        shared[1] = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        broadcast_object_list(shared)
+    if shared[1]:
+        raise RuntimeError(f"the main process failed: {shared[1]}")
+    return cast("Result", shared[0])
 
 
 def claimed_by(args: Any) -> FileLock | None:

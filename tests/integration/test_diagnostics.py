@@ -14,6 +14,7 @@ from tests.integration.test_ppo_trainer import cats, rows_with, trained_state, t
 from trl_ext import DiagnosticsCallback
 from trl_ext.cli import main
 from trl_ext.diagnostics import Finding, Remedy, RunLog, diagnose, read_run
+from trl_ext.diagnostics.graph import cause_of
 from trl_ext.diagnostics.scores import weights_of
 from trl_ext.rewards.texts import length_penalty
 
@@ -322,6 +323,29 @@ def test_act_scales_the_learning_rate_once_for_settings_that_are_told_twice(
     trainer.add_callback(callback)
     trainer.train()
     assert len(callback.findings) == 2 and trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+
+
+def test_act_follows_roots_and_sets_one_rate_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three problems of one log, of which one follows from another, all ask for a tenth; a fourth one asks for less."""
+
+    def blamed(name: str, rate: float) -> Finding:
+        remedy = Remedy(text="", changes={"learning_rate": rate})
+        return Finding(
+            name=name, severity="problem", title="", steps=(1, 2), evidence="", figures={}, cause="", remedy=remedy
+        )
+
+    same = [blamed("clipping_saturated", 1e-3), blamed("truncation", 1e-3), blamed("entropy_collapse", 1e-5)]
+    assert cause_of(same[2], same) is not None and cause_of(same[1], same) is None
+
+    def told(log: Any, *_: Any) -> list[Finding]:
+        return [[], same, [*same, blamed("negative_kl", 5e-4)]][min(len(log.rows), 2)]
+
+    monkeypatch.setattr("trl_ext.callbacks.diagnostics.diagnose", told)
+    trainer = trainer_for(tmp_path, total_episodes=24, learning_rate=1e-2, lr_scheduler_type="constant")
+    trainer.add_callback(DiagnosticsCallback(on_problem="act"))
+    trainer.train()
+    rates = [row["learning_rate"] for row in rows_with(trainer, "learning_rate")]
+    assert rates == pytest.approx([1e-3, 1e-3, 5e-4]), "from the look at the first rollout on"
 
 
 def test_the_evaluation_s_prompts_are_watched(tmp_path: Path) -> None:

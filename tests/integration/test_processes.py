@@ -74,6 +74,7 @@ def two(folder: Path, model: str) -> Run:
 @pytest.mark.slow
 def test_two_processes_equal_one(folder: Path, model: str, two: Run) -> None:
     assert_equal(run(model, folder / "one", 1), two)
+    assert all("yardstick/judged" in row for row in two[1] if "objective/scores" in row)
 
 
 @pytest.mark.long
@@ -192,6 +193,13 @@ def test_a_judge_that_fails_on_one_process_ends_both_after_a_checkpoint(folder: 
     assert done.returncode != 0
     assert done.stderr.count("raised ConnectionResetError: the judge went home") >= 2, "each process says why"
     assert (folder / "out" / "checkpoint-8" / "trainer_state.json").is_file()
+
+
+@pytest.mark.long
+def test_a_yardstick_that_fails_on_the_main_process_ends_both(folder: Path, model: str) -> None:
+    done = start(model, folder / "mute", 2, "mute")
+    assert done.returncode != 0
+    assert done.stderr.count("ConnectionResetError: nobody pays this judge") >= 2, "each process says why"
 
 
 @pytest.mark.long

@@ -1,9 +1,10 @@
 """One process of a PPO run on a tiny model; tests/integration/test_processes.py starts one of it, or two.
 
-python worker.py MODEL OUT [CHECKPOINT | fail | stream | bad]      # beside what torchrun sets
+python worker.py MODEL OUT [CHECKPOINT | fail | mute | stream | bad]      # beside what torchrun sets
 
-CHECKPOINT: go on from there. "fail": in the first evaluation, on the last process alone. "stream": the prompts come one
-by one. "bad": so they do, and one of the second rollout, which the last process answers, is none.
+CHECKPOINT: go on from there. "fail": in the first evaluation, on the last process alone. "mute": the yardstick fails,
+which the main process alone asks. "stream": the prompts come one by one. "bad": so they do, and one of the second
+rollout, which the last process answers, is none.
 """
 
 import json
@@ -25,6 +26,13 @@ def cats(completions: list[str], prompts: list[str], **_: object) -> list[float]
     if sys.argv[3:] == ["fail"] and len(prompts) < 8 and state.is_last_process:
         raise ConnectionResetError("the judge went home")
     return [float(text.split().count("cat")) - 0.1 * len(text) for text in completions]
+
+
+def judged(completions: list[str], **_: object) -> list[float]:
+    """What each call of costs money."""
+    if not PartialState().is_main_process or sys.argv[3:] == ["mute"]:
+        raise ConnectionResetError("nobody pays this judge")
+    return [float(len(set(text.split()))) for text in completions]
 
 
 def short(completion_ids: list[list[int]], **_: object) -> list[float | None]:
@@ -72,7 +80,10 @@ def main() -> None:
         prompts.select(range(5)),  # uneven, for two processes and for batches of four
         word_tokenizer(),
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=[AdaptiveKLCallback(PIKLController(init=0.1, target=0.5, horizon=64)), DiagnosticsCallback()],
+        callbacks=[
+            AdaptiveKLCallback(PIKLController(init=0.1, target=0.5, horizon=64)),
+            DiagnosticsCallback(yardstick=judged),
+        ],
     )
     trainer.train(resume_from_checkpoint=next((word for word in sys.argv[3:] if "checkpoint" in word), None))
     if trainer.is_world_process_zero():

@@ -149,7 +149,7 @@ def test_what_was_tried_of_a_problem_is_a_table_by_remedy(tmp_path: Path) -> Non
         "| `kl_coef` | 2 | 2 | 0 | 0 | 0 | 1 of 2 |",
         "| `kl_coef`, the yardstick in the place of `reward_funcs` | 1 | 0 | 0 | 0 | 1 |  |",
         "",
-        "In 1 more the problem did not come back without a remedy.",
+        "In 1 more trial the problem did not come back without a remedy.",
     ]
     assert pages.text([]) == pages.NOTHING
     made = pages.text([], [(case(), cured)], untried=2).split("\n\n")

@@ -18,9 +18,11 @@ from transformers import TrainerState, get_scheduler
 from trl_ext import DiagnosticsCallback
 from trl_ext.cli import main
 from trl_ext.diagnostics import Finding, Limits, Remedy, RunLog, Sample, diagnose, read_run, roots
+from trl_ext.diagnostics.distributions import suggested_kl_coef
 from trl_ext.diagnostics.log import Series
 from trl_ext.diagnostics.pages import page
 from trl_ext.diagnostics.scores import functions_at_odds, over_optimisation
+from trl_ext.diagnostics.settings import unusual_settings
 from trl_ext.diagnostics.signal import noise_drowns_signal
 from trl_ext.diagnostics.updates import SCHEDULES
 
@@ -268,7 +270,11 @@ NOT_YET: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("base_damaged", {"episode": lambda t: 128 + 960 * t}, {}),  # a log of later rollouts
     ("gradients_pile_up", {"evidence/gradient/signal": [1e-2] * 7 + [1e-4] * 9}, {}),
     ("gradients_pile_up", {"evidence/gradient/noise": 1e-2}, {}),
-    ("gradients_pile_up", {}, {"rollout_batch_size": 64 * 32}),  # gradients of so many have little noise
+    (
+        "gradients_pile_up",
+        {},
+        {"rollout_batch_size": 64 * 32, "per_device_train_batch_size": 64 * 32},
+    ),  # gradients of so many have little noise
     ("base_damaged", {}, {"temperature": 1.4}),
     ("policy_is_reset", {"eval_objective/scores": lambda t: t}, {}),  # it learns: reference_moves
     ("policy_is_reset", {"eval_objective/scores_std": 0.0}, {}),  # nothing can be told
@@ -583,10 +589,13 @@ def test_training_prompts_that_surprise_the_model_more_or_less_than_held_out_one
 
 
 def test_few_scores_that_dwarf_all_others() -> None:
-    (finding,) = diagnose(log_of(**{"objective/scores_shorth": 0.02, "objective/scores_alike": 0.2}))
+    few = {"objective/scores_shorth": 0.02, "objective/scores_alike": 0.2, "objective/scores_median": 5.103}
+    (finding,) = diagnose(log_of(**few))
     assert finding.name == "score_scale" and "Half of them lie within 0.02" in finding.evidence
-    low, high = finding.remedy.changes["reward_clip_range"]
-    assert high - low == pytest.approx(0.08, rel=0.05)  # 0.02 four times
+    clip = finding.remedy.changes["reward_clip_range"]
+    assert clip[1] - clip[0] == pytest.approx(0.08, rel=0.05), "0.02 four times"
+    assert clip[0] < 5.1 < clip[1], "around those that are alike, not around the mean"
+    assert "reward_clip_range" not in str(diagnose(log_of(**{**few, "objective/scores_median": math.nan})))
 
 
 def test_length_that_is_scored_is_told_before_completions_have_grown_much() -> None:
@@ -648,11 +657,18 @@ def test_how_sure_the_first_rollouts_make(r: float, rollouts: int, name: str | N
 
 
 @pytest.mark.parametrize(
-    ("gaps", "found"), [([0.8] * 4, True), ([3.0, -0.8, 3.0, 3.0], False), ([0.8], False), ([0.4] * 4, False)]
+    ("gaps", "times", "found"),
+    [
+        ([0.8] * 4, 20, True),
+        ([0.8] * 4, 4, False),  # 3.2 standard errors, four times of the same prompts
+        ([3.0, -0.8, 3.0, 3.0], 20, False),
+        ([0.8], 20, False),
+        ([0.4] * 4, 20, False),
+    ],
 )
-def test_held_out_prompts_of_another_kind_score_to_one_side(gaps: list[float], found: bool) -> None:
+def test_held_out_prompts_of_another_kind_score_to_one_side(gaps: list[float], times: float, found: bool) -> None:
     evals = [{"step": 8 * i, "evidence/held_out/score_gap": gap} for i, gap in enumerate(gaps)]
-    evals = [{**one, "evidence/held_out/score_gap_z": 20 * one["evidence/held_out/score_gap"]} for one in evals]
+    evals = [{**one, "evidence/held_out/score_gap_z": times * one["evidence/held_out/score_gap"]} for one in evals]
     log = RunLog("ppo", log_of().rows, evals, CONFIG)
     assert ("held_out_differs" in names_of(log)) is found
 
@@ -1390,6 +1406,77 @@ def test_each_problem_of_a_reward_model_is_named(name: str) -> None:
     assert name in names[:2], names
 
 
+@pytest.mark.parametrize(
+    ("more", "kind"),
+    [
+        ({}, "dpo"),
+        ({"rewards/chosen": 0.3, "rewards/rejected": -0.2}, "dpo"),
+        ({"rewards/chosen": -4.0, "rewards/rejected": -5.0}, "other"),  # 0.1 times each, without a reference: CPO, TPO
+        ({"objective/kl": 0.5}, "other"),  # OnlineDPOTrainer
+        ({"rewards/accuracies": None}, "other"),  # KTOTrainer
+    ],
+)
+def test_only_dpo_is_read_as_dpo(more: dict[str, Any], kind: str) -> None:
+    row = {"step": 1, "logps/chosen": -40.0, "logps/rejected": -50.0, "rewards/accuracies": 0.5, **more}
+    log = RunLog.of([row], {"load_best_model_at_end": False})
+    assert log.kind == kind
+    assert kind == "dpo" or diagnose(log) == []
+
+
+def test_epochs_to_stop_at_are_fewer_than_the_run_had() -> None:
+    """Also where the run's length is not known."""
+    history = [{"step": 10 * i, "epoch": i, "eval_loss": loss} for i, loss in ((1, 0.6), (2, 0.5), (3, 0.7))]
+    history += [{"step": 10 * i + 1, "accuracy": 0.95, "loss": 0.3} for i in range(1, 4)]
+    history += [{"step": 31, "epoch": 3, "eval_loss": 0.7, "eval_accuracy": 0.6}]
+    for config in ({}, {"num_train_epochs": 3}, {"num_train_epochs": 3, "lr_scheduler_type": "constant"}):
+        (found,) = [one for one in diagnose(RunLog.of(history, config)) if one.name == "overfit"]
+        assert found.remedy.changes == {"num_train_epochs": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"scale_rewards": "group", "beta": 0.04}, False),
+        ({"scale_rewards": "none", "beta": 0.04}, True),
+        ({"normalize_advantages": False, "beta": 0.04}, True),
+        ({"normalize_advantages": True, "beta": 0.04}, False),
+        ({}, False),
+    ],
+)
+def test_the_scale_of_scores_is_nothing_to_advantages_that_are_normalised(config: dict[str, Any], told: bool) -> None:
+    history = [
+        {"step": i, "reward": 50 + i, "reward_std": 25.0, "kl": 0.01, "completions/mean_length": 100.0}
+        for i in range(1, 9)
+    ]
+    log = RunLog.of(history, config)
+    found = [one for one in diagnose(log) if one.name == "score_scale"]
+    assert bool(found) is told
+    assert not told or next(iter(found[0].remedy.changes)) in config
+    suggested = suggested_kl_coef(log, Limits())
+    assert suggested == pytest.approx(1.0 if told else 0.04), "the spread over 25 nats"
+    for weights in ([10.0, 1.0], [0.05]):
+        unusual = unusual_settings(RunLog.of(history, {**config, "reward_weights": weights}), Limits(), [])
+        assert told or unusual is None
+
+
+def test_a_kl_that_is_not_logged_is_no_evidence() -> None:
+    history = [
+        {"step": i, "reward": 0.1 * (-1) ** i, "reward_std": 1.0, "completions/mean_length": 9} for i in range(12)
+    ]
+    (found,) = diagnose(RunLog.of(history, {"learning_rate": 1e-4, "beta": 0.0}))
+    assert found.name == "no_progress" and "KL" not in str(found) and "kl" not in found.figures
+    assert all(not suspect.changes for suspect in found.suspects)
+
+
+@pytest.mark.parametrize(("processes", "told"), [(1, False), (8, True)])
+def test_noise_is_of_as_many_gradients_as_a_rollout_has(processes: int, told: bool) -> None:
+    """64 micro-batches of one process, or two minibatches of several: a mean of fewer has more of the noise."""
+    sizes = {"rollout_batch_size": 64, "per_device_train_batch_size": 1, "num_mini_batches": 2}
+    log = RunLog.of(rows(**{**HEALTHY, **SICK["noise_drowns_signal"]}), {**CONFIG, **sizes, "world_size": processes})
+    assert ("noise_drowns_signal" in names_of(log)) is told
+    assert log.gradients == (64 if processes == 1 else 2)
+
+
 def test_a_few_pairs_say_nothing_about_chance() -> None:
     """Eight pairs a log, a log a step: 38 steps make 300 pairs, and an accuracy is taken over as many."""
     history = [{"step": i + 1, "accuracy": 0.5, "margin": 0.1, "loss": 0.7} for i in range(60)]
@@ -1434,7 +1521,7 @@ def test_training_is_to_end_where_the_held_out_loss_was_lowest() -> None:
     for i, row in enumerate(log.evals):
         row |= {"epoch": i + 1.0, "loss": 0.6 + 0.05 * abs(i - 4)}
     findings = {finding.name: finding for finding in diagnose(log)}
-    assert findings["overfit"].remedy.changes == {"num_train_epochs": 10}
+    assert findings["overfit"].remedy.changes == {"num_train_epochs": 8}
     of_twenty = RunLog(log.kind, log.rows, log.evals, {"num_train_epochs": 20})
     assert diagnose(of_twenty)[0].remedy.changes == {"num_train_epochs": round(10 * (1 - 5 / 40))}
     constant = RunLog(log.kind, log.rows, log.evals, {"lr_scheduler_type": "constant"})
@@ -1535,6 +1622,13 @@ def test_a_score_may_rise_slowly_or_for_a_while() -> None:
     assert Series(list(range(40)), for_a_while).ever_rose(3.0)
 
 
+@pytest.mark.parametrize("logs", [12, 200])
+def test_chance_rises_no_oftener_in_a_long_run(logs: int) -> None:
+    chance = random.Random(3)
+    drawn = (Series(list(range(logs)), [chance.gauss(0, 1) for _ in range(logs)]) for _ in range(500))
+    assert sum(one.ever_rose(3.0) for one in drawn) <= 15, "of 500 where nothing rises: 2%, with a margin"
+
+
 def test_noise_is_not_the_trend() -> None:
     line = Series(list(range(50)), [0.1 * i for i in range(50)])
     assert line.noise() == pytest.approx(0.1 / math.sqrt(2))
@@ -1593,18 +1687,22 @@ def test_a_trainer_without_rules(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_trl_s_completions_have_a_column_a_function(tmp_path: Path) -> None:
-    folder = write_run(tmp_path)
+    logged = {f"rewards/{name}/{figure}": 0.5 for name in ("short", "clean") for figure in ("mean", "std")}
+    folder = write_run(tmp_path, **logged)
+    settings = {"reward_names": ["clean", "short"], "reward_weights": [2.0, 1.0]}
+    (folder / "run.json").write_text(json.dumps({"settings": settings}))
     (folder / "completions").mkdir()
     table = pd.DataFrame(
         {
-            **{"step": [3, 3], "prompt": ["a", "b"], "completion": ["x", "y"], "advantage": [9.0, 9.0]},
-            **{"short": [0.5, 0.5], "clean": [0.25, math.nan]},  # NaN: the function did not score this one
+            **{"step": [3] * 3, "prompt": ["a", "b", "c"], "completion": ["x", "y", "z"], "advantage": [9.0] * 3},
+            **{"short": [0.5, 0.5, math.nan], "clean": [0.25, math.nan, math.nan]},  # NaN: it did not score this one
+            "answer_length": [230.0] * 3,  # of log_extra
         }
     )
     table.to_parquet(folder / "completions" / "completions_00003.parquet")
-    first, second = read_run(folder).samples
-    assert first.score == 0.75 and math.isnan(first.kl)
-    assert math.isnan(second.score)
+    first, second, third = read_run(folder).samples
+    assert first.score == 0.5 + 2 * 0.25 and math.isnan(first.kl)
+    assert second.score == 0.5 and math.isnan(third.score), "as TRL adds them up"
 
 
 def test_of_several_checkpoints_the_last_one_counts(tmp_path: Path) -> None:

@@ -246,6 +246,7 @@ def test_summary_by_hand(tmp_path: Path) -> None:
         "objective/scores_std": 1.25,
         "objective/rlhf_reward": 1.75 + 0.1 / 3,
         "objective/kl_coef": 0.1,
+        "objective/scores_median": 1.0,  # the lower one of the two in the middle
         "objective/scores_shorth": 2.0,  # 1 to 3
         "objective/scores_alike": 0.5,
         "objective/unscored": 1,

@@ -1,5 +1,6 @@
 """The report: whole, self-contained, and harmless whatever a model said."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -100,6 +101,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     other = write_run(tmp_path / "other")
     assert main(["report", str(folder), str(other), "--output", str(tmp_path / "both.html")]) == 0
     assert "other" in (tmp_path / "both.html").read_text()
+    reward = tmp_path / "reward"
+    reward.mkdir()
+    (reward / "trainer_state.json").write_text(json.dumps({"log_history": rows(accuracy=0.7, loss=0.5)}))
+    assert main(["report", str(folder), str(reward)]) == 0, "runs of two kinds, which share no curve"
     with pytest.raises(ValueError, match="one run or two, not 3"):
         write_report([folder, other, folder])
 

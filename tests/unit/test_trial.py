@@ -718,7 +718,7 @@ def test_forks_of_ppo_are_evaluated_where_something_reads_that(more: dict[str, s
     run = RunLog.of([*rows(**SMALL), {"step": 128, "eval_objective/scores": 0.1}], config)
     found = [one for one in diagnose(run) if one.name == "steps_too_small"]
     if "finding" in more:
-        held_out = replace(found[0].remedy, changes={}, moves="evidence/held_out/score_gap")
+        held_out = replace(found[0].remedy, changes={}, moves="eval_evidence/held_out/score_gap")
         found.append(replace(found[0], name=more["finding"], remedy=held_out))
     clinic = Clinic(ByEvaluation, learning_rate=1e-6)
     assert try_remedies(clinic, found, tmp_path / "trial", run)

@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from trl_ext.diagnostics.forks import scale_learning_rate
 from trl_ext.diagnostics.graph import cause_of
 from trl_ext.diagnostics.log import AGREEMENT, MISSED, ONE_VERDICT, SHIFTED
 from trl_ext.diagnostics.planned import planned
-from trl_ext.types import Experience, as_text
+from trl_ext.runs import on_main
+from trl_ext.types import Experience, Rollout, as_text
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +55,13 @@ class DiagnosticsCallback(RolloutCallback):
         on_problem: what a finding of severity "problem" leads to. "warn": a warning. "stop": a warning, then the run is
             saved and ends, with no further step on the rollout in use. "act": a warning, and the remedy's settings are
             applied as far as a run in progress can take them (in PPO kl_coef, entropy_coef, vf_coef,
-            missing_eos_penalty; everywhere the learning rate).
+            missing_eos_penalty; everywhere the learning rate). Of a finding and its cause, those of the cause.
         yardstick: a reward function that is not trained on. It measures what the score stands for: a better judge than
-            the one that is trained on, exact grading, or people's verdicts. Our PPOTrainer calls it with `prompts`,
-            `completions` and `completion_ids` of every rollout and of every evaluation, and logs its mean as
-            `yardstick/<name>`, its correlation with the score as `agreement/<name>`, and of the completions that it
-            likes best the share that scores low as `missed/<name>`, and that with its most common verdict as
-            `one_verdict/<name>`.
+            the one that is trained on, exact grading, or people's verdicts. Our PPOTrainer calls it, of several
+            processes in the main one alone, with `prompts`, `completions` and `completion_ids` of every rollout and of
+            every evaluation, and logs its mean as `yardstick/<name>`, its correlation with the score as
+            `agreement/<name>`, and of the completions that it likes best the share that scores low as `missed/<name>`,
+            and that with its most common verdict as `one_verdict/<name>`.
         limits: thresholds; None: the documented ones.
         rules: None: the catalogue's.
         samples: completions of each rollout to keep for findings and reports.
@@ -121,6 +123,7 @@ class DiagnosticsCallback(RolloutCallback):
         self._watched = [sample for sample in earlier if sample.watched]
         self._latest = deque((sample for sample in earlier if not sample.watched), MAX_SAMPLES)
         self._config = {**args.to_dict(), "rollout_batch_size": getattr(args, "rollout_batch_size", None)}
+        self._config["world_size"] = args.world_size
         model = kwargs.get("model")
         precision = getattr(getattr(model, "causal_lm", model), "dtype", torch.float32)
         self._config["dtype"] = str(precision).removeprefix("torch.")
@@ -191,17 +194,10 @@ class DiagnosticsCallback(RolloutCallback):
         """
         if self.yardstick is None:
             return {}
-        rollout, scores = experience.rollout, experience.scores.total.cpu()
+        scores = experience.scores.total.cpu()
         name = getattr(self.yardstick, "__name__", type(self.yardstick).__name__)
-        verdicts = self.yardstick(
-            prompts=rollout.prompts, completions=rollout.completions, completion_ids=rollout.completion_tokens
-        )
-        if len(verdicts) != len(scores):
-            raise ValueError(
-                f"the yardstick {name} returned {len(verdicts)} verdicts on {len(scores)} completions: return one of "
-                "each"
-            )
-        judged = torch.tensor([math.nan if verdict is None else float(verdict) for verdict in verdicts])
+        verdicts = on_main(partial(_verdicts, self.yardstick, name, experience.rollout))
+        judged = torch.tensor(verdicts)
         figures = {
             f"yardstick/{name}": float(judged.nanmean()),
             f"{AGREEMENT}{name}": correlation(judged, scores),
@@ -238,8 +234,8 @@ class DiagnosticsCallback(RolloutCallback):
     def _act_on(self, present: Sequence[Finding], args: Any, state: TrainerState, control: Any) -> None:
         for finding in self._tell(present, state):
             if finding.severity == "problem" and finding.name not in self._state.setdefault("acted", []):
-                self._state["acted"].append(finding.name)  # of settings there may be several, and a rate is scaled once
-                self._respond(finding, args, state, control)
+                self._state["acted"].append(finding.name)  # of settings there may be several
+                self._respond(finding, present, args, state, control)
 
     def _tell(self, present: Sequence[Finding], state: TrainerState) -> list[Finding]:
         """Report the findings that are new, and warnings that have become a problem; return those that no earlier part
@@ -281,21 +277,46 @@ class DiagnosticsCallback(RolloutCallback):
 
     # What a problem leads to ------------------------------------------------------------------------------------------
 
-    def _respond(self, finding: Finding, args: Any, state: Any, control: Any) -> None:
-        schedule = self._stepped_by.get("lr_scheduler")
+    def _respond(self, finding: Finding, present: Sequence[Finding], args: Any, state: Any, control: Any) -> None:
         if self.on_problem == "stop":
             control.should_save = control.should_training_stop = control.should_update_stop = True
         elif self.on_problem == "act":
-            for name, value in finding.remedy.changes.items():
-                if name in LIVE and hasattr(args, name):
+            edge, schedule = cause_of(finding, present), self._stepped_by.get("lr_scheduler")
+            if any(self._changes(one, args) for one in present if edge is not None and one.name == edge.cause):
+                return  # its cause is what is changed
+            for name, value in self._changes(finding, args).items():
+                if name in LIVE:
                     logger.warning("%s: %s changes from %s to %s.", finding.name, name, getattr(args, name), value)
                     setattr(args, name, value)
                     self._state["settings"][name] = value
-                elif name == "learning_rate" and schedule is not None:
-                    scale_learning_rate(self._stepped_by["optimizer"], schedule, value / args.learning_rate)
+                else:
+                    factor = value / args.learning_rate / self._state.get("rate_times", 1.0)
+                    if math.isclose(factor, 1.0):  # another finding has asked for the same
+                        continue
+                    scale_learning_rate(self._stepped_by["optimizer"], schedule, factor)
+                    self._state["rate_times"] = value / args.learning_rate
                     self._config["rate_changed"] = self._state["rate_changed"] = True
                     self._write_settings(args, state)
-                    logger.warning("%s: learning_rate is multiplied by %.3g.", finding.name, value / args.learning_rate)
+                    logger.warning("%s: learning_rate is multiplied by %.3g.", finding.name, factor)
+
+    def _changes(self, finding: Finding, args: Any) -> dict[str, Any]:
+        """What of a remedy a run in progress can take."""
+        can = [name for name in LIVE if hasattr(args, name)]
+        can += ["learning_rate"] if self._stepped_by.get("lr_scheduler") is not None else []
+        return {name: value for name, value in finding.remedy.changes.items() if name in can}
+
+
+def _verdicts(yardstick: Yardstick, name: str, rollout: Rollout) -> list[float]:
+    """Of a rollout's completions, (rows,); NaN where there is none."""
+    verdicts = yardstick(
+        prompts=rollout.prompts, completions=rollout.completions, completion_ids=rollout.completion_tokens
+    )
+    if len(verdicts) != len(rollout.completions):
+        raise ValueError(
+            f"the yardstick {name} returned {len(verdicts)} verdicts on {len(rollout.completions)} completions: return "
+            "one of each"
+        )
+    return [math.nan if verdict is None else float(verdict) for verdict in verdicts]
 
 
 def _check_yardstick(yardstick: Yardstick) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from trl_ext.diagnostics.finding import Finding, Remedy
@@ -28,12 +29,13 @@ def wrong_checkpoint(log: RunLog, limits: Limits) -> Finding | None:
         return None
     name = str(log.setting("metric_for_best_model", "loss")).removeprefix("eval_")
     greater = bool(log.setting("greater_is_better", not name.endswith("loss")))
-    evals = [row for row in log.evals if row["step"] > 0 and name in row]
+    evals = [row for row in log.evals if row["step"] > 0 and math.isfinite(row.get(name, math.nan))]
     score = "reward" if log.kind == "online" else "objective/scores"
     judge = next((f"yardstick/{one}" for one in log.names("yardstick/")), score)
-    judged = Series([row["step"] for row in evals], [row[judge] for row in evals if judge in row])
+    judged = Series([row["step"] for row in evals], [row.get(judge, math.nan) for row in evals])
     kept = (max if greater else min)(evals, key=lambda row: row[name], default={})
-    lost = judged.values[-1] - kept[judge] if len(judged) == len(evals) >= 3 else 0.0
+    known = len(evals) >= 3 and all(map(math.isfinite, judged.values))
+    lost = judged.values[-1] - kept[judge] if known else 0.0
     upside_down = _is_one_of(name, FALLS if greater else RISES)
     if not (upside_down or lost > limits.noticeable * judged.noise()):  # NaN, where it is not known, is not
         return None

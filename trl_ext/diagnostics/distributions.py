@@ -27,7 +27,7 @@ def sampling_differs(log: RunLog, limits: Limits) -> Finding | None:
     if not z:
         return None
     total = sum(z.values) / math.sqrt(len(z))
-    if abs(total) < limits.sampling_gap_z or abs(gap.recent(len(gap))) < limits.sampling_gap:
+    if not (abs(total) >= limits.sampling_gap_z and abs(gap.recent(len(gap))) >= limits.sampling_gap):
         return None
     share = cut.recent(len(cut))
     corrected = f" Importance weights correct for it; their bounds cut {share:.1%} of the weight." if cut else ""
@@ -84,7 +84,7 @@ def _drawn_otherwise(log: RunLog, limits: Limits) -> Finding | None:
     if not z:
         return None
     total, mean = sum(z.values) / math.sqrt(len(z)), gap.recent(len(gap))
-    if abs(total) < limits.sampling_gap_z or abs(mean) < limits.sampling_gap:
+    if not (abs(total) >= limits.sampling_gap_z and abs(mean) >= limits.sampling_gap):
         return None
     return Finding(
         name="sampling_differs",
@@ -308,25 +308,36 @@ def _is_always_the_same(log: RunLog) -> bool:
     return len(held_out) > 1 and 0.0 <= max(held_out.values) - min(held_out.values) < 1e-3 * spread.start()
 
 
+def normalised(log: RunLog) -> bool:
+    """Whether advantages are divided by the scores' spread, so that the scores' scale is none of the loss: GRPOTrainer
+    does where nobody says otherwise, RLOOTrainer where it is told to."""
+    if log.kind != "online":
+        return False
+    if "normalize_advantages" in log.config:
+        return bool(log.config["normalize_advantages"])
+    return log.setting("scale_rewards", "group") not in (False, "none")
+
+
 def suggested_kl_coef(log: RunLog, limits: Limits) -> float:
-    """The coefficient at which spending the KL budget costs one standard deviation of the scores; NaN if unknown."""
+    """The coefficient at which spending the KL budget costs one standard deviation of the scores, as they enter the
+    loss; NaN if unknown."""
     spread, length = log.series("score_std"), log.series("length")
     if not spread or not length or spread.start() == 0.0:
         return math.nan
-    return spread.start() / limits.budget_of(length.start())
+    return (1.0 if normalised(log) else spread.start()) / limits.budget_of(length.start())
 
 
 def stronger(log: RunLog, limits: Limits) -> dict[str, float]:
     """A larger coefficient: the suggested one, or four times the present one where that is more; empty if unknown."""
     now = coefficient_now(log)
     value = max(v for v in (suggested_kl_coef(log, limits), 4 * now, 0.0) if not math.isnan(v))
-    return {_field(log): float(f"{value:.1g}")} if value else {}
+    return {kl_field(log): float(f"{value:.1g}")} if value else {}
 
 
 def weaker(log: RunLog) -> dict[str, float]:
     """A quarter of the present coefficient; empty where there is none."""
     now = coefficient_now(log)
-    return {_field(log): float(f"{now / 4:.1g}")} if now else {}
+    return {kl_field(log): float(f"{now / 4:.1g}")} if now else {}
 
 
 def pays(log: RunLog, limits: Limits) -> bool:
@@ -367,10 +378,11 @@ def if_paid(log: RunLog, limits: Limits, cause: str, remedy: Remedy) -> dict[str
 def coefficient_now(log: RunLog) -> float:
     """The coefficient of the KL penalty as last logged, else as set."""
     now = log.series("kl_coef").recent()
-    return float(log.setting(_field(log), 0.0)) if math.isnan(now) else now
+    return float(log.setting(kl_field(log), 0.0)) if math.isnan(now) else now
 
 
-def _field(log: RunLog) -> str:
+def kl_field(log: RunLog) -> str:
+    """The setting that weighs the KL."""
     return "beta" if log.kind == "online" else "kl_coef"
 
 
@@ -389,7 +401,7 @@ def kl_runs_away(log: RunLog, limits: Limits) -> Finding | None:
     kl, length, coefficient = log.series("kl"), log.series("length"), log.series("kl_coef")
     if len(kl) < 3:
         return None
-    # Without lengths, as in TRL 1.12's logs: Ziegler et al. 2019 held 6 nats per completion, and lost language at 40.
+    # Without lengths, as in TRL 1.12's logs, 24 nats: Ziegler et al. 2019 held 6 per completion, and lost words at 40.
     tokens = max(length.recent(), 1.0) if length else 60.0
     # Completions that have become shorter may spend what they could while they were long.
     spent = kl.recent() / max(length.start(), 1.0) if length else math.inf
@@ -440,7 +452,7 @@ def kl_drowns_score(log: RunLog, limits: Limits) -> Finding | None:
         ),
         figures={"kl": kl.recent(), "kl_coef": coefficient.recent(), "suggested": suggested},
         cause="any step away from the reference costs more than it gains in score.",
-        remedy=_coefficient({_field(log): float(f"{suggested:.1g}")}),
+        remedy=_coefficient({kl_field(log): float(f"{suggested:.1g}")}),
     )
 
 

@@ -26,7 +26,7 @@ MakeTrainer = Callable[[dict[str, Any]], Any]
 BESIDE = {"save_strategy": "no", "load_best_model_at_end": False, "report_to": "none", "push_to_hub": False}
 # Kinds of runs whose rules read evaluations, and in the others what is read in them. Forks of which nothing is read
 # there have none, which cost time and tell nothing.
-EVALUATED, HELD_OUT = ("reward", "dpo"), "evidence/held_out"
+EVALUATED, HELD_OUT = ("reward", "dpo"), "eval_evidence/held_out"
 # What a run noted of its model, which a fork's settings do not say.
 OF_MODEL = ("dtype", "lora_r", "lora_alpha", "lora_rslora", "reference_named", "reward_names")
 LEARNS = 12  # logs in which a run must learn something with a stand-in, or more with a stronger remedy

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """Thresholds. "Measured" means: between healthy and induced runs of tests/benchmarks/doctor.py.
+    """Thresholds. "Measured" means: between healthy and induced runs of tests/benchmarks/doctor.py. What has no source
+    was chosen, so that those healthy runs pass.
 
     Attributes:
         least_rows: logs (rollouts in PPO) before trends are judged.
@@ -88,7 +89,7 @@ class Limits:
         held_out_gap: standard deviations between the scores of training and held-out prompts.
         surprise: share by which training prompts surprise the model more or less than held-out ones; chosen, above what
             other phrasings make.
-        surprise_z: standard errors by which they do; chosen.
+        held_out_z: standard errors by which training and held-out prompts differ, in that or in their scores; chosen.
         score_std: spread of scores, or their mean, beyond which values, which start at 0, take long to arrive.
         far_from_0: the same, in units of their spread, that mean has to be besides; chosen.
         base_moved: change of a frozen weight over the largest one; chosen, above what merging an adapter and taking it
@@ -202,7 +203,7 @@ class Limits:
     rounding: float = 0.3
     held_out_gap: float = 0.5
     surprise: float = 0.2
-    surprise_z: float = 4.0
+    held_out_z: float = 4.0
     score_std: float = 10.0
     far_from_0: float = 3.0
     dwarfed: float = 0.03

@@ -94,8 +94,10 @@ class Series:
         return gained, math.copysign(math.inf, gained) if gained else 0.0
 
     def ever_rose(self, errors: float) -> bool:
-        """Whether the best lies so many standard errors above the start, or the second half above the first."""
-        rose = self.best() - self.start(4) > errors * self.noise() * math.sqrt(2 / 4)
+        """Whether the best lies so many standard errors above the start, or the second half above the first. Of n means
+        the best lies sqrt(2 ln n) standard deviations above their middle by chance alone."""
+        needed = math.sqrt(errors**2 + math.log(max(len(self) / 4, 1.0)))
+        rose = self.best() - self.start(4) > needed * self.noise() * math.sqrt(2 / 4)
         return rose or self.rise(max(len(self) // 2, 1))[1] > errors
 
 
@@ -180,6 +182,15 @@ class RunLog:
         return default if value is None else value
 
     @property
+    def gradients(self) -> float:
+        """How many gradients the signal and the noise of a rollout are of: its micro-batches, or, of several processes,
+        its minibatches; NaN where that is not known."""
+        if self.setting("world_size", 1) > 1:
+            return float(self.setting("num_mini_batches", 1))
+        size, rows = self.setting("rollout_batch_size"), self.setting("per_device_train_batch_size")
+        return float(size) / float(rows) if size and rows else math.nan
+
+    @property
     def has_the_first(self) -> bool:
         """Whether the first row is of the first rollout; of a log that counts no episodes, it is taken to be."""
         size = float(self.setting("rollout_batch_size", 0))
@@ -223,13 +234,26 @@ def _kl_of_completions(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, flo
 def kind_of(rows: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]] = ()) -> str:
     """The kind of a run, by the names that it logged."""
     names = {name for row in [*rows, *evals] for name in row}
+    if "logps/chosen" in names:
+        # OnlineDPOTrainer logs objective/kl, KTOTrainer no accuracies; ORPO, CPO and TPO have no reference.
+        of_pairs = "rewards/accuracies" in names and "objective/kl" not in names
+        return "dpo" if of_pairs and not _without_reference([*rows, *evals]) else "other"
     if "objective/kl" in names:
         return "ppo"
-    if "logps/chosen" in names:
-        return "dpo"
     if "reward_std" in names and "completions/mean_length" in names:
         return "online"
     return "reward" if {"accuracy", "mean_reward"} & names else "other"
+
+
+def _without_reference(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the rewards of pairs are their log-probabilities times one number, so that no reference is in them."""
+    ratios = [
+        row[f"rewards/{side}"] / row[f"logps/{side}"]
+        for row in rows
+        for side in ("chosen", "rejected")
+        if row.get(f"rewards/{side}") and row.get(f"logps/{side}")
+    ]
+    return len(ratios) > 1 and min(ratios) > 0 and max(ratios) < 1.001 * min(ratios)
 
 
 def _as_float(value: Any) -> float | None:

@@ -48,9 +48,10 @@ def _epochs_of_best(log: RunLog) -> dict[str, int]:
     best = min(evals, key=lambda row: row["loss"], default=None)
     if best is None:
         return {"num_train_epochs": 1}
-    epoch, of = best["epoch"], float(log.setting("num_train_epochs", math.inf))
+    epoch, of = best["epoch"], float(log.setting("num_train_epochs", evals[-1]["epoch"]))
     falls = log.setting("lr_scheduler_type", "linear") in ("linear", "cosine")
-    return {"num_train_epochs": max(1, round(2 * epoch * (1 - epoch / (2 * of))) if falls else round(epoch))}
+    epochs = round(2 * epoch * (1 - epoch / (2 * of))) if falls else round(epoch)
+    return {"num_train_epochs": max(1, min(epochs, math.ceil(of) - 1))}
 
 
 def chance_level(log: RunLog, limits: Limits) -> Finding | None:
@@ -76,8 +77,8 @@ def chance_level(log: RunLog, limits: Limits) -> Finding | None:
         title="Accuracy stays at one half" if not still else "Margins stay at 0",
         steps=log.steps,
         evidence=(
-            f"{accuracy:.0%} of the pairs are in order, {learned:.0%} of those in training; their mean margin is "
-            f"{margin.recent():.2g}."
+            f"{accuracy:.0%} of the pairs are in order, {learned:.0%} of those in training"
+            f"{f'; their mean margin is {margin.recent():.2g}' if margin else ''}."
         ),
         figures={"accuracy": accuracy},
         cause=(
@@ -236,7 +237,7 @@ def likelihood_displacement(log: RunLog, limits: Limits) -> Finding | None:
     fell = chosen.start() - chosen.recent()
     if (
         fell < max(limits.displacement, limits.displaced_share * abs(chosen.start()))
-        or rejected.start() - rejected.recent() < fell
+        or not rejected.start() - rejected.recent() >= fell
         or chosen.rise()[1] > -limits.noticeable
     ):
         return None

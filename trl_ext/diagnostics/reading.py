@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trl_ext.diagnostics.log import RunLog, Sample
+from trl_ext.diagnostics.scores import weights_of
 
 STATE_FILE, SETTINGS_FILE = "trainer_state.json", "run.json"
 JUDGEMENT_FILE, DIAGNOSTICS_FILE = "judgement.json", "diagnostics.json"
@@ -50,10 +50,11 @@ def read_run(folder: str | Path) -> RunLog:
         config |= _read_object(folder / SETTINGS_FILE).get("settings", {})
     if (folder / JUDGEMENT_FILE).is_file():
         config |= _read_object(folder / JUDGEMENT_FILE)
-    samples = _samples(folder / "completions")
+    history = state.get("log_history", [])
+    samples = _samples(folder / "completions", _weights(history, config))
     if (folder / DIAGNOSTICS_FILE).is_file():
         samples = [Sample(**one) for one in _read_object(folder / DIAGNOSTICS_FILE).get("samples", [])] + samples
-    return RunLog.of(state.get("log_history", []), config, samples)
+    return RunLog.of(history, config, samples)
 
 
 def _runs_in(folder: Path) -> list[str]:
@@ -79,18 +80,27 @@ def _read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _samples(folder: Path) -> list[Sample]:
+def _weights(history: list[dict[str, Any]], config: dict[str, Any]) -> dict[str, float]:
+    """Of each reward function that was logged its weight."""
+    log = RunLog.of(history, config)
+    return {name: weights_of(log).get(name, 1.0) for name in log.names("rewards/", "/mean")}
+
+
+def _samples(folder: Path, weights: dict[str, float]) -> list[Sample]:
+    """
+    Args:
+        weights: of the reward functions, by name.
+    """
     samples = []
     for path in sorted(folder.glob("completions_*.parquet"), key=_step_of):
         try:
             table = pq.read_table(path)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} is no Parquet file ({error!s:.80}).") from error
-        ours = {"step", "prompt", "completion", "advantage", "score", "kl", "tokens", "ended"}
-        functions = [field.name for field in table.schema if _is_number(field.type) and field.name not in ours]
         for row in table.to_pylist():
-            # TRL's own tables have a column a reward function, and no sum.
-            score = row.get("score", sum(_number(row[name]) for name in functions) if functions else math.nan)
+            # TRL's own tables have a column a reward function, which may abstain, and no sum.
+            given = [weight * row[name] for name, weight in weights.items() if not math.isnan(_number(row.get(name)))]
+            score = row.get("score", sum(given) if given else math.nan)
             samples.append(
                 Sample(
                     step=int(row.get("step", _step_of(path))),
@@ -102,10 +112,6 @@ def _samples(folder: Path) -> list[Sample]:
                 )
             )
     return samples
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
 def _number(value: float | None) -> float:

@@ -32,7 +32,7 @@ MOVES: dict[str, tuple[str, str]] = {
     "gradients_explode": ("grad_norm", "down"),
     "gradients_not_finite": ("grad_norm", "down"),
     "gradients_pile_up": ("evidence/gradient/signal", "down"),
-    "held_out_differs": ("evidence/held_out/score_gap", "down"),
+    "held_out_differs": ("eval_evidence/held_out/score_gap", "down"),
     "kl_drowns_score": ("kl", "up"),
     "kl_runs_away": ("kl", "down"),
     "length_bias": ("data/longer_chosen", "down"),

@@ -155,13 +155,20 @@ def _charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
         specified.append(("Time", "seconds between logs", tuple((name, f"time/{name}", False) for name in phases)))
     charts = [_metric_chart(runs, *chart) for chart in specified]
     frontier = [
-        Line(run.name, run.log.series("kl").values, run.log.series("score").values, i)
+        Line(run.name, [kl for kl, _ in points], [score for _, score in points], i)
         for i, run in enumerate(runs)
-        if len(run.log.series("kl")) == len(run.log.series("score"))
+        if (points := _kl_and_score(run.log))
     ]
     caption = "score against KL, later points stronger"
     charts.insert(1, _entry("Frontier", caption, frontier, scatter(frontier, caption)))
     return charts
+
+
+def _kl_and_score(log: RunLog) -> list[tuple[float, float]]:
+    """Both of each log that has them."""
+    kl, score = (log.series(name) for name in ("kl", "score"))
+    scores = dict(zip(score.steps, score.values, strict=True))
+    return [(nats, scores[step]) for step, nats in zip(kl.steps, kl.values, strict=True) if step in scores]
 
 
 def _evidence_charts(runs: Sequence[Run]) -> list[Chart]:

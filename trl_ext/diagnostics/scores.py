@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from statistics import fmean
 
-from trl_ext.diagnostics.distributions import stronger, weaker
+from trl_ext.diagnostics.distributions import normalised, stronger, weaker
 from trl_ext.diagnostics.finding import CANNOT_TELL, TRY_EACH, Finding, Remedy, Suspect
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import AGREEMENT, MISSED, ONE_VERDICT, SHIFTED, RunLog, Series
@@ -86,7 +86,13 @@ def no_progress(log: RunLog, limits: Limits) -> Finding | None:
         return None
     if score.ever_rose(limits.noticeable):
         return None
+    moved = f" The KL is {kl.recent():.2g} nats per completion." if kl else ""
     near = abs(kl.recent()) < limits.stays * limits.budget_of(length.recent())
+    by_kl = Suspect(
+        cause="the KL penalty is too strong" if near else "steps are too large",
+        experiment="the score rises within ten rollouts if this is it.",
+        changes=weaker(log) if near else lower_rate(log, 10),
+    )
     return Finding(
         name="no_progress",
         severity="warning",
@@ -94,18 +100,17 @@ def no_progress(log: RunLog, limits: Limits) -> Finding | None:
         steps=(score.steps[0], score.steps[-1]),
         evidence=(
             f"In {len(score)} logs it went from {score.start(4):.3g} to {score.recent():.3g}; {score.best():.3g} at "
-            f"its best is no more than chance makes. The KL is {kl.recent():.2g} nats per completion."
+            f"its best is no more than chance makes.{moved}"
         ),
-        figures={"score": score.recent(), "start": score.start(4), "best": score.best(), "kl": kl.recent()},
+        figures={
+            **{"score": score.recent(), "start": score.start(4), "best": score.best()},
+            **({"kl": kl.recent()} if kl else {}),
+        },
         cause=f"{CANNOT_TELL} from the log alone.",
         remedy=TRY_EACH,
         samples=log.last_samples(),
         suspects=(
-            Suspect(
-                cause="the KL penalty is too strong" if near else "steps are too large",
-                experiment="the score rises within ten rollouts if this is it.",
-                changes=weaker(log) if near else lower_rate(log, 10),
-            ),
+            *([by_kl] if kl else []),
             Suspect(
                 cause="the score tells completions apart by what the policy cannot change, or by chance",
                 experiment="score a good and a bad completion by hand, each of them twice.",
@@ -118,19 +123,23 @@ def no_progress(log: RunLog, limits: Limits) -> Finding | None:
     )
 
 
-NORMALISE = Remedy(text="Normalise the scores, or clip them.", changes={"score_normalization": "running"})
+def _normalise(log: RunLog) -> Remedy:
+    """By the setting that this trainer has."""
+    settings = {"score_normalization": "running", "scale_rewards": "group", "normalize_advantages": True}
+    names = [name for name in settings if name in log.config] or ["score_normalization"]
+    return Remedy(text="Normalise the scores, or clip them.", changes={names[0]: settings[names[0]]})
 
 
 def score_scale(log: RunLog, limits: Limits) -> Finding | None:
     """Scores are too large for a value role that starts at 0, or far from it; or their scale drifts, or is another one
     for a few."""
     spread, start = log.series("score_std"), log.series("score").start()
-    half, alike = log.series("objective/scores_shorth").start(), log.series("objective/scores_alike").start()
-    if not log.suffices(spread, limits.enough):
+    half, alike, middle = (log.series(f"objective/scores_{name}").start() for name in ("shorth", "alike", "median"))
+    if not log.suffices(spread, limits.enough) or normalised(log):
         return None
     now = min(spread.recent(), spread.lasting())
     drift = now / spread.start() if len(spread) >= limits.least_rows and spread.start() > 1e-6 else 1.0
-    cause, remedy, more = "a reward function or reward model without bounds.", NORMALISE, ""
+    cause, remedy, more = "a reward function or reward model without bounds.", _normalise(log), ""
     if min(spread.recent(3), spread.lasting()) > limits.score_std:
         title = "The scores' scale is too large"
     elif drift > limits.score_drift and now > 1.0:
@@ -142,7 +151,7 @@ def score_scale(log: RunLog, limits: Limits) -> Finding | None:
         cause = "a function that scores some prompts on another scale than others, so that all the others look alike."
         remedy = Remedy(
             text="Bring all prompts to one scale, or clip the scores.",
-            changes={"reward_clip_range": [round(start - 2 * half, 3), round(start + 2 * half, 3)]},
+            changes={"reward_clip_range": _around(middle, 2 * half)} if math.isfinite(middle) else {},
         )
     else:
         return None
@@ -152,11 +161,21 @@ def score_scale(log: RunLog, limits: Limits) -> Finding | None:
         title=title,
         steps=(spread.steps[0], spread.steps[-1]),
         evidence=f"Their standard deviation is {spread.recent(3):.3g}, at the start {spread.start():.3g}.{more}",
-        figures={"score_std": spread.recent(3), "start": spread.start(), "mean": start},
+        figures={
+            "score_std": spread.recent(3),
+            "start": spread.start(),
+            **({} if math.isnan(start) else {"mean": start}),
+        },
         cause=f"{cause} kl_coef, clipping of values and learning rate all suppose scores of a few units.",
         remedy=remedy,
         samples=log.last_samples(),
     )
+
+
+def _around(middle: float, width: float) -> list[float]:
+    """The range from so much below to so much above, to two digits of the latter."""
+    places = 1 - math.floor(math.log10(width))
+    return [round(middle - width, places), round(middle + width, places)]
 
 
 def score_drifts(log: RunLog, limits: Limits) -> Finding | None:
@@ -266,9 +285,10 @@ def _drifts(steps: tuple[int, int], evidence: str, figures: dict[str, float], lo
 
 def over_optimisation(log: RunLog, limits: Limits) -> Finding | None:
     """The score rises while what it stands for falls."""
-    score = log.series("score")
+    score, kl = log.series("score"), log.series("kl")
     if len(score) < limits.least_rows:
         return None
+    at = f"; KL {kl.recent():.2f} nats per completion" if kl else ""
     for name, yardstick in yardsticks(log).items():
         lost = yardstick.best() - yardstick.recent()
         error = yardstick.noise() * math.sqrt(2 / 4)
@@ -285,7 +305,7 @@ def over_optimisation(log: RunLog, limits: Limits) -> Finding | None:
             steps=log.steps,
             evidence=(
                 f"Score {score.start():.2f} to {score.recent():.2f}; {name} {yardstick.best():.3g} at its best and "
-                f"{yardstick.recent():.3g} now; KL {log.series('kl').recent():.2f} nats per completion."
+                f"{yardstick.recent():.3g} now{at}."
             ),
             figures={"score": score.recent(), "best": yardstick.best(), "now": yardstick.recent()},
             cause=(

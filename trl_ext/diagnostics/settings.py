@@ -12,7 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl_ext.diagnostics.distributions import PLAIN_SAMPLING, coefficient_now, suggested_kl_coef
+from trl_ext.diagnostics.distributions import (
+    PLAIN_SAMPLING,
+    coefficient_now,
+    kl_field,
+    normalised,
+    suggested_kl_coef,
+)
 from trl_ext.diagnostics.finding import Finding, Remedy, worst
 from trl_ext.diagnostics.graph import roots
 from trl_ext.diagnostics.limits import Limits
@@ -522,9 +528,11 @@ def _weights(log: RunLog, limits: Limits) -> Iterator[Doubt]:
     if all(weight <= 0 for weight in weights):
         side = Side("what is good is punished", (*FLIES, "score_opposed", *STANDS))
         yield Doubt("reward_weights", f"no weight of {list(weights)} is positive", side, instead, ZIEGLER, math.inf)
-    largest, now = max(abs(weight) for weight in weights), float(log.setting("kl_coef", 0.0))
+    if normalised(log):  # whatever their size
+        return
+    largest, now = max(abs(weight) for weight in weights), coefficient_now(log)
     off = now / coefficient if coefficient > 0 else math.nan  # NaN, where it is not known, is not off
-    text = f"the largest of reward_weights is {largest:g}, and kl_coef {now:g} suits scores of another size"
+    text = f"the largest of reward_weights is {largest:g}, and {kl_field(log)} {now:g} suits scores of another size"
     if largest < 0.2 and off > 5:
         side = Side("scores so small do not count beside the KL", STANDS)
         yield Doubt("reward_weights", text, side, instead, ZIEGLER, 1 / largest if largest else math.inf)
@@ -539,10 +547,10 @@ def _coefficient(log: RunLog, limits: Limits) -> Iterator[Doubt]:
     suggested, now = suggested_kl_coef(log, limits), coefficient_now(log)
     times = now / suggested if suggested > 0 else math.nan
     if times > limits.drowned:
-        text = f"kl_coef is {now:g}, and the spread of the scores suggests {suggested:.2g}"
+        text = f"{kl_field(log)} is {now:g}, and the spread of the scores suggests {suggested:.2g}"
         instead = float(f"{suggested:.1g}")
         yield Doubt(
-            "kl_coef", text, Side("a step costs more in KL than it gains in score", STANDS), instead, ZIEGLER, times
+            kl_field(log), text, Side("a step costs more in KL than it gains in score", STANDS), instead, ZIEGLER, times
         )
 
 
@@ -589,6 +597,10 @@ def _clip_range(log: RunLog) -> Iterator[Doubt]:
     names = log.names("rewards/", "/std")
     if not clip or (not normalised and len(names) != 1):
         return
+    # What is cut lies at the ends: most at one of them, or half at each, which makes half of the width the spread.
+    of_width = log.series("score_std").start() / (clip[1] - clip[0])
+    if of_width < 0.3 and log.series("objective/scores_alike").start() < 0.5:
+        return
     spread = 1.0 if normalised else log.series(f"rewards/{names[0]}/std").start()
     mean = 0.0 if normalised else log.series(f"rewards/{names[0]}/mean").start()
     width = (clip[1] - clip[0]) / spread if spread > 0 else math.nan
@@ -598,7 +610,7 @@ def _clip_range(log: RunLog) -> Iterator[Doubt]:
     if width < 1.0:
         text = f"reward_clip_range is {width:.2g} standard deviations of the scores wide, and the usual is at least 1"
         yield Doubt("reward_clip_range", text, side, None, N_PLUS, 1 / width)
-    elif not clip[0] < mean < clip[1]:
+    elif mean <= clip[0] or mean >= clip[1]:  # NaN, where it is not known, is neither
         text = f"reward_clip_range is {list(clip)}, which leaves out the scores' mean of {mean:.3g}"
         yield Doubt("reward_clip_range", text, side, None, N_PLUS, math.inf)
 
@@ -706,7 +718,8 @@ def unusual_settings(log: RunLog, limits: Limits, findings: Sequence[Finding]) -
         title=f"{first.setting} is far from the usual{more}",
         steps=log.steps,
         evidence=f"{'; '.join(doubt.text for doubt, _ in blamed)}.",
-        figures={f"times_off/{doubt.setting}": doubt.far for doubt, _ in blamed},
+        # 0: it is not a matter of size.
+        figures={f"times_off/{doubt.setting}": doubt.far if doubt.far < math.inf else 0.0 for doubt, _ in blamed},
         cause="; ".join(f"{doubt.setting}: {doubt.side.why}" for doubt, _ in blamed) + ".",
         remedy=Remedy(
             text="Set what you have no reason for to the usual value.",

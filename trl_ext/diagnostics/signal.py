@@ -245,19 +245,18 @@ def penalty_dominates(log: RunLog, limits: Limits) -> Finding | None:
     if len(share) < 3 or share.recent() < limits.penalty_share:
         return None
     penalty = float(log.setting("missing_eos_penalty", 0.0))
-    of_functions = max(share_of_functions(log), 0.0)
-    lower = math.sqrt(of_functions) * spread.recent() if math.isfinite(of_functions) else 0.0
+    of_functions = share_of_functions(log)
+    known = math.isfinite(of_functions)
+    lower = math.sqrt(max(of_functions, 0.0)) * spread.recent() if known else 0.0
+    told = f"; the reward functions make {max(of_functions, 0.0):.0%}" if known else ""
     weaker = {"missing_eos_penalty": float(f"{lower:.1g}")} if 0 < lower < penalty / 2 else {}
     return Finding(
         name="penalty_dominates",
         severity="problem",
         title="The penalty for a missing EOS outweighs the score",
         steps=log.steps,
-        evidence=(
-            f"{share.recent():.0%} of the reward's variance is the penalty of {penalty:g}; the reward functions make "
-            f"{of_functions:.0%}."
-        ),
-        figures={"penalty_share": share.recent(), "functions_share": of_functions},
+        evidence=(f"{share.recent():.0%} of the reward's variance is the penalty of {penalty:g}{told}."),
+        figures={"penalty_share": share.recent(), **({"functions_share": max(of_functions, 0.0)} if known else {})},
         cause="a penalty far larger than the spread of the scores, or a length limit that many completions reach.",
         remedy=Remedy(
             text="Let the penalty be about the spread of the scores.",
@@ -391,15 +390,14 @@ def noise_drowns_signal(log: RunLog, limits: Limits) -> Finding | None:
     appendix A.1). Where a run has converged the signal is gone, too: a score that rose at any time speaks against it.
     """
     signal, noise = log.series("evidence/gradient/signal"), log.series("evidence/gradient/noise")
-    size, part = log.setting("rollout_batch_size"), log.setting("per_device_train_batch_size")
-    if len(signal) < 2 * limits.least_rows or not size or not part or log.series("score").ever_rose(limits.noticeable):
+    if len(signal) < 2 * limits.least_rows or not noise or log.series("score").ever_rose(limits.noticeable):
         return None
     if log.series("score_std").recent() == 0.0 or log.series("entropy").recent() < limits.entropy:
         return None  # no differences to learn from: `constant_scores`, `entropy_collapse`
     error = signal.noise() / math.sqrt(len(signal))
     at_most = max(fmean(signal.values), 0.0) + limits.noticeable * error
-    of_rollout = fmean(noise.values) / (float(size) / float(part))
-    if of_rollout < limits.gradient_noise * at_most:
+    of_rollout = fmean(noise.values) / log.gradients
+    if not of_rollout >= limits.gradient_noise * at_most:
         return None
     return Finding(
         name="noise_drowns_signal",
@@ -442,7 +440,7 @@ def _read_otherwise(log: RunLog, limits: Limits) -> Finding | None:
     # An evaluation always begins with the same prompts, so it is no surer for having been made again.
     gap = trained.start() - held_out.start()
     error = math.hypot(errors[0].start() / math.sqrt(min(len(trained), 3)), errors[1].start())
-    if abs(gap) < limits.surprise_z * error or abs(gap) < limits.surprise * held_out.start():
+    if abs(gap) < limits.held_out_z * error or abs(gap) < limits.surprise * held_out.start():
         return None
     return _of_another_kind(
         (trained.steps[0], held_out.steps[0]),
@@ -459,8 +457,9 @@ def _scores_elsewhere(log: RunLog, limits: Limits) -> Finding | None:
     count = min(len(gap), 4)
     if count < 2 or len({value > 0 for value in gap.values[-count:]}) > 1:
         return None
-    total = z.recent(count) * math.sqrt(count)
-    if abs(gap.recent(count)) < limits.held_out_gap or abs(total) < limits.sampling_gap_z:
+    # Each evaluation has the same prompts, so that several are no surer than one.
+    total = z.recent(count)
+    if not (abs(gap.recent(count)) >= limits.held_out_gap and abs(total) >= limits.held_out_z):
         return None
     less = "lower" if total > 0 else "higher"
     return _of_another_kind(

@@ -135,9 +135,8 @@ def gradients_pile_up(log: RunLog, limits: Limits) -> Finding | None:
     if len(signal) < limits.least_rows or len(noise) < len(signal):
         return None
     ratios = [ours / max(theirs, 1e-30) for ours, theirs in zip(signal.values, noise.values, strict=False)]
-    parts = float(log.setting("num_mini_batches", 1)) * float(log.setting("gradient_accumulation_steps", 1))
-    completions = float(log.setting("rollout_batch_size", 0)) / parts  # of one gradient: the more, the less noise
-    if not (clear := median(ratios)) > limits.too_clear * max(completions / 32, 1.0):
+    completions = float(log.setting("rollout_batch_size", 0)) / log.gradients  # of one: the more, the less noise
+    if not (clear := median(ratios)) > limits.too_clear * max(1.0, completions / 32):  # NaN is 1
         return None
     return Finding(
         name="gradients_pile_up",
@@ -214,6 +213,8 @@ def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
     moved = approxkl.recent() if tiny else median(approxkl.values) if known else math.nan
     kl = log.series("kl").recent()
     more, cause = larger_steps(log)
+    known_rate = {} if math.isnan(rate) else {"learning_rate": rate}
+    with_rate = f" (learning rate {rate:.1g})" if known_rate else ""
     by_step = f"An update moves the policy {moved:.1g} nats per token, and"
     by_rollout = f"In {len(score)} rollouts of one step the KL came to {kl:.2g} nats, and"
     return Finding(
@@ -222,10 +223,9 @@ def steps_too_small(log: RunLog, limits: Limits) -> Finding | None:
         title="Steps are too small to learn" if tiny else "Steps are small or few, and learning is slow",
         steps=log.steps,
         evidence=(
-            f"{by_step if known else by_rollout} the score {'rises slowly' if rises else 'does not rise'} (learning "
-            f"rate {rate:.1g})."
+            f"{by_step if known else by_rollout} the score {'rises slowly' if rises else 'does not rise'}{with_rate}."
         ),
-        figures={"learning_rate": rate, **({"approxkl": moved} if known else {"kl": kl})},
+        figures={**known_rate, **({"approxkl": moved} if known else {"kl": kl})},
         cause=cause
         if more
         else f"{CANNOT_TELL}: the learning rate is {'unknown' if math.isnan(rate) else 'not small'}.",
@@ -308,7 +308,7 @@ CONSTANT = {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None}
 def rate_off_schedule(log: RunLog, limits: Limits) -> Finding | None:
     """The learning rate does not do what its lr_scheduler_type says, or what the schedule plans is no use."""
     rates, kind = log.series("learning_rate"), str(log.setting("lr_scheduler_type", ""))
-    done = [_share_done(log, row) for row in log.rows if "learning_rate" in row]
+    done = [_share_done(log, row) for row in log.rows if math.isfinite(row.get("learning_rate", math.nan))]
     planned = log.setting("planned_rates", [])
     if len(rates) < limits.least_rows and planned:
         rates = Series([step for step, _ in planned], [rate for _, rate in planned])
@@ -412,8 +412,9 @@ def _rises_again(rates: Series) -> Told | None:
 
 def _stays(rates: Series, done: list[float], kind: str) -> Told | None:
     last = [at for at, share in enumerate(done) if share > done[-1] - 0.4]  # of the run, in which each of them falls
-    same = max(rates.values[at] for at in last) - min(rates.values[at] for at in last) < 1e-3 * max(rates.values)
-    if kind not in DECAYING or not done[-1] >= 0.5 or len(last) < 3 or not same:
+    if kind not in DECAYING or not done[-1] >= 0.5 or len(last) < 3:
+        return None
+    if max(rates.values[at] for at in last) - min(rates.values[at] for at in last) >= 1e-3 * max(rates.values):
         return None
     cause = "the scheduler is never stepped, or the trainer was given another one."
     return "The learning rate stays where it is", len(done) - 1, cause, "down", {}
@@ -525,6 +526,7 @@ def value_loss_explodes(log: RunLog, limits: Limits) -> Finding | None:
     if now < limits.value_error * 0.5 * spread.recent(2) ** 2:
         return None
     errors = 2 * now / max(spread.recent(2) ** 2, 1e-8)
+    scores = f"score {score.start(2):.3g} to {score.recent(2):.3g}, " if score else ""
     wandering = abs(score.recent(2) - score.start(2)) > limits.score_drift * spread.recent(2)
     return Finding(
         name="value_loss_explodes",
@@ -533,8 +535,7 @@ def value_loss_explodes(log: RunLog, limits: Limits) -> Finding | None:
         steps=(loss.steps[0], loss.steps[-1]),
         evidence=(
             f"From {loss.values[0]:.3g} to {now:.3g}, {errors:.3g} times what the mean "
-            f"score alone would cost (score {score.start(2):.3g} to {score.recent(2):.3g}, "
-            f"spread {spread.recent(2):.3g})."
+            f"score alone would cost ({scores}spread {spread.recent(2):.3g})."
         ),
         figures={"value_loss": now, "start": loss.values[0]},
         cause=(
@@ -562,7 +563,7 @@ def value_starts_far_off(log: RunLog, limits: Limits) -> Finding | None:
     if not loss or not rollout or log.rows[0].get("episode") != rollout:
         return None
     # Half a squared error. What is asked of values is the score, less a KL that is 0 before the first step.
-    error = math.sqrt(2 * loss.values[0])
+    error = math.sqrt(2 * max(loss.values[0], 0.0))
     returns = [abs(log.series(name).start(1)) for name in ("score", "objective/rlhf_reward", "score_std")]
     of_zero = max((one for one in returns if not math.isnan(one)), default=math.nan)
     if not error >= limits.value_far_off * max(of_zero, 1.0):

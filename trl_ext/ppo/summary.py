@@ -20,8 +20,9 @@ def summarize(experience: Experience, args: PPOConfig, names: list[str]) -> dict
 
     Each `objective/` number is a mean over completions, over the scored ones where scores enter: `kl` (k1, summed
     over tokens, nats), `entropy` (-log-prob, summed over tokens, nats), `scores`, `non_score_reward`, `rlhf_reward`;
-    `kl_std` and `scores_std` are standard deviations over completions, `scores_shorth` is the width of the narrowest
-    range that holds half of the scores (1.35 standard deviations where they are normal); `scores_alike` is the share
+    `kl_std` and `scores_std` are standard deviations over completions, `scores_median` is the score in the
+    middle, `scores_shorth` the width of the narrowest range that holds half of the scores (1.35 standard deviations
+    where they are normal); `scores_alike` is the share
     with the most common score; `score_spread`, with several reward roles, is how far these disagree about a completion.
 
     Args:
@@ -42,6 +43,7 @@ def summarize(experience: Experience, args: PPOConfig, names: list[str]) -> dict
         "objective/rlhf_reward": score + non_score,
         "objective/scores": score,
         "objective/scores_std": final[scored].std(unbiased=False) if bool(scored.any()) else 0.0,
+        "objective/scores_median": total[scored].median() if bool(scored.any()) else 0.0,
         "objective/scores_shorth": shorth(total[scored]),
         "objective/scores_alike": alike(total[scored]),
         "objective/kl_coef": args.kl_coef,

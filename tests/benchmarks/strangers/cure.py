@@ -232,7 +232,7 @@ _share = verdict._share
 
 
 def _by_kind(cases: Sequence[Result], *parts: Sequence[Result]) -> str:
-    lines = ["| kind | runs | true cause named | remedy can be tried | called cured | truly cured |"]
+    lines = ["| kind | runs | true cause named | remedy can be tried | runs with a remedy called cured | truly cured |"]
     lines.append("|---|---|---|---|---|---|")
     for kind in dict.fromkeys(case["kind"] for case in cases):
         counts = [sum(case["kind"] == kind for case in part) for part in (cases, *parts)]

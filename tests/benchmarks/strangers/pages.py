@@ -59,7 +59,8 @@ def text(own: Sequence[Tried], followed: Sequence[Tried] = (), untried: int = 0)
     seen, roots = ([one for one in tried if one[1]["verdict"] != "not seen"] for tried in (own, followed))
     parts = [table((remedy_of(one[1]["changes"]), one) for one in seen)] if seen else []
     if unseen := len(own) - len(seen):
-        parts += [f"In {unseen} {'more ' if parts else ''}the problem did not come back without a remedy."]
+        trials = f"{unseen} {'more ' if parts else ''}trial{'s' if unseen > 1 else ''}"
+        parts += [f"In {trials} the problem did not come back without a remedy."]
     if roots:
         named = ((f"one of `{one[1]['finding']}`", one) for one in roots)
         parts += [f"Where it followed from another problem, the remedies of that were tried:\n\n{table(named)}"]
