@@ -258,7 +258,7 @@ def eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         tokenizer: its own.
     """
     ids = as_ids(model.generation_config.eos_token_id)
-    return ids if tokenizer.eos_token_id in ids else [tokenizer.eos_token_id, *ids]
+    return ids if tokenizer.eos_token_id in (None, *ids) else [tokenizer.eos_token_id, *ids]
 
 
 def as_ids(ids: Any) -> list[Any]:

@@ -104,7 +104,7 @@ def test_keys_and_names(fresh: Any, rate: Callable[..., str], tmp_path: Path, st
     wait_for(fresh, "Saved: Skipped")
     click(controls(fresh)["Undo"])
     wait_for(fresh, f"Saved: {name}")
-    press(fresh, "c", "because of 1, A, B, T, G, X, S and U")
+    press(fresh, "m", "because of 1, A, B, T, G, X, S and U")
     assert fresh.switch_to.active_element.get_attribute("value") == "because of 1, A, B, T, G, X, S and U"
     press(fresh, "\ue00c", next(iter(KEYS[mode])))  # Escape leaves the comment
     wait_for(fresh, f"{number + 1} by you")
@@ -143,6 +143,8 @@ def test_a_ranking_by_keys_and_by_buttons(fresh: Any, rate: Callable[..., str], 
         WebDriverWait(fresh, 20).until(lambda _: order() == expected, f"{expected} did not come")
 
     comes("A1 B2 C3 D4")
+    press(fresh, "c")
+    assert fresh.switch_to.active_element.get_attribute("data-letter") == "C"
     press(fresh, "d")
     ActionChains(fresh).key_down(Keys.SHIFT).send_keys(Keys.UP, Keys.UP).key_up(Keys.SHIFT).perform()
     comes("A1 D2 B3 C4")

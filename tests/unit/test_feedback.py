@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from trl_ext import cli, feedback
 from trl_ext.feedback import FeedbackError, Label, Pair, Ranking, Rating
+from trl_ext.feedback.records import key_of
 
 CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 PARIS, LYON = [{"role": "assistant", "content": "Paris."}], [{"role": "assistant", "content": "Lyon."}]
@@ -163,6 +164,22 @@ def test_broken_unicode_names_its_line(tmp_path: Path) -> None:
             feedback.read(path)
         read = feedback.read(path, on_error="drop")
         assert [problem.line for problem in read.dropped] == [line, line + 2]
+
+
+def test_a_line_that_is_no_text_takes_its_whole_record_along(tmp_path: Path) -> None:
+    """And no other: its quotes count."""
+    path = tmp_path / "feedback.csv"
+    cells = ('"First.\nIl a été là.\nLast."', '"one\nd\'été"', "fine")
+    rows = ["prompt,completion,rating", *(f"q{i},{cell},{i}" for i, cell in enumerate(cells))]
+    path.write_bytes("\n".join(rows).encode("latin-1"))
+    read = feedback.read(path, on_error="drop")
+    assert [(record.prompt, record.completion) for record in read.records] == [("q2", "fine")]
+    assert [problem.line for problem in read.dropped] == [3, 6] and "is not UTF-8" in str(read.dropped[0])
+
+
+def test_keys_without_a_value_are_no_difference() -> None:
+    message = {"role": "user", "content": "hi"}
+    assert key_of([message]) == key_of([{**message, "name": None}]) != key_of([{**message, "name": "x"}])
 
 
 def test_a_line_with_too_few_fields(tmp_path: Path) -> None:

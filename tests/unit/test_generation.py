@@ -339,7 +339,10 @@ def test_a_models_answers_do_not_depend_on_the_batch() -> None:
 def test_every_eos_that_model_or_tokenizer_names(declared: Any, ids: list[int]) -> None:
     model = tiny_llama()
     model.generation_config.eos_token_id = declared
-    assert eos_ids(model, word_tokenizer()) == ids
+    tokenizer = word_tokenizer()
+    assert eos_ids(model, tokenizer) == ids
+    tokenizer.eos_token = None
+    assert None not in eos_ids(model, tokenizer)
 
 
 def test_answers_know_neither_dropout_nor_the_model_s_own_defaults() -> None:

@@ -50,6 +50,24 @@ def test_held_out_pairs_have_prompts_of_their_own(tmp_path: Path) -> None:
     assert [len(rows) for rows in one] == [20, 10]
 
 
+def test_held_out_rows_have_prompts_of_their_own(tmp_path: Path) -> None:
+    """Also rows of feedback that are read for their prompts, each as often as it is there."""
+    rated = [{"prompt": f"p{i}", "completion": f"c {i} {k}", "rating": k} for i in range(20) for k in range(4)]
+    train, test = load_rows(DataArguments(jsonl(tmp_path / "rated.jsonl", rated), eval_rows=10), "prompts")
+    assert len(train) + len(test) == 80 and len(test) == 12, "whole prompts"
+    assert not prompts_of(train) & prompts_of(test)
+    once = [{"prompt": f"p{i}"} for i in range(40)]
+    train, test = load_rows(DataArguments(jsonl(tmp_path / "once.jsonl", once), eval_rows=10), "prompts")
+    expected = Dataset.from_list(once).train_test_split(test_size=10, seed=0)
+    assert (train["prompt"], test["prompt"]) == (expected["train"]["prompt"], expected["test"]["prompt"])
+    two = [{"prompt": p} for p in "aaaaaaab"]
+    train, test = load_rows(DataArguments(jsonl(tmp_path / "two.jsonl", two), eval_rows=5), "prompts")
+    assert len(prompts_of(train)) == len(prompts_of(test)) == 1
+    same = [{"prompt": "p"}] * 20
+    train, test = load_rows(DataArguments(jsonl(tmp_path / "same.jsonl", same), eval_rows=5), "prompts")
+    assert (len(train), len(test)) == (15, 5), "one prompt cannot be held out"
+
+
 def test_prompts_that_are_left_out_are_counted_and_columns_named(tmp_path: Path) -> None:
     twice = [{"prompt": p, "topic": i} for i, p in enumerate("abab")]
     rows, said = load_prompts(jsonl(tmp_path / "twice.jsonl", twice))

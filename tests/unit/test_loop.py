@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,7 +130,8 @@ def test_the_files_between_the_stages(whole: Path) -> None:
 
 
 def test_nothing_is_judged_twice(whole: Path) -> None:
-    first, second = (known_of(feedback.read(str(whole / f"round_{n}/feedback.jsonl")).records) for n in (1, 2))
+    judged = [known_of(feedback.read(str(whole / f"round_{n}/feedback.jsonl")).records) for n in (1, 2)]
+    first, second = ({(prompt, answers) for prompt in known for answers in known[prompt]} for known in judged)
     assert len(first) == len(second) == 8 and not first & second
 
 
@@ -347,10 +349,9 @@ def serve_some(count: int, verdict: Any = None) -> Callable[..., None]:
         for _ in range(count):
             if until() or (shown := store.next(name)) is None:
                 return
-            [said] = stars(list(shown.completions))
-            store.judge(
-                name, shown.token, "skipped" if verdict == "skip" else "judged", None if verdict else (int(said),)
-            )
+            says = {"skip": ("skipped", None), "unsure": ("unsure", None), "tie": ("judged", (1, 1))}
+            stand = says[verdict] if verdict else ("judged", (int(stars(list(shown.completions))[0]),))
+            store.judge(name, shown.token, *stand)
 
     return serve
 
@@ -439,11 +440,14 @@ def test_the_page_closes_when_the_budget_is_spent(tmp_path: Path, monkeypatch: p
     assert len(feedback.read(str(round_.feedback)).records) == 2
 
 
-def test_people_who_skip_everything(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    circle = circle_of(base, tmp_path / "out", rater="page", rounds=1)
-    monkeypatch.setattr("trl_ext.rating.serving.serve", serve_some(100, "skip"))
+@pytest.mark.parametrize(("mode", "says"), [("stars", "skip"), ("pairs", "tie"), ("pairs", "unsure")])
+def test_people_of_whom_nothing_can_be_learned(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, says: str
+) -> None:
+    circle = circle_of(base, tmp_path / "out", rater="page", rounds=1, mode=mode)
+    monkeypatch.setattr("trl_ext.rating.serving.serve", serve_some(100, says))
     outcome = loop.run(circle)
-    assert outcome.rows == [] and outcome.ended.endswith("nobody could tell anything about its answers.")
+    assert outcome.rows == [] and "nobody could tell anything about its answers, or all" in outcome.ended
 
 
 def test_a_port_in_use(base: Path, tmp_path: Path) -> None:
@@ -557,38 +561,73 @@ def rows_of(*completions: str, prompt: str = "p") -> list[dict[str, Any]]:
 
 def test_answers_that_are_worth_judging() -> None:
     rows = rows_of("x", "x", "yy", " ", "zzz")
-    picked = chosen(rows, "stars", "random", 9, frozenset({("p", "yy")}), seed=0)
+    picked = chosen(rows, "stars", "random", 9, {"p": [{"yy"}]}, seed=0)
     assert sorted(row["completion"] for row in picked) == ["x", "zzz"]
     with pytest.raises(NothingNew, match="every answer was judged before"):
-        chosen(rows[:2], "stars", "random", 9, frozenset({("p", "x")}), seed=0)
+        chosen(rows[:2], "stars", "random", 9, {"p": [{"x"}]}, seed=0)
 
 
 def test_one_pair_a_prompt_the_closest() -> None:
     rows = rows_of("a", "bb", "cccc", prompt="p") + rows_of("a", "bbbb", prompt="q") + rows_of("c", "c", prompt="r")
-    picked = chosen(rows, "pairs", "closeness", 9, frozenset(), seed=0)
+    picked = chosen(rows, "pairs", "closeness", 9, {}, seed=0)
     assert [(row["prompt"], row["completion"]) for row in picked[:2]] in (
         [("p", "a"), ("p", "bb")],
         [("p", "bb"), ("p", "a")],
     )
     assert {row["prompt"] for row in picked[2:]} == {"q"} and len(picked) == 4
-    assert len(chosen(rows, "pairs", "closeness", 1, frozenset(), seed=0)) == 2
+    assert len(chosen(rows, "pairs", "closeness", 1, {}, seed=0)) == 2
     with pytest.raises(NothingNew, match="no two answers to a prompt differ"):
-        chosen(rows[-2:], "pairs", "random", 9, frozenset(), seed=0)
+        chosen(rows[-2:], "pairs", "random", 9, {}, seed=0)
 
 
 def test_what_the_policy_says_most_is_judged_first() -> None:
     said = {"a": -3.0, "b": -1.0, "c": -9.0, "d": -2.0}
     rows = [{**row, "logprob": said[row["completion"]]} for row in rows_of("a", "b", "a", "c", "d")]
-    picked = chosen(rows, "pairs", "likelihood", 1, frozenset(), seed=0)
+    picked = chosen(rows, "pairs", "likelihood", 1, {}, seed=0)
     assert {row["completion"] for row in picked} == {"b", "d"}
-    picked = chosen(rows, "stars", "likelihood", 2, frozenset({("p", "b")}), seed=0)
+    picked = chosen(rows, "stars", "likelihood", 2, {"p": [{"b"}]}, seed=0)
     assert [row["completion"] for row in picked] == ["d", "a"]
 
 
 def test_rankings_have_all_answers_to_a_prompt() -> None:
     rows = rows_of("a", "bb", "a", prompt="p") + rows_of("a", "b", prompt="q")
-    picked = chosen(rows, "ranking", "random", 1, frozenset(), seed=0)
+    picked = chosen(rows, "ranking", "random", 1, {}, seed=0)
     assert len(picked) == 2 and len({row["prompt"] for row in picked}) == 1
+
+
+def test_pairs_and_lists_that_were_judged_are_not_judged_again() -> None:
+    rows = rows_of("a", "bb", prompt="p") + rows_of("a", "bb", "ccc", prompt="q")
+    known = {"p": [{"a", "bb", "other"}], "q": [{"a", "bb"}]}  # a list of three, and a pair
+    for mode in ("pairs", "ranking"):
+        picked = chosen(rows, mode, "random", 9, known, seed=0)
+        assert {row["prompt"] for row in picked} == {"q"} and "ccc" in {row["completion"] for row in picked}
+    with pytest.raises(NothingNew, match="no two answers to a prompt differ that were not judged"):
+        chosen(rows[:2], "pairs", "random", 9, known, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("judging", "score", "own"),
+    [("score/gold", -1.0, 3.0), ("score/reward", 3.0, 3.0), ("score/gold/reward", None, 3.0), (None, None, 3.0)],
+)
+def test_the_judge_s_score_is_not_the_round_s_own(
+    tmp_path: Path, judging: str | None, score: float | None, own: float
+) -> None:
+    metrics = {"score/reward": {"mean": 3.0}, "score/gold": {"mean": -1.0}}
+    result = {"policies": {"round_1": {"metrics": metrics}, "base": {"metrics": metrics}}, "win_rates": {}}
+    accuracy = {"before": None, "after": None}
+    row = overview.line(loop.Round(tmp_path, 1), result, accuracy, {}, judging, ["score/reward"], 8)
+    assert (row["score"], row["own_score"]) == (score, own)
+
+
+def test_a_policy_that_is_trained_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while its checkpoints were being removed."""
+    round_ = loop.Round(tmp_path, 1)
+    draft = stages.unfinished(round_.ppo)
+    draft.mkdir(parents=True)
+    (draft / stages.TRAINER_STATE_NAME).write_text("{}")
+    monkeypatch.setattr(stages, "_policy_trainer", None)  # which would be called
+    stages.train_policy(SimpleNamespace(), round_)  # type: ignore[arg-type]
+    assert (round_.ppo / stages.TRAINER_STATE_NAME).is_file() and not draft.exists()
 
 
 def test_rounds_that_do_not_win() -> None:

@@ -220,6 +220,17 @@ def test_another_site_cannot_post(store: Store, headers: dict[str, str], taken: 
     assert taken or store.annotations() == []
 
 
+@pytest.mark.parametrize(("fetched", "status"), [("document", 200), ("image", 403), ("iframe", 403), (None, 200)])
+def test_another_site_takes_no_items_by_its_images(store: Store, fetched: str | None, status: int) -> None:
+    """Which would make a rater each, and hold an item for them."""
+    headers = {"sec-fetch-site": "cross-site", **({"sec-fetch-dest": fetched} if fetched else {})}
+    assert browser(store).get("/?rater=x", headers=headers).status_code == status
+    asked = store.connection.execute("SELECT count(*) FROM asked").fetchone()
+    assert asked == (1 if status == 200 else 0,)
+    own = {"sec-fetch-site": "same-origin", "sec-fetch-dest": "style"}
+    assert browser(store).get("/static/rating.css", headers=own).status_code == 200
+
+
 def test_cookies_stay_on_this_site(store: Store) -> None:
     client = browser(store, token="secret", host="0.0.0.0")
     kept = client.get("/?token=secret&rater=ann").headers.get_list("set-cookie")

@@ -100,9 +100,33 @@ def test_answers_that_read_alike_are_asked_about_once_and_tie(tmp_path: Path) ->
         [{"prompt": "p", "completion": text, "policy": name} for text, name in zip(texts, "xyz", strict=True)],
     )
     store, _ = opened(tmp_path, answers, "pairs")
-    assert store.items == 1
-    (alike,) = store.comparisons()
-    assert (alike.a, alike.b, alike.outcome, alike.rater) == ("x", "y", 0.5, None)
+    assert store.items == 1 and store.comparisons() == [], "nothing is judged yet"
+    better = "other" in str(store.next(store.rater("ann")).completions[0])  # type: ignore[union-attr]
+    say(store, "ann", *((1, 2) if better else (2, 1)))
+    found = {(c.a, c.b): (c.outcome, c.rater) for c in store.comparisons()}
+    # What was said about one of the two counts for the other one.
+    assert found == {("x", "y"): (0.5, None), ("x", "z"): (0.0, "ann"), ("y", "z"): (0.0, "ann")}
+
+
+@pytest.mark.parametrize(("judged", "ties"), [(0, 0), (4, 4), (10, 10)])
+def test_there_are_ties_of_answers_that_read_alike_as_far_as_the_others_are_judged(
+    tmp_path: Path, judged: int, ties: int
+) -> None:
+    """Ten prompts answered alike and ten not: the win rate must not hang on how many have been judged."""
+    unlike = rows(10)
+    alike = [{**row, "prompt": row["prompt"] + "!", "completion": "same", "id": row["id"] + "!"} for row in unlike]
+    store, _ = opened(tmp_path, write(tmp_path / "a.jsonl", unlike + alike), "pairs")
+    for _ in range(judged):
+        shown = store.next(store.rater("ann"))
+        assert shown is not None
+        say(store, "ann", *((1, 2) if "ppo" in shown.completions[0] else (2, 1)))
+    outcomes = Counter((c.outcome, c.rater) for c in store.comparisons())
+    assert outcomes == Counter({(0.0, "ann"): judged, (0.5, None): ties})
+    for _ in range(10 - judged):  # of what nobody could say nothing is expected
+        shown = store.next("ann") if judged else store.next(store.rater("ann"))
+        assert shown is not None
+        store.judge("ann", shown.token, "skipped", None)
+    assert sum(c.rater is None for c in store.comparisons()) == 10
 
 
 @given(

@@ -91,8 +91,9 @@ def evaluate(
         judged_by: Judge = asker or ScoreJudge(scorer.names[number], rows)
         comparisons = compared(judged_by, pairs)
         found = {row["id"]: row for row in rows}
-        theirs = [(found[str(c.id_a)], found[str(c.id_b)]) for c in said]
-        agreed = agreement(compared(judged_by, theirs), said, how.seed) if said else None
+        asked = [c for c in said if c.rater is not None]  # of completions that read alike nobody was asked
+        theirs = [(found[str(c.id_a)], found[str(c.id_b)]) for c in asked]
+        agreed = agreement(compared(judged_by, theirs), asked, how.seed) if asked else None
     if judge is not None and not comparisons:
         raise ValueError(_nothing_said(judge, folder))
     result = as_json(

@@ -255,23 +255,26 @@ def _of_the_hub(name: str, split: str, shown: str) -> Any:
         ) from error
 
 
-def _lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str | Unusable]]:
+def _lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str, Unusable | None]]:
+    """Each line's number, its text and what is wrong with it; bytes that are no text are replaced."""
     with path.open("rb") as file:
         if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
             raise FeedbackError(f"{path} is UTF-16, which Excel calls Unicode text: save it as CSV UTF-8.")
         file.seek(0)
         for number, line in enumerate(file, start=1):
+            used = "utf-8-sig" if number == 1 and encoding == "utf-8" else encoding
             try:
-                yield number, line.decode("utf-8-sig" if number == 1 and encoding == "utf-8" else encoding)
+                yield number, line.decode(used), None
             except UnicodeDecodeError as error:
                 which = "UTF-8" if encoding == "utf-8" else encoding
-                yield number, Unusable("", f"byte {error.start + 1} is not {which}")
+                wrong = Unusable("", f"byte {error.start + 1} is not {which}")
+                yield number, line.decode(used, errors="replace"), wrong
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Row | Unusable]]:
-    for number, line in _lines(path):
-        if isinstance(line, Unusable):
-            yield number, line
+    for number, line, wrong in _lines(path):
+        if wrong is not None:
+            yield number, wrong
         elif line.strip():
             try:
                 row = json.loads(line)
@@ -331,16 +334,14 @@ def table_of(path: Path) -> Table:
 
 def _csv(path: Path) -> Iterator[tuple[int, Row | Unusable]]:
     csv.field_size_limit(2**31 - 1)
-    broken: list[tuple[int, Unusable]] = []
-    skipped = 0  # lines that the csv module has not seen
+    broken: list[tuple[int, Unusable]] = []  # of the record in hand
     table = table_of(path)
 
     def decoded() -> Iterator[str]:
-        for number, line in _lines(path, table.encoding):
-            if isinstance(line, Unusable):
-                broken.append((number, line))
-            else:
-                yield line
+        for number, line, wrong in _lines(path, table.encoding):
+            if wrong is not None:
+                broken.append((number, wrong))
+            yield line
 
     tabs = path.suffix == ".tsv"
     dialect: dict[str, Any] = {"quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
@@ -349,14 +350,17 @@ def _csv(path: Path) -> Iterator[tuple[int, Row | Unusable]]:
         try:
             row = next(reader, None)
         except csv.Error as error:
-            yield reader.line_num + skipped + len(broken), Unusable("", f"not CSV ({error})")
+            broken.clear()
+            yield reader.line_num, Unusable("", f"not CSV ({error})")
             continue
-        while broken:
-            skipped += 1
-            yield broken.pop(0)
+        if broken:  # all of the record is lost with one of its lines
+            yield broken[0]
+            broken.clear()
+            if row is not None:
+                continue
         if row is None:
             return
-        line = reader.line_num + skipped
+        line = reader.line_num
         if None in row or None in row.values():
             fields = len(row) + len(row.get(None) or []) - (None in row) - list(row.values()).count(None)
             yield line, Unusable("", f"{fields} fields under {len(reader.fieldnames or [])} columns")

@@ -95,8 +95,16 @@ def answers_of(record: Record) -> tuple[Any, ...]:
 
 
 def key_of(item: Any) -> str:
-    """A prompt or an answer as a text that can be compared and looked up."""
-    return item if isinstance(item, str) else json.dumps(item, sort_keys=True, ensure_ascii=False)
+    """A prompt or an answer as a text that can be compared and looked up. A key of a message without a value, as tables
+    add them, is no difference."""
+    if isinstance(item, str):
+        return item
+    if isinstance(item, list):
+        item = [
+            {key: value for key, value in one.items() if value is not None} if isinstance(one, dict) else one
+            for one in item
+        ]
+    return json.dumps(item, sort_keys=True, ensure_ascii=False)
 
 
 def without_nan(ratings: Iterable[float]) -> list[float]:

@@ -5,10 +5,13 @@ Feedback is read by `trl_ext.feedback.read` alone. Other rows (prompts, texts) s
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +90,25 @@ def load_rows(data: DataArguments, name: str) -> tuple[Dataset, Dataset]:
     if held_out is not None:
         return rows, _prompts(data, *held_out)
     _check_size(data, len(rows), "rows")
-    split = rows.train_test_split(test_size=data.eval_rows, seed=0)
-    return split["train"], split["test"]
+    return _apart(rows, data.eval_rows)
+
+
+def _apart(rows: Dataset, count: int) -> tuple[Dataset, Dataset]:
+    """Rows to train on, and `count` of them held out. Where prompts come more than once, all rows of one go to the same
+    side, and a few more may be held out."""
+    keys = [key_of(prompt) for prompt in rows["prompt"]]
+    often = Counter(keys)
+    if len(often) in (1, len(keys)):
+        split = rows.train_test_split(test_size=count, seed=0)
+        return split["train"], split["test"]
+    prompts = sorted(often)
+    random.Random(0).shuffle(prompts)
+    sizes = accumulate(often[prompt] for prompt in prompts)
+    held_out = {prompts[0], *(prompt for prompt, size in zip(prompts[1:-1], sizes, strict=False) if size < count)}
+    sides: tuple[list[int], list[int]] = [], []
+    for number, key in enumerate(keys):
+        sides[key in held_out].append(number)
+    return rows.select(sides[0]), rows.select(sides[1])
 
 
 def _prompts(data: DataArguments, dataset: str, split: str) -> Dataset:

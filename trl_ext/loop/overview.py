@@ -32,7 +32,8 @@ def line(
     result: Mapping[str, Any],
     accuracy: Mapping[str, Any],
     exams: Mapping[str, float],
-    score: str | None,
+    judging: str | None,
+    own: Sequence[str],
     spent: int,
 ) -> Line:
     """One round in numbers; None where there is none.
@@ -41,19 +42,16 @@ def line(
         result: of `trl_ext.evaluation.evaluate`.
         accuracy: of the reward models, before and after they were trained on the round's feedback.
         exams: share right, by policy.
-        score: the metric that the judge gives; None: the judge is a reward model.
+        judging: the metric that the judge gives; None: it gives none.
+        own: those of the round's own reward models.
         spent: judgements so far.
     """
     policies, rates = result["policies"], result["win_rates"].get(round_.name, {})
-    judge_of_rewards = result["judge"].rpartition("/")[2] if score is None and result["judge"] else None
 
     def metric(policy: str, name: str | None) -> float | None:
         found = policies[policy]["metrics"].get(name)
         return None if found is None else found["mean"]
 
-    scores = [name for name in policies[round_.name]["metrics"] if name.startswith("score/")]
-    judging = score or next((name for name in scores if judge_of_rewards and name.endswith(judge_of_rewards)), None)
-    own = [name for name in scores if name != judging or score is None]
     values = [metric(round_.name, name) for name in own]
     return {
         "number": round_.number,

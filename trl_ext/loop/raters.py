@@ -15,6 +15,7 @@ from trl_ext.loop.picking import NothingNew
 from trl_ext.loop.rounds import Round
 from trl_ext.rating import MODES, Store, export
 from trl_ext.rating.answers import Answer, Item, fingerprint, items_of, read_answers
+from trl_ext.rating.exporting import feedback_rows
 from trl_ext.rating.modes import STARS, Mode, Verdict
 
 AT_A_TIME = 16  # answers that a rater is asked about before what it said is written down
@@ -113,8 +114,9 @@ def rate_on_page(round_: Round, mode: str, budget: int, port: int, browser: bool
         Waiting, OSError, StoreError, ImportError: as `asked_on_page`.
     """
     with asked_on_page(round_, round_.store, round_.answers, mode, budget, port, browser) as store:
-        if not any(said.verdict is not None for said in store.annotations()):
-            raise NothingNew("nobody could tell anything about its answers.")
+        rows, _ = feedback_rows(store.annotations(), store.mode)
+        if not rows:
+            raise NothingNew("nobody could tell anything about its answers, or all that was said are ties.")
         exported = export(store, round_.feedback)
         print(exported, end="\n" if str(exported) else "", flush=True)
 
@@ -129,7 +131,7 @@ def compare_on_page(
         budget: most pairs.
 
     Raises:
-        NothingNew: the two say the same to every prompt.
+        NothingNew: the two say the same to every prompt, or nobody could tell.
         Waiting, OSError, StoreError, ImportError: as `asked_on_page`.
     """
     two = [row for row in rows if row["policy"] in (round_.name, round_.before.name)]
@@ -138,7 +140,10 @@ def compare_on_page(
     if not round_.to_compare.is_file():
         write_rows(round_.to_compare, two)
     with asked_on_page(round_, round_.compared_store, round_.to_compare, "pairs", budget, port, browser) as store:
-        return evaluation.by_people(((c.id_a, c.id_b, c.outcome, c.rater) for c in store.comparisons()), two)
+        said = evaluation.by_people(((c.id_a, c.id_b, c.outcome, c.rater) for c in store.comparisons()), two)
+        if not said:
+            raise NothingNew("nobody could tell which policy's answers are better.")
+        return said
 
 
 @contextmanager

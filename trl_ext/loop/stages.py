@@ -97,7 +97,7 @@ def train_reward(circle: Circle, round_: Round) -> None:
     for i, folder in enumerate(folders):
         if not (folder / TRAINER_STATE_NAME).is_file():
             _train_one(circle, round_, rows, folder, i)
-    new = feedback.read(str(round_.feedback))
+    new = feedback.read(str(round_.feedback), on_error=script.on_error)
     accuracy = {
         "before": _accuracy(circle, new, circle.rewards(round_.before)),
         "after": _accuracy(circle, new, folders),
@@ -111,13 +111,14 @@ def train_policy(circle: Circle, round_: Round) -> None:
     if round_.ppo.is_dir():
         return
     draft = unfinished(round_.ppo)
-    trainer = _policy_trainer(circle, round_, ppo_config(circle.args, draft, circle.seed(round_.number)))
-    launch.show_progress(trainer)
-    trainer.train(resume_from_checkpoint=last_checkpoint(draft))
-    trainer.save_model()
-    trainer.save_state()
-    del trainer
-    launch.free_memory()
+    if not (draft / TRAINER_STATE_NAME).is_file():
+        trainer = _policy_trainer(circle, round_, ppo_config(circle.args, draft, circle.seed(round_.number)))
+        launch.show_progress(trainer)
+        trainer.train(resume_from_checkpoint=last_checkpoint(draft))
+        trainer.save_model()
+        trainer.save_state()  # last: by it the policy counts as trained
+        del trainer
+        launch.free_memory()
     _move(draft, round_.ppo)
 
 
@@ -129,9 +130,10 @@ def evaluate_policy(circle: Circle, round_: Round) -> None:
     policies = {one.name: circle.policy(one) for one in (round_, before, first)}
     own = circle.rewards(round_)
     judge = circle.judge or Spec("reward", str(own[0]))
+    cast = circle.cast(policies, own)
     compare = partial(compare_on_page, round_, budget=script.comparisons, port=script.port, browser=script.browser)
     result = evaluate(
-        circle.cast(policies, own),
+        cast,
         circle.test[: script.held_out],
         round_.compared,
         judge,
@@ -139,10 +141,14 @@ def evaluate_policy(circle: Circle, round_: Round) -> None:
         loading=circle.loading,
         people=compare if judge.kind == "people" else None,
     )
-    score = f"score/{name_of(judge.function)}" if judge.kind == "function" else None
+    judging = f"score/{name_of(judge.function)}" if judge.kind == "function" else None
+    if judge.kind == "reward":
+        cast, number = cast.with_reward(judge.value)
+        judging = f"score/{cast.reward_names[number]}"
+    of_round = [f"score/{name}" for name in cast.reward_names[: len(own)]]
     exams = _exams(circle, round_) if script.dataset == "demo" else {}
     accuracy = json.loads((round_.reward / ACCURACY).read_text(encoding="utf-8"))
-    line = overview.line(round_, result, accuracy, exams, score, _spent(circle, round_))
+    line = overview.line(round_, result, accuracy, exams, judging, of_round, _spent(circle, round_))
     write_whole(round_.evaluation, json.dumps({**result, "round": line}, indent=2, ensure_ascii=False) + "\n")
     launch.free_memory()
 

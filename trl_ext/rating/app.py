@@ -123,7 +123,8 @@ class Door:
             return 403, f"This page is for this machine only, not for {host[:100]!r}: open the link that was printed."
         if not (self._knows(given or "") or self._knows(request.cookies.get(self.cookie, ""))):
             return 403, "This page opens by a link with a token: ask whoever started it for the link."
-        if request.method not in ("GET", "HEAD") and not _is_from_our_page(request, host):
+        reads = request.method in ("GET", "HEAD") and request.headers.get("sec-fetch-dest", "document") == "document"
+        if not reads and not _is_from_our_page(request, host):  # a link elsewhere may open the page, an image may not
             return 403, "This came from another site: use the form on the page itself."
         return None
 

@@ -10,11 +10,12 @@ import json
 import secrets
 import sqlite3
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -541,19 +542,41 @@ class Store:
 
     def comparisons(self) -> list[Compared]:
         """Answers of different policies to one prompt, as people judged them in pairs or rankings; none of other modes.
-        Repeats and attention items are left out."""
+        Repeats and attention items are left out. What was said of an answer counts for all that read like it.
+
+        Of the ties that nobody is asked about, since the answers read alike, there is as large a part as was judged of
+        what people are asked about: all of them beside a few judgements would bring every win rate near one half."""
         compared: list[Compared] = []
         if not self.mode.ranks:
             return compared
+        twins = self._twins()
         for judgement in self.annotations():
             if judgement.kind == "ask" and judgement.verdict is not None:
+                prompt = judgement.prompt_number
                 for (a, rank_a), (b, rank_b) in combinations(zip(judgement.answers, judgement.verdict, strict=True), 2):
                     outcome = 0.5 if rank_a == rank_b else float(rank_a < rank_b)
-                    compared += _compared(judgement.prompt_number, a, b, outcome, judgement.rater)
-        for (numbers,) in self.connection.execute("SELECT answers FROM items WHERE kind = 'alike'").fetchall():
+                    for one, other in product(twins[prompt, a.key], twins[prompt, b.key]):
+                        compared += _compared(prompt, one, other, outcome, judgement.rater)
+        query = "SELECT answers FROM items WHERE kind = 'alike' ORDER BY number"
+        ties = shuffled(self.connection.execute(query).fetchall(), self.settings["answers"])
+        for (numbers,) in ties[: round(self._share_judged() * len(ties))]:
             prompt, _, (a, b) = self._read(json.loads(numbers))
             compared += _compared(prompt, a, b, 0.5, None)
         return compared
+
+    def _twins(self) -> dict[tuple[int, str], list[Answer]]:
+        """By prompt and text, the answers that read so."""
+        found: defaultdict[tuple[int, str], list[Answer]] = defaultdict(list)
+        query = "SELECT prompt, id, completion, policy, tokens FROM answers ORDER BY number"
+        for prompt, id_, said, *who in self.connection.execute(query).fetchall():
+            found[prompt, said].append(Answer(id_, None, json.loads(said), *who))
+        return found
+
+    def _share_judged(self) -> float:
+        """Of the items to be asked about the share that somebody has judged; those that were skipped do not count."""
+        query = "SELECT count(DISTINCT item) FROM asked WHERE kind = 'ask' AND state = 'judged'"
+        (judged,), untouched = self._one(query), self.untouched()
+        return judged / (judged + untouched) if judged + untouched else 1.0
 
     def _shown(self, token: str) -> Shown:
         shown, state, verdict, comment, answers = self._one(

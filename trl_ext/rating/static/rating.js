@@ -20,12 +20,12 @@ addEventListener("keydown", (event) => {
     return;
   }
   const key = event.key.toUpperCase();
-  if (key === "C" && comment) {
+  if (ranking && ranking.key(event, key)) return; // letters are its answers' first
+  if (key === "M" && comment) {
     event.preventDefault();
     comment.focus();
     return;
   }
-  if (ranking && ranking.key(event, key)) return;
   const control = document.querySelector(`[data-key="${CSS.escape(key)}"]`);
   if (control) {
     event.preventDefault();
