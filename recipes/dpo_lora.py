@@ -4,7 +4,6 @@ accelerate launch recipes/dpo_lora.py                    # the embedded default,
 accelerate launch recipes/dpo_lora.py --load_in_4bit
 """
 
-from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from trl_ext import DiagnosticsCallback, demo, launch
@@ -19,7 +18,7 @@ def make_trainer(script: launch.DataArguments, args: DPOConfig, model_args: Mode
         args=args,
         train_dataset=train,
         eval_dataset=test,
-        processing_class=AutoTokenizer.from_pretrained(launch.named_model(model_args).tokenizer),
+        processing_class=launch.named_model(model_args).load_tokenizer(args.trust_remote_code),
         callbacks=[DiagnosticsCallback()],
         **launch.model_for_trl(model_args, args),
     )
@@ -32,7 +31,7 @@ def main() -> None:
     script, args, model_args = launch.parse(__file__, *TYPES)
     train, test = launch.load_pairs(script)
     model = launch.named_model(model_args)
-    tokenizer = AutoTokenizer.from_pretrained(model.tokenizer)
+    tokenizer = model.load_tokenizer(args.trust_remote_code)
     launch.check_written(model.base, tokenizer, args, train, test, cut=True)
     reference = "the bare base" if model.adapter is None else "a frozen copy of that adapter"
     launch.show(
@@ -45,7 +44,7 @@ def main() -> None:
     )
     prompts, outcome = launch.distinct_prompts(test)[:64], {}
     how = {"max_new_tokens": 32, "batch_size": args.per_device_eval_batch_size}
-    untrained = launch.load_shared_base(model_args, value="head")
+    untrained = launch.load_shared_base(model_args, value="head", trust_remote_code=args.trust_remote_code)
     before = launch.answers(untrained, tokenizer, prompts[:6], **how)
     if script.dataset == "demo":
         outcome["exam before"] = demo.run_exam(untrained, tokenizer)
@@ -61,8 +60,8 @@ def main() -> None:
     del trainer
     launch.free_memory()
 
-    roles = {"policy": args.output_dir, "reference": model.adapter}
-    trained = launch.load_shared_base(model_args, value="head", **roles)
+    roles = {"policy": args.output_dir, "reference": model.adapter, "value": "head"}
+    trained = launch.load_shared_base(model_args, trust_remote_code=args.trust_remote_code, **roles)
     launch.show_before_after(prompts[:6], before, launch.answers(trained, tokenizer, prompts[:6], **how))
     if script.dataset == "demo":
         outcome["exam after"] = demo.run_exam(trained, tokenizer)

@@ -7,7 +7,6 @@ accelerate launch recipes/ppo_lora.py --config recipes/configs/ppo_smollm2.yaml 
 
 from dataclasses import dataclass, field
 
-from transformers import AutoTokenizer
 from trl import ModelConfig
 
 from trl_ext import AdaptiveKLCallback, AdaptiveKLController, DiagnosticsCallback, PPOConfig, PPOTrainer, demo, launch
@@ -44,7 +43,7 @@ def make_trainer(script: PPOArguments, args: PPOConfig, model_args: ModelConfig)
     functions = launch.import_functions(script.reward_funcs) if script.reward_funcs else None
     train, test = launch.load_rows(script, "prompts")
     model = launch.named_model(model_args)
-    tokenizer = AutoTokenizer.from_pretrained(model.tokenizer)
+    tokenizer = model.load_tokenizer(args.trust_remote_code)
     texts = launch.load_texts(script.ptx_dataset) if script.ptx_dataset else None
     launch.check_run(args, train, test, tokenizer, functions or [], model.base, texts)
     roles = {"policy": script.policy_adapter} if script.policy_adapter else {}

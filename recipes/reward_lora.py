@@ -39,7 +39,7 @@ def main() -> None:
     data = launch.load_feedback(script, args.objective)
     model = launch.named_model(model_args)
     if args.chat_template_path is None:
-        tokenizer = AutoTokenizer.from_pretrained(model.tokenizer)
+        tokenizer = model.load_tokenizer(args.trust_remote_code)
         launch.check_written(model.base, tokenizer, args, data.train, data.test)
     launch.show(
         "Reward model with LoRA",
@@ -61,8 +61,10 @@ def main() -> None:
         launch.free_memory()
 
     folders = [member.output_dir for member in members]
-    tokenizer, rows = AutoTokenizer.from_pretrained(folders[0]), args.per_device_eval_batch_size
-    base: SharedBase = launch.load_shared_base(model_args, policy=model.start, value="head", reward=folders)
+    own_code, rows = args.trust_remote_code, args.per_device_eval_batch_size
+    tokenizer = AutoTokenizer.from_pretrained(folders[0], trust_remote_code=own_code)
+    roles = {"policy": model.start, "value": "head", "reward": folders}
+    base: SharedBase = launch.load_shared_base(model_args, trust_remote_code=own_code, **roles)
     answers = launch.scored_answers(base, tokenizer, data.held_out, rows)
     prompts = launch.distinct_prompts(data.pairs)[:64]
     reference = launch.reference_scores(base, tokenizer, prompts, batch_size=rows)

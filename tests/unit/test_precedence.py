@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from trl import DPOConfig, ModelConfig
 
 from tests.helpers import FLAGS
 from tests.parity import tiny
 from trl_ext import PPOConfig, launch
 from trl_ext.launch.precedence import given_on, settled, split_config
+from trl_ext.launch.settings import recipe_file
 
 ROOT = Path(__file__).parents[2]
 TYPES: dict[str, tuple[Any, ...]] = {
@@ -174,6 +178,46 @@ def test_the_precision_of_accelerate_launch_is_not_contradicted(
     parsed(monkeypatch, tmp_path, "")
     with pytest.raises(ValueError, match=r"accelerate launch says mixed_precision bf16, and the settings say 'no'"):
         parsed(monkeypatch, tmp_path, "--bf16 false")
+
+
+def test_one_value_in_a_file_stands_for_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = "model_name_or_path: demo\ncolumns: text=completion\nlora_target_modules: q_proj\n"
+    data, _, model = parsed(monkeypatch, tmp_path, "", config=config)
+    assert data.columns == ["text=completion"] and model.lora_target_modules in ("q_proj", ["q_proj"])
+
+
+def test_a_file_of_settings_asks_for_no_precision_that_the_device_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for recipe in ("ppo", "dpo"):
+        config = "model_name_or_path: demo\ndataset: mine.jsonl\n"
+        _, args, _ = parsed(monkeypatch, tmp_path, "", recipe, config)
+        assert args.bf16 is False
+    _, args, _ = parsed(monkeypatch, tmp_path, "", "dpo", f"{config}fp16: false\nbf16: true\n")
+    assert args.bf16 is True, "where it is asked for"
+
+
+def test_what_is_written_down_of_a_run_has_no_secrets_and_can_be_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny.save_base(tmp_path / "base", tiny.config_of("llama"))
+    sft = tiny.save_policy_adapter(tmp_path / "sft", base, seed=1)
+    (tmp_path / "mine.yaml").write_text(f"model_name_or_path: {sft}\nhub_token: hf_mine\nenv: {{SOME_KEY: mine}}\n")
+    script = recipe_file("ppo_lora")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    types = runpy.run_path(str(script))["TYPES"]
+    words = [str(script), *FLAGS, "--config", "mine.yaml", "--output_dir", "out"]
+    monkeypatch.setattr(sys, "argv", words)
+    _, args, _ = launch.parse(str(script), *types)
+    assert args.hub_token == "hf_mine" and os.environ.pop("SOME_KEY") == "mine"
+    written = yaml.safe_dump(args.recipe["settings"])
+    assert "mine" not in written and "lora" not in written
+    (tmp_path / "again.yaml").write_text(written)
+    monkeypatch.setattr(sys, "argv", [str(script), "--config", "again.yaml", "--output_dir", "again"])
+    _, again, _ = launch.parse(str(script), *types)
+    assert again.learning_rate == args.learning_rate
 
 
 def test_a_setting_that_extends_is_only_there_where_it_is_said() -> None:

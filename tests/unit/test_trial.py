@@ -16,10 +16,10 @@ from transformers import set_seed
 from tests.unit.test_diagnostics import CONFIG, HEALTHY, SICK, rows
 from trl_ext import PPOConfig
 from trl_ext.diagnostics import Limits, RunLog, Suspect, diagnose, roots, try_remedies
-from trl_ext.diagnostics.forks import checkpoint_before
+from trl_ext.diagnostics.forks import _Watch, checkpoint_before, scale_learning_rate
 from trl_ext.diagnostics.remedies import stand_ins
 from trl_ext.diagnostics.settings import DEFAULTS, to_defaults
-from trl_ext.diagnostics.trial import candidates, first_sign, judged
+from trl_ext.diagnostics.trial import _Patient, candidates, first_sign, judged
 from trl_ext.launch.remaking import changed
 
 SMALL = {**HEALTHY, **SICK["steps_too_small"]}
@@ -635,6 +635,38 @@ def test_a_problem_that_does_not_come_back_says_nothing_of_a_remedy(tmp_path: Pa
     (trial,) = try_remedies(clinic, findings_at(1e-6), tmp_path / "trial", logs=12)
     assert (trial.verdict, trial.logs, len(clinic.made)) == ("not seen", 12, 1)
     assert "nothing can be said" in str(trial)
+
+
+def test_where_forks_begin_that_no_checkpoint_suits(tmp_path: Path) -> None:
+    """At the start: what only a fork has shown, what a controller goes on from, and a rate of 0."""
+    (tmp_path / "checkpoint-16").mkdir()
+    (tmp_path / "checkpoint-16" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-16-backup").mkdir()  # no checkpoint of a trainer's
+    (small,) = [one for one in findings_at(1e-6) if one.name == "steps_too_small"]
+    adaptive = {"objective/kl_target": 6.0}
+    for more, rate, finding, changes, begins in (
+        ({}, 1e-6, small, {"learning_rate": 1e-4}, 16),
+        ({}, 1e-6, replace(small, name="truncation"), {"learning_rate": 1e-4}, None),
+        ({}, 1e-6, small, {"kl_coef": 1.0}, 16),
+        (adaptive, 1e-6, small, {"kl_coef": 1.0}, None),
+        ({}, 0.0, small, {"learning_rate": 1e-4}, None),
+        ({}, 1e-6, small, {"penalty_coef": 1.0}, None),
+    ):
+        run = RunLog.of(rows(LENGTH, **SMALL, **more), {**CONFIG, "learning_rate": rate})
+        found = _Patient(None, run, tmp_path, None, Limits())._checkpoint(finding, changes)  # type: ignore[arg-type]
+        assert found == (None if begins is None else tmp_path / f"checkpoint-{begins}")
+
+
+def test_a_schedule_that_is_scaled_is_not_off_and_a_plateau_has_no_rates_of_its_own() -> None:
+    group = {"lr": 1e-3, "params": []}
+    optimizer = SimpleNamespace(param_groups=[group])
+    scale_learning_rate(optimizer, SimpleNamespace(), 0.1)
+    assert group["lr"] == pytest.approx(1e-4)
+    watch = _Watch(Limits(), None, None, {"learning_rate": 1e-5}).callback()
+    args = SimpleNamespace(to_dict=lambda: {}, learning_rate=1e-4)
+    state = SimpleNamespace(log_history=[], global_step=8, max_steps=80)
+    watch.on_train_begin(args, state, None, optimizer=optimizer, lr_scheduler=SimpleNamespace())
+    assert group["lr"] == pytest.approx(1e-5) and watch.config["rate_changed"]
 
 
 def test_the_forks_begin_at_the_last_checkpoint_before_the_first_sign(tmp_path: Path) -> None:

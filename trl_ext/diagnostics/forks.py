@@ -43,11 +43,11 @@ class Fork:
     died: str
 
 
-def checkpoint_before(run_dir: Path, step: int | None) -> Path | None:
-    """The last checkpoint before `step` (None: of all); None where there is none."""
-    found = [path for path in run_dir.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    earlier = [path for path in found if step is None or step_of(path) < step]
-    return max(earlier, key=step_of, default=None)
+def checkpoint_before(run_dir: Path, step: int) -> Path | None:
+    """The last checkpoint before `step`; None where there is none."""
+    numbered = [path for path in run_dir.glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
+    found = [path for path in numbered if (path / "trainer_state.json").is_file() and step_of(path) < step]
+    return max(found, key=step_of, default=None)
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -194,8 +194,9 @@ class _Watch:
                 watch._begin = len(RunLog.of(state.log_history).rows)
                 schedule = getattr(kwargs.get("lr_scheduler"), "scheduler", kwargs.get("lr_scheduler"))
                 if state.global_step and "learning_rate" in watch.config and schedule is not None:
-                    was = schedule.base_lrs[0]
+                    was = getattr(schedule, "base_lrs", [args.learning_rate])[0]
                     scale_learning_rate(kwargs["optimizer"], schedule, watch.config["learning_rate"] / was)
+                    self.config["rate_changed"] = True  # nobody is to blame the schedule
 
             def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if watch.read(RunLog.of(state.log_history, self.config)):
@@ -227,7 +228,8 @@ def exchange(trainer: Any, changes: Mapping[str, Any]) -> None:
 def scale_learning_rate(optimizer: Any, scheduler: Any, factor: float) -> None:
     """Multiply the learning rate, now and in the rest of its schedule."""
     schedule = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
-    schedule.base_lrs = [rate * factor for rate in schedule.base_lrs]
+    if hasattr(schedule, "base_lrs"):  # a plateau's goes on from the optimizer's
+        schedule.base_lrs = [rate * factor for rate in schedule.base_lrs]
     for group in optimizer.param_groups:
         group["lr"] *= factor
 

@@ -69,6 +69,7 @@ class Range:
         origin: from where distances are counted: of a discount from 1, as its horizon is 1 / (1 - gamma).
         value: it, from the log, where it is not the setting's own; NaN where it is unknown.
         unit: what the range counts, where that is not the setting itself.
+        off: the value that switches it off, as a usual choice; it then counts as infinite.
     """
 
     setting: str
@@ -81,12 +82,15 @@ class Range:
     origin: float = 0.0
     value: Callable[[RunLog], float] | None = None
     unit: str = ""
+    off: float | None = None
 
     def now(self, log: RunLog) -> float:
         """The value in a run; NaN where it is unknown or not a number."""
         if self.value is not None:
             return self.value(log)
         found = log.setting(self.setting)
+        if found is not None and found == self.off:
+            return math.inf
         return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else math.nan
 
 
@@ -219,6 +223,7 @@ RANGES: tuple[Range, ...] = (
         f"{ANDRYCHOWICZ}, section 3.3",
         below=Side("every gradient is shrunk to it, down to Adam's epsilon", STANDS),
         above=Side("no gradient is ever clipped", ("gradients_explode", "gradients_not_finite", "clipping_saturated")),
+        off=0.0,
     ),
     Range(
         "warmup_steps",
@@ -511,7 +516,8 @@ def _outside(log: RunLog) -> Iterator[Doubt]:
         mine, usual_one = abs(now - one.origin), abs(end - one.origin)
         nothing = 0.0 in (now, end, mine, usual_one)
         far = math.inf if nothing else max(mine / usual_one, usual_one / mine)
-        value = f"{now:.3g}"
+        far = 1.0 if one.off is not None and log.setting(one.setting) == one.off else far
+        value = f"{now:.3g}" if math.isfinite(now) else f"{one.off:g}"
         if one.value is not None:
             value = f"{float(log.setting(one.setting, 1)):g}, which makes {now:.3g} {one.unit}"
         usual = f"at least {one.low:g}" if one.high == math.inf else f"{one.low:g} to {one.high:g}"

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 FIXED_AT_START = {
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs"),
     *("num_generations", "num_train_epochs", "score_normalization", "reward_weights", "value_warmup_rollouts"),
-    *("objective", "warmup_steps", "lr_scheduler_type", "normalization_samples"),
+    *("objective", "penalty_coef", "warmup_steps", "lr_scheduler_type", "normalization_samples"),
     *("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),  # the optimizer's state has them
     *("lora_r", "lora_alpha", "lora_rslora"),  # the adapter has them
     *("beta", "loss_type", "loss_weights"),  # DPO: what was learned from another loss stays learned
@@ -395,9 +395,15 @@ class _Patient:
         return "in part", [], problems or [one.name for one in found] or [NOTHING_LEARNED]
 
     def _checkpoint(self, finding: Finding, changes: Mapping[str, Any]) -> Path | None:
+        """Where the forks begin; None: at the start, also where the run itself never had the finding."""
         if self.run is None or self.run_dir is None or FIXED_AT_START & set(changes):
             return None
-        return checkpoint_before(self.run_dir, first_sign(self.run, finding.name, self.limits, finding.severity))
+        if "kl_coef" in changes and self.run.names("objective/kl_target"):  # a controller goes on from its own
+            return None
+        if "learning_rate" in changes and not self.run.setting("learning_rate", 1.0):  # of 0 no schedule is scaled
+            return None
+        sign = first_sign(self.run, finding.name, self.limits, finding.severity)
+        return None if sign is None else checkpoint_before(self.run_dir, sign)
 
 
 def _learned(log: RunLog) -> Series:

@@ -231,9 +231,9 @@ def _held_out_source(data: DataArguments) -> tuple[str, str] | None:
         return None
     if _is_file(data.eval_split):
         return data.eval_split, "train"
-    if _is_file(data.dataset):
+    if (file := next(filter(_is_file, _sources(data.dataset)), None)) is not None:
         raise ValueError(
-            f"eval_split is {data.eval_split!r}, but the file {data.dataset!r} has no splits: name a second file, or "
+            f"eval_split is {data.eval_split!r}, but the file {file!r} has no splits: name a second file, or "
             "leave it out and eval_rows are held out."
         )
     return data.dataset, data.eval_split

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate import PartialState
 
 from trl_ext.launch.precedence import settled
 from trl_ext.launch.settings import parse, recipe_file
@@ -52,6 +53,9 @@ def trainer_maker(run_dir: str | Path) -> Callable[[dict[str, Any]], Any]:
         if stage is not None and stage in settings:  # whose settings lie together under its name
             changes = {stage: changed(settings[stage], changes), "output_dir": changes["output_dir"]}
         settings = changed(settings, changes)
+        if (times := about["settings"].get("world_size", 1) // PartialState().num_processes) > 1 and stage is None:
+            rows = settings.get("gradient_accumulation_steps", about["settings"]["gradient_accumulation_steps"])
+            settings["gradient_accumulation_steps"] = times * rows  # one process does what several did
         with tempfile.TemporaryDirectory() as folder, _called_in(recipe["folder"]):
             file = Path(folder) / "settings.yaml"
             file.write_text(yaml.safe_dump(settings | {"disable_tqdm": True}), encoding="utf-8")

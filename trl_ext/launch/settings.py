@@ -69,14 +69,20 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
         defaults |= read_config(Path(script).with_suffix(".yaml"))
     else:
         defaults |= {"model_name_or_path": "demo"}
-        if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)):
-            defaults["bf16"] = False
+    if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)):
+        defaults = {"bf16": False} | defaults
     check_names(arguments, levels, types)
     settings = settled([*levels, ("The recipe", defaults)])
-    check_adapter(settings, levels)
+    new_policy = not check_adapter(settings, levels)
     check_precision(settings, levels)
+    # An adapter that goes on has its own shape, which would contradict the model's name in a file.
+    left_out = ("env", *(() if new_policy else LORA))
+    recorded = {name: value for name, value in settings.items() if name not in left_out and not is_secret(name)}
     os.environ.update({name: str(value) for name, value in (settings.pop("env", None) or {}).items()})
     parser = TrlParser(types, allow_abbrev=False)
+    for action in parser._actions:  # one value in the file stands for a list of it, as it does on the command line
+        if action.nargs in ("+", "*") and isinstance(value := settings.get(action.dest), str):
+            settings[action.dest] = [value]
     if unknown := parser.set_defaults_with_config(**settings):
         raise ValueError(f"Unknown arguments from config file: {unknown[::2]}. Remove them, or mend their names.")
     parsed: tuple[Any, ...] = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
@@ -97,7 +103,7 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
             # For run.json: from it `trl-ext doctor --try` makes the trainer anew.
             name = Path(script).stem
             if Path(script).resolve() == recipe_file(name):  # not a script of one's own, perhaps of the same name
-                part.recipe = {"name": name, "folder": os.getcwd(), "settings": settings}
+                part.recipe = {"name": name, "folder": os.getcwd(), "settings": recorded}
             check_trackers(part.report_to)
             check_push(part)
     return parsed
@@ -124,15 +130,23 @@ def check_names(arguments: Sequence[str], levels: Sequence[tuple[str, dict[str, 
             raise ValueError(today("PPOConfig", name, SETTINGS))
 
 
-def check_adapter(settings: dict[str, Any], levels: Sequence[tuple[str, dict[str, Any]]]) -> None:
+def is_secret(name: str) -> bool:
+    """Whether a setting is nobody else's business: run.json is pushed along with the model."""
+    return name.endswith(("_token", "_key", "_secret", "_password"))
+
+
+def check_adapter(settings: dict[str, Any], levels: Sequence[tuple[str, dict[str, Any]]]) -> bool:
     """Refuse a new policy where the model that is named is an adapter, which is the policy.
+
+    Returns:
+        Whether it is one.
 
     Raises:
         ValueError: another adapter, or a LoRA's shape, is asked for.
     """
     name = settings.get("model_name_or_path")
     if name in (None, "demo") or (model := named(name, settings.get("model_revision"))).adapter is None:
-        return
+        return False
     depth = next(i for i, (_, level) in enumerate(levels) if "model_name_or_path" in level)
     asked = [field for _, level in levels[: depth + 1] for field in (*LORA, "policy_adapter") if level.get(field)]
     if asked or settings.get("policy_adapter"):
@@ -140,6 +154,7 @@ def check_adapter(settings: dict[str, Any], levels: Sequence[tuple[str, dict[str
             f"model_name_or_path {name!r} is an adapter over {model.base!r}, which is trained further as it is: leave "
             f"{(asked or ['policy_adapter'])[0]} out, or give {model.base!r} as model_name_or_path."
         )
+    return True
 
 
 def check_precision(settings: dict[str, Any], levels: Sequence[tuple[str, dict[str, Any]]]) -> None:

@@ -71,6 +71,11 @@ def merge(folder: str | Path, output_dir: str | Path, base: str | None = None, d
     plain = kind.from_pretrained(
         adapter.base, dtype=dtype, revision=adapter.revision or "main", **({"num_labels": 1} if scored else {})
     )
+    config = plain.config.get_text_config()
+    if scored and config.pad_token_id is None:  # else the classifier scores no two answers at a time
+        tokenizer = _tokenizer(adapter)
+        known = adapters.read_pad_token_id(Path(folder), tokenizer.pad_token_id)
+        config.pad_token_id = tokenizer.eos_token_id if known is None else known
     model = PeftModel.from_pretrained(plain, str(folder)).eval()
     before = _outputs(model, scored)
     merged = model.merge_and_unload(safe_merge=True)
@@ -167,8 +172,7 @@ def chat(
 
 
 def _tokenizer(adapter: adapters.Named) -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(adapter.tokenizer)
-    return tokenizer
+    return adapter.load_tokenizer()
 
 
 def _tokenizer_of(adapter: adapters.Named, model: Any) -> PreTrainedTokenizerBase:

@@ -106,7 +106,9 @@ class Circle:
 
     def shared_base(self, **roles: Any) -> SharedBase:
         """All roles for training, or for looking at what was trained."""
-        base: SharedBase = launch.load_shared_base(self.model_args, **roles)
+        base: SharedBase = launch.load_shared_base(
+            self.model_args, trust_remote_code=self.args.trust_remote_code, **roles
+        )
         return base
 
     def prompts_of(self, number: int) -> list[Mapping[str, Any]]:

@@ -240,7 +240,7 @@ def _policy_trainer(circle: Circle, round_: Round, args: PPOConfig) -> PPOTraine
     if before.number:
         roles |= {"policy": before.ppo, "value": before.ppo / "value", "reference": _reference(circle, before)}
     set_seed(args.seed)  # new adapters and heads are drawn
-    base = circle.shared_base(trust_remote_code=args.trust_remote_code, **roles)
+    base = circle.shared_base(**roles)
     rows, held_out = (Dataset.from_list([dict(row) for row in part]) for part in (circle.train, circle.test))
     return PPOTrainer(
         base, None, args, rows, held_out, processing_class=circle.tokenizer, callbacks=[DiagnosticsCallback()]

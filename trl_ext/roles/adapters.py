@@ -19,7 +19,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, find_adapter_config_file
 
 from trl_ext.roles import sharing
@@ -53,6 +53,14 @@ class Named(NamedTuple):
     def tokenizer(self) -> str:
         own = self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
         return str(self.adapter) if own else self.base
+
+    def load_tokenizer(self, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+        """That tokenizer; the base's is of the revision of its weights."""
+        revision = self.revision or "main" if self.tokenizer == self.base else "main"
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            self.tokenizer, revision=revision, trust_remote_code=trust_remote_code
+        )
+        return tokenizer
 
     def check_no_other(self, name: str, peft_config: Any | None) -> None:
         """Refuse a new LoRA over the adapter that `name` stands for.
