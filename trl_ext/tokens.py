@@ -6,7 +6,7 @@ Lists of ids have one entry per token; masks are bool, True marks a real token.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -292,11 +292,17 @@ def reward_suffix(
     if isinstance(prompts[0], str) or tokenizer.chat_template is None:
         return []
     conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    kwargs: dict[str, Any] = {"tokenize": True, "return_dict": True, **(chat_template_kwargs or {})}
+    kwargs: dict[str, Any] = {"tokenize": True, "return_dict": True, **of_whole_conversations(chat_template_kwargs)}
     asked = tokenizer.apply_chat_template(conversation[:1], **kwargs)["input_ids"]
     ids = list(tokenizer.apply_chat_template(conversation, **kwargs)["input_ids"])
     last = [i for i, token in enumerate(ids) if i >= len(asked) and token in set(eos)]
     return ids[last[-1] + 1 :] if last else []
+
+
+def of_whole_conversations(chat_template_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Without what says how a prompt ends, which an answer follows: a conversation with its answer just ends."""
+    of_prompts = ("add_generation_prompt", "continue_final_message")
+    return {name: value for name, value in (chat_template_kwargs or {}).items() if name not in of_prompts}
 
 
 # Batches -----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
 
 from tests.integration.test_ppo_trainer import trained_state, trainer_for
 from trl_ext import PPOTrainer, RolloutCallback
@@ -64,6 +66,39 @@ def test_a_run_goes_on_where_a_callback_failed(event: str, step: int, whole: PPO
         assert torch.equal(tensor, expected[name]), name
     moments = [trainer.collector.combination.moments.state_dict() for trainer in (whole, again)]
     assert moments[0] == moments[1], "no score counts twice"
+
+
+def test_a_checkpoint_of_an_earlier_run_is_not_taken_for_this_one_s(tmp_path: Path) -> None:
+    """Of the same number in the same folder; what this run has trained is saved in its place."""
+    settings = {**SETTINGS, "learning_rate": 1e-3}
+    old = trainer_for(tmp_path, save_strategy="steps", save_steps=2, **settings)
+    old.train()
+    trainer = trainer_for(tmp_path, **settings, seed=7)
+    trainer.add_callback(failing("on_rollout_end", 2))
+    with pytest.raises(CallbackError, match=r"All 2 steps before are saved in .*checkpoint-2'"):
+        trainer.train()
+    kept = load_file(tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors")
+    mine = get_peft_model_state_dict(trainer.base.model, adapter_name=trainer.base.adapters["policy"])
+    for name, tensor in mine.items():
+        assert torch.equal(kept[name], tensor), name
+
+
+def test_a_step_that_is_left_out_touches_no_gradient_and_has_the_norm_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At fp16 a second unscaling without a step between raises."""
+    trainer = trainer_for(tmp_path, max_grad_norm=0.0, max_approx_kl=1e-12, num_ppo_epochs=3, total_episodes=16)
+    clip, calls = trainer.accelerator.clip_grad_norm_, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(trainer.accelerator.gradient_state.sync_gradients)
+        return clip(*args, **kwargs)
+
+    monkeypatch.setattr(trainer.accelerator, "clip_grad_norm_", counted)
+    trainer.train()
+    assert calls and all(calls) and len(calls) < trainer.state.global_step
+    norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
+    assert norms and min(norms) > 0
 
 
 def test_training_again_after_an_error_amid_a_minibatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

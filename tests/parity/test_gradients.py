@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from tests.helpers import TOLERANCE, recomputes
 from tests.parity import ppo, tiny
 from trl_ext import SharedBase
+from trl_ext.roles.adapted import AdaptedModel
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,20 @@ def test_one_backward_after_both_roles_have_spoken(base_folder: Path, tmp_path: 
         ppo.check(backward(), expected)
     base.gradient_checkpointing_disable()
     ppo.check(backward(), expected)
+
+
+def test_a_model_that_recomputes_already_does_so_under_each_role_s_adapter(base_folder: Path, tmp_path: Path) -> None:
+    """As one that `prepare_model_for_kbit_training` has had in its hands."""
+    base = ppo.random_base(base_folder, "adapter")
+    base.causal_lm.gradient_checkpointing_enable()
+    again = AdaptedModel(base.model)
+    assert recomputes(again.causal_lm)
+    functions = {
+        module._gradient_checkpointing_func
+        for module in again.causal_lm.modules()
+        if hasattr(module, "_gradient_checkpointing_func")
+    }
+    assert {function.keywords["context_fn"] for function in functions} == {again._checkpoint_contexts}
 
 
 def test_reentrant_checkpointing_is_refused(base_folder: Path) -> None:

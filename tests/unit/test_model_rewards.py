@@ -175,6 +175,14 @@ def test_reward_suffix_with_several_eos_ids() -> None:
     assert reward_suffix(CHAT, word_tokenizer(CHAT_TEMPLATE), [CAT]) == []
 
 
+@pytest.mark.parametrize("how", [{"add_generation_prompt": True}, {"add_generation_prompt": False}])
+def test_how_a_prompt_ends_says_nothing_of_what_follows_an_answer(how: dict[str, Any]) -> None:
+    of_turns = CHAT_TEMPLATE + "{% if add_generation_prompt %}cat{% endif %}"
+    assert reward_suffix(CHAT, word_tokenizer(of_turns), [EOS], how) == [NEWLINE]
+    going_on = {"add_generation_prompt": False, "continue_final_message": True}
+    assert reward_suffix(CHAT, word_tokenizer(of_turns), [EOS], going_on) == [NEWLINE]
+
+
 def test_an_eos_before_the_answer_is_not_its_end() -> None:
     """As where BOS and EOS are one token, and the template ends no turn with it."""
     bos = "<eos>" + CHAT_TEMPLATE.replace("<eos>", "")

@@ -168,6 +168,9 @@ BAD: list[tuple[str, Any, str]] = [
     ("debug", "underflow_overflow", "debug is [<DebugOption.UNDERFLOW_OVERFLOW"),
     ("parallelism_config", {"tp_size": 2}, "parallelism_config is set, and the four roles"),
     ("accelerator_config", {"dispatch_batches": True}, "accelerator_config has dispatch_batches"),
+    ("accelerator_config", {"split_batches": True}, "accelerator_config has split_batches"),
+    ("accelerator_config", {"even_batches": False}, "accelerator_config has even_batches False"),
+    ("torch_compile_backend", "inductor", "torch_compile cannot follow recomputation"),
 ]  # fmt: skip
 
 

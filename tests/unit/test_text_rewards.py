@@ -46,6 +46,8 @@ def test_a_broken_limit_gives_the_worst_score() -> None:
     def judge(completions: list[str], **_: Any) -> list[float | None]:
         return [10.0, 20.0, None]
 
+    named = limited([lambda completions: (len(text) for text in completions)], [], worst=-5.0)
+    assert named(prompts=["p", "p"], completions=["a", "bb"]) == [1.0, 2.0], "it gets what it names, and may yield"
     score = limited([judge, judge], limits=[forbidden(["bad"])], worst=-5.0, weights=[1.0, 0.5])
     assert score(prompts=[], completions=["good", "a bad one", "fine"]) == [15.0, -5.0, None]
     assert score(prompts=[], completions=["bad", "good", "bad"]) == [-5.0, 30.0, -5.0]

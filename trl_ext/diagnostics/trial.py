@@ -398,7 +398,7 @@ class _Patient:
         """Where the forks begin; None: at the start, also where the run itself never had the finding."""
         if self.run is None or self.run_dir is None or FIXED_AT_START & set(changes):
             return None
-        if "kl_coef" in changes and self.run.names("objective/kl_target"):  # a controller goes on from its own
+        if "kl_coef" in changes and self.run.series("objective/kl_target"):  # a controller goes on from its own
             return None
         if "learning_rate" in changes and not self.run.setting("learning_rate", 1.0):  # of 0 no schedule is scaled
             return None

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -85,6 +84,7 @@ class Checkpoints:
         self._step_end: tuple[RandomState, dict[str, Any]] | None = None
         self._stepping = False
         self._told: Exception | None = None
+        self._latest: Path | None = None  # the checkpoint that this training wrote last, or goes on from
 
     # Files ------------------------------------------------------------------------------------------------------------
 
@@ -108,6 +108,7 @@ class Checkpoints:
         path = folder / NUMBERS
         numbers = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         self.updater.load_state_dict(numbers, load_experience(folder))
+        self._latest = folder.resolve()
 
     def load_best(self, folder: Path) -> None:
         """Put the roles of the checkpoint in `folder` back, and nothing else."""
@@ -161,6 +162,7 @@ class Checkpoints:
             )
 
         on_all(lambda: move() if self.args.should_save else None)
+        self._latest = final.resolve()
 
     def met(self, write: Callable[[], None]) -> None:
         """Call `write`. Where it fails on one process it raises on all."""
@@ -194,7 +196,7 @@ class Checkpoints:
 
     def forget_step_end(self) -> None:
         """A training begins, or the best roles are put back: what was noted belongs to others."""
-        self._step_end, self._stepping = None, False
+        self._step_end, self._stepping, self._latest = None, False, None
 
     @contextmanager
     def saved_first(
@@ -241,7 +243,7 @@ class Checkpoints:
         folder = self.folder_of(step)
         if step == 0:
             return ""
-        if not any(gather_object([folder.exists()])):
+        if self._latest != folder.resolve():  # one of that number may be an earlier run's
             if self._step_end is None or self._stepping:
                 return ""
             self._back_to_step_end()

@@ -229,6 +229,8 @@ def _check_row(
     for column in first:
         if column not in row:
             raise ValueError(f"Row {number} of train_dataset has no {column!r}, which row 0 has.")
+    if further := sorted(row.keys() - first.keys()):
+        raise ValueError(f"Row {number} of train_dataset has {further[0]!r}, which row 0 lacks: give it None there.")
     _check_prompt(row["prompt"], number, "train_dataset", first["prompt"])
     name = "The prompt in row {} of train_dataset"
     limits.check(measured_prompt(row["prompt"], number, name, tokenizer, template), name, tokenizer)

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
 from trl_ext.callbacks import RolloutEvents
 from trl_ext.core import combine_members
@@ -35,6 +35,7 @@ from trl_ext.ppo.batches import permutation
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.failures import together
 from trl_ext.ppo.metrics import Metrics
+from trl_ext.random_state import RandomState
 from trl_ext.rewards import Combination, RewardError, Scorer
 from trl_ext.roles import Role, SharedBase
 from trl_ext.tokens import as_ids, eos_ids, reward_suffix
@@ -153,9 +154,14 @@ class Collector:
         share = drawn[index::processes]
         asked = share + drawn[: -(-count // processes) - len(share)]  # as many in each process
         batches = [asked[i : i + self._batch] for i in range(0, len(asked), self._batch)]
+
+        def row(number: int) -> dict[str, Any]:  # as training gets it, of a dataset with a transform too
+            whole = dataset[number]
+            return {"prompt": whole["prompt"]} if self.args.remove_unused_columns else whole
+
         with self._apart(self.args.seed):
             parts = together(
-                lambda: [self._reference_scores(dataset.select(rows).to_list(), trainer_state) for rows in batches]
+                lambda: [self._reference_scores([row(i) for i in rows], trainer_state) for rows in batches]
             )
         self.combination.moments.update(torch.cat(gather_object([torch.cat(parts)[: len(share)]])))
 
@@ -313,13 +319,15 @@ class Collector:
 
     @contextmanager
     def _apart(self, seed: int) -> Iterator[None]:
-        """Leave torch's random numbers and the timers as they were."""
-        device, seconds = self.accelerator.device, dict(self.seconds)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed + self.accelerator.process_index)
+        """Leave random numbers and the timers as they were."""
+        state, seconds = RandomState(), dict(self.seconds)
+        set_seed(seed + self.accelerator.process_index)
+        try:
             yield
-        self.seconds.clear()
-        self.seconds.update(seconds)
+        finally:
+            state.restore()
+            self.seconds.clear()
+            self.seconds.update(seconds)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

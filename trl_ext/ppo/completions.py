@@ -24,7 +24,7 @@ def completions_table(
 
     Args:
         extra: each process's further columns, as reward functions gave them to `log_extra`; kept where they hold one
-            entry per completion.
+            entry per completion. One of a name that is taken is called "extra/<name>".
     """
     rollout, scores = experience.rollout, experience.scores
     kl = experience.score_pass.logprobs - experience.score_pass.ref_logprobs
@@ -41,7 +41,7 @@ def completions_table(
     for column in sorted({name for process in extra for name in process}):
         values = [value for process in extra for value in process.get(column, [])]
         if len(values) == len(rollout.prompts):
-            columns[column] = values
+            columns[f"extra/{column}" if column in columns else column] = values
     return pa.table(columns)
 
 

@@ -298,6 +298,21 @@ class PPOConfig(BaseConfig):
                 "accelerator_config has dispatch_batches, which sends tensors alone: leave it out, for PPO's rows are "
                 "texts."
             )
+        if getattr(self.accelerator_config, "split_batches", None):
+            raise ValueError(
+                "accelerator_config has split_batches, which would divide a rollout a second time: leave it out, for "
+                "per_device_train_batch_size is of each process already."
+            )
+        if getattr(self.accelerator_config, "even_batches", None) is False:
+            raise ValueError(
+                "accelerator_config has even_batches False, and processes with unequal shares of an evaluation would "
+                "wait for each other for ever: leave it out."
+            )
+        if self.torch_compile and (self.gradient_checkpointing or getattr(self, "activation_checkpointing", False)):
+            raise ValueError(
+                "torch_compile cannot follow recomputation that restores a role's adapter: set gradient_checkpointing "
+                "to False, or leave torch_compile out."
+            )
         by_loss = str(self.metric_for_best_model).removeprefix("eval_") == "loss"
         schedule = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
         if by_loss and (self.load_best_model_at_end or schedule in BY_EVALUATION):
@@ -384,11 +399,6 @@ class PPOConfig(BaseConfig):
             raise ValueError(
                 "Continuous batching knows neither generation_kwargs nor repetition_penalty: leave them out, or "
                 "use_transformers_continuous_batching."
-            )
-        if self.torch_compile and self.gradient_checkpointing:
-            raise ValueError(
-                "torch_compile cannot follow recomputation that restores a role's adapter: set gradient_checkpointing "
-                "to False, or leave torch_compile out."
             )
         for url in self.vllm_server_base_url or []:
             if not url.startswith(("http://", "https://")):

@@ -28,7 +28,7 @@ from trl_ext.core import evidence, masked_sum, penalize_missing_eos, shape_rewar
 from trl_ext.generation import GenerationError, TransformersGenerator
 from trl_ext.ppo.collector import Collector, RewardLog
 from trl_ext.ppo.config import PPOConfig
-from trl_ext.ppo.objectives import CheckedObjective, same_prompt, value_loss
+from trl_ext.ppo.objectives import CheckedObjective, ObjectiveError, same_prompt, value_loss
 from trl_ext.ppo.pretraining import PretrainMix
 from trl_ext.random_state import RandomState
 from trl_ext.rewards import RewardError
@@ -171,7 +171,7 @@ class Evidence:
         """What `work` returns; None where it fails here. Training does not need it, so nothing ends for its sake."""
         try:
             return work()
-        except (RewardError, GenerationError, torch.OutOfMemoryError) as error:
+        except (RewardError, GenerationError, ObjectiveError, torch.OutOfMemoryError) as error:
             if not self._told:
                 logger.warning("A measurement beside training is left out (%s). evidence=False turns them off.", error)
             self._told = True
@@ -451,13 +451,14 @@ class Evidence:
         if args.whiten_rewards:
             whole = (rewards["score"] + rewards["kl"])[kept].double()
             scale = 1 / math.sqrt(float(whole.var()) + 1e-8) if len(whole) > 1 else 1.0
+        objective = copy.deepcopy(self.objective)  # one of your own may keep a state
         parts = {
-            name: self.objective.advantages(replace(experience, rewards=scale * part, score_pass=pass_), plain)[0]
+            name: objective.advantages(replace(experience, rewards=scale * part, score_pass=pass_), plain)[0]
             for name, part in rewards.items()
         }
         if args.whiten_advantages and int(kept.sum()) > 1:
             # Whitening is affine: each part loses its own mean, which without a critic is one over completions.
-            whole = self.objective.advantages(experience, plain)[0][kept].double()
+            whole = objective.advantages(experience, plain)[0][kept].double()
             factor = float(experience.advantages[kept].double().std()) / max(float(whole.std()), 1e-12)
             weights = kept / (1 if args.uses_value else kept.sum(dim=1, keepdim=True).clamp(min=1))
             means = {name: (weights * part).sum() / weights.sum() for name, part in parts.items()}

@@ -194,6 +194,7 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
         self.checkpoints = Checkpoints(args, self.updater, self.accelerator)
         self.add_callback(_AfterStep(self._after_step))
         self._postponed: Exception | None = None
+        self._grad_norm: Any = torch.zeros(())
         self._tell = self.callback_handler.call_event
         self.callback_handler.call_event = self._call_event
         self._sampler: RolloutSampler | None = None
@@ -353,8 +354,17 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
             self.collector.normalize_by_reference(rows, self.state)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        stepping = self.accelerator.gradient_state.sync_gradients
-        return super()._clip_grad_norm(model) if stepping else torch.zeros(())
+        return super()._clip_grad_norm(model) if self._is_stepping else None
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Of a step that is left out, that of the one before: its own gradients stay as they are, fp16's scale too."""
+        if self._is_stepping:
+            self._grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self._grad_norm
+
+    @property
+    def _is_stepping(self) -> bool:
+        return bool(self.accelerator.gradient_state.sync_gradients)
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 

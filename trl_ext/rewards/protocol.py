@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +88,15 @@ def arguments_of(function: Any, offered: Collection[str]) -> list[str]:
             )
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return [name for name in offered if name in named or (takes_all and name != "prompt_ids")]
+
+
+def listed(values: Any) -> Any:
+    """What a function returned as a list, where it is something else that holds numbers in their order: a tensor, an
+    array, a Series, one column of either, a generator."""
+    if hasattr(values, "tolist"):
+        column = len(getattr(values, "shape", ())) == 2 and values.shape[1] == 1
+        listed = (values[:, 0] if column else values).tolist()
+        return listed if isinstance(listed, list) else values
+    if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping, Set)):
+        return list(values)
+    return values

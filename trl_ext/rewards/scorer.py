@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import count
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_ext.rewards.loop import Loop
-from trl_ext.rewards.protocol import RewardFunction, arguments_of, check_functions, name_of
-from trl_ext.tokens import check_loaded
+from trl_ext.rewards.protocol import RewardFunction, arguments_of, check_functions, listed, name_of
+from trl_ext.tokens import check_loaded, of_whole_conversations
 from trl_ext.types import Rollout
 
 
@@ -106,19 +106,19 @@ class Scorer:
                 with _reported_as(self.names[i], self.timeout):
                     if isinstance(result, BaseException):
                         raise result
-                    results[i] = _listed(result)
+                    results[i] = listed(result)
         checked = [_checked(result, name, count) for result, name in zip(results, self.names, strict=True)]
         return torch.stack(checked, dim=1)
 
     def _call(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Call a function, in a thread that can be left behind where it may not take for ever."""
         if self.timeout is None or inspect.iscoroutinefunction(function):
-            return _listed(function(**arguments))
+            return listed(function(**arguments))
         future: Future[Any] = Future()
 
         def work() -> None:
             try:
-                future.set_result(_listed(function(**arguments)))
+                future.set_result(listed(function(**arguments)))
             except BaseException as error:
                 future.set_exception(error)
 
@@ -142,12 +142,14 @@ class Scorer:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         model.to(device).eval().requires_grad_(False)
 
+        template = of_whole_conversations(self._chat_template_kwargs)
+
         @torch.inference_mode()
         def score(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
             texts = [
                 prompt + completion
                 if isinstance(prompt, str)
-                else tokenizer.apply_chat_template(prompt + completion, tokenize=False, **self._chat_template_kwargs)
+                else tokenizer.apply_chat_template(prompt + completion, tokenize=False, **template)
                 for prompt, completion in zip(prompts, completions, strict=True)
             ]
             scores: list[float] = []
@@ -200,18 +202,6 @@ def _reported_as(name: str, timeout: float | None) -> Iterator[None]:
             f"Reward function {name!r} raised {type(error).__name__}: {error}. Let it return None for a completion "
             "that it cannot judge."
         ) from error
-
-
-def _listed(values: Any) -> Any:
-    """What a function returned as a list, where it is something else that holds numbers in their order: a tensor, an
-    array, a Series, one column of either, a generator."""
-    if hasattr(values, "tolist"):
-        column = len(getattr(values, "shape", ())) == 2 and values.shape[1] == 1
-        listed = (values[:, 0] if column else values).tolist()
-        return listed if isinstance(listed, list) else values
-    if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping, Set)):
-        return list(values)
-    return values
 
 
 def _checked(values: Any, name: str, expected: int) -> Tensor:

@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from trl_ext.rewards.protocol import arguments_of, listed
 from trl_ext.types import as_text
 
 Reward = Callable[..., "list[float | None]"]
@@ -166,8 +167,10 @@ def limited(
         raise ValueError(f"limited got {len(factors)} weights for {len(rewards)} rewards: give one each.")
 
     def limited(**batch: Any) -> list[float | None]:
-        by_reward = [reward(**batch) for reward in rewards]
-        by_limit = [limit(**batch) for limit in limits]
+        by_reward, by_limit = (
+            [listed(one(**{name: batch[name] for name in arguments_of(one, batch)})) for one in functions]
+            for functions in (rewards, limits)
+        )
         scores: list[float | None] = []
         for row in range(len(batch["completions"])):
             terms = [w * float(x) for w, s in zip(factors, by_reward, strict=True) if (x := s[row]) is not None]

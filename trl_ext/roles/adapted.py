@@ -45,6 +45,8 @@ class AdaptedModel(nn.Module):
         self.packs = can_pack(self.causal_lm)
         self.deterministic = False
         self.longest = longest_row(self.config)
+        if self._recomputes:
+            self.activation_checkpointing_enable()  # each role under its own adapter
 
     @property
     def causal_lm(self) -> Any:
@@ -128,6 +130,11 @@ class AdaptedModel(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         """`activation_checkpointing_disable` by its older name."""
         self.activation_checkpointing_disable()
+
+    @property
+    def _recomputes(self) -> bool:
+        newer = getattr(type(self.causal_lm), "is_activation_checkpointing", None) is not None
+        return bool(getattr(self.causal_lm, f"is_{'activation' if newer else 'gradient'}_checkpointing", False))
 
     def _recomputation(self, what: str) -> Any:
         # Transformers before 5.23 has the older name alone, later ones warn of it.
