@@ -285,7 +285,7 @@ def _policy_and_reference(model: Any, plan: Plan) -> tuple[PeftModel, str, str |
             kind = "a PeftModel" if isinstance(model, PeftModel) else "loaded with an adapter"
             raise ValueError(
                 f"The model is {kind} already, and a policy adapter was given too: pass the model without its "
-                "adapter, or leave the policy out to train the adapter it has."
+                "adapter (load it anew, where a trainer was made of it before), or leave the policy out to train the adapter it has."
             )
         peft_model, policy = _with_its_adapter(model)
         copied = copied or plan.reference is None
@@ -313,8 +313,8 @@ def _with_its_adapter(model: Any) -> tuple[PeftModel, str]:
         model.active_adapters()  # those that Transformers knows of
     except ValueError as error:
         raise ValueError(
-            f"The {type(model).__name__} has adapters of its own: give the model without them, and a saved adapter "
-            "as policy."
+            f"The {type(model).__name__} has adapters of its own: give the model without them (load it anew, where "
+            "a trainer was made of it before), and a saved adapter as policy."
         ) from error
     name = sharing.check_peft_model(model)
     config = copy.deepcopy(model.peft_config[name])
