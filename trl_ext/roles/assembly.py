@@ -285,7 +285,7 @@ def _policy_and_reference(model: Any, plan: Plan) -> tuple[PeftModel, str, str |
             kind = "a PeftModel" if isinstance(model, PeftModel) else "loaded with an adapter"
             raise ValueError(
                 f"The model is {kind} already, and a policy adapter was given too: pass the model without its "
-                "adapter (load it anew, where a trainer was made of it before), or leave the policy out to train the adapter it has."
+                "adapter, or leave the policy out to train the adapter it has."
             )
         peft_model, policy = _with_its_adapter(model)
         copied = copied or plan.reference is None
