@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from transformers import AutoTokenizer, Trainer
 from trl import ModelConfig
 
-from trl_ext import DiagnosticsCallback, FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, feedback, launch
+from trl_ext import DiagnosticsCallback, FeedbackRewardConfig, FeedbackRewardTrainer, feedback, launch
 
 TYPES = (launch.RewardArguments, FeedbackRewardConfig, ModelConfig)
 
@@ -61,10 +61,9 @@ def main() -> None:
         launch.free_memory()
 
     folders = [member.output_dir for member in members]
-    own_code, rows = args.trust_remote_code, args.per_device_eval_batch_size
-    tokenizer = AutoTokenizer.from_pretrained(folders[0], trust_remote_code=own_code)
-    roles = {"policy": model.start, "value": "head", "reward": folders}
-    base: SharedBase = launch.load_shared_base(model_args, trust_remote_code=own_code, **roles)
+    code, rows = {"trust_remote_code": args.trust_remote_code}, args.per_device_eval_batch_size
+    tokenizer = AutoTokenizer.from_pretrained(folders[0], **code)
+    base = launch.load_shared_base(model_args, policy=model.start, value="head", reward=folders, **code)
     answers = launch.scored_answers(base, tokenizer, data.held_out, rows)
     prompts = launch.distinct_prompts(data.pairs)[:64]
     reference = launch.reference_scores(base, tokenizer, prompts, batch_size=rows)

@@ -52,7 +52,7 @@ ARROWS: dict[str, set[str]] = {
     "random_state": set(),
     "runs": set(),
     "evaluation": {"core", "diagnostics", "feedback", "generation", "rewards", "roles", "tokens", "types"},
-    "callbacks": {"controllers", "core", "diagnostics", "types"},
+    "callbacks": {"controllers", "core", "diagnostics", "runs", "types"},
     "reward_models": LOGIC | {"_trl"},
     "ppo": LOGIC | {"_trl"},
     "demo": {"types", "_trl"},

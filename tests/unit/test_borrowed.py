@@ -26,6 +26,7 @@ CLASS, VALUE = "a class", "a value"  # what has no signature
 # What a class of ours puts its own in the place of. A parameter with a default ends in "=".
 OVERRIDDEN: dict[tuple[str, str], str] = {
     (TRAINER, "_clip_grad_norm"): "self, model",
+    (TRAINER, "_get_grad_norm"): "self, model, grad_norm=",
     (TRAINER, "_get_output_dir"): "self, trial",
     (TRAINER, "_get_train_sampler"): "self, train_dataset=",
     (TRAINER, "_load_best_model"): "self",

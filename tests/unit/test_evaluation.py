@@ -581,7 +581,7 @@ def test_evaluate_by_a_language_model_beside_people(
     rubric, out, store = tmp_path / "rubric.txt", tmp_path / "e", tmp_path / "people.sqlite"
     rubric.write_text("The longer one is better.")
     more = ["--judge", f"url:m@{server.url}", "--rubric", str(rubric), "--store", str(store), "--out", str(out)]
-    arguments = ["evaluate", *line(files, *more, policies=("base=base", "one=one"))]
+    arguments = ["evaluate", *line(files, *more, policies=("base=base", "twin=base", "one=one"))]
     assert main(arguments) == 0
     assert json.loads((out / "evaluation.json").read_text())["agreement"] is None
     assert "Nobody has compared these answers" in capsys.readouterr().out
@@ -589,7 +589,11 @@ def test_evaluate_by_a_language_model_beside_people(
     assert main(arguments) == 0
     result = json.loads((out / "evaluation.json").read_text())
     assert result["judge"] == f"url:m@{server.url}"
-    assert result["agreement"]["pairs"] > 4 and result["agreement"]["mean"] == 1
+    assert result["agreement"]["mean"] == 1
+    said = {row["id"]: row["completion"] for row in map(json.loads, (out / "answers.jsonl").read_text().splitlines())}
+    with Store.read(store) as kept:
+        compared = [(said[c.id_a], said[c.id_b]) for c in kept.comparisons()]
+    assert 4 < result["agreement"]["pairs"] == sum(a != b for a, b in compared) < len(compared), "none that read alike"
     assert server.requests[0]["messages"][0]["content"] == "The longer one is better."
 
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -80,9 +81,9 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
     recorded = {name: value for name, value in settings.items() if name not in left_out and not is_secret(name)}
     os.environ.update({name: str(value) for name, value in (settings.pop("env", None) or {}).items()})
     parser = TrlParser(types, allow_abbrev=False)
-    for action in parser._actions:  # one value in the file stands for a list of it, as it does on the command line
-        if action.nargs in ("+", "*") and isinstance(value := settings.get(action.dest), str):
-            settings[action.dest] = [value]
+    for name in lists_among(types):  # one value in the file stands for a list of it, as it does on the command line
+        if isinstance(value := settings.get(name), str):
+            settings[name] = [value]
     if unknown := parser.set_defaults_with_config(**settings):
         raise ValueError(f"Unknown arguments from config file: {unknown[::2]}. Remove them, or mend their names.")
     parsed: tuple[Any, ...] = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
@@ -128,6 +129,17 @@ def check_names(arguments: Sequence[str], levels: Sequence[tuple[str, dict[str, 
     for name in [*words, *(name for _, level in levels for name in level)]:
         if name in SETTINGS and name not in known:
             raise ValueError(today("PPOConfig", name, SETTINGS))
+
+
+def lists_among(types: Sequence[Any]) -> set[str]:
+    """Names of the settings that are lists, and never texts."""
+    found = set()
+    for kind in types:
+        for name, hint in get_type_hints(kind).items():
+            parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+            if str not in parts and any(get_origin(part) is list for part in parts):
+                found.add(name)
+    return found
 
 
 def is_secret(name: str) -> bool:
