@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from statistics import mean, median
 
+import torch
 from timing import head, row
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,8 @@ def run(precision: str, seed: int, folder: Path) -> tuple[float, list[Point]]:
     """Exam in percent, and the curve."""
     if not (folder / "result.json").is_file():
         command = [sys.executable, "recipes/ppo_lora.py", "--output_dir", str(folder), "--overwrite", "true"]
-        command += ["--disable_tqdm", "true", "--seed", str(seed), *PRECISIONS[precision]]
+        on_cpu = str(not torch.cuda.is_available())  # where autocast must be asked for with it
+        command += ["--disable_tqdm", "true", "--use_cpu", on_cpu, "--seed", str(seed), *PRECISIONS[precision]]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     result, state = (json.loads((folder / name).read_text("utf-8")) for name in ("result.json", "trainer_state.json"))
     return float(re.findall(r"([\d.]+)% right", result["exam after"])[0]), curve(state["log_history"])
