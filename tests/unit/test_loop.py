@@ -626,7 +626,7 @@ def test_a_policy_that_is_trained_is_not_trained_again(tmp_path: Path, monkeypat
     draft.mkdir(parents=True)
     (draft / stages.TRAINER_STATE_NAME).write_text("{}")
     monkeypatch.setattr(stages, "_policy_trainer", None)  # which would be called
-    stages.train_policy(SimpleNamespace(), round_)  # type: ignore[arg-type]
+    stages.train_policy(SimpleNamespace(seed=int), round_)  # type: ignore[arg-type]
     assert (round_.ppo / stages.TRAINER_STATE_NAME).is_file() and not draft.exists()
 
 

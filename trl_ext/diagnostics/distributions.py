@@ -308,7 +308,7 @@ def _is_always_the_same(log: RunLog) -> bool:
     return len(held_out) > 1 and 0.0 <= max(held_out.values) - min(held_out.values) < 1e-3 * spread.start()
 
 
-def normalised(log: RunLog) -> bool:
+def advantages_are_normalised(log: RunLog) -> bool:
     """Whether advantages are divided by the scores' spread, so that the scores' scale is none of the loss: GRPOTrainer
     does where nobody says otherwise, RLOOTrainer where it is told to."""
     if log.kind != "online":
@@ -324,7 +324,7 @@ def suggested_kl_coef(log: RunLog, limits: Limits) -> float:
     spread, length = log.series("score_std"), log.series("length")
     if not spread or not length or spread.start() == 0.0:
         return math.nan
-    return (1.0 if normalised(log) else spread.start()) / limits.budget_of(length.start())
+    return (1.0 if advantages_are_normalised(log) else spread.start()) / limits.budget_of(length.start())
 
 
 def stronger(log: RunLog, limits: Limits) -> dict[str, float]:

@@ -83,7 +83,8 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _weights(history: list[dict[str, Any]], config: dict[str, Any]) -> dict[str, float]:
     """Of each reward function that was logged its weight."""
     log = RunLog.of(history, config)
-    return {name: weights_of(log).get(name, 1.0) for name in log.names("rewards/", "/mean")}
+    weights = weights_of(log)
+    return {name: weights.get(name, 1.0) for name in log.names("rewards/", "/mean")}
 
 
 def _samples(folder: Path, weights: dict[str, float]) -> list[Sample]:

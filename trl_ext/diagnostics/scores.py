@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from statistics import fmean
 
-from trl_ext.diagnostics.distributions import normalised, stronger, weaker
+from trl_ext.diagnostics.distributions import advantages_are_normalised, stronger, weaker
 from trl_ext.diagnostics.finding import CANNOT_TELL, TRY_EACH, Finding, Remedy, Suspect
 from trl_ext.diagnostics.limits import Limits
 from trl_ext.diagnostics.log import AGREEMENT, MISSED, ONE_VERDICT, SHIFTED, RunLog, Series
@@ -86,6 +86,7 @@ def no_progress(log: RunLog, limits: Limits) -> Finding | None:
         return None
     if score.ever_rose(limits.noticeable):
         return None
+    figures = {"score": score.recent(), "start": score.start(4), "best": score.best()}
     moved = f" The KL is {kl.recent():.2g} nats per completion." if kl else ""
     near = abs(kl.recent()) < limits.stays * limits.budget_of(length.recent())
     by_kl = Suspect(
@@ -102,10 +103,7 @@ def no_progress(log: RunLog, limits: Limits) -> Finding | None:
             f"In {len(score)} logs it went from {score.start(4):.3g} to {score.recent():.3g}; {score.best():.3g} at "
             f"its best is no more than chance makes.{moved}"
         ),
-        figures={
-            **{"score": score.recent(), "start": score.start(4), "best": score.best()},
-            **({"kl": kl.recent()} if kl else {}),
-        },
+        figures=figures | ({"kl": kl.recent()} if kl else {}),
         cause=f"{CANNOT_TELL} from the log alone.",
         remedy=TRY_EACH,
         samples=log.last_samples(),
@@ -135,7 +133,7 @@ def score_scale(log: RunLog, limits: Limits) -> Finding | None:
     for a few."""
     spread, start = log.series("score_std"), log.series("score").start()
     half, alike, middle = (log.series(f"objective/scores_{name}").start() for name in ("shorth", "alike", "median"))
-    if not log.suffices(spread, limits.enough) or normalised(log):
+    if not log.suffices(spread, limits.enough) or advantages_are_normalised(log):
         return None
     now = min(spread.recent(), spread.lasting())
     drift = now / spread.start() if len(spread) >= limits.least_rows and spread.start() > 1e-6 else 1.0

@@ -14,9 +14,9 @@ from typing import Any
 
 from trl_ext.diagnostics.distributions import (
     PLAIN_SAMPLING,
+    advantages_are_normalised,
     coefficient_now,
     kl_field,
-    normalised,
     suggested_kl_coef,
 )
 from trl_ext.diagnostics.finding import Finding, Remedy, worst
@@ -534,7 +534,7 @@ def _weights(log: RunLog, limits: Limits) -> Iterator[Doubt]:
     if all(weight <= 0 for weight in weights):
         side = Side("what is good is punished", (*FLIES, "score_opposed", *STANDS))
         yield Doubt("reward_weights", f"no weight of {list(weights)} is positive", side, instead, ZIEGLER, math.inf)
-    if normalised(log):  # whatever their size
+    if advantages_are_normalised(log):  # whatever their size
         return
     largest, now = max(abs(weight) for weight in weights), coefficient_now(log)
     off = now / coefficient if coefficient > 0 else math.nan  # NaN, where it is not known, is not off

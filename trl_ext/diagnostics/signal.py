@@ -255,7 +255,7 @@ def penalty_dominates(log: RunLog, limits: Limits) -> Finding | None:
         severity="problem",
         title="The penalty for a missing EOS outweighs the score",
         steps=log.steps,
-        evidence=(f"{share.recent():.0%} of the reward's variance is the penalty of {penalty:g}{told}."),
+        evidence=f"{share.recent():.0%} of the reward's variance is the penalty of {penalty:g}{told}.",
         figures={"penalty_share": share.recent(), **({"functions_share": max(of_functions, 0.0)} if known else {})},
         cause="a penalty far larger than the spread of the scores, or a length limit that many completions reach.",
         remedy=Remedy(

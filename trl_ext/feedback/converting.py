@@ -11,7 +11,7 @@ import math
 import random
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, combinations, product
 from statistics import fmean
@@ -187,16 +187,27 @@ def split_by_prompt(feedback: Feedback, held_out: float, seed: int = 0) -> tuple
         groups[answers if by_answers or not record.prompt else key_of(record.prompt)].append(number)
     if len(groups) < 2:
         raise FeedbackError(f"{feedback.source} cannot be split: all of it is about one answer to one prompt.")
-    keys = sorted(groups)
-    random.Random(seed).shuffle(keys)
-    sizes = list(accumulate(len(groups[key]) for key in keys))
-    count = round(len(keys) * held_out) if held_out < 1 else bisect_left(sizes, held_out) + 1
-    second = {number for key in keys[: min(max(count, 1), len(keys) - 1)] for number in groups[key]}
+    sizes = {key: len(numbers) for key, numbers in groups.items()}
+    second = {number for key in keys_held_out(sizes, held_out, seed) for number in groups[key]}
     parts: tuple[list[Record], list[Record]] = [], []
     for number, record in enumerate(feedback.records):
         parts[number in second].append(record)
     halves = [replace(feedback, records=part, dropped=[], undecided=0) for part in parts]
     return halves[0], halves[1]
+
+
+def keys_held_out(sizes: Mapping[str, int], held_out: float, seed: int = 0) -> list[str]:
+    """Which of several groups are held out, at least one and not all.
+
+    Args:
+        sizes: of each group, by its key.
+        held_out: as of `split_by_prompt`, of groups or of their rows.
+    """
+    keys = sorted(sizes)
+    random.Random(seed).shuffle(keys)
+    rows = list(accumulate(sizes[key] for key in keys))
+    count = round(len(keys) * held_out) if held_out < 1 else bisect_left(rows, held_out) + 1
+    return keys[: min(max(count, 1), len(keys) - 1)]
 
 
 def middle_of_scale(feedback: Feedback) -> float:

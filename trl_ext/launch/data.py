@@ -5,13 +5,11 @@ Feedback is read by `trl_ext.feedback.read` alone. Other rows (prompts, texts) s
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from trl_ext import demo, feedback
-from trl_ext.feedback.converting import middle_of_scale
+from trl_ext.feedback.converting import keys_held_out, middle_of_scale
 from trl_ext.feedback.files import READERS, Unusable, opened, rows_of_file
 from trl_ext.feedback.reading import check_on_error, converting_lines, renaming, says_how_to_prompt
 from trl_ext.feedback.records import key_of
@@ -101,10 +99,7 @@ def _apart(rows: Dataset, count: int) -> tuple[Dataset, Dataset]:
     if len(often) in (1, len(keys)):
         split = rows.train_test_split(test_size=count, seed=0)
         return split["train"], split["test"]
-    prompts = sorted(often)
-    random.Random(0).shuffle(prompts)
-    sizes = accumulate(often[prompt] for prompt in prompts)
-    held_out = {prompts[0], *(prompt for prompt, size in zip(prompts[1:-1], sizes, strict=False) if size < count)}
+    held_out = set(keys_held_out(often, count))
     sides: tuple[list[int], list[int]] = [], []
     for number, key in enumerate(keys):
         sides[key in held_out].append(number)

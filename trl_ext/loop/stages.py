@@ -95,8 +95,8 @@ def train_reward(circle: Circle, round_: Round) -> None:
             print(f"Feedback so far: {advice}", flush=True)
     folders = [draft / folder.relative_to(round_.reward) for folder in circle.rewards(round_)]
     for i, folder in enumerate(folders):
-        if not (folder / TRAINER_STATE_NAME).is_file():
-            _train_one(circle, round_, rows, folder, i)
+        args = reward_config(script, circle.args, folder, circle.seed(round_.number) + 100 * i)
+        _train(partial(_reward_trainer, circle, round_, args, rows, i), folder)
     new = feedback.read(str(round_.feedback), on_error=script.on_error)
     accuracy = {
         "before": _accuracy(circle, new, circle.rewards(round_.before)),
@@ -111,14 +111,8 @@ def train_policy(circle: Circle, round_: Round) -> None:
     if round_.ppo.is_dir():
         return
     draft = unfinished(round_.ppo)
-    if not (draft / TRAINER_STATE_NAME).is_file():
-        trainer = _policy_trainer(circle, round_, ppo_config(circle.args, draft, circle.seed(round_.number)))
-        launch.show_progress(trainer)
-        trainer.train(resume_from_checkpoint=last_checkpoint(draft))
-        trainer.save_model()
-        trainer.save_state()  # last: by it the policy counts as trained
-        del trainer
-        launch.free_memory()
+    seed = circle.seed(round_.number)
+    _train(lambda: _policy_trainer(circle, round_, ppo_config(circle.args, draft, seed)), draft)
     _move(draft, round_.ppo)
 
 
@@ -195,9 +189,11 @@ def _spent(circle: Circle, round_: Round) -> int:
 # Training ------------------------------------------------------------------------------------------------------------
 
 
-def _train_one(circle: Circle, round_: Round, rows: Dataset, folder: Path, member: int) -> None:
-    args = reward_config(circle.script, circle.args, folder, circle.seed(round_.number) + 100 * member)
-    trainer = _reward_trainer(circle, round_, args, rows, member)
+def _train(make_trainer: Callable[[], Any], folder: Path) -> None:
+    """What lies in the folder, unless that is done: it is gone on with, or made anew."""
+    if (folder / TRAINER_STATE_NAME).is_file():
+        return
+    trainer = make_trainer()
     launch.show_progress(trainer)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     trainer.save_model()
