@@ -92,7 +92,7 @@ def on_main(work: Callable[[], Result]) -> Result:
     try:
         if PartialState().is_main_process:
             shared[0] = work()
-    except Exception as error:
+    except BaseException as error:
         shared[1] = f"{type(error).__name__}: {error}"
         raise
     finally:

@@ -2,6 +2,7 @@
 
 import math
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.integration.test_ppo_trainer import LORA, cats, config, rows_with, tr
 from trl_ext import PPOConfig, PPOTrainer, RolloutCallback, SharedBase
 from trl_ext.core import clipped_policy_loss, estimate_advantages
 from trl_ext.ppo.evidence import LOST, ROWS, TWINS, Frozen, Schedule, other_tokens, reading, sampled, written_otherwise
+from trl_ext.ppo.objectives import Clip
 
 
 def rewarding(kind: str) -> Any:
@@ -307,6 +309,46 @@ def test_a_function_that_fails_the_second_time_ends_no_run(tmp_path: Path, caplo
     trainer = trainer_for(tmp_path, once, total_episodes=16)
     trainer.train()
     assert "is left out" in caplog.text and len(rows_with(trainer, "objective/scores")) == 2
+
+
+class Remembering(Clip):
+    """Keeps a state, as a baseline that moves along does; what is in `kept` with it may not be copied."""
+
+    def __init__(self, kept: Any = None) -> None:
+        super().__init__()
+        self.kept, self.calls = kept, 0
+
+    def advantages(self, shaped: Any, args: Any) -> Any:
+        self.calls += 1
+        return super().advantages(shaped, args)
+
+
+class ByScores(Clip):
+    """Divides by the spread of the rewards, which of the KL's part alone is 0."""
+
+    def advantages(self, shaped: Any, args: Any) -> Any:
+        advantages, returns = super().advantages(shaped, args)
+        return advantages * float(shaped.rewards.abs().sum() / shaped.rewards.abs().sum()), returns
+
+
+def test_a_measurement_leaves_an_objective_of_ones_own_as_it_was(tmp_path: Path) -> None:
+    calls = []
+    for evidence in (False, True):
+        objective = Remembering()
+        trainer = trainer_for(tmp_path / str(evidence), objective=objective, evidence=evidence)
+        trainer.train()
+        calls.append(objective.calls)
+    assert calls[0] == calls[1] > 0 and rows_with(trainer, "evidence/gradient/score")
+
+
+@pytest.mark.parametrize("objective", [Remembering(threading.Lock()), ByScores()], ids=["lock", "0 over 0"])
+def test_an_objective_that_cannot_be_measured_ends_no_run(
+    objective: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_for(tmp_path, objective=objective)
+    trainer.train()
+    assert "is left out" in caplog.text and len(rows_with(trainer, "objective/scores")) == 2
+    assert not rows_with(trainer, "evidence/gradient/score")
 
 
 def test_shares_are_of_the_whole_reward(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import json
+import random
 import shutil
 from dataclasses import fields
 from itertools import pairwise
@@ -472,6 +473,54 @@ def test_evaluation_reports_every_prompt_once_and_leaves_training_untouched(tmp_
     again = [runs["with"].evaluate() for _ in range(2)]
     assert again[0]["eval_objective/scores"] == again[1]["eval_objective/scores"]
     assert asked == [list(runs["with"].eval_dataset["prompt"])] * 4
+
+
+def test_an_evaluation_leaves_every_random_number_as_it_was(tmp_path: Path) -> None:
+    """Also Python's, which a reward function may draw."""
+
+    def noisy(completions: list[str], **_: Any) -> list[float]:
+        return [random.random() for _ in completions]
+
+    scores = []
+    for evaluated in (False, True):
+        changes = {"eval_strategy": "steps", "eval_steps": 1} if evaluated else {}
+        trainer = trainer_for(tmp_path / str(evaluated), noisy, evidence=False, **changes)
+        trainer.train()
+        scores.append([row["objective/scores"] for row in rows_with(trainer, "objective/scores")])
+    assert scores[0] == scores[1]
+    again = []
+    for seed in range(2):
+        random.seed(seed)
+        again.append(trainer.evaluate()["eval_objective/scores"])
+    assert again[0] == again[1], "and each has the same"
+
+
+def test_reference_normalisation_asks_what_training_asks(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def judge(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        asked.extend(prompts)
+        return cats(completions)
+
+    changed = prompt_dataset(16).with_transform(lambda rows: {**rows, "prompt": [f"dog {p}" for p in rows["prompt"]]})
+    settings = config(tmp_path / "out", score_normalization="reference", normalization_samples=8)
+    trainer = PPOTrainer(
+        saved_model(tmp_path / "model"), judge, settings, changed, processing_class=word_tokenizer(), peft_config=LORA
+    )
+    trainer.train()
+    assert len(asked) > 16 and all(prompt.startswith("dog ") for prompt in asked)
+
+
+def test_an_extra_column_does_not_take_the_place_of_the_score(tmp_path: Path) -> None:
+    def judge(completions: list[str], log_extra: Any, **_: Any) -> list[float]:
+        log_extra("score", ["8/10"] * len(completions))
+        return cats(completions)
+
+    trainer = trainer_for(tmp_path, judge, log_completions=True)
+    trainer.train()
+    for path in (tmp_path / "out" / "completions").glob("*.parquet"):
+        table = pd.read_parquet(path)
+        assert set(table["extra/score"]) == {"8/10"} and table["score"].dtype.kind == "f"
 
 
 def test_what_reward_functions_log_in_an_evaluation_is_the_evaluations(tmp_path: Path) -> None:

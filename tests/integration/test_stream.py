@@ -111,6 +111,10 @@ BAD = {
         r"The prompt in row 17 of train_dataset is .* of another kind than that in row 0",
     ),
     "no column": ({"prompt": "cat"}, r"Row 17 of train_dataset has no 'animal', which row 0 has"),
+    "one more": (
+        {"prompt": "cat", "animal": "cat", "hint": 1},
+        r"Row 17 of train_dataset has 'hint', which row 0 lacks",
+    ),
 }
 
 

@@ -1,6 +1,7 @@
 """What is done with saved adapters: merged, scored with, talked to."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,17 @@ def test_merged_policy_and_reward_model(home: tiny.Home, tmp_path: Path, capsys:
     judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge")
     expected = tiny.load_classifier(reward, Path(home.base_folder))(IDS).logits
     torch.testing.assert_close(judge(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_reward_model_over_a_base_without_a_pad_token(home: tiny.Home, tmp_path: Path) -> None:
+    """As the config of many bases is; a classifier scores several answers at a time all the same."""
+    base = Path(shutil.copytree(home.base_folder, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
+    reward = tiny.save_reward_adapter(tmp_path / "reward", base, seed=3)
+    trained.merge(reward, tmp_path / "judge", str(base))
+    judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge")
+    assert judge(IDS.repeat(2, 1)).logits.shape == (2 * len(IDS), 1)
 
 
 def test_a_token_that_the_model_lacks_stays_behind(home: tiny.Home, tmp_path: Path) -> None:

@@ -272,6 +272,23 @@ def test_a_folder_that_no_recipe_wrote(recipe: Any, tmp_path: Path) -> None:
         trainer_maker(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("processes", "changes", "rows"), [(1, {}, 2), (4, {}, 8), (4, {"gradient_accumulation_steps": 3}, 12)]
+)
+def test_a_run_of_several_processes_is_forked_with_as_large_rollouts(
+    processes: int, changes: dict[str, Any], rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    types = runpy.run_path(str(recipe_file("ppo_lora")))["TYPES"]
+    names = {"TYPES": types, "make_trainer": lambda script, args, model: args}
+    monkeypatch.setattr("trl_ext.launch.remaking.runpy.run_path", lambda _: names)
+    settings = {"gradient_accumulation_steps": 2, "model_name_or_path": "demo", "dataset": "demo", "use_cpu": True}
+    recipe = {"name": "ppo_lora", "folder": str(tmp_path), "settings": settings}
+    about = {"settings": {"world_size": processes, "gradient_accumulation_steps": 2}, "recipe": recipe}
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    args = trainer_maker(tmp_path)({**changes, "output_dir": str(tmp_path / "fork")})
+    assert args.gradient_accumulation_steps == rows
+
+
 @pytest.mark.usefixtures("elsewhere")
 def test_a_script_of_one_s_own_is_not_taken_for_the_recipe_of_its_name() -> None:
     """Its trainer would be another one than what `--try` makes."""

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -197,3 +198,15 @@ def test_inside_use_whoever_is_not_named_is_the_role_of_use(llama: tiny.Home) ->
     assert not torch.equal(written, base.generate(**how)), "the example shows nothing"
     with base.use("reference"):
         assert torch.equal(base.generate(**how), written)
+
+
+def test_the_tokenizer_is_of_the_revision_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But an adapter's own, which lies in its folder, has none."""
+    asked: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(files.AutoTokenizer, "from_pretrained", lambda name, **how: asked.append((name, how)))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    for named in (files.Named("org/m", revision="v1"), files.Named("org/m"), files.Named("org/m", tmp_path, "v1")):
+        named.load_tokenizer(trust_remote_code=True)
+    of_base = [("org/m", "v1"), ("org/m", "main")]
+    assert [(name, how["revision"]) for name, how in asked] == [*of_base, (str(tmp_path), "main")]
+    assert all(how["trust_remote_code"] for _, how in asked)

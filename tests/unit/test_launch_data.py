@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from trl_ext import feedback
 from trl_ext.feedback import FeedbackError
 from trl_ext.launch import DataArguments, load_feedback, load_pairs, load_prompts, load_rows
-from trl_ext.launch.data import RewardData
+from trl_ext.launch.data import RewardData, _held_out_source
 
 
 def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -50,6 +50,13 @@ def test_held_out_pairs_have_prompts_of_their_own(tmp_path: Path) -> None:
     assert [len(rows) for rows in one] == [20, 10]
 
 
+def test_a_file_among_several_sources_has_no_split(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "mine.jsonl", pairs(20))
+    for sources in (f"{file},some/name", f"some/name,{file}"):
+        with pytest.raises(ValueError, match=r"the file '.*mine.jsonl' has no splits"):
+            _held_out_source(DataArguments(sources, eval_split="test"))
+
+
 def test_held_out_rows_have_prompts_of_their_own(tmp_path: Path) -> None:
     """Also rows of feedback that are read for their prompts, each as often as it is there."""
     rated = [{"prompt": f"p{i}", "completion": f"c {i} {k}", "rating": k} for i in range(20) for k in range(4)]
@@ -60,8 +67,8 @@ def test_held_out_rows_have_prompts_of_their_own(tmp_path: Path) -> None:
     train, test = load_rows(DataArguments(jsonl(tmp_path / "once.jsonl", once), eval_rows=10), "prompts")
     expected = Dataset.from_list(once).train_test_split(test_size=10, seed=0)
     assert (train["prompt"], test["prompt"]) == (expected["train"]["prompt"], expected["test"]["prompt"])
-    two = [{"prompt": p} for p in "aaaaaaab"]
-    train, test = load_rows(DataArguments(jsonl(tmp_path / "two.jsonl", two), eval_rows=5), "prompts")
+    two = [{"prompt": p} for p in "aabb"]
+    train, test = load_rows(DataArguments(jsonl(tmp_path / "two.jsonl", two), eval_rows=3), "prompts")
     assert len(prompts_of(train)) == len(prompts_of(test)) == 1
     same = [{"prompt": "p"}] * 20
     train, test = load_rows(DataArguments(jsonl(tmp_path / "same.jsonl", same), eval_rows=5), "prompts")

@@ -16,7 +16,7 @@ from tests.helpers import FLAGS
 from tests.parity import tiny
 from trl_ext import PPOConfig, launch
 from trl_ext.launch.precedence import given_on, settled, split_config
-from trl_ext.launch.settings import recipe_file
+from trl_ext.launch.settings import recipe_file, without_secrets
 
 ROOT = Path(__file__).parents[2]
 TYPES: dict[str, tuple[Any, ...]] = {
@@ -204,6 +204,8 @@ def test_what_is_written_down_of_a_run_has_no_secrets_and_can_be_read_again(
     base = tiny.save_base(tmp_path / "base", tiny.config_of("llama"))
     sft = tiny.save_policy_adapter(tmp_path / "sft", base, seed=1)
     (tmp_path / "mine.yaml").write_text(f"model_name_or_path: {sft}\nhub_token: hf_mine\nenv: {{SOME_KEY: mine}}\n")
+    within = without_secrets({"pad_token": "<pad>", "reward": {"hub_token": "hf_mine", "eos_token": "<eos>"}})
+    assert within == {"pad_token": "<pad>", "reward": {"eos_token": "<eos>"}}, "tokens of a tokenizer are none"
     script = recipe_file("ppo_lora")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SOME_KEY", raising=False)

@@ -106,6 +106,11 @@ def test_answers_that_read_alike_are_asked_about_once_and_tie(tmp_path: Path) ->
     found = {(c.a, c.b): (c.outcome, c.rater) for c in store.comparisons()}
     # What was said about one of the two counts for the other one.
     assert found == {("x", "y"): (0.5, None), ("x", "z"): (0.0, "ann"), ("y", "z"): (0.0, "ann")}
+    with Store.open(tmp_path / "ranking.sqlite", answers, "ranking") as ranked:
+        shown = ranked.next(ranked.rater("ann"))
+        assert shown is not None and len(shown.completions) == 2
+        ranked.judge("ann", shown.token, "judged", (1, 2) if "other" in str(shown.completions[0]) else (2, 1))
+        assert {(c.a, c.b): (c.outcome, c.rater) for c in ranked.comparisons()} == found
 
 
 @pytest.mark.parametrize(("judged", "ties"), [(0, 0), (4, 4), (10, 10)])

@@ -663,7 +663,7 @@ def test_a_schedule_that_is_scaled_is_not_off_and_a_plateau_has_no_rates_of_its_
     scale_learning_rate(optimizer, SimpleNamespace(), 0.1)
     assert group["lr"] == pytest.approx(1e-4)
     watch = _Watch(Limits(), None, None, {"learning_rate": 1e-5}).callback()
-    args = SimpleNamespace(to_dict=lambda: {}, learning_rate=1e-4)
+    args = SimpleNamespace(to_dict=lambda: {}, learning_rate=1e-5)  # the fork's own
     state = SimpleNamespace(log_history=[], global_step=8, max_steps=80)
     watch.on_train_begin(args, state, None, optimizer=optimizer, lr_scheduler=SimpleNamespace())
     assert group["lr"] == pytest.approx(1e-5) and watch.config["rate_changed"]

@@ -194,8 +194,9 @@ class _Watch:
                 watch._begin = len(RunLog.of(state.log_history).rows)
                 schedule = getattr(kwargs.get("lr_scheduler"), "scheduler", kwargs.get("lr_scheduler"))
                 if state.global_step and "learning_rate" in watch.config and schedule is not None:
-                    was = getattr(schedule, "base_lrs", [args.learning_rate])[0]
-                    scale_learning_rate(kwargs["optimizer"], schedule, watch.config["learning_rate"] / was)
+                    optimizer = kwargs["optimizer"]
+                    was = getattr(schedule, "base_lrs", [group["lr"] for group in optimizer.param_groups])[0]
+                    scale_learning_rate(optimizer, schedule, watch.config["learning_rate"] / was)
                     self.config["rate_changed"] = True  # nobody is to blame the schedule
 
             def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

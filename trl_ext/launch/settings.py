@@ -45,6 +45,7 @@ USER_ERRORS = (
 PACKAGE = Path(__file__).parents[1]
 # What every recipe does unless it is told otherwise, whatever the model.
 DEFAULTS = {"use_peft": True, "lora_dropout": 0.0, "lora_target_modules": ["all-linear"], "report_to": "none"}
+SECRETS = ("hub_token", "push_to_hub_token")
 _claims: list[Any] = []  # on output_dir, until the process ends
 DEMO = {"model_name_or_path": "demo", "dataset": "demo"}
 
@@ -78,7 +79,7 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
     check_precision(settings, levels)
     # An adapter that goes on has its own shape, which would contradict the model's name in a file.
     left_out = ("env", *(() if new_policy else LORA))
-    recorded = {name: value for name, value in settings.items() if name not in left_out and not is_secret(name)}
+    recorded = {name: value for name, value in without_secrets(settings).items() if name not in left_out}
     os.environ.update({name: str(value) for name, value in (settings.pop("env", None) or {}).items()})
     parser = TrlParser(types, allow_abbrev=False)
     for name in lists_among(types):  # one value in the file stands for a list of it, as it does on the command line
@@ -142,9 +143,14 @@ def lists_among(types: Sequence[Any]) -> set[str]:
     return found
 
 
-def is_secret(name: str) -> bool:
-    """Whether a setting is nobody else's business: run.json is pushed along with the model."""
-    return name.endswith(("_token", "_key", "_secret", "_password"))
+def without_secrets(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as others may read them, since run.json is pushed along with the model; also of those that lie together
+    under one name, as a loop's do."""
+    return {
+        name: without_secrets(value) if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if name not in SECRETS
+    }
 
 
 def check_adapter(settings: dict[str, Any], levels: Sequence[tuple[str, dict[str, Any]]]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, DatasetDict, IterableDataset
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 
 from trl_ext.generation import VLLMServers
@@ -189,7 +189,7 @@ def check_run(
     name = model if isinstance(model, str) else model.config.name_or_path
     start = named(name, given.get("revision")) if isinstance(model, str) else Named(name)
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(start.tokenizer, trust_remote_code=args.trust_remote_code)
+        tokenizer = start.load_tokenizer(args.trust_remote_code)
     config = config_of(start.base if isinstance(model, str) else model, args.trust_remote_code, start.revision)
     vocabulary = None if config is None else vocabulary_size(config)
     tokenizer = check_tokenizer(tokenizer, train_dataset, eval_dataset, vocabulary)

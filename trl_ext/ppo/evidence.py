@@ -451,7 +451,10 @@ class Evidence:
         if args.whiten_rewards:
             whole = (rewards["score"] + rewards["kl"])[kept].double()
             scale = 1 / math.sqrt(float(whole.var()) + 1e-8) if len(whole) > 1 else 1.0
-        objective = copy.deepcopy(self.objective)  # one of your own may keep a state
+        try:
+            objective = copy.deepcopy(self.objective)  # one of your own may keep a state
+        except Exception as error:
+            raise ObjectiveError(f"the objective cannot be copied: {error}") from error
         parts = {
             name: objective.advantages(replace(experience, rewards=scale * part, score_pass=pass_), plain)[0]
             for name, part in rewards.items()

@@ -151,7 +151,7 @@ def items_of(answers: Sequence[Answer], mode: Mode, seed: str) -> list[Item]:
     for prompt in shuffled(list(by_prompt), seed):
         candidates = shuffled(by_prompt[prompt], seed, prompt)
         turns += enumerate(Item(group) for group in mode.groups(candidates))
-        ties += [Item(pair, "alike") for pair in alike(candidates)] if mode.name == "pairs" else []
+        ties += [Item(pair, "alike") for pair in alike(candidates)] if mode.ranks else []
     if not turns:
         raise FeedbackError(f"Nothing can be judged: --mode {mode.name} needs {mode.needs}.")
     return [item for _, item in sorted(turns, key=lambda turn: turn[0])] + ties

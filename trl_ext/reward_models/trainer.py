@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 from trl import RewardConfig, RewardTrainer
 
@@ -162,7 +162,7 @@ class FeedbackRewardTrainer(hub.WritesCard, RewardTrainer):
             if start.adapter is not None:
                 model = trained_further(start, args, kwargs.pop("quantization_config", None))
                 if processing_class is None:
-                    processing_class = AutoTokenizer.from_pretrained(start.tokenizer)
+                    processing_class = start.load_tokenizer(args.trust_remote_code)
         elif not isinstance(model, PeftModel) and any(isinstance(part, BaseTunerLayer) for part in model.modules()):
             raise ValueError(
                 f"The {type(model).__name__} was loaded with an adapter, over which TRL would lay another: give the "
