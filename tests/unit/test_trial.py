@@ -360,7 +360,7 @@ def test_what_does_not_take_the_finding_away_may_help_all_the_same(gain: float, 
             exact = lambda t: 3 + better * t + 0.1 * math.sin(50 * t)  # noqa: E731
             self.history = rows(LENGTH, **{**SMALL, "yardstick/exact": exact})
 
-    trials = try_remedies(Clinic(Helped, learning_rate=1e-6), findings_at(1e-6), tmp_path / "trial")
+    trials = try_remedies(Clinic(Helped, learning_rate=1e-6), findings_at(1e-6), tmp_path / "trial", causes=1)
     assert {one.verdict for one in trials[:-1]} <= {"not cured"}
     assert (trials[-1].verdict, trials[-1].left) == (verdict, ["steps_too_small"] if verdict == "in part" else [])
 
@@ -425,6 +425,30 @@ def test_what_helped_is_kept_while_the_next_cause_is_tried(tmp_path: Path) -> No
     assert second.changes == first.changes | remedy, "one run that has both"
     rates = [one.settings["learning_rate"] for one in clinic.made]
     assert rates == [1e-6, 3e-4, 1e-3, 3e-4, 3e-4], "the third was no better than the second"
+
+
+def test_what_hangs_below_a_cause_that_stays_has_its_turn(tmp_path: Path) -> None:
+    """More is learned with the first remedy, and its finding stays: what follows from it is hidden for good else."""
+    settings = {"learning_rate": 1e-6, "value_warmup_rollouts": 0}
+
+    class Hidden(Pretender):
+        def __init__(self, settings: dict[str, Any]) -> None:
+            super().__init__(settings)
+            gain = settings["learning_rate"] >= 1e-4
+            value = {} if settings["value_warmup_rollouts"] else SICK["value_not_learning"]
+            self.history = rows(LENGTH, **{**SMALL, **value, "yardstick/exact": lambda t: 3 + gain * t})
+
+        def known(self) -> tuple[str, ...]:
+            return (*super().known(), "value_warmup_rollouts")
+
+    run = RunLog.of(Hidden(settings).history, {**CONFIG, **settings})
+    (top,) = roots(diagnose(run))
+    assert {"value_not_learning"} < {one.finding.name for one in top}
+    trials = try_remedies(Clinic(Hidden, **settings), [one.finding for one in top], tmp_path / "trial", run)
+    helped = [one for one in trials if one.verdict in ("in part", "cured")]
+    assert [one.finding for one in helped] == ["steps_too_small", "value_not_learning"]
+    assert helped[1].changes.keys() == {"learning_rate", "value_warmup_rollouts"}
+    assert helped[1].left == ["steps_too_small"], "which is tried only once"
 
 
 NOISY = {**HEALTHY, "evidence/noise/mine": 0.9, "yardstick/exact": 3.0}

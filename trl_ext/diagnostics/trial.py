@@ -191,14 +191,16 @@ def _in_turn(patient: _Patient, waiting: list[Explained], causes: int) -> Iterat
         trial, log = tried[-1]
         found = diagnose(log, patient.limits)
         names, whole = {one.name for one in found}, patient.is_whole(log)
+        # What hung below a finding that had its turn is tried by itself.
+        others = roots([one for one in found if one.name not in patient.seen])
         # Where the last remedy took the finding away and brought another, that one may have a remedy of its own.
         traded = trial.verdict == "worse" and name not in names
         if trial.verdict == "not seen":
-            waiting += roots(found)  # what is seen in its place
+            waiting += others  # what is seen in its place
         elif not trial.died and (traded or trial.verdict in HELPED):
             patient.kept = trial.changes
             waiting = [one for one in waiting if one.finding.name in names or (one.severity == "problem" and not whole)]
-            waiting += roots(found) if trial.verdict != "cured" else []
+            waiting += others if trial.verdict != "cured" else []
 
 
 def candidates(root: Explained, run: RunLog | None = None) -> list[dict[str, Any]]:
