@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import fmean
 from typing import Any
 
@@ -168,13 +169,14 @@ class RunLog:
 
     def names(self, prefix: str, suffix: str = "") -> list[str]:
         """What stands between `prefix` and `suffix` in the names of what was measured, each once, in order."""
-        middles: dict[str, None] = {}
-        for row in self.rows:
-            for name, value in row.items():
-                fits = name.startswith(prefix) and name.endswith(suffix) and len(name) > len(prefix) + len(suffix)
-                if fits and math.isfinite(value):
-                    middles[name[len(prefix) : len(name) - len(suffix)]] = None
-        return list(middles)
+        around = len(prefix) + len(suffix)
+        fit = [name for name in self._measured if name.startswith(prefix) and name.endswith(suffix)]
+        return [name[len(prefix) : len(name) - len(suffix)] for name in fit if len(name) > around]
+
+    @cached_property
+    def _measured(self) -> list[str]:
+        """The names of what was a number in any row, each once, in order: dozens of rules ask for them."""
+        return list({name: None for row in self.rows for name, value in row.items() if math.isfinite(value)})
 
     def setting(self, name: str, default: Any = None) -> Any:
         """A field of the config; `default` where it is unknown or None."""
