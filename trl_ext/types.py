@@ -176,8 +176,13 @@ class Experience(ShapedRollout):
 
 
 def as_text(item: Any) -> str:
-    """A prompt or completion as text: itself, or the content of its last message."""
-    return item if isinstance(item, str) else str(item[-1]["content"]) if item else ""
+    """A prompt or completion as text: itself, or the content of its last message; of several parts their texts, and of
+    none, as where a tool is called, an empty one."""
+    if isinstance(item, str):
+        return item
+    content = item[-1].get("content") if item else None
+    parts = [str(part.get("text", "")) for part in content] if isinstance(content, list) else [content or ""]
+    return "".join(map(str, parts))
 
 
 def fault_of_messages(value: Any) -> str | None:

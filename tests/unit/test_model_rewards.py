@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from tests.helpers import CHAT_TEMPLATE, tiny_classifier, tiny_llama, word_tokenizer
 from trl_ext import SharedBase
 from trl_ext.rewards.models import classifier, fluency, reward_role
-from trl_ext.rewards.scorer import Scorer
+from trl_ext.rewards.scorer import RewardError, Scorer
 from trl_ext.tokens import padded, reward_suffix
 from trl_ext.types import Rollout
 
@@ -72,6 +73,53 @@ def test_classifier_with_one_label_reads_with_its_own_tokenizer(tmp_path: Path) 
     assert classifier(folder, max_length=1)(completions=["the cat sat"]) == pytest.approx(
         classifier(folder)(completions=["the"]), rel=1e-4
     )
+
+
+def test_a_regression_with_several_labels_gives_what_it_was_trained_on(tmp_path: Path) -> None:
+    """As Transformers' pipeline: no softmax, by which an attribute would pay for the others being low."""
+    folder = saved(tmp_path, num_labels=3, problem_type="regression")
+    model, tokenizer = tiny_classifier(num_labels=3), word_tokenizer()
+    expected = [model(**tokenizer(text, return_tensors="pt")).logits[0, 1].item() for text in TEXTS]
+    assert classifier(folder, label="LABEL_1")(completions=TEXTS) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_checkpoint_without_a_head_is_refused(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds no 'score.weight', which would be random"):
+        classifier(str(tmp_path), label="LABEL_1")
+
+
+def test_a_classifier_without_a_pad_token(tmp_path: Path) -> None:
+    folder, tokenizer = saved(tmp_path), word_tokenizer()
+    together = classifier(folder)(completions=TEXTS)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    model = tiny_classifier(pad_token_id=None)
+    model.save_pretrained(folder)
+    assert classifier(folder)(completions=TEXTS) == pytest.approx(together, rel=1e-4)
+
+
+def test_a_reward_model_that_cannot_read_conversations(tmp_path: Path) -> None:
+    scorer = Scorer([saved(tmp_path / "judge")])
+    scorer.check("the cat")
+    with pytest.raises(ValueError, match="tokenizer of the reward model 'judge' has no chat template"):
+        scorer.check(CHAT[0])
+
+
+def rollout_of_texts(prompt: str, completion: str) -> Rollout:
+    ids, mask = padded([[THE]], 0)
+    return Rollout([prompt], [completion], ids, mask, ids, mask, torch.tensor([True]))
+
+
+def test_a_row_that_is_too_long_for_learned_positions_is_said(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=30, n_positions=8, n_embd=8, n_layer=1, n_head=1, num_labels=1, pad_token_id=0)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "judge")
+    word_tokenizer().save_pretrained(tmp_path / "judge")
+    scorer = Scorer([str(tmp_path / "judge")])
+    assert scorer(rollout_of_texts("the", " cat"), {}).shape == (1, 1)
+    with pytest.raises(RewardError, match="'judge' reads 8 tokens, and a prompt with its completion has 12"):
+        scorer(rollout_of_texts("the cat " * 4, "the cat " * 2), {})
 
 
 def test_fluency_is_the_references_mean_log_probability() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from trl_ext.rewards.protocol import arguments_of
 from trl_ext.rewards.similarity import chrf
 from trl_ext.rewards.texts import forbidden, json_schema, keywords, length_penalty, limited, matches, repetition_penalty
 
@@ -30,8 +31,13 @@ def test_pattern() -> None:
 
 def test_json() -> None:
     score = json_schema({"type": "object", "required": ["city"], "properties": {"city": {"type": "string"}}})
-    texts = [json.dumps({"city": "Paris"}), '{"city": 3}', "[1, 2]", "Paris", "", "[" * 100_000]
-    assert score(completions=texts) == [1.0, 0.5, 0.5, 0.0, 0.0, 0.0]
+    texts = [json.dumps({"city": "Paris"}), '{"city": 3}', "[1, 2]", "Paris", "", "[" * 100_000, "NaN", "Infinity"]
+    assert score(completions=texts) == [1.0, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_json_that_the_validator_cannot_reckon_with() -> None:
+    score = json_schema({"type": "number", "multipleOf": 0.01})
+    assert score(completions=["2", "1" * 400, "1e400"]) == [1.0, 0.5, 0.5]
 
 
 def test_keywords_are_whole_words() -> None:
@@ -40,6 +46,51 @@ def test_keywords_are_whole_words() -> None:
     assert forbidden(["kill"])(completions=["a skill", "to kill!", ""]) == [1.0, 0.0, 1.0]
     rude = forbidden(["笨蛋", "ばか", " kill "])  # no spaces between words there
     assert rude(completions=["你是笨蛋吗", "聪明", "おばかさん", "kill"]) == [0.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("word", "text", "is_there"),
+    [
+        ("コーヒー", "コーヒーを飲む", True),  # its last sign is of no script alone
+        ("人々", "多くの人々が", True),
+        ("ﾊﾞｶ", "おﾊﾞｶさん", True),
+        ("Python", "我喜欢Python编程", True),  # what stands beside it has no spaces
+        ("Python", "Pythonista", False),
+        ("कम", "कमी", False),  # a vowel sign goes on with the word
+        ("café", "a café".replace("é", "e\u0301"), True),
+        ("resume", "resume\u0301", False),
+        ("ไทย", "ภาษาไทยยาก", True),
+        ("C++", "in C++.", True),
+    ],
+)
+def test_words_of_any_script(word: str, text: str, is_there: bool) -> None:
+    assert keywords([word])(completions=[text]) == [float(is_there)]
+    assert forbidden([word])(completions=[text]) == [float(not is_there)]
+
+
+def test_repetition_where_there_are_no_spaces() -> None:
+    loop, said = repetition_penalty()(completions=["我喜欢猫" * 50, "今天天气很好，我们去公园。"])
+    assert loop == pytest.approx(-(1 - 4 / 198)) and said == 0.0
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0, 3.0, 4.0], [1.0], 1.0])
+def test_a_function_of_wrong_length_in_limited(values: Any) -> None:
+    def judge(completions: list[str], **_: Any) -> Any:
+        return values
+
+    for score in (limited([judge], [], worst=-1.0), limited([], [judge], worst=-1.0)):
+        with pytest.raises(ValueError, match=r"'judge' in limited returned .* for 2 completions: return one each"):
+            score(completions=["a", "b"])
+
+
+def test_limited_passes_on_the_prompts_ids_to_who_names_them() -> None:
+    def reads(completions: list[str], prompt_ids: list[list[int]] | None = None) -> list[float | None]:
+        return [float(len(ids)) for ids in prompt_ids or [[]]]
+
+    score = limited([reads], [], worst=-1.0)
+    offered = {"completions": ["a"], "prompt_ids": [[1, 2]]}
+    assert score(**{name: offered[name] for name in arguments_of(score, offered)}) == [2.0]
+    assert score(completions=["a"]) == [0.0], "of a trainer that has none"
 
 
 def test_a_broken_limit_gives_the_worst_score() -> None:
@@ -62,11 +113,12 @@ def test_a_broken_limit_gives_the_worst_score() -> None:
         (lambda: json_schema({"type": "nothing"}), "is no JSON schema"),
         (lambda: keywords([]), "at least one word"),
         (lambda: forbidden(["rude", ""]), "is blank: drop it"),
+        (lambda: keywords("cat"), r"give a list, \['cat'\]"),
         (lambda: limited([], [], -1.0, weights=[1.0]), "1 weights for 0 rewards"),
     ],
 )
 def test_bad_settings(build: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         build()
 
 

@@ -125,13 +125,15 @@ class Combination:
 
 
 def weighted_total(by_function: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum over the functions that gave a number, (batch,); NaN where none did.
+    """Weighted sum over the functions that gave a number, (batch,); NaN where none did that counts: one of weight 0 is
+    only watched.
 
     Args:
         by_function: (batch, functions), NaN for None. weights: (functions,).
     """
+    counted = weights != 0 if weights.any() else torch.ones_like(weights, dtype=torch.bool)
     total = (by_function * weights).nansum(dim=1)
-    return total.masked_fill(by_function.isnan().all(dim=1), float("nan"))
+    return total.masked_fill(by_function[:, counted].isnan().all(dim=1), float("nan"))
 
 
 def correlations(by_function: Tensor, names: Sequence[str]) -> dict[str, float]:

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 
+import torch
+
 T = TypeVar("T")
+
+
+def on_the_same_gpu() -> Callable[[], Any]:
+    """What lets another thread use the caller's GPU by the name "cuda": which one that is belongs to the thread."""
+    if not torch.cuda.is_initialized():
+        return lambda: None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 class Loop:
@@ -23,7 +33,8 @@ class Loop:
         """What it returns. An interrupt of the caller cancels it."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="trl_ext-loop", daemon=True).start()
+            loop, settle = self._loop, on_the_same_gpu()
+            threading.Thread(target=lambda: (settle(), loop.run_forever()), name="trl_ext-loop", daemon=True).start()
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from trl_ext.core import masked_mean
 from trl_ext.rewards.texts import Reward
-from trl_ext.tokens import eos_ids, reward_suffix, side_by_side, tokenize_prompts
+from trl_ext.tokens import check_loaded, eos_ids, reward_suffix, side_by_side, tokenize_prompts
 from trl_ext.types import as_text
 
 
@@ -22,17 +22,23 @@ def classifier(
 
     Args:
         name_or_path: the model; its tokenizer lies beside it.
-        label: whose probability (0 to 1) is the score, one by one where several labels can hold at once; None: the raw
-            output of a model with one label.
+        label: whose probability (0 to 1) is the score, one by one where several labels can hold at once, or whose raw
+            output, of a model that was trained for regression; None: the raw output of a model with one label.
         device: where it runs.
         max_length: tokens that it reads.
         batch_size: completions at a time.
 
     Raises:
-        ValueError: no such label, or several labels and none chosen.
+        ValueError: no such label, several labels and none chosen, or a checkpoint without a classifier's head.
     """
     tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    model = AutoModelForSequenceClassification.from_pretrained(name_or_path).to(device).eval().requires_grad_(False)
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = AutoModelForSequenceClassification.from_pretrained(name_or_path, **told)
+    check_loaded(info, name_or_path, "a sequence classifier")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.to(device).eval().requires_grad_(False)
     labels = {str(name): int(i) for name, i in model.config.label2id.items()}
     if label is None and model.config.num_labels > 1:
         raise ValueError(f"The classifier {name_or_path!r} has several labels: choose one of {', '.join(labels)}.")
@@ -40,7 +46,8 @@ def classifier(
         raise ValueError(f"The classifier {name_or_path!r} has no label {label!r}: choose one of {', '.join(labels)}.")
 
     # As in Transformers' own text-classification pipeline.
-    apart = model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
+    kind = model.config.problem_type
+    apart = kind == "multi_label_classification" or model.config.num_labels == 1
 
     @torch.inference_mode()
     def classifier(completions: Sequence[Any], **_: Any) -> list[float | None]:
@@ -52,10 +59,11 @@ def classifier(
                 max_length=max_length,
                 truncation=True,
                 padding=True,
+                padding_side="right",
                 return_tensors="pt",
             )
             logits: Tensor = model(**batch.to(device)).logits.float()
-            probabilities = logits.sigmoid() if apart else logits.softmax(dim=-1)
+            probabilities = logits if kind == "regression" else logits.sigmoid() if apart else logits.softmax(dim=-1)
             scores += (logits[:, 0] if label is None else probabilities[:, labels[label]]).tolist()
         return scores
 

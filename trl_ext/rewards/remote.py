@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import random
 from collections.abc import Sequence
 from typing import Any
 
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
+
+
+class Refused(ConnectionError):
+    """A server answered with a status that no retry changes.
+
+    Attributes:
+        status: the number.
+    """
+
+    def __init__(self, url: str, status: int, text: str) -> None:
+        super().__init__(f"{url} answered status {status}: {text[:200]!r}")
+        self.status = status
 
 
 def remote(
@@ -52,6 +65,8 @@ def remote(
         raise ValueError(f"The remote reward's URL {url!r} must begin with http:// or https://.")
 
     async def remote(prompts: Sequence[Any], completions: Sequence[Any], **extra: Any) -> list[float | None]:
+        if missing := [name for name in columns if name not in extra]:
+            raise ValueError(f"the dataset has no column {missing[0]!r}, which is to be sent along")
         payload = {**{name: extra[name] for name in columns}, "prompts": prompts, "completions": completions}
         parts = [
             {name: list(values[start : start + batch_size]) for name, values in payload.items()}
@@ -66,6 +81,9 @@ def remote(
         response = await post(client, gate, url, part, retries, backoff)
         return _scores(response, len(part["completions"]), url)
 
+    # So that what is not there is missed before the run.
+    asked = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in ("prompts", "completions", *columns)]
+    remote.__signature__ = inspect.Signature(asked)  # type: ignore[attr-defined]
     return remote
 
 
@@ -84,7 +102,7 @@ async def post(
         retries, backoff: as in `remote`.
 
     Raises:
-        ConnectionError: the server could not be reached, or failed, after all retries, or refused.
+        ConnectionError: the server could not be reached, or failed, after all retries; `Refused`: it refused.
     """
     import httpx2
 
@@ -102,7 +120,7 @@ async def post(
             failure = f"status {response.status_code}"
             continue
         if response.status_code != 200:
-            raise ConnectionError(f"{url} answered status {response.status_code}: {response.text[:200]!r}")
+            raise Refused(url, response.status_code, response.text)
         return response
     raise ConnectionError(f"{url} gave no answer in {retries + 1} attempts (last: {failure})")
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from trl_ext.rewards.loop import Loop
+from trl_ext.rewards.loop import Loop, on_the_same_gpu
 from trl_ext.rewards.protocol import RewardFunction, arguments_of, check_functions, listed, name_of
-from trl_ext.tokens import check_loaded, of_whole_conversations
+from trl_ext.tokens import check_loaded, context_limit, of_whole_conversations
 from trl_ext.types import Rollout
 
 
@@ -54,12 +54,26 @@ class Scorer:
         self.timeout, self._batch_size = timeout, batch_size
         self._chat_template_kwargs = chat_template_kwargs or {}
         self._functions: list[Callable[..., Any]] = []
-        for function, tokenizer in zip(functions, tokenizers, strict=True):
+        self._of_models: dict[str, Any] = {}  # their tokenizers
+        for name, function, tokenizer in zip(self.names, functions, tokenizers, strict=True):
             if isinstance(function, (str, nn.Module)):
-                function = self._model_function(function, tokenizer, device, trust_remote_code)
+                function, self._of_models[name] = self._model_function(function, tokenizer, device, trust_remote_code)
             self._functions.append(function)
         self.repeatable = [_is_repeatable(function) for function in functions]
         self._loop = Loop()
+
+    def check(self, prompt: Any) -> None:
+        """Refuse prompts of a kind that a model cannot read.
+
+        Raises:
+            ValueError: a conversation, and a tokenizer without a chat template.
+        """
+        for name, tokenizer in self._of_models.items():
+            if not isinstance(prompt, str) and tokenizer.chat_template is None:
+                raise ValueError(
+                    f"The prompts are conversations, but the tokenizer of the reward model {name!r} has no chat "
+                    "template: set its chat_template, or give a function that calls the model."
+                )
 
     def __call__(self, rollout: Rollout, columns: dict[str, list[Any]], **context: Any) -> Tensor:
         """Score every completion of `rollout`: (batch, functions), NaN where a function returned None.
@@ -115,9 +129,11 @@ class Scorer:
         if self.timeout is None or inspect.iscoroutinefunction(function):
             return listed(function(**arguments))
         future: Future[Any] = Future()
+        settle = on_the_same_gpu()
 
         def work() -> None:
             try:
+                settle()
                 future.set_result(listed(function(**arguments)))
             except BaseException as error:
                 future.set_exception(error)
@@ -125,7 +141,10 @@ class Scorer:
         threading.Thread(target=work, name="trl_ext-reward", daemon=True).start()
         return future.result(self.timeout)
 
-    def _model_function(self, model: Any, tokenizer: Any, device: Any, trust_remote_code: bool) -> Callable[..., Any]:
+    def _model_function(
+        self, model: Any, tokenizer: Any, device: Any, trust_remote_code: bool
+    ) -> tuple[Callable[..., Any], Any]:
+        """A function that asks a model, and the model's tokenizer."""
         if isinstance(model, str):
             if tokenizer is None:
                 tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
@@ -142,7 +161,9 @@ class Scorer:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         model.to(device).eval().requires_grad_(False)
 
-        template = of_whole_conversations(self._chat_template_kwargs)
+        template, config = of_whole_conversations(self._chat_template_kwargs), model.config.get_text_config()
+        # Where positions are learned, there is an embedding for so many.
+        limit = None if getattr(config, "rope_parameters", None) else context_limit(config)
 
         @torch.inference_mode()
         def score(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
@@ -158,6 +179,12 @@ class Scorer:
                 inputs = tokenizer(
                     text=part, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
                 )
+                longest = int(inputs["attention_mask"].sum(dim=1).max())
+                if limit is not None and longest > limit:
+                    raise RewardError(
+                        f"Reward function {name_of(model)!r} reads {limit} tokens, and a prompt with its completion "
+                        f"has {longest}: lower max_completion_length, or drop the longest prompts."
+                    )
                 logits: Tensor = model(**inputs.to(device)).logits
                 if logits.shape[1:] != (1,):
                     raise RewardError(
@@ -167,7 +194,7 @@ class Scorer:
                 scores += logits[:, 0].float().tolist()
             return scores
 
-        return score
+        return score, tokenizer
 
 
 def _is_repeatable(function: Any) -> bool:
@@ -192,12 +219,11 @@ def _reported_as(name: str, timeout: float | None) -> Iterator[None]:
         yield
     except (RewardError, torch.OutOfMemoryError):
         raise
-    except TimeoutError as error:
-        limit = f" ({timeout:g} s)" if timeout is not None else ""
-        raise RewardError(
-            f"Reward function {name!r} timed out{limit}: make it faster, or raise reward_timeout."
-        ) from error
     except Exception as error:
+        if isinstance(error, TimeoutError) and timeout is not None:
+            raise RewardError(
+                f"Reward function {name!r} timed out ({timeout:g} s): make it faster, or raise reward_timeout."
+            ) from error
         raise RewardError(
             f"Reward function {name!r} raised {type(error).__name__}: {error}. Let it return None for a completion "
             "that it cannot judge."

@@ -12,12 +12,16 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from trl_ext.rewards.protocol import arguments_of, listed
+import regex
+
+from trl_ext.rewards.protocol import arguments_of, listed, name_of
 from trl_ext.types import as_text
 
 Reward = Callable[..., "list[float | None]"]
-# First words of Unicode's names: scripts that write no spaces between words.
-UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"}
+# Scripts that write no spaces between words: those whose characters are words or syllables, and others.
+SYLLABLES = r"\p{Han}\p{Hiragana}\p{Katakana}ー"
+UNSPACED = rf"{SYLLABLES}\p{{Thai}}\p{{Lao}}\p{{Khmer}}\p{{Myanmar}}"
+WORD = regex.compile(rf"[{SYLLABLES}]|[^\s{SYLLABLES}]+")
 
 
 def length_penalty(soft: int, hard: int) -> Reward:
@@ -39,12 +43,15 @@ def length_penalty(soft: int, hard: int) -> Reward:
 
 
 def repetition_penalty(ngram: int = 3) -> Reward:
-    """Minus the share of a completion's word n-grams that occurred in it before: 0 where none did, down to -1."""
+    """Minus the share of a completion's word n-grams that occurred in it before: 0 where none did, down to -1.
+
+    Words are what stands between spaces; in Chinese and Japanese, which write none, each character counts as one.
+    """
     if ngram < 1:
         raise ValueError(f"repetition_penalty needs ngram of at least 1, not {ngram}.")
 
     def repetition_penalty(completions: Sequence[Any], **_: Any) -> list[float | None]:
-        return [-_repeated(as_text(completion).lower().split(), ngram) for completion in completions]
+        return [-_repeated(WORD.findall(as_text(completion).lower()), ngram) for completion in completions]
 
     return repetition_penalty
 
@@ -93,12 +100,21 @@ def json_schema(schema: dict[str, Any]) -> Reward:
         scores: list[float | None] = []
         for completion in completions:
             try:
-                scores.append(1.0 if validator.is_valid(json.loads(as_text(completion))) else 0.5)
+                value = json.loads(as_text(completion), parse_constant=_no_json)
             except (ValueError, RecursionError):
                 scores.append(0.0)
+                continue
+            try:
+                scores.append(1.0 if validator.is_valid(value) else 0.5)
+            except (ArithmeticError, RecursionError):  # a number or a depth that the validator cannot reckon with
+                scores.append(0.5)
         return scores
 
     return json_schema
+
+
+def _no_json(constant: str) -> float:
+    raise ValueError(f"{constant} is Python's, not JSON's")
 
 
 def keywords(wanted: Iterable[str]) -> Reward:
@@ -106,12 +122,13 @@ def keywords(wanted: Iterable[str]) -> Reward:
     whole words, where the script has spaces between words.
 
     Raises:
+        TypeError: a text in the place of several.
         ValueError: no word, or a blank one.
     """
     patterns = _patterns("keywords", wanted)
 
     def keywords(completions: Sequence[Any], **_: Any) -> list[float | None]:
-        texts = map(as_text, completions)
+        texts = map(_composed, completions)
         return [sum(pattern.search(text) is not None for pattern in patterns) / len(patterns) for text in texts]
 
     return keywords
@@ -127,25 +144,35 @@ def forbidden(words: Iterable[str]) -> Reward:
     patterns = _patterns("forbidden", words)
 
     def forbidden(completions: Sequence[Any], **_: Any) -> list[float | None]:
-        texts = map(as_text, completions)
+        texts = map(_composed, completions)
         return [float(not any(pattern.search(text) for pattern in patterns)) for text in texts]
 
     return forbidden
 
 
-def _patterns(function: str, words: Iterable[str]) -> list[re.Pattern[str]]:
+def _patterns(function: str, words: Iterable[str]) -> list[regex.Pattern[str]]:
+    if isinstance(words, str):
+        raise TypeError(f"{function} got the text {words!r}, and would look for its letters: give a list, [{words!r}].")
     patterns = [_whole_words(word) for word in words]
     if not patterns:
         raise ValueError(f"{function} needs at least one word to look for.")
     return patterns
 
 
-def _whole_words(phrase: str) -> re.Pattern[str]:
-    phrase = phrase.strip()
+def _whole_words(phrase: str) -> regex.Pattern[str]:
+    """What no letter, digit or mark of a script that has spaces may stand beside; in one without spaces any may."""
+    phrase = _composed(phrase).strip()
     if not phrase:
         raise ValueError("A word to look for is blank: drop it from the list.")
-    first, last = (unicodedata.name(phrase[i], "").split(" ")[0] in UNSPACED for i in (0, -1))
-    return re.compile(("" if first else r"(?<!\w)") + re.escape(phrase) + ("" if last else r"(?!\w)"), re.IGNORECASE)
+    beside = rf"[\w--[{UNSPACED}]]"
+    before, after = (not regex.match(f"[{UNSPACED}]", phrase[i]) for i in (0, -1))
+    pattern = (f"(?<!{beside})" if before else "") + regex.escape(phrase) + (f"(?!{beside})" if after else "")
+    return regex.compile(pattern, regex.IGNORECASE | regex.VERSION1)
+
+
+def _composed(text: Any) -> str:
+    """A completion's text with each accent in its letter, where Unicode has one for both."""
+    return unicodedata.normalize("NFC", as_text(text))
 
 
 def limited(
@@ -166,11 +193,10 @@ def limited(
     if len(factors) != len(rewards):
         raise ValueError(f"limited got {len(factors)} weights for {len(rewards)} rewards: give one each.")
 
-    def limited(**batch: Any) -> list[float | None]:
-        by_reward, by_limit = (
-            [listed(one(**{name: batch[name] for name in arguments_of(one, batch)})) for one in functions]
-            for functions in (rewards, limits)
-        )
+    def limited(prompt_ids: Any = None, **batch: Any) -> list[float | None]:
+        if prompt_ids is not None:  # which only goes to who names it
+            batch["prompt_ids"] = prompt_ids
+        by_reward, by_limit = ([_called(one, batch) for one in functions] for functions in (rewards, limits))
         scores: list[float | None] = []
         for row in range(len(batch["completions"])):
             terms = [w * float(x) for w, s in zip(factors, by_reward, strict=True) if (x := s[row]) is not None]
@@ -180,3 +206,12 @@ def limited(
         return scores
 
     return limited
+
+
+def _called(function: Reward, batch: dict[str, Any]) -> list[Any]:
+    count = len(batch["completions"])
+    values = listed(function(**{name: batch[name] for name in arguments_of(function, batch)}))
+    if not isinstance(values, list) or len(values) != count:
+        got = f"{len(values)} values" if isinstance(values, list) else type(values).__name__
+        raise ValueError(f"{name_of(function)!r} in limited returned {got} for {count} completions: return one each")
+    return values
