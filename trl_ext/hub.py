@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,6 +71,24 @@ tokenizer = AutoTokenizer.from_pretrained("{{ repo }}")
 |---|---|
 {% for name, value in settings.items() %}| `{{ name }}` | {{ value }} |
 {% endfor %}{% endif %}"""
+
+
+class KeepsToken:
+    """Settings that are pickled without the Hub's token, as training_args.bin is pushed along with the model. Copies
+    have it."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"hub_token": None}
+
+    def __copy__(self) -> Any:
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
 
 def check_push(args: Any) -> None:

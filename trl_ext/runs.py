@@ -1,10 +1,10 @@
-"""One job writes into a folder at a time, and its processes know each other."""
+"""A job's folder: one writes into it at a time, files whole and without secrets, and its processes know each other."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+SECRETS = ("hub_token", "push_to_hub_token", "token", "use_auth_token", "api_key")
 LOCK = "_run.lock"  # what begins with "_" Transformers leaves out where it uploads output_dir
 # What tells a process that it is one of several, and which: of torchrun and accelerate, of SLURM's srun (a batch script
 # has no STEP_NUM_TASKS), of MPI.
@@ -100,6 +101,23 @@ def on_main(work: Callable[[], Result]) -> Result:
     if shared[1]:
         raise RuntimeError(f"the main process failed: {shared[1]}")
     return cast("Result", shared[0])
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that is never there by half."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(file)
+
+
+def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as others may read them, since run.json is pushed along with the model; also of those that lie together
+    under one name, as a loop's do, or what a model is loaded with."""
+    return {
+        name: without_secrets(value) if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if name not in SECRETS
+    }
 
 
 def claimed_by(args: Any) -> FileLock | None:

@@ -38,7 +38,7 @@ def tokenize_prompts(
     """Ids of each prompt; a conversation goes through the chat template with the generation prompt added.
 
     Raises:
-        ValueError: a conversation and a tokenizer without a chat template.
+        ValueError: a conversation and a tokenizer without a chat template, or one that ends texts with its EOS.
         PromptError: a prompt that template or tokenizer refuse, or without a single token.
     """
     if not isinstance(prompts[0], str):
@@ -53,6 +53,12 @@ def tokenize_prompts(
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 raise PromptError(prompt, row, f"cannot be written in ids ({reason:.200}): mend or drop it.") from error
         raise
+    first, eos = prompts[0], tokenizer.eos_token_id
+    if isinstance(first, str) and len(ids[0]) and ids[0][-1] == eos and not first.endswith(str(tokenizer.eos_token)):
+        raise ValueError(
+            "The tokenizer ends every text with its EOS, so that nothing is left to go on with: set its add_eos_token "
+            "to False."
+        )
     empty = next((i for i, row in enumerate(ids) if len(row) == 0), None)
     if empty is not None:
         raise PromptError(prompts[empty], empty, "has no tokens: give it some text, or a tokenizer that adds a BOS.")

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from tests.integration.test_ppo_trainer import cats, rows_with, trained_state, trainer_for
-from trl_ext import DiagnosticsCallback
+from trl_ext import AdaptiveKLCallback, DiagnosticsCallback
 from trl_ext.cli import main
+from trl_ext.controllers import FixedKLController
 from trl_ext.diagnostics import Finding, Remedy, RunLog, diagnose, read_run
 from trl_ext.diagnostics.graph import cause_of
 from trl_ext.diagnostics.scores import weights_of
@@ -284,6 +286,35 @@ def test_act_changes_what_a_run_in_progress_can_take(tmp_path: Path) -> None:
     after = [row["objective/kl_coef"] for row in logged if row["step"] > finding.steps[1]]
     assert before == [1e-4] * len(before)
     assert after and after == [finding.remedy.changes["kl_coef"]] * len(after)
+
+
+def test_act_leaves_the_coefficient_to_its_controller(tmp_path: Path) -> None:
+    """Which would take the change back after the next rollout."""
+    settings = {"per_device_train_batch_size": 16, "kl_coef": 1e-4, "learning_rate": 3e-3, "total_episodes": 16 * 24}
+    trainer = trainer_for(tmp_path, **settings)
+    trainer.add_callback(AdaptiveKLCallback(FixedKLController(1e-4)))
+    callback = DiagnosticsCallback(on_problem="act")
+    trainer.add_callback(callback)
+    trainer.train()
+    (finding,) = [finding for finding in callback.findings if finding.name == "kl_runs_away"]
+    state, made = trainer.state, {"kl_coef": 0.6, "vf_coef": 0.2}
+    asked = replace(finding, remedy=replace(finding.remedy, changes=made))
+    assert callback._changes(asked, trainer.args, state) == {"vf_coef": 0.2}
+    assert trainer.args.kl_coef == 1e-4 and callback._state["settings"].get("kl_coef") is None
+
+
+def test_a_damaged_file_of_samples_ends_no_run_and_no_token_is_written_down(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2, "total_episodes": 24}
+    trainer = trainer_for(tmp_path, **settings)
+    trainer.args.model_init_kwargs = {"token": "hf_mine"}
+    trainer.add_callback(DiagnosticsCallback())
+    trainer.train()
+    assert "hf_mine" not in (tmp_path / "out" / "run.json").read_text()
+    (tmp_path / "out" / "diagnostics.json").write_text('{"findings": [], "samp')
+    again = trainer_for(tmp_path, **settings)
+    again.add_callback(DiagnosticsCallback())
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert again.state.global_step == trainer.state.global_step
 
 
 def test_act_scales_the_learning_rate_of_any_schedule(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +27,7 @@ from trl_ext.generation import GenerationError, TransformersGenerator
 from trl_ext.ppo import Objective
 from trl_ext.ppo.failures import RunError
 from trl_ext.ppo.metrics import name_taken
-from trl_ext.ppo.objectives import Clip, ObjectiveError
+from trl_ext.ppo.objectives import Clip, ObjectiveError, Reinforce
 from trl_ext.rewards import RewardError
 from trl_ext.tokens import side_by_side
 
@@ -190,6 +191,25 @@ def test_an_objective_that_fails_late_loses_nothing(tmp_path: Path, method: str,
     for row, other in zip(whole.state.log_history, resumed.state.log_history, strict=True):
         names = [name for name in row if not name.startswith(apart)]
         assert {name: row[name] for name in names} == {name: other.get(name) for name in names}
+
+
+class Unmasked(Reinforce):
+    """Advantages that are NaN where there is no score, as a user's may be."""
+
+    def advantages(self, shaped: Any, args: Any) -> Any:
+        advantages = shaped.scores.total.unsqueeze(1) * torch.where(shaped.loss_mask, 1.0, torch.nan)
+        return advantages, advantages
+
+
+def test_what_an_objective_makes_of_rows_without_a_score_reaches_no_gradient(tmp_path: Path) -> None:
+    def some(completions: list[str], **_: Any) -> list[float | None]:
+        return [None if i == 0 else float(i) for i in range(len(completions))]
+
+    trainer = trainer_for(tmp_path, reward=some, objective=Unmasked(), num_ppo_epochs=1, total_episodes=24)
+    trainer.train()
+    norms = [row["grad_norm"] for row in rows_with(trainer, "grad_norm")]
+    assert norms and all(math.isfinite(norm) and norm > 0 for norm in norms)
+    assert all(row["policy/skipped_minibatches"] == 0 for row in rows_with(trainer, "policy/skipped_minibatches"))
 
 
 def test_objectives_that_cannot_be(tmp_path: Path) -> None:

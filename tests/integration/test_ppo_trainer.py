@@ -44,6 +44,7 @@ from trl_ext import PPOConfig, PPOTrainer, RolloutCallback, SharedBase
 from trl_ext.ppo import checkpoints
 from trl_ext.ppo.batches import mini_batch
 from trl_ext.ppo.building import default_config
+from trl_ext.rewards import RewardError
 
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -203,6 +204,44 @@ def test_resuming_in_the_middle_of_a_rollout_ends_where_an_unbroken_run_ends(bat
     same = ("loss", "objective/scores", "objective/kl", "policy/approxkl_avg", "loss/value_avg")
     for row, other in zip(rows_with(whole, "objective/kl")[1:], rows_with(resumed, "objective/kl")[-2:], strict=True):
         assert {key: row[key] for key in same} == {key: other[key] for key in same}
+
+
+def test_a_checkpoint_by_which_steps_would_count_otherwise_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Whose rollouts are of another size, or which holds weights alone."""
+    settings = {"total_episodes": 32, "num_mini_batches": 2, "save_strategy": "steps", "save_steps": 3}
+    trainer_for(tmp_path, **settings).train()
+    checkpoint = str(tmp_path / "out" / "checkpoint-3")
+    for changes, why in (
+        ({"per_device_train_batch_size": 4}, r"with rollout_batch_size 16, and it is 8 now.* so that it stays 16\."),
+        ({"num_ppo_epochs": 3}, r"with steps_per_rollout 4, and it is 6 now.*: set num_ppo_epochs and"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            trainer_for(tmp_path / "other", **{**settings, **changes}).train(resume_from_checkpoint=checkpoint)
+    split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    resumed = trainer_for(tmp_path / "split", **settings, **split)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert resumed.state.global_step == 8, "as many in smaller parts are the same rollouts"
+
+
+def test_weights_alone_are_not_gone_on_with_and_what_fails_is_saved_whole(tmp_path: Path) -> None:
+    settings = {"total_episodes": 32, "save_strategy": "steps", "save_steps": 3, "save_only_model": True}
+    trainer_for(tmp_path, **settings).train()
+    with pytest.raises(ValueError, match="holds weights alone, as save_only_model has it"):
+        trainer_for(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    calls = []
+
+    def breaks(completions: Any, **_: Any) -> list[float]:
+        calls.append(1)
+        if len(calls) > 3:
+            raise RuntimeError("gone")
+        return [1.0] * len(completions)
+
+    trainer = trainer_for(tmp_path / "broken", reward=breaks, evidence=False, **settings)
+    with pytest.raises(RewardError, match="All 6 steps before are saved"):
+        trainer.train()
+    resumed = trainer_for(tmp_path / "broken", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / "out" / "checkpoint-6"))
+    assert resumed.state.global_step == 8 and trainer.args.save_only_model
 
 
 def test_what_was_being_written_when_a_run_was_killed_is_no_checkpoint(

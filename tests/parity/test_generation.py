@@ -274,3 +274,16 @@ def test_processes_that_share_weights_call_generate_equally_often(
 ) -> None:
     monkeypatch.setattr(transformers_generate, "is_deepspeed_zero3_enabled", lambda: True)
     assert not can_continue(llama[1], greedy())
+
+
+@pytest.mark.parametrize(
+    "own", [{"num_beams": 4}, {"num_return_sequences": 2}, {"prompt_lookup_num_tokens": 3}], ids=str
+)
+def test_a_checkpoints_own_way_to_generate_is_no_fault_of_the_model(own: dict[str, Any]) -> None:
+    """`generate` takes from it what is not asked for; the trial asks for plain samples."""
+    model = AutoModelForCausalLM.from_config(config_of("llama"))
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    base = SharedBase.from_model(model)
+    base.check_generates()
+    assert base.pads_left and getattr(base.causal_lm.generation_config, next(iter(own))) == next(iter(own.values()))

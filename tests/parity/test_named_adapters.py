@@ -210,3 +210,13 @@ def test_the_tokenizer_is_of_the_revision_of_the_weights(tmp_path: Path, monkeyp
     of_base = [("org/m", "v1"), ("org/m", "main")]
     assert [(name, how["revision"]) for name, how in asked] == [*of_base, (str(tmp_path), "main")]
     assert all(how["trust_remote_code"] for _, how in asked)
+
+
+def test_a_saved_role_names_the_revision_that_it_was_trained_over(llama: tiny.Home, tmp_path: Path) -> None:
+    """Whoever loads it again gets that base, and not the newest."""
+    for revision, named in (("step1000", "step1000"), ("main", None)):
+        base = SharedBase.from_pretrained(str(llama.base_folder), revision=revision)
+        base.save_roles(tmp_path / revision, "policy")
+        for role in ("policy", "value"):
+            assert files.read_config(tmp_path / revision / role)["revision"] == named
+    assert files.named(str(tmp_path / "step1000" / "policy")).revision == "step1000"

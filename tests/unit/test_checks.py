@@ -3,20 +3,24 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import PreTrainedModel
+from tokenizers.processors import TemplateProcessing
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from tests.helpers import CHAT_TEMPLATE, QUIET, prompt_dataset, saved_model, word_tokenizer
 from trl_ext import PPOTrainer
-from trl_ext.ppo.building import args_of_gpu
+from trl_ext.ppo.building import args_of_gpu, warn_of_outliers
 from trl_ext.ppo.checks import (
     as_list,
     check_arguments,
     check_datasets,
+    check_devices,
+    check_engine,
     check_output_dir,
     check_prompts,
     check_sampling,
@@ -24,6 +28,7 @@ from trl_ext.ppo.checks import (
     check_tokenizer,
 )
 from trl_ext.ppo.config import PPOConfig
+from trl_ext.tokens import tokenize_prompts
 
 
 def rows(**columns: list[Any]) -> Dataset:
@@ -310,6 +315,12 @@ def test_a_column_that_no_reward_function_sees_is_told() -> None:
     assert len(told) == 1
 
 
+@pytest.mark.parametrize("column", ["tools", "chat_template_kwargs", "images"])
+def test_a_column_that_others_write_into_the_prompt_is_told(column: str) -> None:
+    with pytest.warns(UserWarning, match=f"^D has a column '{column}', which is not read into the prompts"):
+        check_arguments([lambda completions, **_: []], [("D", rows(prompt=["a"], **{column: ["c"]}))], config())
+
+
 def test_columns_of_other_names_are_not_told_of(recwarn: pytest.WarningsRecorder) -> None:
     args = config()
     recwarn.clear()
@@ -350,9 +361,19 @@ def test_what_generate_takes_is_taken_and_no_random_number_is_used(given: dict[s
         ({}, {}, "fsdp_version is 1"),  # accelerate's default
         ({"FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "leaves the base empty"),
         ({"FSDP_VERSION": "2"}, {"use_transformers_continuous_batching": True}, "answers by generate: leave it out"),
+        ({"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "under the policy's adapter: set it to"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}, "accelerate launch has a parallelism_config"),
         ({"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed steps the optimizer"),
     ],
-    ids=["version 1", "no version", "efficient loading", "continuous batching", "DeepSpeed"],
+    ids=[
+        "version 1",
+        "no version",
+        "efficient loading",
+        "continuous batching",
+        "recomputation",
+        "parallelism",
+        "DeepSpeed",
+    ],
 )
 def test_ways_to_share_out_the_base_that_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], changes: dict[str, Any], why: str
@@ -370,3 +391,41 @@ def test_fsdp2_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
         monkeypatch.setenv(name, value)
     check_sharding(args)
+
+
+def test_engines_of_several_processes_are_not_put_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = config(use_vllm=True, vllm_mode="colocate")
+    monkeypatch.setattr(PPOConfig, "world_size", property(lambda self: 2))
+    assert "set vllm_mode to 'server'" in refused(lambda: check_engine(args), ValueError)
+
+
+def test_parameters_that_some_backwards_do_not_touch(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_sharding(config(ddp_find_unused_parameters=False))
+    monkeypatch.setattr(PPOConfig, "world_size", property(lambda self: 2))
+    said = refused(lambda: check_sharding(config(ddp_find_unused_parameters=False)), ValueError)
+    assert said.startswith("ddp_find_unused_parameters is False")
+
+
+def test_the_gpu_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PPOConfig, "device", property(lambda self: torch.device("mps")))
+    assert "set use_cpu to true" in refused(lambda: check_devices(config()), ValueError)
+
+
+@pytest.mark.parametrize(("settings", "told"), [({}, True), ({"llm_int8_threshold": 0.0}, False)])
+def test_an_8_bit_base_whose_rows_depend_on_each_other_is_told(
+    settings: dict[str, Any], told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    for form in (lambda kept: kept, lambda kept: kept.to_dict()):
+        caplog.clear()
+        kept = form(BitsAndBytesConfig(load_in_8bit=True, **settings))
+        warn_of_outliers(SimpleNamespace(config=SimpleNamespace(quantization_config=kept)))
+        assert ("llm_int8_threshold 6, by which a row's" in caplog.text) == told
+    warn_of_outliers(SimpleNamespace(config=SimpleNamespace()))
+
+
+def test_a_tokenizer_that_ends_every_prompt_is_refused() -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    assert tokenizer("the cat")["input_ids"][-1] == tokenizer.eos_token_id == 1
+    with pytest.raises(ValueError, match="set its add_eos_token to False"):
+        tokenize_prompts(["the cat"], tokenizer)

@@ -55,17 +55,25 @@ def test_dual_clip(ratio: float, advantage: float, expected: float, slope: float
 def test_kl_penalty(log_ratio: float, advantage: float, penalty: float) -> None:
     new = torch.tensor(log_ratio, dtype=torch.float64, requires_grad=True)
     ratio = math.exp(log_ratio)
-    term = kl_penalty_policy_terms(new.exp(), torch.tensor(advantage, dtype=torch.float64), penalty)
+    term = kl_penalty_policy_terms(new, torch.tensor(advantage, dtype=torch.float64), penalty)
     assert term.item() == pytest.approx(-advantage * ratio + penalty * (ratio - 1 - log_ratio), rel=1e-12)
     term.backward()
     assert new.grad is not None
     assert new.grad.item() == pytest.approx(-advantage * ratio + penalty * (ratio - 1), rel=1e-12)
 
 
+@pytest.mark.parametrize("log_ratio", [-95.0, -110.0, -1000.0])
+def test_a_token_that_has_become_very_unlikely_spoils_no_gradient(log_ratio: float) -> None:
+    """In float32 its ratio is 0, of which there is no logarithm."""
+    new = torch.tensor(log_ratio, requires_grad=True)
+    kl_penalty_policy_terms(new, torch.tensor(1.0), 2.0).backward()
+    assert new.grad is not None and new.grad.item() == pytest.approx(-2.0)
+
+
 def test_the_penalty_is_the_kl_between_the_policies() -> None:
     """Over all tokens of a vocabulary, weighed by the policy that samples, the terms add up to KL(old || new)."""
     old, new = (torch.randn(2, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).log_softmax(-1)
-    terms = kl_penalty_policy_terms((new - old).exp(), torch.zeros(50, dtype=torch.float64), 1.0)
+    terms = kl_penalty_policy_terms(new - old, torch.zeros(50, dtype=torch.float64), 1.0)
     assert (old.exp() * terms).sum().item() == pytest.approx((old.exp() * (old - new)).sum().item(), rel=1e-9)
 
 

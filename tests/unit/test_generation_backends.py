@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, GenerationConfig
 
-from tests.helpers import move_policy, tiny_llama, word_tokenizer
-from trl_ext import SharedBase
+from tests.helpers import QUIET, move_policy, tiny_llama, word_tokenizer
+from trl_ext import PPOConfig, SharedBase
 from trl_ext.generation import ContinuousGenerator, GenerationError, TransformersGenerator, VLLMGenerator, generate
+from trl_ext.ppo.building import build_generator
 
 CONFIG = GenerationConfig(
     max_new_tokens=5, do_sample=True, temperature=0.7, top_p=1.0, top_k=0, pad_token_id=0, eos_token_id=[1]
@@ -151,6 +153,21 @@ def test_lora_that_vllm_cannot_load_is_refused(calls: list[Any]) -> None:
         VLLMGenerator(base, "m", 0.3, None, 0)
 
 
+@pytest.mark.parametrize("pattern", [{"rank_pattern": {"q_proj": 4}}, {"alpha_pattern": {"q_proj": 64}}])
+def test_layers_that_vllm_would_scale_otherwise_are_refused(pattern: dict[str, Any], calls: list[Any]) -> None:
+    base = SharedBase.from_model(tiny_llama(), policy=LoraConfig(target_modules=["q_proj"], **pattern))
+    with pytest.raises(ValueError, match=r"^vLLM scales every layer by lora_alpha / r"):
+        VLLMGenerator(base, "m", 0.3, None, 0)
+
+
+def test_what_the_base_was_loaded_with_goes_along(calls: list[Any]) -> None:
+    args = PPOConfig("run", **QUIET, use_vllm=True, trust_remote_code=True, model_init_kwargs={"revision": "v1"})
+    args.vllm_probe_tolerance = None
+    build_generator(SharedBase.from_model(tiny_llama()), args, Accelerator(cpu=True))
+    named = {name: calls[0].get(name) for name in ("trust_remote_code", "revision", "tokenizer_revision")}
+    assert named == {"trust_remote_code": True, "revision": "v1", "tokenizer_revision": "v1"}
+
+
 def test_without_vllm_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match=r"^use_vllm is set, but vLLM is not installed"):
@@ -222,3 +239,5 @@ def test_an_unknown_setting_is_named(base: SharedBase) -> None:
     for name in ("page_size", "num_blocks", "max_batch_tokens", "max_requests_per_batch"):
         with pytest.raises(ValueError, match=rf"^transformers_continuous_batching_config: {name} is 0"):
             ContinuousGenerator(base, 2, {name: 0})
+    with pytest.raises(ValueError, match=r"has a seed, by which every rollout would draw the same"):
+        ContinuousGenerator(base, 2, {"seed": 0})

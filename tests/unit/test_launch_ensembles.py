@@ -50,6 +50,17 @@ def test_one_is_the_run_itself(tmp_path: Path) -> None:
     assert [own is args for own in launch.unfinished([args])] == [True]
 
 
+def test_another_runs_checkpoint_overwrites_no_run(tmp_path: Path) -> None:
+    for run in "ab":
+        (tmp_path / run / "checkpoint-4").mkdir(parents=True)
+        (tmp_path / run / "checkpoint-4" / "trainer_state.json").write_text("{}", encoding="utf-8")
+    other = str(tmp_path / "b" / "checkpoint-4")
+    with pytest.raises(FileExistsError, match=r"is of another run than the one that output_dir .* holds"):
+        launch.resuming.checkpoint_of(settings(tmp_path / "a", resume_from_checkpoint=other))
+    for folder in ("b", "new"):
+        assert launch.resuming.checkpoint_of(settings(tmp_path / folder, resume_from_checkpoint=other)) == other
+
+
 def test_going_on_leaves_out_what_was_finished(tmp_path: Path) -> None:
     args = settings(tmp_path, resume_from_checkpoint="true")
     (tmp_path / "0").mkdir()

@@ -105,6 +105,8 @@ def test_one_row_a_completion(experience: Experience) -> None:
         ([{"note": ["x", "y"]}], {"note": ["x", "y"]}),
         ([{"note": ["x"]}, {"note": ["y"]}], {"note": ["x", "y"]}),  # two processes, one row each
         ([{"note": ["x", "y", "z"]}, {}], {}),  # not one a completion
+        ([{"note": [1, "a"]}], {"note": ["1", "a"]}),
+        ([{"note": [None, {"a": 1}]}, {}], {"note": [None, {"a": 1}]}),
     ],
 )
 def test_columns_from_reward_functions(

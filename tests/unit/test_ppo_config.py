@@ -1,12 +1,15 @@
 """The settings: defaults, refusals, the arithmetic of a rollout, the command line, and that every field is read."""
 
 import ast
+import copy
 import json
+import pickle
 import re
 import sys
 import threading
 import warnings
 from dataclasses import MISSING, fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +173,13 @@ BAD: list[tuple[str, Any, str]] = [
     ("accelerator_config", {"dispatch_batches": True}, "accelerator_config has dispatch_batches"),
     ("accelerator_config", {"split_batches": True}, "accelerator_config has split_batches"),
     ("accelerator_config", {"even_batches": False}, "accelerator_config has even_batches False"),
+    ("accelerator_config", {"gradient_accumulation_kwargs": {"num_steps": 4}}, "accelerator_config has num_steps"),
+    *((name, True, f"{name} is True, and ")
+      for name in ("dataloader_drop_last", "enable_jit_checkpoint", "bf16_full_eval", "fp16_full_eval",
+                   "use_liger_kernel", "ddp_static_graph")
+      if hasattr(PPOConfig, name)),
+    ("optim", "schedule_free_adamw", "optim is 'schedule_free_adamw', which has other weights"),
+    ("save_strategy", "best", "save_strategy is 'best', and nothing is evaluated"),
     ("torch_compile_backend", "inductor", "torch_compile cannot follow recomputation"),
 ]  # fmt: skip
 
@@ -179,7 +189,40 @@ def test_a_schedule_that_follows_a_loss_that_there_is_not(schedule: str) -> None
     evaluated = {"lr_scheduler_type": schedule, "eval_strategy": "steps", "eval_steps": 8}
     with pytest.raises(ValueError, match=f"^lr_scheduler_type {schedule} looks for the lowest eval_loss.*mode': 'max'"):
         make(**evaluated)
-    assert make(**evaluated, metric_for_best_model="objective/scores").lr_scheduler_type == schedule
+    good = make(**evaluated, metric_for_best_model="objective/scores")
+    assert (good.lr_scheduler_type, good.lr_scheduler_kwargs) == (schedule, {"mode": "max"}), "a score rises"
+    low = make(**evaluated, metric_for_best_model="objective/kl", greater_is_better=False)
+    assert "mode" not in (low.lr_scheduler_kwargs or {})
+
+
+def test_the_best_by_a_loss_that_there_is_not() -> None:
+    evaluated = {"eval_strategy": "steps", "eval_steps": 8, "metric_for_best_model": "loss"}
+    with pytest.raises(ValueError, match=r"^save_strategy 'best' looks for the lowest eval_loss"):
+        make(save_strategy="best", **evaluated)
+
+
+def test_a_compiler_that_accelerate_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(ValueError, match=r"^torch_compile cannot follow"):
+        make()
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    make()
+
+
+def test_what_is_saved_of_the_settings_has_no_secrets_and_always_a_form() -> None:
+    settings = {"hub_token": "hf_mine", "model_init_kwargs": {"token": "hf_other", "revision": "main"}}
+    args = make(**settings, chat_template_kwargs={"date": date(2026, 7, 30)}, run_name="a run")
+    assert args.hub_token == "hf_mine" and args.model_init_kwargs["token"] == "hf_other"
+    for text in (args.to_json_string(), str(args.to_dict()), str(pickle.dumps(args))):
+        assert "hf_mine" not in text
+    assert "hf_other" not in args.to_json_string() and "2026-07-30" in args.to_json_string()
+    again = pickle.loads(pickle.dumps(args))
+    assert again.hub_token is None and again.kl_coef == args.kl_coef
+    assert copy.copy(args).hub_token == copy.deepcopy(args).hub_token == "hf_mine"
+
+
+def test_the_order_of_the_prompts_has_a_seed_of_its_own() -> None:
+    assert (make(seed=3).order_seed, make(seed=3, data_seed=0).order_seed) == (3, 0)
 
 
 @pytest.mark.parametrize(("name", "value", "start"), BAD, ids=[f"{name}={value}" for name, value, _ in BAD])

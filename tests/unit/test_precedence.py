@@ -16,7 +16,8 @@ from tests.helpers import FLAGS
 from tests.parity import tiny
 from trl_ext import PPOConfig, launch
 from trl_ext.launch.precedence import given_on, settled, split_config
-from trl_ext.launch.settings import recipe_file, without_secrets
+from trl_ext.launch.settings import recipe_file
+from trl_ext.runs import without_secrets
 
 ROOT = Path(__file__).parents[2]
 TYPES: dict[str, tuple[Any, ...]] = {
@@ -196,6 +197,21 @@ def test_a_file_of_settings_asks_for_no_precision_that_the_device_lacks(
         assert args.bf16 is False
     _, args, _ = parsed(monkeypatch, tmp_path, "", "dpo", f"{config}fp16: false\nbf16: true\n")
     assert args.bf16 is True, "where it is asked for"
+
+
+def test_a_quantised_base_computes_in_half_where_the_gpu_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's ModelConfig says float32, in which its 4 bits would be computed."""
+    asked = []
+    monkeypatch.setenv("SOME_GPU", "0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: asked.append(os.environ["SOME_GPU"]) is None)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
+    config = "model_name_or_path: demo\ndataset: mine.jsonl\nuse_cpu: true\nbf16: false\nenv: {SOME_GPU: '1'}\n"
+    for given, dtype in (("", "float32"), ("load_in_4bit: true\n", "bfloat16")):
+        *_, model = parsed(monkeypatch, tmp_path, "", "dpo", config + given)
+        assert model.dtype == dtype
+    *_, model = parsed(monkeypatch, tmp_path, "", "dpo", f"{config}load_in_4bit: true\ndtype: float32\n")
+    assert model.dtype == "float32", "where it is asked for"
+    assert set(asked) == {"1"}, "variables are set before anybody asks for a GPU"
 
 
 def test_what_is_written_down_of_a_run_has_no_secrets_and_can_be_read_again(

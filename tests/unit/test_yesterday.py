@@ -26,7 +26,11 @@ DOCS = Path(__file__).parents[2] / "docs"
         ("stop_token", "eos", "PPOConfig has no 'stop_token': leave it out: a completion ends at the model's EOS."),
         ("beta", 0.1, "PPOConfig has no 'beta': it is kl_coef here."),
         ("epsilon", 0.2, "PPOConfig has no 'epsilon': it is cliprange here."),
-        ("loss_type", "dr_grpo", "PPOConfig has no 'loss_type': it is objective here."),
+        (
+            "loss_type",
+            "dr_grpo",
+            "PPOConfig has no 'loss_type': use objective, whose loss is the mean over a minibatch's tokens.",
+        ),
         ("init_kl_coef", 0.2, "PPOConfig has no 'init_kl_coef': it is kl_coef here."),
         ("exp_name", "mine", "PPOConfig has no 'exp_name': it is run_name here."),
         ("rloo_k", 2, "PPOConfig has no 'rloo_k': it is num_generations here."),

@@ -57,6 +57,8 @@ class AdaptiveKLCallback(RolloutCallback):
                 else "it has no KL penalty on sampled completions to control"
             )
             raise ValueError(f"AdaptiveKLCallback cannot act in a trainer with {type(args).__name__}: {reason}.")
+        if hasattr(args, "kl_coef"):
+            self._trainer = None  # it is read from args, whoever was given
         if self._trainer is not None and not getattr(self._trainer, "beta", 0.0):
             raise ValueError(
                 f"AdaptiveKLCallback cannot act: the {type(self._trainer).__name__} was built with beta=0 and computes "
@@ -69,6 +71,8 @@ class AdaptiveKLCallback(RolloutCallback):
         if saved:
             self.controller.load_state_dict(saved["controller"])
             self._num_completions = float(saved["seen"])
+        else:  # in a checkpoint of a run without this callback completions were sampled, too
+            self._num_completions = _completions(args, state) if has_beta else 0.0
         self._write(args, state)
 
     def on_update_end(
@@ -91,7 +95,7 @@ class AdaptiveKLCallback(RolloutCallback):
             return  # on_update_end has done it, with the KL of each rollout
         if "objective/kl" in logs:
             kl, total = float(logs["objective/kl"]), float(logs.get("episode", 0))
-        elif "kl" in logs and "completions/mean_length" in logs:
+        elif logs.get("kl") is not None and "completions/mean_length" in logs:  # None: GRPOTrainer could measure none
             kl, total = float(logs["kl"]) * float(logs["completions/mean_length"]), _completions(args, state)
         else:
             return

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import TrainerState
 
+from trl_ext.callbacks.adaptive_kl import ADAPTIVE_KL_STATE
 from trl_ext.callbacks.rollout import RolloutCallback
 from trl_ext.core import masked_sum
 from trl_ext.core.evidence import alike, correlation, missed_share
@@ -27,7 +28,7 @@ from trl_ext.diagnostics.forks import scale_learning_rate
 from trl_ext.diagnostics.graph import cause_of
 from trl_ext.diagnostics.log import AGREEMENT, MISSED, ONE_VERDICT, SHIFTED
 from trl_ext.diagnostics.planned import planned
-from trl_ext.runs import on_main
+from trl_ext.runs import on_main, without_secrets, write_whole
 from trl_ext.types import Experience, Rollout, as_text
 
 logger = logging.getLogger(__name__)
@@ -264,16 +265,16 @@ class DiagnosticsCallback(RolloutCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            content = {"settings": self._config, "versions": versions(), "recipe": getattr(args, "recipe", None)}
-            (folder / "run.json").write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+            settings, recipe = without_secrets(self._config), getattr(args, "recipe", None)
+            content = {"settings": settings, "versions": versions(), "recipe": recipe}
+            write_whole(folder / "run.json", json.dumps(content, indent=2, default=str) + "\n")
 
     def _write(self, args: Any, state: TrainerState) -> None:
         if state.is_world_process_zero and self._config:
             findings = [{**asdict(finding), "samples": []} for finding in self.findings]
             samples = [asdict(sample) for sample in (*self._watched, *self._latest)]
             content = {"findings": findings, "samples": samples}
-            path = Path(args.output_dir) / "diagnostics.json"
-            path.write_text(json.dumps(content, default=str) + "\n", encoding="utf-8")
+            write_whole(Path(args.output_dir) / "diagnostics.json", json.dumps(content, default=str) + "\n")
 
     # What a problem leads to ------------------------------------------------------------------------------------------
 
@@ -282,9 +283,9 @@ class DiagnosticsCallback(RolloutCallback):
             control.should_save = control.should_training_stop = control.should_update_stop = True
         elif self.on_problem == "act":
             edge, schedule = cause_of(finding, present), self._stepped_by.get("lr_scheduler")
-            if any(self._changes(one, args) for one in present if edge is not None and one.name == edge.cause):
+            if any(self._changes(one, args, state) for one in present if edge is not None and one.name == edge.cause):
                 return  # its cause is what is changed
-            for name, value in self._changes(finding, args).items():
+            for name, value in self._changes(finding, args, state).items():
                 if name in LIVE:
                     logger.warning("%s: %s changes from %s to %s.", finding.name, name, getattr(args, name), value)
                     setattr(args, name, value)
@@ -299,9 +300,11 @@ class DiagnosticsCallback(RolloutCallback):
                     self._write_settings(args, state)
                     logger.warning("%s: learning_rate is multiplied by %.3g.", finding.name, factor)
 
-    def _changes(self, finding: Finding, args: Any) -> dict[str, Any]:
-        """What of a remedy a run in progress can take."""
+    def _changes(self, finding: Finding, args: Any, state: TrainerState) -> dict[str, Any]:
+        """What of a remedy a run in progress can take. A coefficient that a controller chooses is the controller's."""
         can = [name for name in LIVE if hasattr(args, name)]
+        if ADAPTIVE_KL_STATE in state.stateful_callbacks and "kl_coef" in can:
+            can.remove("kl_coef")
         can += ["learning_rate"] if self._stepped_by.get("lr_scheduler") is not None else []
         return {name: value for name, value in finding.remedy.changes.items() if name in can}
 
@@ -358,11 +361,16 @@ def _initial_state() -> dict[str, Any]:
 
 
 def _read_samples(folder: Path, step: int) -> list[Sample]:
-    """The samples up to `step` that the interrupted run wrote; none at step 0."""
+    """The samples up to `step` that the interrupted run wrote; none at step 0, and where the file is damaged: no run
+    is lost for what is only shown."""
     path = folder / "diagnostics.json"
     if step == 0 or not path.is_file():
         return []
-    samples = [Sample(**sample) for sample in json.loads(path.read_text(encoding="utf-8"))["samples"]]
+    try:
+        samples = [Sample(**sample) for sample in json.loads(path.read_text(encoding="utf-8"))["samples"]]
+    except (ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is damaged (%s): the completions that it kept are not shown again.", path, error)
+        return []
     return [sample for sample in samples if sample.step <= step]
 
 

@@ -18,7 +18,12 @@ def token_mean(x: Tensor, mask: Tensor, num_tokens: Tensor | int | None = None) 
 
 def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     """p_new / p_old of each token, (batch, tokens); 1 on padding."""
-    return torch.exp(torch.where(mask.bool(), logprobs - old_logprobs, torch.zeros_like(logprobs)))
+    return log_ratio(logprobs, old_logprobs, mask).exp()
+
+
+def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """log p_new - log p_old of each token, (batch, tokens); 0 on padding."""
+    return torch.where(mask.bool(), logprobs - old_logprobs, torch.zeros_like(logprobs))
 
 
 def clipped_policy_loss(
@@ -64,7 +69,7 @@ def clipped_policy_terms(ratio: Tensor, advantages: Tensor, cliprange: float, du
     return torch.where(advantages < 0, torch.minimum(terms, -advantages * dual_clip), terms)
 
 
-def kl_penalty_policy_terms(ratio: Tensor, advantages: Tensor, penalty: float) -> Tensor:
+def kl_penalty_policy_terms(log_ratio: Tensor, advantages: Tensor, penalty: float) -> Tensor:
     """Each token's term of PPO's other objective: no clipping, but a penalty on the KL from the policy that sampled.
 
         loss_t = -A_t * ratio_t + penalty * KL_t,      KL_t = (ratio_t - 1) - log ratio_t
@@ -75,11 +80,12 @@ def kl_penalty_policy_terms(ratio: Tensor, advantages: Tensor, penalty: float) -
     Source: Schulman et al. 2017, arXiv:1707.06347, equation 8.
 
     Args:
-        ratio: (batch, tokens), p_new / p_old; carries the gradient.
+        log_ratio: (batch, tokens), log p_new - log p_old; carries the gradient.
         advantages: (batch, tokens).
         penalty: beta, what a nat costs.
     """
-    return -advantages * ratio + penalty * (ratio - 1 - ratio.log())
+    ratio = log_ratio.exp()  # 0 for what has become very unlikely, of which there is no logarithm
+    return -advantages * ratio + penalty * (ratio - 1 - log_ratio)
 
 
 def reinforce_terms(logprobs: Tensor, advantages: Tensor) -> Tensor:

@@ -31,6 +31,11 @@ class ContinuousGenerator:
 
     def __init__(self, base: Any, rows: int, settings: dict[str, Any] | None = None, tell: bool = False) -> None:
         settings = {PAGE if name == "page_size" else name: value for name, value in (settings or {}).items()}
+        if "seed" in settings:
+            raise ValueError(
+                "transformers_continuous_batching_config has a seed, by which every rollout would draw the same: leave "
+                "it out, for PPOConfig's seed counts."
+            )
         settings |= {"return_logprobs": True} if tell else {}
         self.base, self.tell, self._settings = base, tell, {"max_requests_per_batch": rows, **settings}
         try:

@@ -49,6 +49,7 @@ class VLLMGenerator:
         seed: int,
         sleep: bool = False,
         tolerance: float | None = None,
+        **more: Any,
     ) -> None:
         try:
             import vllm
@@ -69,6 +70,7 @@ class VLLMGenerator:
             logprobs_mode="processed_logprobs",  # those that really sample
             enable_sleep_mode=sleep,
             **quantization_of(base),
+            **more,
         )
         if tolerance is not None:
             check_same(base, self._probed, tolerance, "vLLM")

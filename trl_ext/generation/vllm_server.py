@@ -70,7 +70,7 @@ class _Server:
     """
 
     def __init__(self, url: str, timeout: float) -> None:
-        self.url, self.timeout, self.lost = url.rstrip("/"), timeout, False
+        self.url, self.timeout, self.lost = url.rstrip("/").removesuffix("/v1"), timeout, False
         self._loaded: set[str] = set()
         self._base = ""
         self._returns = 0
@@ -497,8 +497,12 @@ def check_lora(base: Any) -> None:
     """Refuse LoRA that vLLM cannot load.
 
     Raises:
-        ValueError: it is DoRA, or has biases.
+        ValueError: it is DoRA, has biases, or layers of different scale.
     """
     config = base.model.peft_config[base.adapters["policy"]]
     if config.use_dora or config.lora_bias:
         raise ValueError("vLLM loads plain LoRA only: leave out use_dora and lora_bias, or use_vllm.")
+    if config.rank_pattern or config.alpha_pattern:
+        raise ValueError(
+            "vLLM scales every layer by lora_alpha / r: leave out rank_pattern and alpha_pattern, or use_vllm."
+        )

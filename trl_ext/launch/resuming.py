@@ -51,6 +51,16 @@ def checkpoint_of(args: TrainingArguments, ensemble: int = 1) -> str | None:
             f"{found!r} is no checkpoint (it has no {TRAINER_STATE_NAME}): give a folder like "
             f"{str(folder / 'checkpoint-100')!r}."
         )
+    elsewhere = Path(found).resolve().parent != folder.resolve()
+    if (
+        elsewhere
+        and args.process_index == 0
+        and (last_checkpoint(folder) or any((folder / n).exists() for n in RUN_FILES))
+    ):
+        raise FileExistsError(
+            f"resume_from_checkpoint {found!r} is of another run than the one that output_dir {str(folder)!r} holds, "
+            "which would be written over: give another --output_dir."
+        )
     return found
 
 

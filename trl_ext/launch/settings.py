@@ -45,7 +45,6 @@ USER_ERRORS = (
 PACKAGE = Path(__file__).parents[1]
 # What every recipe does unless it is told otherwise, whatever the model.
 DEFAULTS = {"use_peft": True, "lora_dropout": 0.0, "lora_target_modules": ["all-linear"], "report_to": "none"}
-SECRETS = ("hub_token", "push_to_hub_token")
 _claims: list[Any] = []  # on output_dir, until the process ends
 DEMO = {"model_name_or_path": "demo", "dataset": "demo"}
 
@@ -71,16 +70,21 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
         defaults |= read_config(Path(script).with_suffix(".yaml"))
     else:
         defaults |= {"model_name_or_path": "demo"}
-    if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)):
+    for _, level in levels:  # before anybody asks for GPUs: they may be named there
+        os.environ.update({name: str(value) for name, value in (level.get("env") or {}).items()})
+    in_half = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if not in_half:
         defaults = {"bf16": False} | defaults
     check_names(arguments, levels, types)
     settings = settled([*levels, ("The recipe", defaults)])
+    if in_half and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        settings.setdefault("dtype", "bfloat16")  # of ModelConfig it is float32, in which the bits would be computed
     new_policy = not check_adapter(settings, levels)
     check_precision(settings, levels)
     # An adapter that goes on has its own shape, which would contradict the model's name in a file.
     left_out = ("env", *(() if new_policy else LORA))
-    recorded = {name: value for name, value in without_secrets(settings).items() if name not in left_out}
-    os.environ.update({name: str(value) for name, value in (settings.pop("env", None) or {}).items()})
+    recorded = {name: value for name, value in runs.without_secrets(settings).items() if name not in left_out}
+    settings.pop("env", None)
     parser = TrlParser(types, allow_abbrev=False)
     for name in lists_among(types):  # one value in the file stands for a list of it, as it does on the command line
         if isinstance(value := settings.get(name), str):
@@ -141,16 +145,6 @@ def lists_among(types: Sequence[Any]) -> set[str]:
             if str not in parts and any(get_origin(part) is list for part in parts):
                 found.add(name)
     return found
-
-
-def without_secrets(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as others may read them, since run.json is pushed along with the model; also of those that lie together
-    under one name, as a loop's do."""
-    return {
-        name: without_secrets(value) if isinstance(value, dict) else value
-        for name, value in settings.items()
-        if name not in SECRETS
-    }
 
 
 def check_adapter(settings: dict[str, Any], levels: Sequence[tuple[str, dict[str, Any]]]) -> bool:

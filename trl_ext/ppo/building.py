@@ -27,7 +27,7 @@ from trl_ext.ppo.checks import as_list
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.rewards import Scorer
 from trl_ext.roles import SharedBase
-from trl_ext.roles.adapters import Named, named
+from trl_ext.roles.adapters import HUB, Named, named
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,15 @@ def has_adapter(model: Any, args: PPOConfig) -> bool:
 
 def _named(model: str, args: PPOConfig) -> Named:
     given: Any = args.model_init_kwargs or {}
-    return named(model, given.get("revision"))
+    return named(model, **{name: given[name] for name in HUB if name in given})
+
+
+def _of_vllm(args: PPOConfig) -> dict[str, Any]:
+    """What vLLM in this process is to load as the base was loaded."""
+    given: Any = args.model_init_kwargs or {}
+    revision = given.get("revision")
+    which = {} if revision is None else {"revision": revision, "tokenizer_revision": revision}
+    return {"trust_remote_code": args.trust_remote_code, **which}
 
 
 def args_of_gpu(device: torch.device, bf16: bool | None = None, quantized: bool = False) -> dict[str, Any]:
@@ -135,6 +143,19 @@ def args_of_gpu(device: torch.device, bf16: bool | None = None, quantized: bool 
         return {}
     place = {} if parse_flag_from_env("ACCELERATE_USE_FSDP") and not quantized else {"device_map": {"": device}}
     return {**place, **({"dtype": torch.bfloat16} if bf16 else {})}
+
+
+def warn_of_outliers(base: SharedBase) -> None:
+    """Tell of an 8-bit base that reads a row otherwise beside other rows: bitsandbytes takes the columns with outliers
+    of the whole batch out of the 8 bits."""
+    quantization = getattr(base.config, "quantization_config", None)
+    of = quantization if isinstance(quantization, dict) else vars(quantization) if quantization is not None else {}
+    if of.get("_load_in_8bit", of.get("load_in_8bit")) and of.get("llm_int8_threshold"):
+        logger.warning(
+            "The 8-bit base has llm_int8_threshold %g, by which a row's log-probabilities depend on the rows beside "
+            "it, and the first ratio is not 1: set it to 0.",
+            of["llm_int8_threshold"],
+        )
 
 
 def keep_outputs_precise(base: SharedBase, accelerator: Accelerator) -> None:
@@ -198,6 +219,7 @@ def build_generator(base: SharedBase, args: PPOConfig, accelerator: Accelerator)
             args.seed + accelerator.process_index,
             args.vllm_enable_sleep_mode,
             args.vllm_probe_tolerance,
+            **_of_vllm(args),
         )
     if args.use_transformers_continuous_batching:
         settings: Any = args.transformers_continuous_batching_config

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from trl_ext.ppo.config import PPOConfig
@@ -33,6 +33,11 @@ from trl_ext.types import Experience, Rollout, ScorePass, Scores
 
 UNFINISHED = "unfinished"  # holds a checkpoint while it is written
 TENSORS, TEXTS, NUMBERS = "rollout.safetensors", "rollout.json", "ppo_state.json"
+# What steps are counted by, and the settings that it comes from.
+SIZES = {
+    "rollout_batch_size": "per_device_train_batch_size, gradient_accumulation_steps and num_mini_batches",
+    "steps_per_rollout": "num_ppo_epochs and num_mini_batches",
+}
 RECORDS = {"rollout": Rollout, "scores": Scores, "score_pass": ScorePass}
 
 
@@ -103,12 +108,31 @@ class Checkpoints:
             (folder / NUMBERS).write_text(json.dumps(self._numbers), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """Go on from the checkpoint in `folder`."""
-        self.updater.base.load_trained_roles(folder)
+        """Go on from the checkpoint in `folder`.
+
+        Raises:
+            ValueError: it holds weights alone, or its rollouts are of another size.
+        """
         path = folder / NUMBERS
         numbers = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if folder.is_dir() and not (folder / OPTIMIZER_NAME).is_file():
+            raise ValueError(
+                f"The checkpoint {str(folder)!r} holds weights alone, as save_only_model has it, and no optimizer to "
+                "go on with: give it as the model of a new run, or resume from one that is whole."
+            )
+        for name, of_checkpoint in numbers.pop("sizes", {}).items():
+            if of_checkpoint != (now := self._sizes[name]):
+                raise ValueError(
+                    f"The checkpoint {str(folder)!r} is of a run with {name} {of_checkpoint}, and it is {now} now, so "
+                    f"that its steps would count otherwise: set {SIZES[name]} so that it stays {of_checkpoint}."
+                )
+        self.updater.base.load_trained_roles(folder)
         self.updater.load_state_dict(numbers, load_experience(folder))
         self._latest = folder.resolve()
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return {name: getattr(self.args, name) for name in SIZES}
 
     def load_best(self, folder: Path) -> None:
         """Put the roles of the checkpoint in `folder` back, and nothing else."""
@@ -131,7 +155,9 @@ class Checkpoints:
         """
         final = self.folder_of(state.global_step)
         limit = self.args.save_total_limit
-        self._numbers = self.updater.state_dict()  # before anything is written: the processes wait for each other here
+        self._numbers = self.updater.state_dict() | {
+            "sizes": self._sizes
+        }  # before anything is written: the processes wait for each other here
         self.args.save_total_limit = None  # what is old goes once the new one is there
         self.unfinished = final.parent / UNFINISHED
         failure: Exception | None = None
@@ -243,7 +269,8 @@ class Checkpoints:
         folder = self.folder_of(step)
         if step == 0:
             return ""
-        if self._latest != folder.resolve():  # one of that number may be an earlier run's
+        # One of that number may be an earlier run's, or hold weights alone.
+        if self._latest != folder.resolve() or not (folder / OPTIMIZER_NAME).is_file():
             if self._step_end is None or self._stepping:
                 return ""
             self._back_to_step_end()

@@ -24,9 +24,11 @@ from trl_ext.ppo.measuring import Limits, measured_prompt, measured_prompts, mea
 from trl_ext.ppo.stream import PromptStream
 from trl_ext.rewards.protocol import ARGUMENTS, arguments_of, check_functions
 from trl_ext.roles import SharedBase
-from trl_ext.roles.adapters import Named, check_head_inside, named, read_score_head
+from trl_ext.roles.adapters import HUB, Named, check_head_inside, named, read_score_head
 from trl_ext.tokens import as_ids, check_chat_template, config_of, context_limit, vocabulary_size
 from trl_ext.types import fault_of_messages
+
+UNREAD = {"tools", "chat_template_kwargs", "image", "images"}  # columns that other trainers write into prompts
 
 
 def check_prompts(dataset: Any, name: str) -> None:
@@ -187,7 +189,8 @@ def check_run(
     check_arguments(functions, datasets, args)
     given: Any = args.model_init_kwargs or {}
     name = model if isinstance(model, str) else model.config.name_or_path
-    start = named(name, given.get("revision")) if isinstance(model, str) else Named(name)
+    where = {key: given[key] for key in HUB if key in given}
+    start = named(name, **where) if isinstance(model, str) else Named(name)
     if tokenizer is None:
         tokenizer = start.load_tokenizer(args.trust_remote_code)
     config = config_of(start.base if isinstance(model, str) else model, args.trust_remote_code, start.revision)
@@ -289,6 +292,13 @@ def check_arguments(functions: Sequence[Any], datasets: Iterable[tuple[str, Data
                 UserWarning,
                 stacklevel=2,
             )
+        for column in UNREAD & {*dataset.column_names}:
+            warnings.warn(
+                f"{name} has a column {column!r}, which is not read into the prompts, so that the policy answers "
+                "without it: write what it says into the prompt, or rename the column.",
+                UserWarning,
+                stacklevel=2,
+            )
         offered = [*(column for column in columns if column != "prompt"), *ARGUMENTS, "prompt_ids"]
         for function in functions:
             if callable(function) and not hasattr(function, "forward"):
@@ -382,11 +392,13 @@ def check_output_dir(path: str) -> None:
 
 
 def check_devices(args: PPOConfig) -> None:
-    """Refuse several GPUs in one process.
+    """Refuse several GPUs in one process, and those of a Mac.
 
     Raises:
         ValueError: there are.
     """
+    if args.device.type == "mps":
+        raise ValueError("The GPU of a Mac has no float64, in which figures are added up here: set use_cpu to true.")
     if args.n_gpu > 1:
         raise ValueError(
             "Several GPUs are visible to one process, which would replicate the base: use `accelerate launch`, or "
@@ -398,11 +410,17 @@ def check_engine(args: PPOConfig) -> None:
     """Refuse an engine that is not there.
 
     Raises:
+        ValueError: vLLM would put the engines of all processes onto the first GPU.
         ImportError: vLLM is not installed in this process.
         ConnectionError: a vLLM server is not up in time.
     """
     if args.use_vllm and args.vllm_mode == "server":
         VLLMServers(args.vllm_server_urls, args.vllm_server_timeout).wait_until_up()
+    elif args.use_vllm and args.world_size > 1:
+        raise ValueError(
+            f"vllm_mode is 'colocate' and there are {args.world_size} processes, whose engines would all be on the "
+            "first GPU: set vllm_mode to 'server'."
+        )
     elif args.use_vllm and find_spec("vllm") is None and "vllm" not in sys.modules:
         raise ImportError(NO_VLLM)
 
@@ -433,6 +451,15 @@ def check_sharding(args: PPOConfig) -> None:
             "DeepSpeed steps the optimizer after each backward, and each role has one of its own: take "
             "recipes/accelerate/multi_gpu.yaml, or fsdp.yaml beside it to share out the base."
         )
+    if args.ddp_find_unused_parameters is False and args.world_size > 1:
+        raise ValueError(
+            "ddp_find_unused_parameters is False, and each role's backward touches its own adapter alone: leave it out."
+        )
+    if parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        raise ValueError(
+            "accelerate launch has a parallelism_config, and the four roles are trained on whole models: leave it out, "
+            "or use fsdp."
+        )
     settings: Any = args.fsdp_plugin_args
     if settings is None and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return
@@ -446,6 +473,11 @@ def check_sharding(args: PPOConfig) -> None:
         raise ValueError(
             "fsdp_cpu_ram_efficient_loading leaves the base empty on all processes but the first, and roles are laid "
             "on it before it is shared out: set it to false."
+        )
+    if parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING") or (settings or {}).get("activation_checkpointing"):
+        raise ValueError(
+            "fsdp_activation_checkpointing would compute the value role anew under the policy's adapter: set it to "
+            "false, and gradient_checkpointing to true, which restores each role's own."
         )
     for name in ("use_vllm", "use_transformers_continuous_batching"):
         if getattr(args, name):

@@ -41,8 +41,16 @@ def completions_table(
     for column in sorted({name for process in extra for name in process}):
         values = [value for process in extra for value in process.get(column, [])]
         if len(values) == len(rollout.prompts):
-            columns[f"extra/{column}" if column in columns else column] = values
+            columns[f"extra/{column}" if column in columns else column] = _of_one_type(values)
     return pa.table(columns)
+
+
+def _of_one_type(values: list[Any]) -> pa.Array:
+    """A column; as texts, where its values are of types that do not go together."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
+        return pa.array([None if value is None else str(value) for value in values])
 
 
 def save_completions(table: pa.Table, output_dir: str, step: int) -> Path:

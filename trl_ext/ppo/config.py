@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -17,8 +18,10 @@ from transformers import GenerationConfig
 from trl_ext._trl import BaseConfig
 from trl_ext.core import CorrectionMode, EnsembleName, KLEstimator
 from trl_ext.diagnostics.planned import BY_EVALUATION
+from trl_ext.hub import KeepsToken
 from trl_ext.ppo.objectives import OBJECTIVES, Baseline, Objective, ObjectiveName
 from trl_ext.ppo.yesterday import SETTINGS, explained
+from trl_ext.runs import without_secrets
 from trl_ext.tokens import as_ids
 
 if TYPE_CHECKING:
@@ -72,6 +75,12 @@ NOT_FOR_PPO = {
     "neftune_noise_alpha": "noise in training alone makes another policy than the one that sampled: leave it out",
     "label_smoothing_factor": "PPO has no labels that could be smoothed: leave it out",
     "train_sampling_strategy": "prompts come in the order that shuffle_dataset sets: leave it out",
+    "dataloader_drop_last": "a rollout is whole anyway, and an evaluation would leave prompts out: leave it out",
+    "enable_jit_checkpoint": "SIGTERM is answered by a checkpoint already: leave it out",
+    "bf16_full_eval": "an evaluation has the precision of the training: leave it out",
+    "fp16_full_eval": "an evaluation has the precision of the training: leave it out",
+    "use_liger_kernel": "Liger's kernels replace a loss that PPO does not have: leave it out",
+    "ddp_static_graph": "each role's backward touches its own adapter alone: leave it out",
     "debug": "what watches every module's output cannot read PPO's: leave it out",
 }
 
@@ -81,7 +90,7 @@ def _f(default: Any, help: str) -> Any:
 
 
 @dataclass
-class PPOConfig(BaseConfig):
+class PPOConfig(KeepsToken, BaseConfig):
     """`transformers.TrainingArguments` plus what PPO needs, under the names of TRL's own PPOConfig and RLOOConfig.
 
     One rollout holds `per_device_train_batch_size * gradient_accumulation_steps * num_mini_batches` completions a
@@ -287,8 +296,14 @@ class PPOConfig(BaseConfig):
                 "out, for the trainer asks for ids, pads them itself, masked, and cuts none."
             )
         for name, why in NOT_FOR_PPO.items():
-            if getattr(self, name) and getattr(self, name) != self._usual(name):
+            if getattr(self, name, None) and getattr(self, name) != self._usual(name):
                 raise ValueError(f"{name} is {getattr(self, name)!r:.80}, and {why}.")
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        if optimizer.startswith("schedule_free"):
+            raise ValueError(
+                f"optim is {optimizer!r}, which has other weights for sampling than for training, and PPO's are the "
+                "same: choose another one."
+            )
         if self.parallelism_config is not None and getattr(self.parallelism_config, "total_size", 2) > 1:
             raise ValueError(
                 "parallelism_config is set, and the four roles are trained on whole models: leave it out, or use fsdp."
@@ -297,6 +312,11 @@ class PPOConfig(BaseConfig):
             raise ValueError(
                 "accelerator_config has dispatch_batches, which sends tensors alone: leave it out, for PPO's rows are "
                 "texts."
+            )
+        if "num_steps" in (getattr(self.accelerator_config, "gradient_accumulation_kwargs", None) or {}):
+            raise ValueError(
+                "accelerator_config has num_steps, which would change the size of a rollout that is counted already: "
+                "set gradient_accumulation_steps instead."
             )
         if getattr(self.accelerator_config, "split_batches", None):
             raise ValueError(
@@ -308,20 +328,31 @@ class PPOConfig(BaseConfig):
                 "accelerator_config has even_batches False, and processes with unequal shares of an evaluation would "
                 "wait for each other for ever: leave it out."
             )
-        if self.torch_compile and (self.gradient_checkpointing or getattr(self, "activation_checkpointing", False)):
+        compiles = self.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
+        if compiles and (self.gradient_checkpointing or getattr(self, "activation_checkpointing", False)):
             raise ValueError(
                 "torch_compile cannot follow recomputation that restores a role's adapter: set gradient_checkpointing "
                 "to False, or leave torch_compile out."
             )
+        saves = str(getattr(self.save_strategy, "value", self.save_strategy))
+        if saves == "best" and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+            raise ValueError(
+                "save_strategy is 'best', and nothing is evaluated, so that nothing would be saved: set eval_strategy."
+            )
         by_loss = str(self.metric_for_best_model).removeprefix("eval_") == "loss"
         schedule = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
-        if by_loss and (self.load_best_model_at_end or schedule in BY_EVALUATION):
-            name = "load_best_model_at_end" if self.load_best_model_at_end else f"lr_scheduler_type {schedule}"
-            more = "" if self.load_best_model_at_end else ", with lr_scheduler_kwargs={'mode': 'max'}"
+        if by_loss and (self.load_best_model_at_end or schedule in BY_EVALUATION or saves == "best"):
+            of_schedule = f"lr_scheduler_type {schedule}" if schedule in BY_EVALUATION else "save_strategy 'best'"
+            name = "load_best_model_at_end" if self.load_best_model_at_end else of_schedule
+            more = ", with lr_scheduler_kwargs={'mode': 'max'}" if name.startswith("lr_scheduler") else ""
             raise ValueError(
                 f"{name} looks for the lowest eval_loss, and PPO's evaluation has no loss: set "
                 f"metric_for_best_model='objective/scores', or 'yardstick/<name>'{more}."
             )
+        if schedule in BY_EVALUATION and self.greater_is_better:
+            # Transformers' schedules take the lowest for the best, whatever greater_is_better says.
+            given: Any = getattr(self, "lr_scheduler_kwargs", None)
+            self.lr_scheduler_kwargs = {"mode": "max"} | dict(given or {})
         if not isinstance(self.model_init_kwargs, dict | None) or "policy" in (self.model_init_kwargs or {}):
             raise ValueError(
                 f"model_init_kwargs is {self.model_init_kwargs!r:.80}: give a dict of arguments of from_pretrained, "
@@ -337,6 +368,11 @@ class PPOConfig(BaseConfig):
     def steps_per_rollout(self) -> int:
         """Optimizer steps taken on one rollout."""
         return self.num_ppo_epochs * self.num_mini_batches
+
+    @property
+    def order_seed(self) -> int:
+        """What the order of the prompts follows from."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def policy_objective(self) -> Objective:
@@ -376,8 +412,13 @@ class PPOConfig(BaseConfig):
         return super(PPOConfig, shown).__str__()
 
     def to_dict(self) -> dict[str, Any]:
-        """As TrainingArguments', an objective of your own by its name."""
-        return super().to_dict() | {"objective": self.objective_name}
+        """As TrainingArguments', an objective of your own by its name, without the tokens of `model_init_kwargs`."""
+        settings = super().to_dict() | {"objective": self.objective_name}
+        return {name: without_secrets(value) if isinstance(value, dict) else value for name, value in settings.items()}
+
+    def to_json_string(self) -> str:
+        """As TrainingArguments', which fails at what JSON has no form for: no checkpoint is lost for that."""
+        return json.dumps(self.to_dict(), indent=2, default=str)
 
     def _check(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():

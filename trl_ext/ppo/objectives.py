@@ -22,6 +22,7 @@ from trl_ext.core import (
     estimate_advantages,
     importance_weights,
     kl_penalty_policy_terms,
+    log_ratio,
     masked_whiten,
     policy_clipped,
     probability_ratio,
@@ -123,8 +124,8 @@ class KLPenalty(Objective):
 
     def terms(self, logprobs: Tensor, batch: Experience, args: Settings, coef: float) -> Tensor:
         """See `trl_ext.core.kl_penalty_policy_terms`."""
-        ratio = probability_ratio(logprobs, batch.score_pass.logprobs, batch.loss_mask)
-        return kl_penalty_policy_terms(ratio, batch.advantages, coef)
+        moved = log_ratio(logprobs, batch.score_pass.logprobs, batch.loss_mask)
+        return kl_penalty_policy_terms(moved, batch.advantages, coef)
 
     def controller(self, args: Settings) -> KLController:
         """Beta, doubled and halved."""
@@ -196,7 +197,9 @@ class CheckedObjective:
             self._refuse("advantages", f"advantages and returns, two tensors of shape {tuple(shape)}")
         if not all(bool(x[shaped.loss_mask].isfinite().all()) for x in pair):
             self._refuse("advantages", "finite numbers")
-        return pair[0], pair[1]
+        # What does not count is 0: a NaN there would be one in every gradient.
+        advantages, returns = (x.where(shaped.loss_mask, 0.0) for x in pair)
+        return advantages, returns
 
     def terms(self, logprobs: Tensor, batch: Experience, args: Settings, coef: float) -> Tensor:
         """See `Objective`."""

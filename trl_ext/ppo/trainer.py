@@ -37,6 +37,7 @@ from trl_ext.ppo.building import (
     check_peft_config,
     default_config,
     keep_outputs_precise,
+    warn_of_outliers,
     without_dropout,
 )
 from trl_ext.ppo.checkpoints import Checkpoints, WholeOptimizer
@@ -157,10 +158,15 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
         tokenizer = checks.check_run(
             args, train_dataset, eval_dataset, processing_class, functions, model, ptx_dataset, generator
         )
-        mix = PretrainMix(ptx_dataset, tokenizer, args.ptx_max_length, args.seed) if ptx_dataset is not None else None
+        mix = (
+            PretrainMix(ptx_dataset, tokenizer, args.ptx_max_length, args.order_seed)
+            if ptx_dataset is not None
+            else None
+        )
 
         set_seed(args.seed)  # LoRA draws its weights
         self.base = build_base(model, args, quantization_config, peft_config)
+        warn_of_outliers(self.base)
         if args.disable_dropout:
             without_dropout(self.base)
         if args.ddp_find_unused_parameters is None:
@@ -188,6 +194,9 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
         events = self.events = RolloutEvents(self, together, vocabulary_size(self.base.config))
         generator = generator if generator is not None else build_generator(self.base, args, self.accelerator)
         scorer = build_scorer(functions, reward_processing_classes, args, self.accelerator.device)
+        if scorer is not None:
+            rows = train_dataset.first(1) if isinstance(train_dataset, PromptStream) else train_dataset
+            scorer.check(rows[0]["prompt"])
         self._shown: Experience | None = None  # the rollout whose completions were printed and saved
         self.collector = Collector(self.base, tokenizer, generator, scorer, args, self.accelerator, events)
         self.updater = Updater(self.base, args, self.accelerator, self.collector, events, mix)
@@ -343,8 +352,11 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
             self.updater.note_rounding(getattr(self.optimizer, "optimizer", self.optimizer))
             self.updater.end_step(self.state, self.control)
             on_all(self._raise_postponed)
-        if any(gather_object([self.interrupts.received is not None])):
+        said = gather_object([(self.interrupts.received is not None, self.control.should_training_stop)])
+        if any(received for received, _ in said):
             self.control.should_save = self.control.should_training_stop = True
+        if any(stops for _, stops in said):  # a callback may have seen its own process's completions alone
+            self.control.should_training_stop = True
 
     def _normalize_scores(self) -> None:
         if self.collector.combination.needs_reference and self.train_dataset is not None:
@@ -371,7 +383,11 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
     def _saved_on_failure(self, whole_run: bool = False) -> AbstractContextManager[None]:
         def save() -> None:
             self.updater.undo_step()
-            self._write_checkpoint()
+            weights_alone, self.args.save_only_model = self.args.save_only_model, False  # to go on from
+            try:
+                self._write_checkpoint()
+            finally:
+                self.args.save_only_model = weights_alone
 
         return self.checkpoints.saved_first(lambda: self.state.global_step, save, whole_run)
 
@@ -468,7 +484,7 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
         rows = self._prompts = dataset if dataset is not None else self.train_dataset
         shuffle = args.shuffle_dataset and not isinstance(rows, PromptStream)
         self._sampler = RolloutSampler(
-            len(rows), args.rollout_batch_size, repeats, shuffle, args.seed, args.num_generations
+            len(rows), args.rollout_batch_size, repeats, shuffle, args.order_seed, args.num_generations
         )
         return self._sampler
 

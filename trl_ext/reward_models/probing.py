@@ -31,9 +31,18 @@ class ProbeData:
 
 
 def score_head(model: nn.Module) -> nn.Module:
-    """The module `score` of a sequence classifier, wrapped by PEFT or not."""
-    (head,) = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] == "score"]
-    return head
+    """The module `score` of a sequence classifier, wrapped by PEFT or not.
+
+    Raises:
+        ValueError: it has none; encoders call theirs otherwise, and read the first token.
+    """
+    heads = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] == "score"]
+    if len(heads) != 1:
+        raise ValueError(
+            f"objective 'probe' fits a linear head called 'score', and a {type(model).__name__} has none: choose "
+            "another objective, or a causal model's classifier."
+        )
+    return heads[0]
 
 
 @torch.no_grad()

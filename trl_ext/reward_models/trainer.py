@@ -68,7 +68,7 @@ REWARD_OBJECTIVES: dict[str, RewardObjective] = {
 
 
 @dataclass
-class FeedbackRewardConfig(RewardConfig):
+class FeedbackRewardConfig(hub.KeepsToken, RewardConfig):
     """TRL's RewardConfig and the objective."""
 
     objective: str = field(
@@ -281,6 +281,8 @@ class Scale:
             ValueError: all ratings, all labels, or all ranks of every ranking are the same; or all weights are 0.
         """
         column = REWARD_OBJECTIVES[objective].columns[-1]
+        if is_in_ids(dataset):  # laid out by a trainer of this objective
+            return cls()
         if column == "ranks" and all(len(set(ranks)) == 1 for ranks in dataset["ranks"]):
             raise ValueError("Every ranking is one tie: nothing can be learned from answers that are all alike.")
         if column not in ("rating", "label"):

@@ -137,7 +137,11 @@ class SharedBase(AdaptedModel):
             model_kwargs["revision"] = name.revision or "main"
         plan = assembly.plan(name.base, policy, value, reward, reference)
         model = assembly.load_base(name.base, quantization_config, dtype, device_map, **model_kwargs)
-        return cls(*assembly.assemble(model, plan))
+        base = cls(*assembly.assemble(model, plan))
+        if (revision := model_kwargs.get("revision")) not in (None, "main"):
+            for config in base.model.peft_config.values():
+                config.revision = revision  # so that who loads a saved role gets this base
+        return base
 
     @classmethod
     def from_model(

@@ -203,7 +203,12 @@ def _three_more(causal_lm: Any, ids: Tensor, mask: Tensor, **settings: Any) -> t
     # The least is the most: what the model's own settings call an EOS ends nothing here.
     length = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     config = GenerationConfig(**length, output_logits=True, return_dict_in_generate=True, **settings)
-    said = causal_lm.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    own = causal_lm.generation_config
+    try:  # what is not set is the model's own, which may search beams or stop at words
+        causal_lm.generation_config = config
+        said = causal_lm.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    finally:
+        causal_lm.generation_config = own
     return said.sequences, torch.stack(said.logits, dim=1).float()
 
 
