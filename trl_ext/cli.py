@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -137,7 +138,7 @@ def _add_adapters(rooms: Any) -> None:
     merge.set_defaults(run=("adapters", "merge"))
     merge.add_argument("--dtype", default="auto", help="of its weights: auto, float32, bfloat16, float16")
     for command in (score, chat):
-        command.add_argument("--load_in_4bit", action="store_true", help="hold the base in 4 bits (NF4)")
+        _add_loading(command)
     score.add_argument("file", help="rows with 'completion' and, where they have one, 'prompt'")
     score.add_argument("--out", type=Path, required=True, metavar="FILE", help="the same rows with 'score', .jsonl")
     _add_columns(score)
@@ -172,7 +173,13 @@ def _add_evaluation(rooms: Any) -> None:
         command.add_argument("--temperature", type=float, default=1.0, help="of the sampling; 0: the likeliest token")
         command.add_argument("--seed", type=int, default=0, help="of the random numbers")
         command.add_argument("--batch-size", type=int, default=32, metavar="N", help="answers at a time")
-        command.add_argument("--load_in_4bit", action="store_true", help="hold the base in 4 bits (NF4)")
+        _add_loading(command)
+        command.add_argument(
+            "--chat_template_kwargs",
+            type=json_object,
+            metavar="JSON",
+            help="arguments of the chat template, those that the policy was trained with",
+        )
         command.add_argument(
             "--vllm_server_base_url", nargs="+", default=[], metavar="URL", help="vLLM servers of the base that sample"
         )
@@ -189,6 +196,20 @@ def _add_evaluation(rooms: Any) -> None:
     evaluate.add_argument("--rubric", type=Path, metavar="FILE", help="what a language model judges by")
     evaluate.add_argument("--judge-key", metavar="VARIABLE", help="environment variable with the key for the URL")
     evaluate.add_argument("--store", type=Path, metavar="FILE", help="of `trl-ext rate`: people judge, or are compared")
+
+
+def _add_loading(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--load_in_4bit", action="store_true", help="hold the base in 4 bits (NF4)")
+    command.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of the base; float32 where nothing is said"
+    )
+
+
+def json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return value
 
 
 def _add_columns(command: argparse.ArgumentParser) -> None:

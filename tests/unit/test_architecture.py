@@ -51,7 +51,7 @@ ARROWS: dict[str, set[str]] = {
     "hub": {"diagnostics"},
     "random_state": set(),
     "runs": set(),
-    "evaluation": {"core", "diagnostics", "feedback", "generation", "rewards", "roles", "tokens", "types"},
+    "evaluation": {"core", "diagnostics", "feedback", "generation", "rewards", "roles", "runs", "tokens", "types"},
     "callbacks": {"controllers", "core", "diagnostics", "runs", "types"},
     "reward_models": LOGIC | {"_trl"},
     "ppo": LOGIC | {"_trl"},

@@ -145,6 +145,17 @@ def test_length_controlled_rate_is_the_regressions() -> None:
     assert c.length_controlled(data).mean == pytest.approx(by_descent(data), abs=1e-6)
 
 
+@pytest.mark.parametrize("won", [0.75, 1.0])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_equal_length_is_not_guessed_where_one_side_is_always_longer(won: float, sign: int) -> None:
+    """Lengths 200 to 260 tokens apart say nothing of answers that are as long."""
+    data = [said(i, float(i < 20 * won), sign * (200 + 3 * i)) for i in range(20)]
+    found = c.length_controlled(data)
+    assert math.isnan(found.mean) and math.isnan(found.low) and found.n == 20
+    near = [*data, said(20, 1.0, sign), said(21, 0.0, sign)]
+    assert 0 <= c.length_controlled(near).mean <= 1
+
+
 def test_a_judge_who_only_looks_at_length_sees_no_winner_at_equal_length() -> None:
     rng = np.random.default_rng(0)
     data = []

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.parity.tiny import EOS, config_of, save_base, save_policy_adapter, save_reward_adapter
 from tests.reward_server import Server
@@ -26,7 +27,7 @@ from trl_ext import evaluation
 from trl_ext.cli import main
 from trl_ext.commands.policies import _said_by_people
 from trl_ext.evaluation import Cast, Comparison, Interval, Sampling, Spec, win_rates
-from trl_ext.evaluation.judges import ModelJudge, compared, verdict_of
+from trl_ext.evaluation.judges import ModelJudge, compared, pairs_of, verdict_of
 from trl_ext.evaluation.policies import Drawn, Policies, uniforms
 from trl_ext.evaluation.result import as_json
 from trl_ext.rating import Store
@@ -401,6 +402,28 @@ def test_what_a_judge_said_before_it_went_is_kept(server: JudgeServer, tmp_path:
     assert len(server.requests) == 3 + 10
 
 
+def test_a_pair_that_a_judge_refuses_is_left_out(server: JudgeServer, tmp_path: Path) -> None:
+    """One that is too long for it, say; the next ones are not."""
+    file = tmp_path / "judge.jsonl"
+    server.troubles = [200, 200, 400]
+    pairs = [pair("longer", "s", f"p{i}") for i in range(4)]
+    assert ModelJudge("m", server.url, file, concurrency=1)(pairs) == [1.0, None, 1.0, 1.0]
+    assert ModelJudge("m", server.url, file)(pairs) == [1.0] * 4, "and is asked about again"
+    server.troubles = [400] * 40
+    with pytest.raises(evaluation.JudgeError, match=r"is gone: .* status 400"):
+        ModelJudge("m", server.url, tmp_path / "other.jsonl", retries=0)([pair("x", "y", str(i)) for i in range(20)])
+
+
+def test_a_prompt_that_stands_there_twice_is_compared_twice() -> None:
+    rows = [
+        {**answer("q", f"{policy}{number}"), "id": f"{number}-{policy}-0", "policy": policy, "sample": 0}
+        for number in range(2)
+        for policy in "ab"
+    ]
+    said = [(a["completion"], b["completion"]) for a, b in pairs_of(rows, ["a", "b"])]
+    assert said == [("a0", "b0"), ("a1", "b1")]
+
+
 def test_a_judge_that_names_no_winner(server: JudgeServer, tmp_path: Path) -> None:
     server.say = lambda first, second: "Both are lovely."
     with pytest.raises(evaluation.JudgeError, match=r"names no winner: it said 'Both are lovely\.'.*\[\[A\]\]"):
@@ -517,6 +540,48 @@ def test_a_function_that_asks_for_a_column_that_is_not_there(
     assert main([command, *line(files, *asking)]) == 1
     assert "asks for 'solution'" in capsys.readouterr().err
     assert not (tmp_path / out).exists()
+
+
+def test_a_column_that_some_prompts_lack_is_none_there(cast: Cast, policies: Policies, tmp_path: Path) -> None:
+    seen = []
+
+    def needs(completions: list[str], answer: list[str | None]) -> list[float]:
+        seen.append(answer)
+        return [0.0] * len(completions)
+
+    rows = [{"prompt": PROMPTS[0]}, {"prompt": PROMPTS[1], "answer": "w9"}]
+    alone = replace(cast, policies={"base": None}, rewards=())
+    evaluation.sample(alone, rows, tmp_path / "a.jsonl", Sampling(1, 3), [needs], load=lambda: policies)
+    assert seen == [[None, "w9"]]
+
+
+def test_prompts_are_read_by_the_template_that_the_policy_was_trained_with(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Policies and reward roles; a file that was begun otherwise is not gone on with."""
+    folder = shutil.copytree(files / "model", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{% if loud %} w9 w9{% endif %}"
+    tokenizer.save_pretrained(folder)
+    prompts = tmp_path / "chat.jsonl"
+    prompts.write_text(json.dumps({"prompt": [{"role": "user", "content": "w5 w6"}]}) + "\n", encoding="utf-8")
+    (tmp_path / "plain.jsonl").write_text(json.dumps({"prompt": "w5 w6 w9 w9"}) + "\n", encoding="utf-8")
+    save_reward_adapter(tmp_path / "judge", folder, seed=3)
+
+    def sampled(name: str, file: Path, *more: str) -> int:
+        line = [str(folder), "--prompts", str(file), "--reward", str(tmp_path / "judge"), "--per-prompt", "4"]
+        return main(["sample", *line, "--max-new-tokens", "3", "--out", str(tmp_path / name), *more])
+
+    loud = ("--chat_template_kwargs", '{"loud": true}')
+    assert sampled("loud.jsonl", prompts, *loud) == sampled("quiet.jsonl", prompts) == 0
+    assert sampled("plain.jsonl.out", tmp_path / "plain.jsonl") == 0
+    said = {
+        name: [(row["completion_ids"], row["score"]) for row in evaluation.read_rows(tmp_path / name).values()]
+        for name in ("loud.jsonl", "quiet.jsonl", "plain.jsonl.out")
+    }
+    assert said["loud.jsonl"] == said["plain.jsonl.out"] != said["quiet.jsonl"]
+    assert sampled("loud.jsonl", prompts) == 1
+    assert "was made with chat_template_kwargs {'loud': True}, and not with None" in capsys.readouterr().err
 
 
 def test_columns_that_answers_have_are_left_out_and_said(cast: Cast, policies: Policies, tmp_path: Path) -> None:

@@ -552,6 +552,31 @@ def test_what_the_circle_refuses_before_it_begins(
     assert not (tmp_path / "out/settings.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("ppo", "model", "why"),
+    [
+        ({"chat_template_kwargs": {"enable_thinking": False}}, {}, "chat_template_kwargs is .*at temperature alone"),
+        ({"top_p": 0.9}, {}, "top_p is 0.9, .* leave it at 1.0"),
+        ({}, {"model_revision": "step1000"}, "the loop's sampling takes 'main'"),
+    ],
+)
+def test_what_would_reach_ppo_alone_is_refused(
+    base: Path, tmp_path: Path, ppo: dict[str, Any], model: dict[str, Any], why: str
+) -> None:
+    circle = circle_of(base, tmp_path / "out", ppo)
+    for name, value in model.items():
+        setattr(circle.model_args, name, value)
+    with pytest.raises(ValueError, match=why):
+        circle.check()
+
+
+def test_rounds_that_would_push_over_each_other(base: Path, tmp_path: Path) -> None:
+    circle = circle_of(base, tmp_path / "out")
+    circle.args.push_to_hub = True
+    with pytest.raises(ValueError, match="would push over the one before"):
+        circle.check()
+
+
 # Pure parts ----------------------------------------------------------------------------------------------------------
 
 

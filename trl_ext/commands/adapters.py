@@ -19,7 +19,7 @@ def merge(chosen: Namespace) -> int:
 def score(chosen: Namespace) -> int:
     check_new(chosen.out)
     rows = load_texts(chosen.file).rename_columns(renaming(chosen.columns))
-    scores = trained.score(chosen.adapter, rows, chosen.base, chosen.load_in_4bit)
+    scores = trained.score(chosen.adapter, rows, chosen.base, chosen.load_in_4bit, dtype=chosen.dtype)
     scored = ({**row, "score": score} for row, score in zip(rows, scores, strict=True))
     lines = (json.dumps(row, ensure_ascii=False, default=str) for row in scored)
     chosen.out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -36,5 +36,5 @@ def chat(chosen: Namespace) -> int:
 
     print("Say something; /new begins anew, an empty line ends.")
     sampling = {"max_new_tokens": chosen.max_new_tokens, "temperature": chosen.temperature}
-    trained.chat(chosen.adapter, ask, chosen.base, chosen.load_in_4bit, **sampling)
+    trained.chat(chosen.adapter, ask, chosen.base, chosen.load_in_4bit, chosen.dtype, **sampling)
     return 0

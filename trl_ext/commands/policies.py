@@ -27,7 +27,7 @@ def sample(chosen: Namespace) -> int:
     elif chosen.items is not None or chosen.of is not None:
         raise ValueError("--items and --of say what is picked: give --pick WAY, or leave them out.")
     prompts = _prompts(chosen)
-    how, loading = _sampling(chosen), trained.loading(chosen.load_in_4bit)
+    how, loading = _sampling(chosen), trained.loading(chosen.load_in_4bit, chosen.dtype)
     rows = evaluation.sample(cast, prompts, everything, how, functions, loading)
     if chosen.pick:
         rows = evaluation.pick(rows, chosen.pick, chosen.items, of, chosen.seed)
@@ -62,7 +62,7 @@ def evaluate(chosen: Namespace) -> int:
         judge,
         _sampling(chosen),
         functions,
-        trained.loading(chosen.load_in_4bit),
+        trained.loading(chosen.load_in_4bit, chosen.dtype),
         people=None if chosen.store is None else partial(_said_by_people, chosen.store),
         rubric=chosen.rubric.read_text(encoding="utf-8") if chosen.rubric else evaluation.RUBRIC,
         key=os.environ[chosen.judge_key] if chosen.judge_key else None,
@@ -77,7 +77,8 @@ def evaluate(chosen: Namespace) -> int:
 def _cast(chosen: Namespace) -> tuple[evaluation.Cast, list[Any]]:
     base = demo.model_path() if chosen.base == "demo" else chosen.base
     rewards = [_adapter(folder, chosen) for folder in chosen.reward]
-    return evaluation.Cast.checked(base, chosen.policy, rewards), import_functions(chosen.function)
+    cast = evaluation.Cast.checked(base, chosen.policy, rewards, chosen.chat_template_kwargs)
+    return cast, import_functions(chosen.function)
 
 
 def _prompts(chosen: Namespace) -> list[dict[str, Any]]:

@@ -231,6 +231,9 @@ def length_controlled(comparisons: Sequence[Comparison], seed: int = 0, resample
     with s the standard deviation of the differences. Source: Dubois et al. 2024, arXiv:2404.04475, section 3, without
     its term for the prompt's difficulty. A tie counts as half a win; each prompt weighs 1; phi has a standard normal
     prior, so that it stays finite where the longer one always wins. The interval is the bootstrap's over prompts.
+
+    NaN where one side is the longer one throughout, and no pair is of nearly the same length, |tanh| < 0.5: theta and
+    phi cannot be told apart there.
     """
     prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(c.prompt for c in comparisons))}
     group = np.array([prompts[c.prompt] for c in comparisons])
@@ -238,6 +241,8 @@ def length_controlled(comparisons: Sequence[Comparison], seed: int = 0, resample
     difference = np.array([float(c.tokens_a - c.tokens_b) for c in comparisons])
     spread, n = difference.std(), len(prompts)
     x = np.tanh(difference / spread) if spread > 0 else np.tanh(np.sign(difference))
+    if (x > 0.5).all() or (x < -0.5).all():
+        return Interval(math.nan, math.nan, math.nan, n)
     share = 1 / np.bincount(group)[group]
     if (y == y[0]).all():  # nothing that a length could explain
         return bootstrap([y[0]] * n, bounds=(0, 1))

@@ -16,8 +16,9 @@ from trl_ext.evaluation.figures import figures
 from trl_ext.evaluation.judges import RUBRIC, Judge, ModelJudge, ScoreJudge, Spec, compared, pairs_of
 from trl_ext.evaluation.policies import BASE, Cast
 from trl_ext.evaluation.result import as_json, write_page
-from trl_ext.evaluation.sampling import Row, Sampling, add_scores, check_columns, rollout_of, sample, write_whole
+from trl_ext.evaluation.sampling import Row, Sampling, add_scores, check_columns, rollout_of, sample
 from trl_ext.rewards import RewardFunction, Scorer
+from trl_ext.runs import write_whole
 
 PeopleSay = Callable[[Sequence[Row]], list[Comparison]]
 
@@ -78,8 +79,14 @@ def evaluate(
     tokenizer = cast.tokenizer()
     load = cache(partial(cast.loaded, tokenizer, **(loading or {})))
     rows = sample(replace(cast, rewards=()), prompts, folder / "answers.jsonl", how, (), loading, load)
-    scorer = Scorer([*(load().rewards.values() if cast.rewards else ()), *functions], device=PartialState().device)
-    add_scores(rows, rollout_of(rows, tokenizer), scorer)
+    template = cast.chat_template_kwargs
+    scorer = Scorer(
+        [*(load().rewards.values() if cast.rewards else ()), *functions],
+        device=PartialState().device,
+        chat_template_kwargs=template,
+    )
+    scorer.check(rows[0]["prompt"])
+    add_scores(rows, rollout_of(rows, tokenizer, template), scorer)
 
     names = list(cast.policies)
     by_policy = {name: [row for row in rows if row["policy"] == name] for name in names}

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,7 +17,7 @@ from trl_ext.evaluation.comparisons import Comparison
 from trl_ext.evaluation.sampling import Row, append, read_rows
 from trl_ext.feedback.records import key_of
 from trl_ext.rewards.loop import Loop
-from trl_ext.rewards.remote import post
+from trl_ext.rewards.remote import Refused, post
 from trl_ext.types import as_text
 
 KINDS = ("reward", "function", "url", "people")
@@ -26,6 +27,7 @@ it says is true, it is clear, and it is no longer than it needs to be. Length al
 which the answers stand. Think first, in a few sentences. Then end with one line: [[A]] if answer A is better, [[B]]
 if answer B is better, [[C]] if neither is."""
 QUESTION = "[Request]\n{prompt}\n\n[Answer A]\n{first}\n\n[Answer B]\n{second}"
+OF_ONE = (400, 413, 422)  # statuses by which a server refuses one question, and takes the next
 UNREADABLE = 8  # replies without a verdict, and none with one, after which nothing more is asked
 
 
@@ -89,14 +91,20 @@ class Spec:
 
 
 def pairs_of(rows: Sequence[Row], policies: Sequence[str]) -> list[tuple[Row, Row]]:
-    """What is compared: of each two policies, the completions with the same number to each prompt."""
-    found = {(key_of(row["prompt"]), row["sample"], row["policy"]): row for row in rows}
-    samples = dict.fromkeys((prompt, sample) for prompt, sample, _ in found)
+    """What is compared: of each two policies, the completions with the same number to each prompt; of a prompt that
+    stands there twice, each policy's first to it with the others' first."""
+    found: dict[tuple[tuple[str, int, int], str], Row] = {}
+    times = Counter[tuple[str, int, str]]()
+    for row in rows:
+        asked = key_of(row["prompt"]), row["sample"]
+        found[(*asked, times[*asked, row["policy"]]), row["policy"]] = row
+        times[*asked, row["policy"]] += 1
+    samples = dict.fromkeys(which for which, _ in found)
     return [
-        (found[*which, a], found[*which, b])
+        (found[which, a], found[which, b])
         for a, b in combinations(policies, 2)
         for which in samples
-        if (*which, a) in found and (*which, b) in found
+        if (which, a) in found and (which, b) in found
     ]
 
 
@@ -208,22 +216,28 @@ class ModelJudge:
         troubles: list[Exception] = []  # after the first one nothing more is asked, and what is under way is waited for
 
         async def ask(client: Any, name: str, payload: dict[str, Any]) -> None:
+            refusal: Exception | None = None
             async with slots:
                 if troubles:
                     return
                 try:
                     response = await post(client, asyncio.Semaphore(), self.url, payload, self._retries, self._backoff)
                     reply = _content(response)
+                    verdict = verdict_of(reply)
+                except Refused as error:  # of this question: it may be too long for the model
+                    if error.status not in OF_ONE:
+                        troubles.append(error)
+                        return
+                    reply, verdict, refusal = "", None, error
                 except ConnectionError as error:
                     troubles.append(error)
                     return
-            verdict = verdict_of(reply)
             replies.append(verdict)
             if verdict is not None:
                 known[name] = verdict
                 append(self.file, [{"question": name, "verdict": verdict, "reply": reply, "model": self.name}])
             elif not any(replies) and len(replies) >= min(UNREADABLE, len(unknown)):
-                troubles.append(JudgeError(f"names no winner: it said {reply[-80:]!r}"))
+                troubles.append(refusal or JudgeError(f"names no winner: it said {reply[-80:]!r}"))
 
         async with self._client() as client:
             await asyncio.gather(*(ask(client, name, payload) for name, payload in unknown.items()))

@@ -41,20 +41,29 @@ class Cast:
         base: name or folder of the model.
         policies: name of each to the folder of its adapter; None is the bare base.
         rewards: folders of reward adapters.
+        chat_template_kwargs: arguments of the chat template that everybody reads prompts by.
     """
 
     base: str
     policies: Mapping[str, Path | None]
     rewards: tuple[Path, ...] = ()
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @classmethod
-    def checked(cls, base: str, policies: Sequence[str] = (), rewards: Sequence[str | Path] = ()) -> Cast:
+    def checked(
+        cls,
+        base: str,
+        policies: Sequence[str] = (),
+        rewards: Sequence[str | Path] = (),
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> Cast:
         """Check all that the files tell without a model.
 
         Args:
             base: name or folder of the model.
             policies: NAME=FOLDER each, or NAME=base for the model without an adapter; none: that one.
             rewards: folders of reward adapters.
+            chat_template_kwargs: arguments of the chat template.
 
         Raises:
             FileNotFoundError: a folder is missing or holds no adapter.
@@ -72,7 +81,7 @@ class Cast:
             plan = assembly.plan(base, None if folder == BASE else folder, "head", None, None)
             folders[name] = plan.policy if isinstance(plan.policy, Path) else None
         plan = assembly.plan(base, None, "head", rewards or None, None)
-        return cls(base, folders, plan.reward)
+        return cls(base, folders, plan.reward, chat_template_kwargs)
 
     def with_reward(self, folder: str | Path) -> tuple[Cast, int]:
         """The same with a further reward adapter, where it is not there yet, and the number that it has.
@@ -127,7 +136,8 @@ class Cast:
             )
             for folder in self.rewards
         ]
-        return Policies(laid.model, tokenizer, own, dict(zip(self.reward_names, rewards, strict=True)))
+        named = dict(zip(self.reward_names, rewards, strict=True))
+        return Policies(laid.model, tokenizer, own, named, self.chat_template_kwargs)
 
 
 def fingerprint(folder: Path) -> str:
@@ -170,26 +180,23 @@ class Policies(SharedBase):
         tokenizer: PreTrainedTokenizerBase,
         policies: Mapping[str, str | None],
         rewards: Mapping[str, RewardAdapter],
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(model, {"reference": None}, {})
-        self.tokenizer, self.policies = tokenizer, dict(policies)
+        self.tokenizer, self.policies, self.chat_template_kwargs = tokenizer, dict(policies), chat_template_kwargs
         self._servers: tuple[VLLMServers, dict[str, Adapter | None]] | None = None
         self.requires_grad_(False).eval()
-        self.rewards = {name: reward_role(_Scoring(self, reward), tokenizer) for name, reward in rewards.items()}
+        self.rewards = {
+            name: reward_role(_Scoring(self, reward), tokenizer, chat_template_kwargs=chat_template_kwargs)
+            for name, reward in rewards.items()
+        }
         for name, function in self.rewards.items():
             function.__name__ = name
 
     def _adapter(self, role: str) -> str | None:
         return self.policies[role.removeprefix("policy:")] if role.startswith("policy:") else super()._adapter(role)
 
-    def sample(
-        self,
-        policy: str,
-        prompts: Sequence[Any],
-        uniforms: Tensor,
-        temperature: float = 1.0,
-        chat_template_kwargs: dict[str, Any] | None = None,
-    ) -> Rollout:
+    def sample(self, policy: str, prompts: Sequence[Any], uniforms: Tensor, temperature: float = 1.0) -> Rollout:
         """One completion for each prompt.
 
         Args:
@@ -208,7 +215,7 @@ class Policies(SharedBase):
         if self._servers is not None:
             servers, known = self._servers
             generator = _Served(servers, known[policy], uniforms, temperature)
-        return generate(generator, prompts, self.tokenizer, config, chat_template_kwargs, role=f"policy:{policy}")
+        return generate(generator, prompts, self.tokenizer, config, self.chat_template_kwargs, role=f"policy:{policy}")
 
     @contextmanager
     def served(self, urls: Sequence[str], folders: Mapping[str, Path | None], names: Collection[str]) -> Iterator[None]:

@@ -18,7 +18,7 @@ from rich.text import Text
 from trl_ext.diagnostics.charts import number
 from trl_ext.evaluation.comparisons import Agreement, Interval, WinRate
 from trl_ext.evaluation.figures import MEANING
-from trl_ext.evaluation.sampling import write_whole
+from trl_ext.runs import write_whole
 
 Result = dict[str, Any]
 
@@ -147,7 +147,7 @@ def _interval(figure: Mapping[str, Any] | None) -> str:
 
 
 def _share(rate: Mapping[str, Any]) -> str:
-    return f"{rate['rate']:.1%} {_ends(rate, '{:.1%}'.format)}"
+    return "cannot be told" if rate["rate"] is None else f"{rate['rate']:.1%} {_ends(rate, '{:.1%}'.format)}"
 
 
 def _ends(figure: Mapping[str, Any], written: Callable[[float], str]) -> str:

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from trl_ext.evaluation.policies import BASE, Cast, Policies, fingerprint, uniforms
 from trl_ext.rewards import RewardFunction, Scorer, name_of
 from trl_ext.rewards.protocol import ARGUMENTS, arguments_of
+from trl_ext.runs import write_whole
 from trl_ext.tokens import PromptError, config_of, context_limit, fault_of_prompt, padded, tokenize_prompts
 from trl_ext.types import Rollout
 
@@ -118,9 +119,14 @@ def sample(
                 todo.append((policy, part, missing))
     if todo:
         tokenizer = cast.tokenizer()
-        _check_read(prompts, tokenizer, config_of(cast.base), how.max_new_tokens)
+        _check_read(prompts, tokenizer, config_of(cast.base), how.max_new_tokens, cast.chat_template_kwargs)
         policies = load() if load is not None else cast.loaded(tokenizer, **(loading or {}))
-        scorer = Scorer([*policies.rewards.values(), *functions], device=policies.device)
+        scorer = Scorer(
+            [*policies.rewards.values(), *functions],
+            device=policies.device,
+            chat_template_kwargs=cast.chat_template_kwargs,
+        )
+        scorer.check(prompts[0]["prompt"])
         with policies.served(how.vllm, cast.policies, {policy for policy, *_ in todo}):
             for policy, part, missing in track(todo, "Sampling", console=Console(stderr=True), transient=True):
                 rows = _batch(policies, scorer, prompts, policy, part, how)
@@ -143,7 +149,11 @@ def check_columns(prompts: Sequence[Mapping[str, Any]], functions: Sequence[Rewa
 
 
 def _check_read(
-    prompts: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, config: Any | None, new_tokens: int
+    prompts: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    config: Any | None,
+    new_tokens: int,
+    template: dict[str, Any] | None = None,
 ) -> None:
     """Refuse prompts that the chat template or the model cannot read, before it is loaded. A model with rotary
     positions may write beyond those that it knows; others end in an error there.
@@ -154,8 +164,8 @@ def _check_read(
     limit = None if config is None else context_limit(config)
     rotary = config is not None and getattr(config.get_text_config(), "rope_parameters", None)
     asked = [row["prompt"] for row in prompts]
-    for number, (prompt, ids) in enumerate(zip(asked, tokenize_prompts(asked, tokenizer), strict=True)):
-        fault = None if isinstance(prompt, str) else fault_of_prompt(prompt, tokenizer)
+    for number, (prompt, ids) in enumerate(zip(asked, tokenize_prompts(asked, tokenizer, template), strict=True)):
+        fault = None if isinstance(prompt, str) else fault_of_prompt(prompt, tokenizer, **(template or {}))
         if fault is not None:
             raise PromptError(prompt, number, f"has {fault}.")
         follow = 1 if rotary else new_tokens
@@ -203,7 +213,7 @@ def add_scores(rows: Sequence[Row], rollout: Rollout, scorer: Scorer) -> None:
     """Put into each row its `scores` by each reward function, None where it gave none, and their mean as `score`."""
     if not scorer.names:
         return
-    names = [name for name in rows[0] if name not in FIELDS]
+    names = {name for row in rows for name in row} - FIELDS
     columns = {name: [row.get(name) for row in rows] for name in names}
     # As trainers call them, who have more to offer.
     context = {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
@@ -217,9 +227,12 @@ def _ignore(*_: Any) -> None:
     pass
 
 
-def rollout_of(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Rollout:
+def rollout_of(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any] | None = None
+) -> Rollout:
     """Rows of a file as the rollout that they were, 0 on padding."""
-    prompt_ids, prompt_mask = padded(tokenize_prompts([row["prompt"] for row in rows], tokenizer), 0, left=True)
+    prompts = tokenize_prompts([row["prompt"] for row in rows], tokenizer, chat_template_kwargs)
+    prompt_ids, prompt_mask = padded(prompts, 0, left=True)
     completion_ids, completion_mask = padded([row["completion_ids"] for row in rows], 0)
     return Rollout(
         prompts=[row["prompt"] for row in rows],
@@ -286,13 +299,6 @@ def _row(line: bytes) -> Row | None:
     return row if isinstance(row, dict) else None
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file that is never there by half."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(file)
-
-
 def write_rows(file: Path, rows: Sequence[Row]) -> None:
     """Write a JSON lines file that is never there by half."""
     write_whole(file, _lines(rows))
@@ -314,6 +320,8 @@ def _settings(
         **{name: getattr(how, name) for name in ("per_prompt", "max_new_tokens", "temperature", "seed")},
         "shared_seeds": how.shared_seeds,
         "quantized": "quantization_config" in loading,
+        **({"dtype": str(dtype)} if (dtype := loading.get("dtype")) not in (None, "float32", torch.float32) else {}),
+        **({"chat_template_kwargs": cast.chat_template_kwargs} if cast.chat_template_kwargs else {}),
         **({"sampled_by": "vLLM"} if how.vllm else {}),
         "rewards": [_with_digest(reward) for reward in (*rewards, *functions)],
     }

@@ -91,7 +91,12 @@ def merge(folder: str | Path, output_dir: str | Path, base: str | None = None, d
 
 
 def score(
-    folder: str | Path, rows: Dataset, base: str | None = None, load_in_4bit: bool = False, batch_size: int = 32
+    folder: str | Path,
+    rows: Dataset,
+    base: str | None = None,
+    load_in_4bit: bool = False,
+    batch_size: int = 32,
+    dtype: str | None = None,
 ) -> list[float]:
     """Each row's score by a saved reward adapter, read as TRL's RewardTrainer reads it.
 
@@ -101,6 +106,7 @@ def score(
         base: name or folder of the base; None: the one that the adapter names.
         load_in_4bit: hold the base in NF4, as it was for the training.
         batch_size: answers in one forward.
+        dtype: of the base, as in `SharedBase.from_pretrained`.
 
     Raises:
         FileNotFoundError, ValueError: there is no adapter in `folder`, or a row has no completion.
@@ -118,7 +124,7 @@ def score(
         fault = fault_of_messages(completion) if isinstance(completion, list) else "no text or conversation"
         if fault and not (isinstance(completion, str) and completion):
             raise ValueError(f"Row {number}, column 'completion': {completion!r:.60} is {fault}.")
-    how = loading(load_in_4bit) | {"revision": adapter.revision or "main"}
+    how = loading(load_in_4bit, dtype) | {"revision": adapter.revision or "main"}
     shared = SharedBase.from_pretrained(adapter.base, reward=folder, **how).eval()
     answers = [(row.get("prompt"), row["completion"]) for row in rows]
     return scores_of(shared, _tokenizer(adapter), answers, batch_size)
@@ -129,6 +135,7 @@ def chat(
     ask: Callable[[], str | None],
     base: str | None = None,
     load_in_4bit: bool = False,
+    dtype: str | None = None,
     **sampling: Any,
 ) -> list[dict[str, str]]:
     """Talk to a saved policy; its answers appear on the screen as they are written.
@@ -138,6 +145,7 @@ def chat(
         ask: gives what the person says next; "/new" begins anew, None or "" ends.
         base: name or folder of the base; None: the one that the adapter names.
         load_in_4bit: hold the base in NF4.
+        dtype: of the base; None: as it was saved.
         **sampling: of `generate`: max_new_tokens, temperature, ...
 
     Returns:
@@ -146,8 +154,8 @@ def chat(
     adapter = _on_its_base(folder, base)
     if adapter.start is None:
         raise ValueError(f"The adapter in {str(folder)!r} gives scores and writes no text: give a policy's.")
-    how = loading(load_in_4bit) | {"revision": adapter.revision or "main"}
-    model = AutoModelForCausalLM.from_pretrained(adapter.base, dtype="auto", **how)
+    how = {"dtype": "auto"} | loading(load_in_4bit, dtype) | {"revision": adapter.revision or "main"}
+    model = AutoModelForCausalLM.from_pretrained(adapter.base, **how)
     model, tokenizer = PeftModel.from_pretrained(model, str(folder)).eval(), _tokenizer(adapter)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     messages: list[dict[str, str]] = []
@@ -192,12 +200,15 @@ def _tokenizer_of(adapter: adapters.Named, model: Any) -> PreTrainedTokenizerBas
     return plain
 
 
-def loading(load_in_4bit: bool) -> dict[str, Any]:
-    """Arguments of `from_pretrained`: where a base is held, and in how many bits."""
+def loading(load_in_4bit: bool, dtype: str | None = None) -> dict[str, Any]:
+    """Arguments of `from_pretrained`: where a base is held, in how many bits, and in which precision."""
     device = PartialState().device
-    computed_in = torch.bfloat16 if device.type == "cuda" else torch.float32
+    computed_in: Any = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in (None, "auto"):
+        computed_in = dtype
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed_in)
-    return args_of_gpu(device) | ({"quantization_config": nf4} if load_in_4bit else {})
+    how = {"quantization_config": nf4} if load_in_4bit else {}
+    return args_of_gpu(device) | how | ({"dtype": dtype} if dtype is not None else {})
 
 
 def _on_its_base(folder: str | Path, base: str | None) -> adapters.Named:

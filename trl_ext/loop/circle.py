@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, get_quantization_config
 
@@ -22,6 +23,7 @@ from trl_ext.loop.raters import page
 from trl_ext.loop.rounds import Round
 from trl_ext.loop.settings import LoopArguments, check_record, ppo_config, record, reward_config
 from trl_ext.ppo import PPOConfig
+from trl_ext.ppo.building import args_of_gpu
 from trl_ext.roles import SharedBase
 from trl_ext.roles.adapters import Named
 
@@ -87,7 +89,8 @@ class Circle:
             "dtype": self.model_args.dtype,
             "attn_implementation": self.model_args.attn_implementation,
         }
-        return {name: value for name, value in how.items() if value is not None}
+        place = args_of_gpu(PartialState().device, quantized=how["quantization_config"] is not None)
+        return place | {name: value for name, value in how.items() if value is not None}
 
     def seed(self, number: int) -> int:
         """Of a round: every stage begins with it, so that one which is begun again draws the same."""
@@ -127,6 +130,22 @@ class Circle:
         """
         if runs.launched_as_one_of()[1] > 1:
             raise ValueError("The loop's stages run in one process each: start it by `python`, not on several GPUs.")
+        for name in ("chat_template_kwargs", "generation_kwargs", "top_k", "top_p", "min_p", "repetition_penalty"):
+            if getattr(self.args, name) != (usual := type(self.args).__dataclass_fields__[name].default):
+                raise ValueError(
+                    f"{name} is {getattr(self.args, name)!r:.80}, and the loop has its answers rated and compared at "
+                    f"temperature alone, so that people would judge others than PPO trains on: leave it at {usual!r}."
+                )
+        if self.args.push_to_hub:
+            raise ValueError(
+                "push_to_hub is set, and each round of the loop would push over the one before: leave it out, and push "
+                "the last round's folder ppo."
+            )
+        if self.model_args.model_revision not in (None, "main"):
+            raise ValueError(
+                f"model_revision is {self.model_args.model_revision!r}, and the loop's sampling takes 'main': download "
+                "that revision, and give its folder as model_name_or_path."
+            )
         if self.script.patience is not None and self.judge is None:
             raise ValueError("patience goes by who wins against the round before, which a judge says: give --judge.")
         for spec, prompts in ((self.rater, self.train), (self.judge, self.test)):

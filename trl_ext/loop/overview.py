@@ -8,9 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trl_ext.evaluation.sampling import write_whole
 from trl_ext.launch.screen import show_table
 from trl_ext.loop.rounds import Round
+from trl_ext.runs import write_whole
 
 Line = dict[str, Any]
 COLUMNS = {  # of the table: the line's name, the heading, how it is written

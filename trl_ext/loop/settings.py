@@ -15,11 +15,12 @@ from trl import ModelConfig
 
 from trl_ext.evaluation import WAYS, Spec
 from trl_ext.evaluation.policies import fingerprint
-from trl_ext.evaluation.sampling import refuse_others, write_whole
+from trl_ext.evaluation.sampling import refuse_others
 from trl_ext.launch.ensembles import RewardArguments
 from trl_ext.ppo import PPOConfig
 from trl_ext.rating import MODES
 from trl_ext.reward_models import FeedbackRewardConfig
+from trl_ext.runs import write_whole
 
 OBJECTIVES = {"stars": "regression", "pairs": "pairwise", "ranking": "ranking", "labels": "binary"}
 # What may differ when a loop is gone on with: how far it goes, and what is seen of it.

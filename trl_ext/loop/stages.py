@@ -19,7 +19,7 @@ from trl_ext import demo, feedback, launch
 from trl_ext.callbacks import DiagnosticsCallback
 from trl_ext.evaluation import Row, Sampling, Spec, evaluate, sample, write_rows
 from trl_ext.evaluation.picking import BY_SCORES
-from trl_ext.evaluation.sampling import add_scores, rollout_of, write_whole
+from trl_ext.evaluation.sampling import add_scores, rollout_of
 from trl_ext.launch.data import CONVERTERS
 from trl_ext.launch.resuming import last_checkpoint
 from trl_ext.loop import overview
@@ -30,6 +30,7 @@ from trl_ext.loop.settings import ppo_config, reward_config
 from trl_ext.ppo import PPOConfig, PPOTrainer
 from trl_ext.reward_models import FeedbackRewardConfig, FeedbackRewardTrainer
 from trl_ext.rewards import Scorer, name_of
+from trl_ext.runs import write_whole
 
 if TYPE_CHECKING:
     from trl_ext.loop.circle import Circle
