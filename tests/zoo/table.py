@@ -33,7 +33,7 @@ that read each row alone. It compares:
 this model, or generate with it, on the machine of the test. Where Transformers samples with other probabilities than
 the model's own forward gives, this package says so before it samples.
 
-This package does not merge adapters. PEFT's `merge_and_unload` changes what some of the models say, because some of
+`trl-ext merge` refuses these. PEFT's `merge_and_unload` changes what some of the models say, because some of
 their layers read a weight without calling the module that PEFT adapts. The table says where; serve those with their
 adapter.
 

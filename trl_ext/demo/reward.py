@@ -40,7 +40,7 @@ def reward_adapter(cache_dir: str | Path | None = None, load_in_4bit: bool = Fal
         return str(folder)
     with FileLock(folder.with_suffix(".lock")):
         if not is_complete(folder):
-            print(f"training the demo's reward adapter into {folder} ...", flush=True)
+            print(f"training the demo's reward adapter into {folder} ...", file=sys.stderr, flush=True)
             temporary = demo / f".{folder.name}-{uuid.uuid4().hex}"
             try:
                 _train(temporary, demo, cache_dir, load_in_4bit)

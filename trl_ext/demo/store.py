@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 import uuid
 from dataclasses import asdict
@@ -63,7 +64,7 @@ def load(name: str, split: str | None = None, cache_dir: str | Path | None = Non
 
 
 def _build_into(folder: Path, recipe: model.Recipe) -> None:
-    print("building the demo model, about 40 s ...", flush=True)
+    print("building the demo model, about 40 s ...", file=sys.stderr, flush=True)
     start = time.perf_counter()
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
@@ -78,7 +79,7 @@ def _build_into(folder: Path, recipe: model.Recipe) -> None:
         draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    print(f"built {folder} in {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"built {folder} in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
 
 
 def is_complete(folder: Path) -> bool:
