@@ -42,7 +42,7 @@ def page() -> str:
     )
     text = HEAD
     for title, rows in parts:
-        text += f"\n## {title}\n\n| setting | default | |\n|---|---|---|\n"
+        text += f"\n## {title}\n\n| setting | default | meaning |\n|---|---|---|\n"
         for f in rows:
             said = " ".join(f.metadata["help"].split()).replace("|", r"\|")
             text += f"| `{f.name}` | {default(f)} | {said} |\n"
