@@ -306,9 +306,11 @@ def test_act_leaves_the_coefficient_to_its_controller(tmp_path: Path) -> None:
 def test_a_damaged_file_of_samples_ends_no_run_and_no_token_is_written_down(tmp_path: Path) -> None:
     settings = {"save_strategy": "steps", "save_steps": 2, "total_episodes": 24}
     trainer = trainer_for(tmp_path, **settings)
-    trainer.args.model_init_kwargs = {"token": "hf_mine"}
-    trainer.add_callback(DiagnosticsCallback())
+    callback = DiagnosticsCallback()
+    trainer.add_callback(callback)
     trainer.train()
+    callback._config["model_init_kwargs"] = {"token": "hf_mine"}  # as TRL's own settings have it
+    callback._write_settings(trainer.args, trainer.state)
     assert "hf_mine" not in (tmp_path / "out" / "run.json").read_text()
     (tmp_path / "out" / "diagnostics.json").write_text('{"findings": [], "samp')
     again = trainer_for(tmp_path, **settings)
