@@ -27,8 +27,7 @@ def checkpoint_of(args: TrainingArguments, ensemble: int = 1) -> str | None:
     folder, wanted = Path(str(args.output_dir)), args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         for place in {folder, *map(Path, member_folders(args, ensemble))}:
-            held = place.is_dir() and any((place / name).exists() for name in RUN_FILES)
-            if args.process_index == 0 and (held or last_checkpoint(place)):
+            if args.process_index == 0 and _holds_a_run(place):
                 raise FileExistsError(
                     f"output_dir {str(folder)!r} holds a run already: give another --output_dir, or go on with that "
                     "run by --resume_from_checkpoint true."
@@ -52,16 +51,16 @@ def checkpoint_of(args: TrainingArguments, ensemble: int = 1) -> str | None:
             f"{str(folder / 'checkpoint-100')!r}."
         )
     elsewhere = Path(found).resolve().parent != folder.resolve()
-    if (
-        elsewhere
-        and args.process_index == 0
-        and (last_checkpoint(folder) or any((folder / n).exists() for n in RUN_FILES))
-    ):
+    if args.process_index == 0 and elsewhere and _holds_a_run(folder):
         raise FileExistsError(
             f"resume_from_checkpoint {found!r} is of another run than the one that output_dir {str(folder)!r} holds, "
             "which would be written over: give another --output_dir."
         )
     return found
+
+
+def _holds_a_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in RUN_FILES) or last_checkpoint(folder) is not None
 
 
 def last_checkpoint(folder: Path) -> str | None:

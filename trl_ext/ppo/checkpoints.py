@@ -155,9 +155,8 @@ class Checkpoints:
         """
         final = self.folder_of(state.global_step)
         limit = self.args.save_total_limit
-        self._numbers = self.updater.state_dict() | {
-            "sizes": self._sizes
-        }  # before anything is written: the processes wait for each other here
+        # Before anything is written: the processes wait for each other here.
+        self._numbers = {**self.updater.state_dict(), "sizes": self._sizes}
         self.args.save_total_limit = None  # what is old goes once the new one is there
         self.unfinished = final.parent / UNFINISHED
         failure: Exception | None = None
