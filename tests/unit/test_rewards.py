@@ -480,3 +480,20 @@ def test_optional_packages_are_imported_where_they_are_used() -> None:
         packages = {alias.name.split(".")[0] for node in top if isinstance(node, ast.Import) for alias in node.names}
         packages |= {str(node.module).split(".")[0] for node in top if isinstance(node, ast.ImportFrom)}
         assert not packages & {"vaderSentiment", "sacrebleu", "jsonschema", "httpx2"}, path
+
+
+def test_a_function_in_a_thread_has_the_callers_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the name "cuda" alone a thread of its own would take the first one, on every process."""
+    taken: list[tuple[str, int]] = []
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    monkeypatch.setattr("torch.cuda.set_device", lambda number: taken.append((threading.current_thread().name, number)))
+
+    def plain(completions: list[str], **_: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    async def awaited(completions: list[str], **_: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    Scorer([plain, awaited], timeout=5.0)(ROLLOUT, {})
+    assert taken == [("trl_ext-reward", 3), ("trl_ext-loop", 3)]

@@ -328,7 +328,7 @@ class PPOConfig(KeepsToken, BaseConfig):
                 "accelerator_config has even_batches False, and processes with unequal shares of an evaluation would "
                 "wait for each other for ever: leave it out."
             )
-        compiles = self.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
+        compiles = self.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "").lower() not in ("", "no")
         if compiles and (self.gradient_checkpointing or getattr(self, "activation_checkpointing", False)):
             raise ValueError(
                 "torch_compile cannot follow recomputation that restores a role's adapter: set gradient_checkpointing "
