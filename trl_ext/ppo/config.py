@@ -85,6 +85,11 @@ NOT_FOR_PPO = {
 }
 
 
+def _word(setting: Any) -> str:
+    """What stands for a setting on a command line, whether Transformers has made an Enum of it or not."""
+    return str(getattr(setting, "value", setting))
+
+
 def _f(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
@@ -298,7 +303,7 @@ class PPOConfig(KeepsToken, BaseConfig):
         for name, why in NOT_FOR_PPO.items():
             if getattr(self, name, None) and getattr(self, name) != self._usual(name):
                 raise ValueError(f"{name} is {getattr(self, name)!r:.80}, and {why}.")
-        optimizer = str(getattr(self.optim, "value", self.optim))
+        optimizer = _word(self.optim)
         if optimizer.startswith("schedule_free"):
             raise ValueError(
                 f"optim is {optimizer!r}, which has other weights for sampling than for training, and PPO's are the "
@@ -334,13 +339,12 @@ class PPOConfig(KeepsToken, BaseConfig):
                 "torch_compile cannot follow recomputation that restores a role's adapter: set gradient_checkpointing "
                 "to False, or leave torch_compile out."
             )
-        saves = str(getattr(self.save_strategy, "value", self.save_strategy))
-        if saves == "best" and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+        saves, schedule = _word(self.save_strategy), _word(self.lr_scheduler_type)
+        if saves == "best" and _word(self.eval_strategy) == "no":
             raise ValueError(
                 "save_strategy is 'best', and nothing is evaluated, so that nothing would be saved: set eval_strategy."
             )
         by_loss = str(self.metric_for_best_model).removeprefix("eval_") == "loss"
-        schedule = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
         if by_loss and (self.load_best_model_at_end or schedule in BY_EVALUATION or saves == "best"):
             of_schedule = f"lr_scheduler_type {schedule}" if schedule in BY_EVALUATION else "save_strategy 'best'"
             name = "load_best_model_at_end" if self.load_best_model_at_end else of_schedule

@@ -22,7 +22,7 @@ from trl_ext.roles.aligned import AlignedBatch
 from trl_ext.roles.lm_head import head_of, trunk_of
 from trl_ext.roles.memory import memory_by_role
 from trl_ext.roles.sharding import settle, shared_as
-from trl_ext.roles.switching import activate, belongs_to, restored, under
+from trl_ext.roles.switching import activate, belongs_to, generating_by, restored, under
 from trl_ext.roles.trl_views import RoleView
 
 Role = Literal["policy", "reference", "value", "reward"]
@@ -377,16 +377,12 @@ class SharedBase(AdaptedModel):
                 f"Padding on the left changes what {type(self.causal_lm).__name__} says: generate from prompts of one "
                 "length at a time."
             )
-        own = self.causal_lm.generation_config
         if self.sharded:
             kwargs["synced_gpus"] = True  # a layer is gathered for all: who is done goes along to the last one's end
         with self.use(role or self.role), self.path.constant():
             self.model.eval()
-            try:
-                self.causal_lm.generation_config = kwargs.get("generation_config", own)
+            with generating_by(self.causal_lm, kwargs.get("generation_config", self.causal_lm.generation_config)):
                 return self.model.generate(**kwargs)
-            finally:
-                self.causal_lm.generation_config = own
 
     # Memory and files -------------------------------------------------------------------------------------------------
 

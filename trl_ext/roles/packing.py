@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from trl_ext.roles.lm_head import trunk_of
-from trl_ext.roles.switching import evaluating
+from trl_ext.roles.switching import evaluating, generating_by
 
 logger = logging.getLogger(__name__)
 MIN_GAIN = 0.1  # share of the columns that must be saved, or rows stay as they are
@@ -203,12 +203,8 @@ def _three_more(causal_lm: Any, ids: Tensor, mask: Tensor, **settings: Any) -> t
     # The least is the most: what the model's own settings call an EOS ends nothing here.
     length = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     config = GenerationConfig(**length, output_logits=True, return_dict_in_generate=True, **settings)
-    own = causal_lm.generation_config
-    try:  # what is not set is the model's own, which may search beams or stop at words
-        causal_lm.generation_config = config
+    with generating_by(causal_lm, config):
         said = causal_lm.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    finally:
-        causal_lm.generation_config = own
     return said.sequences, torch.stack(said.logits, dim=1).float()
 
 

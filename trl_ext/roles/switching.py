@@ -114,6 +114,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def generating_by(causal_lm: Any, config: Any) -> Iterator[None]:
+    """Inside, `generate` goes by this GenerationConfig alone: what it leaves open is the model's own else, which may
+    search beams or stop at words."""
+    own = causal_lm.generation_config
+    causal_lm.generation_config = config
+    try:
+        yield
+    finally:
+        causal_lm.generation_config = own
+
+
+@contextmanager
 def frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """These parameters get no gradient from forwards inside."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
