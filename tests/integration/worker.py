@@ -1,10 +1,10 @@
 """One process of a PPO run on a tiny model; tests/integration/test_processes.py starts one of it, or two.
 
-python worker.py MODEL OUT [CHECKPOINT | fail | mute | stream | bad]      # beside what torchrun sets
+python worker.py MODEL OUT [CHECKPOINT | fail | mute | stream | bad | stop_WHAT]      # beside what torchrun sets
 
 CHECKPOINT: go on from there. "fail": in the first evaluation, on the last process alone. "mute": the yardstick fails,
 which the main process alone asks. "stream": the prompts come one by one. "bad": so they do, and one of the second
-rollout, which the last process answers, is none.
+rollout, which the last process answers, is none. "stop_WHAT": process 1 stops each update, or the training.
 """
 
 import json
@@ -17,7 +17,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from tests.helpers import prompt_dataset, word_tokenizer
-from trl_ext import AdaptiveKLCallback, DiagnosticsCallback, PIKLController, PPOConfig, PPOTrainer
+from trl_ext import AdaptiveKLCallback, DiagnosticsCallback, PIKLController, PPOConfig, PPOTrainer, RolloutCallback
+from trl_ext.callbacks.rollout import PPOControl
 
 
 def cats(completions: list[str], prompts: list[str], **_: object) -> list[float]:
@@ -38,6 +39,17 @@ def judged(completions: list[str], **_: object) -> list[float]:
 def short(completion_ids: list[list[int]], **_: object) -> list[float | None]:
     """Short answers, those of even length alone."""
     return [-0.2 * len(ids) if len(ids) % 2 == 0 else None for ids in completion_ids]
+
+
+class Stops(RolloutCallback):
+    """One process asks for the end of what `what` says."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def on_rollout_end(self, args: object, state: object, control: PPOControl, **_: object) -> None:
+        if PartialState().process_index == 1:
+            setattr(control, f"should_{self.what}_stop", True)
 
 
 def main() -> None:
@@ -85,6 +97,8 @@ def main() -> None:
             DiagnosticsCallback(yardstick=judged),
         ],
     )
+    if sys.argv[-1].startswith("stop_"):
+        trainer.add_callback(Stops(sys.argv[-1].removeprefix("stop_")))
     trainer.train(resume_from_checkpoint=next((word for word in sys.argv[3:] if "checkpoint" in word), None))
     if trainer.is_world_process_zero():
         trained = {name: p.detach().clone() for name, p in trainer.base.named_parameters() if p.requires_grad}

@@ -10,6 +10,7 @@ import torch
 from tests.helpers import QUIET, rollout
 from trl_ext import PPOConfig, PPOTrainer, RolloutCallback
 from trl_ext.callbacks import CallbackError, RolloutEvents, check_events
+from trl_ext.callbacks.rollout import PPOControl
 from trl_ext.ppo.update import Position
 from trl_ext.types import ScoredRollout, ScorePass, Scores
 
@@ -53,7 +54,7 @@ def test_a_loss_that_nothing_would_call_is_refused() -> None:
 class Host:
     """A trainer, as far as events go."""
 
-    args, state, control = "args", "state", "control"
+    args, state, control = "args", "state", PPOControl()
 
     def __init__(self, *callbacks: Any) -> None:
         self.callback_handler = type("Handler", (), {"callbacks": callbacks})()

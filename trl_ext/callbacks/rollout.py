@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeVar
 
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_ext.types import Experience, Rollout, ScoredRollout, ShapedRollout
 
 _Record = TypeVar("_Record")
+_Result = TypeVar("_Result")
 
 
 @dataclass
@@ -62,7 +64,7 @@ class RolloutCallback(TrainerCallback):
     `control.should_training_stop` to end the training after the optimizer step under way.
 
     With several processes, `on_rollout_end` sees this process's completions; all later events see those of all
-    processes, the same on each, and must come to the same result on each.
+    processes, the same on each, and must come to the same result on each. A switch that one process sets holds on all.
     """
 
     def on_rollout_end(self, args: Any, state: TrainerState, control: PPOControl, rollout: Rollout) -> Rollout | None:
@@ -189,31 +191,41 @@ class RolloutEvents:
 
     def on_scores(self, scored: ScoredRollout) -> ScoredRollout:
         """See `RolloutCallback`."""
-        return self._together(lambda: self._replaced("on_scores", scored))
+        return self._on_all(lambda: self._replaced("on_scores", scored))
 
     def on_rewards(self, shaped: ShapedRollout) -> ShapedRollout:
         """See `RolloutCallback`."""
-        return self._together(lambda: self._replaced("on_rewards", shaped))
+        return self._on_all(lambda: self._replaced("on_rewards", shaped))
 
     def on_advantages(self, experience: Experience) -> Experience:
         """See `RolloutCallback`."""
-        return self._together(lambda: self._replaced("on_advantages", experience))
+        return self._on_all(lambda: self._replaced("on_advantages", experience))
 
     def on_update_begin(self, experience: Experience, metrics: dict[str, float]) -> None:
         """See `RolloutCallback`."""
-        self._together(lambda: self._tell("on_update_begin", experience, metrics))
+        self._on_all(lambda: self._tell("on_update_begin", experience, metrics))
 
     def on_ppo_epoch_end(self, experience: Experience, stats: EpochStats) -> None:
         """See `RolloutCallback`."""
-        self._together(lambda: self._tell("on_ppo_epoch_end", experience, stats))
+        self._on_all(lambda: self._tell("on_ppo_epoch_end", experience, stats))
 
     def on_update_end(self, experience: Experience, metrics: dict[str, float]) -> None:
         """See `RolloutCallback`."""
-        self._together(lambda: self._tell("on_update_end", experience, metrics))
+        self._on_all(lambda: self._tell("on_update_end", experience, metrics))
 
     def on_evaluation_end(self, experience: Experience, metrics: dict[str, float]) -> None:
         """See `RolloutCallback`."""
-        self._together(lambda: self._tell("on_evaluation_end", experience, metrics))
+        self._on_all(lambda: self._tell("on_evaluation_end", experience, metrics))
+
+    def _on_all(self, work: Callable[[], _Result]) -> _Result:
+        """With `work` done, what a callback asks for on one process holds on each: of a rollout each has seen its own
+        part, and one that went on alone would wait for the others for ever."""
+        result, control = self._together(work), self._host.control
+        switches = [name for name in vars(control) if name.startswith("should_")]
+        for asked in gather_object([[name for name in switches if getattr(control, name)]]):
+            for name in asked:
+                setattr(control, name, True)
+        return result
 
     def _replaced(self, event: str, record: _Record) -> _Record:
         for callback in self._listening():

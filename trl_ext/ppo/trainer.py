@@ -352,11 +352,8 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
             self.updater.note_rounding(getattr(self.optimizer, "optimizer", self.optimizer))
             self.updater.end_step(self.state, self.control)
             on_all(self._raise_postponed)
-        said = gather_object([(self.interrupts.received is not None, self.control.should_training_stop)])
-        if any(received for received, _ in said):
+        if any(gather_object([self.interrupts.received is not None])):
             self.control.should_save = self.control.should_training_stop = True
-        if any(stops for _, stops in said):  # a callback may have seen its own process's completions alone
-            self.control.should_training_stop = True
 
     def _normalize_scores(self) -> None:
         if self.collector.combination.needs_reference and self.train_dataset is not None:

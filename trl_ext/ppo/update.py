@@ -264,7 +264,7 @@ class Updater:
         if earlier:  # at the end of a rollout a run that resumes would not repeat it, if it failed
             together(self._update_controller)
         self.events.on_update_begin(experience, self.rollout_metrics)
-        self.progress = EpochProgress(stopped=self._any(control.should_update_stop))
+        self.progress = EpochProgress(stopped=control.should_update_stop)
         return experience
 
     def _update_controller(self) -> None:
@@ -486,12 +486,8 @@ class Updater:
             self.events.on_ppo_epoch_end(self.experience, stats)
         if at.last:
             self.events.on_update_end(self.experience, self.rollout_metrics)
-        if self._any(control.should_update_stop):
+        if control.should_update_stop:
             self.progress.stopped = True
-
-    def _any(self, said: bool) -> bool:
-        """Whether a callback said so on any process: of a rollout each sees its own part."""
-        return any(gather_object([said]))
 
     def _check_gradients(self) -> None:
         if self._finite:
