@@ -4,14 +4,14 @@ accelerate launch recipes/dpo_lora.py                    # the embedded default,
 accelerate launch recipes/dpo_lora.py --load_in_4bit
 """
 
-from trl import DPOConfig, DPOTrainer, ModelConfig
+from trl import DPOTrainer, ModelConfig
 
 from trl_ext import DiagnosticsCallback, demo, launch
 
-TYPES = (launch.DataArguments, DPOConfig, ModelConfig)
+TYPES = (launch.DataArguments, launch.DPOConfig, ModelConfig)
 
 
-def make_trainer(script: launch.DataArguments, args: DPOConfig, model_args: ModelConfig) -> DPOTrainer:
+def make_trainer(script: launch.DataArguments, args: launch.DPOConfig, model_args: ModelConfig) -> DPOTrainer:
     """What is trained; `trl-ext doctor --try` makes it too."""
     train, test = launch.load_pairs(script)
     trainer = DPOTrainer(

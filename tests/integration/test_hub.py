@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel
 from tests.helpers import QUIET, prompt_dataset, saved_model, tiny_llama, word_tokenizer
 from tests.integration.test_reward_trainer import rows_for
 from tests.parity.tiny import save_reward_adapter
-from trl_ext import FeedbackRewardConfig, FeedbackRewardTrainer, PPOConfig, PPOTrainer, SharedBase, hub
+from trl_ext import FeedbackRewardConfig, FeedbackRewardTrainer, PPOConfig, PPOTrainer, SharedBase, hub, launch
 
 PPO: dict[str, Any] = {
     **QUIET,
@@ -167,6 +167,14 @@ def test_every_role_is_pushed(strategy: str, tmp_path: Path, uploads: list[set[s
     whole = {"adapter_model.safetensors", "value/adapter_model.safetensors", "reward/adapter_model.safetensors"}
     assert all(whole | {"README.md", "tokenizer.json", "adapter_config.json"} <= files for files in uploads)
     assert uploads and not any("checkpoint" in file for files in uploads for file in files)
+
+
+@pytest.mark.parametrize("kind", [PPOConfig, FeedbackRewardConfig, launch.DPOConfig])
+def test_the_token_is_not_in_what_is_pushed_beside_the_model(kind: Any, tmp_path: Path) -> None:
+    args = kind(str(tmp_path), hub_token="hf_mine", **QUIET)
+    torch.save(args, tmp_path / "training_args.bin")
+    again = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert (again.hub_token, again.learning_rate, args.hub_token) == (None, args.learning_rate, "hf_mine")
 
 
 @pytest.mark.parametrize(

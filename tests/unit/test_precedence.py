@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from trl import DPOConfig, ModelConfig
+from trl import ModelConfig
 
 from tests.helpers import FLAGS
 from tests.parity import tiny
@@ -22,7 +22,7 @@ from trl_ext.runs import without_secrets
 ROOT = Path(__file__).parents[2]
 TYPES: dict[str, tuple[Any, ...]] = {
     "ppo": (launch.DataArguments, PPOConfig, ModelConfig),
-    "dpo": (launch.DataArguments, DPOConfig, ModelConfig),
+    "dpo": (launch.DataArguments, launch.DPOConfig, ModelConfig),
 }
 
 
@@ -135,7 +135,7 @@ def test_the_demos_settings_reach_no_other_model_or_data(
 ) -> None:
     base = tiny.save_base(tmp_path / "base", tiny.config_of("llama"))
     _, args, model = parsed(monkeypatch, tmp_path, given.format(base=base), recipe)
-    usual = {"ppo": PPOConfig, "dpo": DPOConfig}[recipe]
+    usual = {"ppo": PPOConfig, "dpo": launch.DPOConfig}[recipe]
     for name in ("learning_rate", "gradient_checkpointing", "num_train_epochs", "warmup_steps", "eval_strategy"):
         default = usual.__dataclass_fields__[name].default
         assert getattr(args, name) in (default, getattr(default, "value", default)), name

@@ -29,6 +29,7 @@ from trl_ext.launch.screen import (
     show_scored_pairs,
 )
 from trl_ext.launch.settings import (
+    DPOConfig,
     described,
     free_memory,
     import_functions,
@@ -48,6 +49,7 @@ if not sys.warnoptions:  # TRL's and PEFT's words about a name that both still u
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
 
 __all__ = [
+    "DPOConfig",
     "DataArguments",
     "RewardArguments",
     "answers",

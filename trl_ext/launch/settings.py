@@ -13,6 +13,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
+import trl
 import yaml
 from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
@@ -25,7 +26,7 @@ from trl import ModelConfig, RewardConfig, TrlParser, get_peft_config, get_quant
 from trl_ext import demo, runs
 from trl_ext._trl import train_in_float32
 from trl_ext.generation import GenerationError
-from trl_ext.hub import check_push
+from trl_ext.hub import KeepsToken, check_push
 from trl_ext.launch.precedence import LORA, given_on, read_config, settled, split_config
 from trl_ext.launch.resuming import checkpoint_of
 from trl_ext.ppo.building import args_of_gpu
@@ -47,6 +48,10 @@ PACKAGE = Path(__file__).parents[1]
 DEFAULTS = {"use_peft": True, "lora_dropout": 0.0, "lora_target_modules": ["all-linear"], "report_to": "none"}
 _claims: list[Any] = []  # on output_dir, until the process ends
 DEMO = {"model_name_or_path": "demo", "dataset": "demo"}
+
+
+class DPOConfig(KeepsToken, trl.DPOConfig):
+    """TRL's; the Hub's token is not pickled with it into training_args.bin, which is pushed."""
 
 
 def parse(script: str, *types: Any) -> tuple[Any, ...]:
