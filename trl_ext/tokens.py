@@ -72,7 +72,7 @@ def _ids_of(prompts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, template
     return tokenizer.apply_chat_template(list(prompts), **kwargs)["input_ids"]
 
 
-def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, whose: str = "the tokenizer") -> None:
     """Refuse conversations for a tokenizer that cannot write them.
 
     Raises:
@@ -80,8 +80,8 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """
     if tokenizer.chat_template is None:
         raise ValueError(
-            "The prompts are conversations, but the tokenizer has no chat template: set tokenizer.chat_template, use "
-            "an instruct model, or give prompts as plain text."
+            f"The prompts are conversations, but {whose} has no chat template: set tokenizer.chat_template, use an "
+            "instruct model, or give prompts as plain text."
         )
 
 

@@ -5,10 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2ForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from tests.helpers import CHAT_TEMPLATE, tiny_classifier, tiny_llama, word_tokenizer
 from trl_ext import SharedBase
+from trl_ext.rewards.classifiers import longest_read
 from trl_ext.rewards.models import classifier, fluency, reward_role
 from trl_ext.rewards.scorer import RewardError, Scorer
 from trl_ext.tokens import padded, reward_suffix
@@ -120,6 +128,19 @@ def test_a_row_that_is_too_long_for_learned_positions_is_said(tmp_path: Path) ->
     assert scorer(rollout_of_texts("the", " cat"), {}).shape == (1, 1)
     with pytest.raises(RewardError, match="'judge' reads 8 tokens, and a prompt with its completion has 12"):
         scorer(rollout_of_texts("the cat " * 4, "the cat " * 2), {})
+
+
+def test_roberta_counts_its_positions_after_its_padding(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = RobertaConfig(vocab_size=30, max_position_embeddings=10, pad_token_id=1, num_labels=1, **sizes)
+    model = RobertaForSequenceClassification(config).eval()
+    assert longest_read(model) == 8
+    model(torch.full((1, 8), 5))
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        model(torch.full((1, 9), 5))
+    bert = BertConfig(vocab_size=30, max_position_embeddings=10, num_labels=1, **sizes)
+    assert longest_read(BertForSequenceClassification(bert)) == 10
+    assert longest_read(tiny_classifier()) is None, "rotary positions reach further"
 
 
 def test_fluency_is_the_references_mean_log_probability() -> None:

@@ -26,6 +26,7 @@ from trl_ext.generation import (
 from trl_ext.ppo.checks import as_list
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.rewards import Scorer
+from trl_ext.rewards.classifiers import tokenizer_of
 from trl_ext.roles import SharedBase
 from trl_ext.roles.adapters import HUB, Named, named
 
@@ -241,13 +242,19 @@ def _served(base: SharedBase, args: PPOConfig) -> VLLMServerGenerator:
     return generator
 
 
-def build_scorer(functions: list[Any], tokenizers: Any, args: PPOConfig, device: torch.device) -> Scorer | None:
+def tokenizers_of(functions: list[Any], given: Any, args: PPOConfig) -> list[Any]:
+    """The tokenizer of each reward model; None of a function."""
+    pairs = zip(functions, as_list(given) or [None] * len(functions), strict=True)
+    return [tokenizer_of(function, own, args.trust_remote_code) for function, own in pairs]
+
+
+def build_scorer(functions: list[Any], tokenizers: list[Any], args: PPOConfig, device: torch.device) -> Scorer | None:
     """The reward functions as one; None where there are none, and the reward role scores."""
     if not functions:
         return None
     return Scorer(
         functions,
-        tokenizers=as_list(tokenizers) or None,
+        tokenizers=tokenizers,
         device=device,
         chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
         trust_remote_code=args.trust_remote_code,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, DatasetDict, IterableDataset
+from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 
@@ -22,7 +23,7 @@ from trl_ext.generation.vllm import NO_VLLM
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.measuring import Limits, measured_prompt, measured_prompts, measured_texts
 from trl_ext.ppo.stream import PromptStream
-from trl_ext.rewards.protocol import ARGUMENTS, arguments_of, check_functions
+from trl_ext.rewards.protocol import ARGUMENTS, arguments_of, check_functions, name_of
 from trl_ext.roles import SharedBase
 from trl_ext.roles.adapters import HUB, Named, check_head_inside, named, read_score_head
 from trl_ext.tokens import as_ids, check_chat_template, config_of, context_limit, vocabulary_size
@@ -162,6 +163,7 @@ def check_run(
     model: Any,
     ptx_dataset: Any = None,
     generator: Any = None,
+    reward_tokenizers: Sequence[Any] = (),
 ) -> PreTrainedTokenizerBase:
     """All that settings and rows say against a run, before a model is loaded. Of a stream that is its first rollout;
     the rest is checked as it comes.
@@ -170,6 +172,7 @@ def check_run(
         tokenizer: of the model; None: the model's own.
         model: a model, or the name or folder of one, whose config says how much it can read.
         generator: who answers; None: whom `args` name.
+        reward_tokenizers: of the models among `functions`, one for each; None of a function.
 
     Returns:
         The tokenizer, with a pad token.
@@ -196,6 +199,10 @@ def check_run(
     config = config_of(start.base if isinstance(model, str) else model, args.trust_remote_code, start.revision)
     vocabulary = None if config is None else vocabulary_size(config)
     tokenizer = check_tokenizer(tokenizer, train_dataset, eval_dataset, vocabulary)
+    if not isinstance(train_dataset[0]["prompt"], str):
+        for function, own in zip(functions, reward_tokenizers, strict=False):
+            if own is not None and isinstance(function, (str, nn.Module)):
+                check_chat_template(own, f"the tokenizer of the reward model {name_of(function)!r}")
     check_ids(args, vocabulary)
     check_sampling(args, vocabulary or len(tokenizer))
     context = None if config is None else context_limit(config)

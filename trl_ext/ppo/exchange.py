@@ -21,7 +21,7 @@ def score_by_yardstick(trainer: Any) -> bool:
     callbacks = [one for one in trainer.callback_handler.callbacks if isinstance(one, DiagnosticsCallback)]
     yardsticks = [one.yardstick for one in callbacks if one.yardstick is not None]
     if yardsticks:
-        scorer = build_scorer(yardsticks[:1], None, trainer.args, trainer.accelerator.device)
+        scorer = build_scorer(yardsticks[:1], [None], trainer.args, trainer.accelerator.device)
         trainer.collector.score_by(scorer)
     return bool(yardsticks)
 

@@ -37,6 +37,7 @@ from trl_ext.ppo.building import (
     check_peft_config,
     default_config,
     keep_outputs_precise,
+    tokenizers_of,
     warn_of_outliers,
     without_dropout,
 )
@@ -150,13 +151,15 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
         hub.check_push(args)
         functions = checks.as_list(reward_funcs)
         checks.check_scores(functions, reward_processing_classes, model, args)
+        reward_tokenizers = tokenizers_of(functions, reward_processing_classes, args)
         train_dataset = as_dataset(train_dataset, "train_dataset")
         eval_dataset = as_dataset(eval_dataset, "eval_dataset", several=True)
         if isinstance(train_dataset, IterableDataset):
             train_dataset = PromptStream(train_dataset, args)
         eval_dataset = rows_to_evaluate(eval_dataset)
         tokenizer = checks.check_run(
-            args, train_dataset, eval_dataset, processing_class, functions, model, ptx_dataset, generator
+            *(args, train_dataset, eval_dataset, processing_class, functions, model, ptx_dataset, generator),
+            reward_tokenizers=reward_tokenizers,
         )
         mix = (
             PretrainMix(ptx_dataset, tokenizer, args.ptx_max_length, args.order_seed)
@@ -193,10 +196,7 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
         self.interrupts = Interrupts()
         events = self.events = RolloutEvents(self, together, vocabulary_size(self.base.config))
         generator = generator if generator is not None else build_generator(self.base, args, self.accelerator)
-        scorer = build_scorer(functions, reward_processing_classes, args, self.accelerator.device)
-        if scorer is not None:
-            rows = train_dataset.first(1) if isinstance(train_dataset, PromptStream) else train_dataset
-            scorer.check(rows[0]["prompt"])
+        scorer = build_scorer(functions, reward_tokenizers, args, self.accelerator.device)
         self._shown: Experience | None = None  # the rollout whose completions were printed and saved
         self.collector = Collector(self.base, tokenizer, generator, scorer, args, self.accelerator, events)
         self.updater = Updater(self.base, args, self.accelerator, self.collector, events, mix)

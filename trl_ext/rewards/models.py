@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trl_ext.core import masked_mean
+from trl_ext.rewards.classifiers import load_classifier, settle
 from trl_ext.rewards.texts import Reward
-from trl_ext.tokens import check_loaded, eos_ids, reward_suffix, side_by_side, tokenize_prompts
+from trl_ext.tokens import eos_ids, reward_suffix, side_by_side, tokenize_prompts
 from trl_ext.types import as_text
 
 
@@ -32,13 +33,8 @@ def classifier(
         ValueError: no such label, several labels and none chosen, or a checkpoint without a classifier's head.
     """
     tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = AutoModelForSequenceClassification.from_pretrained(name_or_path, **told)
-    check_loaded(info, name_or_path, "a sequence classifier")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    model.to(device).eval().requires_grad_(False)
+    model = load_classifier(name_or_path, "a sequence classifier")
+    settle(model, tokenizer, device)
     labels = {str(name): int(i) for name, i in model.config.label2id.items()}
     if label is None and model.config.num_labels > 1:
         raise ValueError(f"The classifier {name_or_path!r} has several labels: choose one of {', '.join(labels)}.")

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from trl_ext.rewards.classifiers import load_classifier, longest_read, settle, tokenizer_of
 from trl_ext.rewards.loop import Loop, on_the_same_gpu
 from trl_ext.rewards.protocol import RewardFunction, arguments_of, check_functions, listed, name_of
-from trl_ext.tokens import check_loaded, context_limit, of_whole_conversations
+from trl_ext.tokens import check_chat_template, of_whole_conversations
 from trl_ext.types import Rollout
 
 
@@ -69,11 +69,8 @@ class Scorer:
             ValueError: a conversation, and a tokenizer without a chat template.
         """
         for name, tokenizer in self._of_models.items():
-            if not isinstance(prompt, str) and tokenizer.chat_template is None:
-                raise ValueError(
-                    f"The prompts are conversations, but the tokenizer of the reward model {name!r} has no chat "
-                    "template: set its chat_template, or give a function that calls the model."
-                )
+            if not isinstance(prompt, str):
+                check_chat_template(tokenizer, f"the tokenizer of the reward model {name!r}")
 
     def __call__(self, rollout: Rollout, columns: dict[str, list[Any]], **context: Any) -> Tensor:
         """Score every completion of `rollout`: (batch, functions), NaN where a function returned None.
@@ -129,11 +126,11 @@ class Scorer:
         if self.timeout is None or inspect.iscoroutinefunction(function):
             return listed(function(**arguments))
         future: Future[Any] = Future()
-        settle = on_the_same_gpu()
+        take_gpu = on_the_same_gpu()
 
         def work() -> None:
             try:
-                settle()
+                take_gpu()
                 future.set_result(listed(function(**arguments)))
             except BaseException as error:
                 future.set_exception(error)
@@ -145,25 +142,12 @@ class Scorer:
         self, model: Any, tokenizer: Any, device: Any, trust_remote_code: bool
     ) -> tuple[Callable[..., Any], Any]:
         """A function that asks a model, and the model's tokenizer."""
+        tokenizer = tokenizer_of(model, tokenizer, trust_remote_code)
         if isinstance(model, str):
-            if tokenizer is None:
-                tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-            told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-            name = model
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                name, num_labels=1, trust_remote_code=trust_remote_code, **told
-            )
-            check_loaded(info, name, "a sequence classifier with one label")
-        elif tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path, trust_remote_code=trust_remote_code)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-        model.to(device).eval().requires_grad_(False)
-
-        template, config = of_whole_conversations(self._chat_template_kwargs), model.config.get_text_config()
-        # Where positions are learned, there is an embedding for so many.
-        limit = None if getattr(config, "rope_parameters", None) else context_limit(config)
+            kind = "a sequence classifier with one label"
+            model = load_classifier(model, kind, num_labels=1, trust_remote_code=trust_remote_code)
+        settle(model, tokenizer, device)
+        template, limit = of_whole_conversations(self._chat_template_kwargs), longest_read(model)
 
         @torch.inference_mode()
         def score(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
