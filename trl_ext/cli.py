@@ -142,6 +142,7 @@ def _add_adapters(rooms: Any) -> None:
     score.add_argument("file", help="rows with 'completion' and, where they have one, 'prompt'")
     score.add_argument("--out", type=Path, required=True, metavar="FILE", help="the same rows with 'score', .jsonl")
     _add_columns(score)
+    _add_template(chat)
     chat.add_argument("--max_new_tokens", type=int, default=256, help="most tokens of an answer")
     chat.add_argument("--temperature", type=float, default=1.0, help="of the sampling")
 
@@ -174,12 +175,7 @@ def _add_evaluation(rooms: Any) -> None:
         command.add_argument("--seed", type=int, default=0, help="of the random numbers")
         command.add_argument("--batch-size", type=int, default=32, metavar="N", help="answers at a time")
         _add_loading(command)
-        command.add_argument(
-            "--chat_template_kwargs",
-            type=json_object,
-            metavar="JSON",
-            help="arguments of the chat template, those that the policy was trained with",
-        )
+        _add_template(command)
         command.add_argument(
             "--vllm_server_base_url", nargs="+", default=[], metavar="URL", help="vLLM servers of the base that sample"
         )
@@ -202,6 +198,15 @@ def _add_loading(command: argparse.ArgumentParser) -> None:
     command.add_argument("--load_in_4bit", action="store_true", help="hold the base in 4 bits (NF4)")
     command.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of the base; float32 where nothing is said"
+    )
+
+
+def _add_template(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--chat_template_kwargs",
+        type=json_object,
+        metavar="JSON",
+        help="arguments of the chat template, those that the policy was trained with",
     )
 
 

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,6 +31,7 @@ from transformers import AutoTokenizer
 from trl_ext import SharedBase
 from trl_ext.launch.judging import scores_of
 from trl_ext.loop import Round
+from trl_ext.tokens import sequence_ids
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "recipes" / "loop.md"
@@ -153,7 +153,8 @@ def along(work: Path, name: str, seed: int, gold: Callable[[list[tuple[str, str]
 def gold_score(base: Path, gold: Path) -> Callable[[list[tuple[str, str]]], list[float]]:
     """What the gold model says of (prompt, completion)s."""
     shared = SharedBase.from_pretrained(str(base), value="head", reward=str(gold), dtype="float32")
-    return partial(scores_of, shared, AutoTokenizer.from_pretrained(base))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    return lambda answers: scores_of(shared, [sequence_ids(tokenizer, *answer) for answer in answers])
 
 
 def draw(curves: dict[str, list[list[Point]]], picture: Path) -> None:

@@ -3,11 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
 from tests.helpers import CHAT_TEMPLATE, saved_model, word_tokenizer
 from tests.parity import tiny
@@ -16,6 +18,7 @@ from trl_ext import SharedBase
 from trl_ext.cli import main
 from trl_ext.launch import trained
 
+CONTENTS = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
 
@@ -117,6 +120,46 @@ def test_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
     monkeypatch.setattr("builtins.input", once)
     assert main(["chat", str(tmp_path / "adapter"), "--max_new_tokens", "3"]) == 0
+
+
+def test_chat_is_by_the_template_that_the_policy_was_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = saved_model(tmp_path / "model")
+    tokenizer = word_tokenizer("{% if loud %}big {% endif %}{{ messages[0]['content'] }}")
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    asked, generate = [], LlamaForCausalLM.generate
+
+    def noted(self: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["input_ids"][0].tolist())
+        return generate(self, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", noted)
+    for more, text in (([], "the cat"), (["--chat_template_kwargs", '{"loud": true}'], "big the cat")):
+        said = iter(["the cat", ""])
+        monkeypatch.setattr("builtins.input", lambda _, said=said: next(said))
+        assert main(["chat", str(tmp_path / "adapter"), "--max_new_tokens", "2", *more]) == 0
+        assert asked[-1] == tokenizer(text)["input_ids"]
+
+
+def test_score_reads_tools_and_template_arguments_as_the_training_does(home: tiny.Home, tmp_path: Path) -> None:
+    adapter = tiny.save_reward_adapter(tmp_path / "judge", home.base_folder, seed=3)
+    tokenizer = AutoTokenizer.from_pretrained(home.base_folder)
+    tokenizer.chat_template = "{% if tools %}{{ tools[0]['name'] }} {% endif %}{% if loud %}w9 {% endif %}" + CONTENTS
+    tokenizer.save_pretrained(adapter)
+    answer = [{"role": "assistant", "content": "w5"}]
+    given = [{}, {"tools": [{"name": "w7"}]}, {"tools": '[{"name": "w7"}]', "chat_template_kwargs": {"loud": True}}]
+    rows = [{"completion": answer, "tools": None, "chat_template_kwargs": None, **more} for more in given]
+    scores = [trained.score(adapter, Dataset.from_list([row]), str(home.base_folder))[0] for row in rows]
+    plain = ["w5", "w7 w5", "w7 w9 w5"]
+    by_hand = SharedBase.from_pretrained(str(home.base_folder), reward=adapter).eval()
+    for score, text in zip(scores, plain, strict=True):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        assert score == pytest.approx(float(by_hand.scores(ids, torch.ones_like(ids))), rel=1e-4)
+    with pytest.raises(ValueError, match=r"^Row 0, column 'tools': 7 is no list"):
+        trained.score(adapter, Dataset.from_list([{"completion": answer, "tools": 7}]), str(home.base_folder))
 
 
 @pytest.mark.parametrize(

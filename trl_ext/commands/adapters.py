@@ -36,5 +36,6 @@ def chat(chosen: Namespace) -> int:
 
     print("Say something; /new begins anew, an empty line ends.")
     sampling = {"max_new_tokens": chosen.max_new_tokens, "temperature": chosen.temperature}
-    trained.chat(chosen.adapter, ask, chosen.base, chosen.load_in_4bit, chosen.dtype, **sampling)
+    how = chosen.base, chosen.load_in_4bit, chosen.dtype, chosen.chat_template_kwargs
+    trained.chat(chosen.adapter, ask, *how, **sampling)
     return 0

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from trl_ext.feedback import ScoredAnswer
 from trl_ext.feedback.records import key_of
 from trl_ext.launch.screen import answered
+from trl_ext.reward_models.rows import answer_ids
 from trl_ext.roles import SharedBase
-from trl_ext.tokens import eos_ids, padded_by_length, reward_suffix, sequence_ids
+from trl_ext.tokens import eos_ids, padded_by_length, reward_suffix
 from trl_ext.types import as_text
 
 
@@ -29,7 +30,8 @@ def scored_answers(
         role: one of several reward roles, in place of all combined.
     """
     answers = list(_answers(rows))
-    scores = scores_of(base, tokenizer, [(prompt, answer) for prompt, answer, _, _ in answers], batch_size, role)
+    sequences = [answer_ids(tokenizer, row, answer) for row, answer, _, _ in answers]
+    scores = scores_of(base, sequences, batch_size, role)
     return [
         ScoredAnswer(group, worth, score, len(as_text(answer)))
         for (_, answer, worth, group), score in zip(answers, scores, strict=True)
@@ -38,15 +40,10 @@ def scored_answers(
 
 @torch.no_grad()
 def scores_of(
-    base: SharedBase,
-    tokenizer: PreTrainedTokenizerBase,
-    answers: Sequence[tuple[Any, Any]],
-    batch_size: int = 32,
-    role: str = "reward",
+    base: SharedBase, sequences: Sequence[Sequence[int]], batch_size: int = 32, role: str = "reward"
 ) -> list[float]:
-    """The reward role's score of each (prompt, answer), texts or conversations, as TRL's RewardTrainer reads them."""
-    sequences = [sequence_ids(tokenizer, prompt, answer) for prompt, answer in answers]
-    scores = torch.zeros(len(answers))
+    """The reward role's score of each sequence of ids, as `answer_ids` gives them."""
+    scores = torch.zeros(len(sequences))
     for numbers, ids, mask in padded_by_length(sequences, batch_size):
         scores[numbers] = base.scores(ids.to(base.device), mask.to(base.device), role).float().cpu()
     return scores.tolist()
@@ -83,15 +80,14 @@ def reference_scores(
 
 
 def _answers(rows: Dataset) -> Iterator[tuple[Any, Any, float, str]]:
-    """(prompt, answer, worth, group of answers that it is compared with) of every answer."""
+    """(row, answer, worth, group of answers that it is compared with) of every answer."""
     for number, row in enumerate(rows):
-        prompt = row.get("prompt", "")
         if "chosen" in row:
-            yield prompt, row["chosen"], 1.0, str(number)
-            yield prompt, row["rejected"], 0.0, str(number)
+            yield row, row["chosen"], 1.0, str(number)
+            yield row, row["rejected"], 0.0, str(number)
         elif "completions" in row:
             for answer, rank in zip(row["completions"], row["ranks"], strict=True):
-                yield prompt, answer, -float(rank), str(number)
+                yield row, answer, -float(rank), str(number)
         else:
             worth = row["rating"] if "rating" in row else row["label"]
-            yield prompt, row["completion"], float(worth), key_of(prompt)
+            yield row, row["completion"], float(worth), key_of(row.get("prompt", ""))

@@ -22,8 +22,9 @@ from trl_ext.diagnostics import read_run, write_report
 from trl_ext.generation import TransformersGenerator, generate
 from trl_ext.launch.data import DataArguments
 from trl_ext.ppo import PPOConfig
+from trl_ext.reward_models.rows import answer_ids
 from trl_ext.roles import SharedBase, adapters
-from trl_ext.tokens import eos_ids, sequence_ids
+from trl_ext.tokens import eos_ids
 from trl_ext.types import Rollout, as_text
 
 
@@ -104,7 +105,7 @@ def show_scored_pairs(base: SharedBase, tokenizer: PreTrainedTokenizerBase, pair
     for pair in pairs:
         row = [Text(as_text(pair["prompt"]))]
         for side in ("chosen", "rejected"):
-            ids = torch.tensor([sequence_ids(tokenizer, pair["prompt"], pair[side])], device=base.device)
+            ids = torch.tensor([answer_ids(tokenizer, pair, pair[side])], device=base.device)
             score = float(base.scores(ids, torch.ones_like(ids)))
             row += [Text(as_text(pair[side])), Text(f"{score:.2f}")]
         table.add_row(*row)

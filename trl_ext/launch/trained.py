@@ -21,8 +21,10 @@ from transformers import (
     TextStreamer,
 )
 
+from trl_ext.feedback.files import Unusable
 from trl_ext.launch.judging import scores_of
 from trl_ext.ppo.building import args_of_gpu
+from trl_ext.reward_models.rows import answer_ids
 from trl_ext.roles import SharedBase, adapters
 from trl_ext.types import fault_of_messages
 
@@ -102,7 +104,8 @@ def score(
 
     Args:
         folder: that RewardTrainer, `recipes/reward_lora.py` or LLaMA-Factory wrote.
-        rows: with a column "completion" and, where answers have one, "prompt"; texts or conversations.
+        rows: with a column "completion" and, where answers have one, "prompt"; texts or conversations. Of these "tools"
+            and "chat_template_kwargs" are read, too.
         base: name or folder of the base; None: the one that the adapter names.
         load_in_4bit: hold the base in NF4, as it was for the training.
         batch_size: answers in one forward.
@@ -119,15 +122,19 @@ def score(
         )
     if not len(rows):
         raise ValueError("There are no rows to score.")
+    tokenizer, sequences = _tokenizer(adapter), list[list[int]]()
     for number, row in enumerate(rows):
         completion = row["completion"]
         fault = fault_of_messages(completion) if isinstance(completion, list) else "no text or conversation"
         if fault and not (isinstance(completion, str) and completion):
             raise ValueError(f"Row {number}, column 'completion': {completion!r:.60} is {fault}.")
+        try:
+            sequences.append(answer_ids(tokenizer, row, completion))
+        except Unusable as bad:
+            raise ValueError(f"Row {number}, column {bad.column!r}: {bad.reason}.") from bad
     how = loading(load_in_4bit, dtype) | {"revision": adapter.revision or "main"}
     shared = SharedBase.from_pretrained(adapter.base, reward=folder, **how).eval()
-    answers = [(row.get("prompt"), row["completion"]) for row in rows]
-    return scores_of(shared, _tokenizer(adapter), answers, batch_size)
+    return scores_of(shared, sequences, batch_size)
 
 
 def chat(
@@ -136,6 +143,7 @@ def chat(
     base: str | None = None,
     load_in_4bit: bool = False,
     dtype: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     **sampling: Any,
 ) -> list[dict[str, str]]:
     """Talk to a saved policy; its answers appear on the screen as they are written.
@@ -146,6 +154,7 @@ def chat(
         base: name or folder of the base; None: the one that the adapter names.
         load_in_4bit: hold the base in NF4.
         dtype: of the base; None: as it was saved.
+        chat_template_kwargs: arguments of the chat template.
         **sampling: of `generate`: max_new_tokens, temperature, ...
 
     Returns:
@@ -154,8 +163,8 @@ def chat(
     adapter = _on_its_base(folder, base)
     if adapter.start is None:
         raise ValueError(f"The adapter in {str(folder)!r} gives scores and writes no text: give a policy's.")
-    how = {"dtype": "auto"} | loading(load_in_4bit, dtype) | {"revision": adapter.revision or "main"}
-    model = AutoModelForCausalLM.from_pretrained(adapter.base, **how)
+    given = {"dtype": "auto"} | loading(load_in_4bit, dtype) | {"revision": adapter.revision or "main"}
+    model = AutoModelForCausalLM.from_pretrained(adapter.base, **given)
     model, tokenizer = PeftModel.from_pretrained(model, str(folder)).eval(), _tokenizer(adapter)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     messages: list[dict[str, str]] = []
@@ -167,9 +176,8 @@ def chat(
         if tokenizer.chat_template is None:
             inputs = tokenizer(said, return_tensors="pt")
         else:
-            inputs = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
+            how = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+            inputs = tokenizer.apply_chat_template(messages, **how, **(chat_template_kwargs or {}))
         inputs = inputs.to(model.device)
         ids = model.generate(
             **inputs, do_sample=True, streamer=streamer, pad_token_id=tokenizer.eos_token_id, **sampling

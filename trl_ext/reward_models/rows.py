@@ -19,6 +19,7 @@ from trl_ext.feedback.records import Pair, Rating
 from trl_ext.tokens import context_limit, fault_of_template, sequence_ids, vocabulary_size
 
 FORM_OF = {"chosen": "pairs", "rating": "ratings", "label": "labels", "ranks": "rankings"}
+OF_TEMPLATE = (("tools", list), ("chat_template_kwargs", dict))  # columns that the chat template is given
 ANSWERS = ("chosen", "rejected", "completion", "completions")
 
 
@@ -76,7 +77,7 @@ def _checked(row: dict[str, Any], number: int, name: str, columns: tuple[str, ..
             checked["margin"] = 0.0 if record.strength is None else record.strength
         for column in {"weight", "margin"} & row.keys():
             checked[column] = _amount(checked.get(column, row[column]), column)
-        for column, kind in (("tools", list), ("chat_template_kwargs", dict)):
+        for column, kind in OF_TEMPLATE:
             if column in row:
                 checked[column] = _parsed(row[column], column, kind)
     except Unusable as bad:
@@ -115,8 +116,19 @@ def _parsed(value: Any, column: str, kind: type) -> Any:
 
 
 def template_of(row: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the chat template that a row brings along."""
-    return {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+    """Arguments of the chat template that a row brings along.
+
+    Raises:
+        Unusable: they are none.
+    """
+    given = {column: _parsed(row.get(column), column, kind) for column, kind in OF_TEMPLATE}
+    return {"tools": given["tools"], **(given["chat_template_kwargs"] or {})}
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], answer: Any) -> list[int]:
+    """Ids of an answer with the prompt of its row, as the reward model reads them."""
+    template = {} if isinstance(answer, str) else template_of(row)
+    return sequence_ids(tokenizer, row.get("prompt"), answer, **template)
 
 
 def check_written(
@@ -143,7 +155,7 @@ def check_written(
     for number, row in enumerate(dataset):
         for column, answer in _answers(row):
             try:
-                ids = sequence_ids(tokenizer, row.get("prompt"), answer, **_given(answer, row))
+                ids = answer_ids(tokenizer, row, answer)
                 fault = None if isinstance(answer, str) else _lost(row, answer, tokenizer)
             except Exception as error:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -160,10 +172,6 @@ def check_written(
                 )
             if fault is not None:
                 raise _refusal(name, number, Unusable(column, f"has {fault}"))
-
-
-def _given(answer: Any, row: dict[str, Any]) -> dict[str, Any]:
-    return {} if isinstance(answer, str) else template_of(row)
 
 
 def _lost(row: dict[str, Any], answer: list[Any], tokenizer: PreTrainedTokenizerBase) -> str | None:

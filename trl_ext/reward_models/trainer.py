@@ -27,10 +27,10 @@ from trl_ext.core.reward_losses import all_pairs_loss, binary_loss, plackett_luc
 from trl_ext.diagnostics import RunLog
 from trl_ext.feedback.files import as_dataset
 from trl_ext.reward_models.probing import probe_data, score_head
-from trl_ext.reward_models.rows import check_written, checked_rows, template_of
+from trl_ext.reward_models.rows import answer_ids, check_written, checked_rows
 from trl_ext.roles import adapters as files
 from trl_ext.roles import sharing
-from trl_ext.tokens import config_of, sequence_ids
+from trl_ext.tokens import config_of
 
 logger = logging.getLogger(__name__)
 
@@ -358,9 +358,7 @@ def encode(
     rows: list[dict[str, Any]] = []
     for row in dataset:
         completions = row["completions"] if "completions" in columns else [row["completion"]]
-        sequences = [
-            sequence_ids(tokenizer, row.get("prompt", ""), completion, **template_of(row)) for completion in completions
-        ]
+        sequences = [answer_ids(tokenizer, row, completion) for completion in completions]
         if "ranks" in columns:
             targets = [float(rank) for rank in row["ranks"]]
         elif "label" in columns:
