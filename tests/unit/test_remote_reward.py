@@ -9,6 +9,7 @@ import pytest
 from tests.helpers import rollout
 from tests.reward_server import Server
 from trl_ext.rewards import RewardError, Scorer
+from trl_ext.rewards.protocol import arguments_of
 from trl_ext.rewards.remote import remote
 
 
@@ -77,3 +78,13 @@ def test_a_server_that_is_gone_is_one_clear_failure(reward_server: Server) -> No
 def test_only_http() -> None:
     with pytest.raises(ValueError, match="must begin with http"):
         remote("file:///etc/passwd")
+
+
+def test_a_column_that_is_not_there_is_missed_before_the_run_and_said_where_nobody_asked(reward_server: Server) -> None:
+    with pytest.raises(TypeError, match="asks for 'answer'"):
+        arguments_of(remote(reward_server.url, columns=["answer"]), ["prompts", "completions"])
+    asked = arguments_of(remote(reward_server.url, columns=["answer"]), ["prompts", "completions", "answer", "other"])
+    assert asked == ["prompts", "completions", "answer"], "what is not sent along is not asked for"
+    with pytest.raises(ValueError, match="no column 'colour', which is to be sent along"):  # by TRL's own trainers
+        ask(reward_server.url, WORDS, columns=["colour"])
+    assert not reward_server.requests

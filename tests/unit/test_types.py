@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers import rollout
-from trl_ext.types import Experience, Rollout, ScorePass, Scores, concatenate
+from trl_ext.types import Experience, Rollout, ScorePass, Scores, as_text, concatenate
 
 LENGTHS, ENDED, PROMPT_LENGTHS = [3, 1, 2], [False, True, True], [1, 3, 2]
 
@@ -142,3 +142,21 @@ def test_cut_and_joined_again_is_the_same(record: Experience) -> None:
     assert all(same(value, joined[name]) for name, value in leaves(record).items())
     alone = leaves(concatenate([record], pad_token_id=0))
     assert all(same(value, alone[name]) for name, value in leaves(record).items())
+
+
+@pytest.mark.parametrize(
+    ("item", "text"),
+    [
+        ("as it is", "as it is"),
+        ([], ""),
+        ([{"role": "user", "content": "the first"}, {"role": "user", "content": "the last"}], "the last"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]}],
+            "in parts",
+        ),
+        ([{"role": "assistant", "content": None, "tool_calls": [{}]}], ""),
+        ([{"role": "assistant", "tool_calls": [{}]}], ""),
+    ],
+)
+def test_as_text(item: Any, text: str) -> None:
+    assert as_text(item) == text

@@ -195,6 +195,11 @@ def test_a_server_that_loads_no_adapters_is_refused(base: SharedBase, servers: l
         generator_of(base, tmp_path, servers[0])
 
 
+def test_an_address_may_end_as_those_of_openai_s_clients_do(servers: list[StandIn]) -> None:
+    for end in ("", "/", "/v1", "/v1/"):
+        VLLMServers([servers[0].url + end], wait=1.0).wait_until_up()
+
+
 def test_a_server_that_is_not_there_is_named(base: SharedBase, servers: list[StandIn], tmp_path: Path) -> None:
     servers[1].stop()
     with pytest.raises(ConnectionError, match=rf"^No vLLM server is up at {servers[1].url} after 0\.3 s: start one"):
