@@ -108,6 +108,14 @@ def trainer_for(tmp_path: Path, reward: Any = cats, rows: int = 32, model: Any =
     )
 
 
+def test_the_prompts_are_ordered_by_a_seed_of_their_own(tmp_path: Path) -> None:
+    orders = [
+        list(trainer_for(tmp_path, seed=seed, data_seed=of_data)._get_train_sampler())
+        for seed, of_data in ((1, None), (2, 1), (1, 2))
+    ]
+    assert orders[0] == orders[1] != orders[2]
+
+
 def trained_state(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.base.named_parameters() if p.requires_grad}
 

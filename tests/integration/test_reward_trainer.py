@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import BertConfig, BertForSequenceClassification
 
 from tests.helpers import DEVICE, PLACE, QUIET, saved_model, word_tokenizer
 from trl_ext import FeedbackRewardConfig, FeedbackRewardTrainer, SharedBase, feedback, launch
@@ -207,6 +208,14 @@ def test_rows_are_tokenised_by_the_template_that_is_saved(tmp_path: Path) -> Non
     assert "eval_loss" in trainer.evaluate(rows), "rows as they come"
 
 
+def test_rows_in_ids_have_their_scale_already(tmp_path: Path) -> None:
+    trainer = train("regression", tmp_path, num_train_epochs=1)
+    args = FeedbackRewardConfig(str(tmp_path / "again"), objective="regression", **QUIET)
+    again = FeedbackRewardTrainer(str(tmp_path / "model"), args, trainer.train_dataset)
+    assert again.train_dataset.to_list() == trainer.train_dataset.to_list()
+    assert min(row for rows in again.train_dataset["targets"] for row in rows) < 0, "standardised, and once"
+
+
 def test_weights_count_across_batches(tmp_path: Path) -> None:
     """One row a batch: a normalisation within batches would make all weights alike."""
     rows = Dataset.from_dict({"completion": ["the cat", "a dog"], "label": [True, False], "weight": [0.1, 0.3]})
@@ -255,6 +264,13 @@ def test_some_rows_too_long_are_left_out_and_said(tmp_path: Path, caplog: pytest
         trainer = FeedbackRewardTrainer(saved_model(tmp_path / "model"), args, rows)
     assert [ids[0] for ids in trainer.train_dataset["sequences"]] == [[7, 9, 1], [8, 11, 1]]
     assert "1 rows of" in caplog.text and "are longer than max_length 4 and left out" in caplog.text
+
+
+def test_a_head_that_no_probe_is_fitted_to() -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    encoder = BertForSequenceClassification(BertConfig(vocab_size=30, num_labels=1, **sizes))
+    with pytest.raises(ValueError, match=r"^objective 'probe' fits .* and a BertForSequenceClassification has none"):
+        score_head(encoder)
 
 
 def test_the_probe_is_told_the_margins(tmp_path: Path) -> None:

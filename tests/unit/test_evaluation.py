@@ -584,6 +584,24 @@ def test_prompts_are_read_by_the_template_that_the_policy_was_trained_with(
     assert "was made with chat_template_kwargs {'loud': True}, and not with None" in capsys.readouterr().err
 
 
+def test_the_base_is_held_in_the_precision_that_is_asked_for(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, loaded = list[torch.dtype](), Cast.loaded
+
+    def noted(self: Cast, tokenizer: Any, **how: Any) -> Policies:
+        policies = loaded(self, tokenizer, **how)
+        held.append(policies.model.dtype)
+        return policies
+
+    monkeypatch.setattr(Cast, "loaded", noted)
+    for command, more in (("sample", []), ("evaluate", ["--per-prompt", "1"])):
+        for dtype in ("bfloat16", "float32"):
+            out = str(tmp_path / f"{command}-{dtype}{'.jsonl' if command == 'sample' else ''}")
+            assert main([command, *line(files, "--dtype", dtype, "--out", out, *more)]) == 0
+    assert held == [torch.bfloat16, torch.float32] * 2
+
+
 def test_columns_that_answers_have_are_left_out_and_said(cast: Cast, policies: Policies, tmp_path: Path) -> None:
     rows = [{**row, "id": f"mine-{i}"} for i, row in enumerate(ROWS)]
     with pytest.warns(UserWarning, match="column 'id' is left out"):

@@ -88,6 +88,18 @@ def circle_of(base: Path, out: Path, ppo: dict[str, Any] | None = None, **change
     return loop.Circle(loop.LoopArguments(**(settings | changes)), args, model, PROMPTS, PROMPTS[:3])
 
 
+@pytest.mark.parametrize("in_4bit", [False, True])
+def test_the_loop_samples_where_its_trainings_are(
+    in_4bit: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the base lies there whole, quantised or not."""
+    made, gpu = circle_of(base, tmp_path / "loop"), torch.device("cuda", 0)
+    made.model_args.load_in_4bit = in_4bit
+    monkeypatch.setattr("trl_ext.loop.circle.PartialState", lambda: SimpleNamespace(device=gpu))
+    assert (made.loading["device_map"], made.loading["dtype"]) == ({"": gpu}, "float32")
+    assert ("quantization_config" in made.loading) == in_4bit
+
+
 def weights(out: Path) -> dict[str, Tensor]:
     """Every trained weight of a loop, by its file and name."""
     files = [file for file in sorted(out.rglob("*.safetensors")) if "checkpoint" not in str(file)]
