@@ -46,14 +46,14 @@ def make_trainer(script: PPOArguments, args: PPOConfig, model_args: ModelConfig)
     tokenizer = model.load_tokenizer(args.trust_remote_code)
     texts = launch.load_texts(script.ptx_dataset) if script.ptx_dataset else None
     launch.check_run(args, train, test, tokenizer, functions or [], model.base, texts)
-    roles = {"policy": script.policy_adapter} if script.policy_adapter else {}
-    roles |= {"value": script.value, "reference": script.reference_adapter}
-    roles["reward"] = launch.reward_folder(script.reward_adapter, functions, model_args)
-    base = launch.load_shared_base(model_args, trust_remote_code=args.trust_remote_code, **roles)
     yardstick = launch.import_functions([script.yardstick])[0] if script.yardstick else None
     callbacks = [DiagnosticsCallback(yardstick=yardstick)]
     if script.kl_target is not None:
         callbacks += [AdaptiveKLCallback(AdaptiveKLController(args.kl_coef, script.kl_target, script.kl_horizon))]
+    roles = {"policy": script.policy_adapter} if script.policy_adapter else {}
+    roles |= {"value": script.value, "reference": script.reference_adapter}
+    roles["reward"] = launch.reward_folder(script.reward_adapter, functions, model_args)
+    base = launch.load_shared_base(model_args, trust_remote_code=args.trust_remote_code, **roles)
     return PPOTrainer(
         base, functions, args, train, test, processing_class=tokenizer, callbacks=callbacks, ptx_dataset=texts
     )
