@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, get_token
 
+from trl_ext import runs
 from trl_ext.diagnostics import RunLog
 
 METHODS = {
@@ -95,10 +97,13 @@ def check_push(args: Any) -> None:
     """Refuse a run that could not push what it trains.
 
     Raises:
-        ValueError: the Hub is switched off, or there is no token.
+        ValueError: the Hub is switched off, or the main process, which pushes, has no token.
     """
-    if not args.push_to_hub:
-        return
+    if args.push_to_hub:
+        runs.on_main(partial(_check_push, args))
+
+
+def _check_push(args: Any) -> None:
     otherwise = "or leave it out, and upload the output folder afterwards with `hf upload`"
     if constants.HF_HUB_OFFLINE:
         raise ValueError(f"push_to_hub is set, but HF_HUB_OFFLINE switches the Hub off: unset that, {otherwise}.")

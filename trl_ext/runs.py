@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 SECRETS = ("hub_token", "push_to_hub_token", "token", "use_auth_token", "api_key")
+SEEN_WITHIN = 30.0  # seconds until a file that one process wrote is there for another
 LOCK = "_run.lock"  # what begins with "_" Transformers leaves out where it uploads output_dir
 # What tells a process that it is one of several, and which: of torchrun and accelerate, of SLURM's srun (a batch script
 # has no STEP_NUM_TASKS), of MPI.
@@ -62,7 +64,7 @@ def claimed(folder: str | Path) -> FileLock | None:
         The lock; None on other processes, and where the folder's file system has no locks.
 
     Raises:
-        ValueError: another job holds it.
+        ValueError: another job holds it, or not every process sees it.
     """
     lock: FileLock | None = None
     is_free = [True]
@@ -77,7 +79,32 @@ def claimed(folder: str | Path) -> FileLock | None:
         raise ValueError(
             f"{str(folder)!r} is in use by another run: wait for it, stop it first, or name another output_dir."
         )
+    _check_shared(Path(folder), there=lock is not None)
     return lock
+
+
+def _check_shared(folder: Path, there: bool) -> None:
+    """Refuse a folder that the main process writes into and another process does not see: what it saves could not be
+    loaded there.
+
+    Args:
+        there: of the main process, whether the lock is.
+
+    Raises:
+        ValueError: another process does not see it.
+    """
+    if PartialState().num_processes == 1 or not any(gather_object([there])):
+        return
+    waited = 0.0
+    while not (folder / LOCK).exists() and waited < SEEN_WITHIN:  # a network's file system may lag behind
+        time.sleep(0.1)
+        waited += 0.1
+    blind = [number for number, seen in enumerate(gather_object([(folder / LOCK).exists()])) if not seen]
+    if blind:
+        raise ValueError(
+            f"output_dir {str(folder.absolute())!r} of process 0 is not there for process "
+            f"{', '.join(map(str, blind))}: name a folder that all machines share."
+        )
 
 
 def on_main(work: Callable[[], Result]) -> Result:

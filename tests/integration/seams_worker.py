@@ -1,9 +1,10 @@
 """One of two processes on which the seams of a run fail one after the other, each on one process alone;
 tests/integration/test_processes.py starts them.
 
-python seams_worker.py FOLDER [FIRST]      # under torchrun; writes FOLDER/outcomes_PROCESS.json
+python seams_worker.py FOLDER [FIRST | switches]      # under torchrun; writes FOLDER/outcomes_PROCESS.json
 
-FIRST: leave out as many seams as this says.
+FIRST: leave out as many seams as this says. "switches": nothing fails; a callback on one process alone asks for an end,
+a checkpoint, an evaluation or a log.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from tests.helpers import saved_model
@@ -99,9 +101,48 @@ def tried(seam: str, on: int, folder: Path, wanted: dict[str, torch.Tensor] | No
     return "right" if again.state.global_step == STEPS and same else "another run"
 
 
+def switched(event: str, switch: str, folder: Path) -> list[Any]:
+    """Train, with a callback on process 1 alone that sets a switch, once, at `event` of step 1 or later.
+
+    Returns:
+        What came of it: whether it was set, the last step, the steps of checkpoints and of evaluations.
+    """
+    trainer, asked = fresh(folder), list[str]()
+
+    def ask(args: Any, state: Any, control: Any, *_: Any, **__: Any) -> None:
+        if state.global_step >= 1 and not asked:
+            asked.append(event)
+            setattr(control, switch, True)
+
+    if PartialState().process_index == 1:
+        callback = RolloutCallback() if event in EVENTS else TrainerCallback()
+        setattr(callback, event, ask)
+        trainer.add_callback(callback)
+    trainer.train()
+    steps = sorted(path.name for path in (folder / "out").glob("checkpoint-*"))
+    evaluated = [row["step"] for row in trainer.state.log_history if "eval_objective/scores" in row]
+    return [len(gather_object(asked)), trainer.state.global_step, steps, evaluated]
+
+
+def switches(folder: Path) -> None:
+    """One event after the other asks for the end; and at two of them for everything else."""
+    events = [event for event in TRANSFORMERS_EVENTS if event not in ELSEWHERE | AT_ONCE]
+    asked = [(event, "should_training_stop") for event in [*events, *EVENTS]]
+    others = ("should_save", "should_evaluate", "should_log", "should_epoch_stop", "should_update_stop")
+    asked += [(event, switch) for event in ("on_step_end", "on_log") for switch in others]
+    outcomes = {}
+    for number, (event, switch) in enumerate(asked):
+        outcomes[f"{switch} at {event}"] = switched(event, switch, folder / str(number))
+        (folder / f"outcomes_{PartialState().process_index}.json").write_text(json.dumps(outcomes))
+
+
 def main() -> None:
     folder, state = Path(sys.argv[1]), PartialState(cpu=True)
     assert state.num_processes == 2
+    if sys.argv[2:] == ["switches"]:
+        folder.mkdir(exist_ok=True)
+        switches(folder)
+        return
     whole = fresh(folder / "whole")
     whole.train()
     wanted = trained_state(whole)

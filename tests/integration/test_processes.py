@@ -206,6 +206,22 @@ def test_what_one_process_s_callback_stops_both_stop(folder: Path, model: str, w
 
 
 @pytest.mark.long
+def test_what_one_process_s_callback_asks_for_both_do(folder: Path) -> None:
+    """At every event; by then, or at the next one that stops for it."""
+    done = launch(2, Path(__file__).with_name("seams_worker.py"), str(folder / "switches"), "switches")
+    assert done.returncode == 0, done.stderr[-3000:]
+    here, there = (json.loads((folder / "switches" / f"outcomes_{i}.json").read_text()) for i in range(2))
+    assert here == there and len(here) >= 25
+    for asked, (times, last, *_) in here.items():
+        assert times == 1, asked
+        if asked.startswith("should_training_stop"):
+            assert last < 10 or asked.endswith("on_train_end"), asked
+    plain = here["should_training_stop at on_train_end"]
+    assert len(here["should_save at on_step_end"][2]) == len(plain[2]) + 1
+    assert len(here["should_evaluate at on_step_end"][3]) == len(plain[3]) + 1
+
+
+@pytest.mark.long
 def test_a_yardstick_that_fails_on_the_main_process_ends_both(folder: Path, model: str) -> None:
     done = start(model, folder / "mute", 2, "mute")
     assert done.returncode != 0

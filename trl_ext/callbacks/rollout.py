@@ -29,6 +29,15 @@ class PPOControl(TrainerControl):
     should_update_stop: bool = False
 
 
+def share_switches(control: TrainerControl) -> None:
+    """What a callback switched on on one process is on on each: one that stopped, saved or evaluated alone would leave
+    the others waiting for ever. Every process must call it, after each event."""
+    mine = [name for name, on in vars(control).items() if name.startswith("should_") and on]
+    for theirs in gather_object([mine]):
+        for name in theirs:
+            setattr(control, name, True)
+
+
 @dataclass(frozen=True)
 class EpochStats:
     """What one epoch over the rollout did, averaged over its real tokens and all processes.
@@ -168,8 +177,7 @@ class RolloutEvents:
 
     Args:
         host: the trainer.
-        together: makes an error on one process an error on all. `on_rollout_end` does not use it: it is called within
-            work that already runs under it.
+        together: makes an error on one process an error on all.
         vocabulary: ids that the model has; None: any.
 
     Raises:
@@ -187,7 +195,7 @@ class RolloutEvents:
 
     def on_rollout_end(self, rollout: Rollout) -> Rollout:
         """See `RolloutCallback`."""
-        return self._replaced("on_rollout_end", rollout)
+        return self._on_all(lambda: self._replaced("on_rollout_end", rollout))
 
     def on_scores(self, scored: ScoredRollout) -> ScoredRollout:
         """See `RolloutCallback`."""
@@ -218,13 +226,8 @@ class RolloutEvents:
         self._on_all(lambda: self._tell("on_evaluation_end", experience, metrics))
 
     def _on_all(self, work: Callable[[], _Result]) -> _Result:
-        """With `work` done, what a callback asks for on one process holds on each: of a rollout each has seen its own
-        part, and one that went on alone would wait for the others for ever."""
-        result, control = self._together(work), self._host.control
-        switches = [name for name in vars(control) if name.startswith("should_")]
-        for asked in gather_object([[name for name in switches if getattr(control, name)]]):
-            for name in asked:
-                setattr(control, name, True)
+        result = self._together(work)
+        share_switches(self._host.control)
         return result
 
     def _replaced(self, event: str, record: _Record) -> _Record:
@@ -238,8 +241,15 @@ class RolloutEvents:
         return record
 
     def _tell(self, event: str, *arguments: Any) -> None:
+        """Every callback is told, whatever another one raises: some wait for their like on the other processes."""
+        failure: CallbackError | None = None
         for callback in self._listening():
-            self._call(callback, event, *arguments)
+            try:
+                self._call(callback, event, *arguments)
+            except CallbackError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def _listening(self) -> Sequence[RolloutCallback]:
         return [cb for cb in self._host.callback_handler.callbacks if isinstance(cb, RolloutCallback)]

@@ -6,6 +6,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -22,6 +23,7 @@ from trl_ext.launch.judging import scored_answers
 from trl_ext.launch.resuming import last_checkpoint, member_folders
 from trl_ext.launch.screen import show_table
 from trl_ext.roles import SharedBase
+from trl_ext.runs import on_main
 
 _Args = TypeVar("_Args", bound=TrainingArguments)
 
@@ -67,9 +69,9 @@ def unfinished(members: Sequence[_Args]) -> Iterator[_Args]:
         if len(members) > 1:
             folder = Path(str(own.output_dir))
             if own.resume_from_checkpoint is not None:
-                if (folder / TRAINER_STATE_NAME).is_file():
+                if on_main((folder / TRAINER_STATE_NAME).is_file):
                     continue
-                own.resume_from_checkpoint = last_checkpoint(folder)
+                own.resume_from_checkpoint = on_main(partial(last_checkpoint, folder))
             if own.process_index == 0:
                 print(f"Reward model {i + 1} of {len(members)}, seed {own.seed}, into {folder}", flush=True)
         yield own

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
+
+from trl_ext.runs import on_main
 
 RUN_FILES = ("trainer_state.json", "adapter_model.safetensors")  # what a run that came to something leaves
 
@@ -26,8 +29,8 @@ def checkpoint_of(args: TrainingArguments, ensemble: int = 1) -> str | None:
     """
     folder, wanted = Path(str(args.output_dir)), args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
-        for place in {folder, *map(Path, member_folders(args, ensemble))}:
-            if args.process_index == 0 and _holds_a_run(place):
+        for place in dict.fromkeys([folder, *map(Path, member_folders(args, ensemble))]):
+            if on_main(partial(_holds_a_run, place)):
                 raise FileExistsError(
                     f"output_dir {str(folder)!r} holds a run already: give another --output_dir, or go on with that "
                     "run by --resume_from_checkpoint true."
@@ -39,7 +42,7 @@ def checkpoint_of(args: TrainingArguments, ensemble: int = 1) -> str | None:
                 f"resume_from_checkpoint is {str(wanted)!r}, but an ensemble has checkpoints for each member: say true."
             )
         return "true"
-    found = last_checkpoint(folder) if str(wanted).lower() == "true" else str(wanted)
+    found = on_main(partial(last_checkpoint, folder)) if str(wanted).lower() == "true" else str(wanted)
     if found is None:
         raise FileNotFoundError(
             f"output_dir {str(folder)!r} holds no checkpoint to go on from: leave out --resume_from_checkpoint, or "
@@ -51,7 +54,7 @@ def checkpoint_of(args: TrainingArguments, ensemble: int = 1) -> str | None:
             f"{str(folder / 'checkpoint-100')!r}."
         )
     elsewhere = Path(found).resolve().parent != folder.resolve()
-    if args.process_index == 0 and elsewhere and _holds_a_run(folder):
+    if elsewhere and on_main(partial(_holds_a_run, folder)):
         raise FileExistsError(
             f"resume_from_checkpoint {found!r} is of another run than the one that output_dir {str(folder)!r} holds, "
             "which would be written over: give another --output_dir."

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -107,8 +108,7 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
                 "attn_implementation and load_in_4bit say: set these instead."
             )
         if isinstance(part, TrainingArguments):
-            if part.process_index == 0:
-                check_output_dir(str(part.output_dir))
+            runs.on_main(partial(check_output_dir, str(part.output_dir)))
             _claims.append(runs.claimed_by(part))
             part.resume_from_checkpoint = checkpoint_of(part, ensemble)
             # For run.json: from it `trl-ext doctor --try` makes the trainer anew.

@@ -29,6 +29,7 @@ from trl_ext.ppo.failures import FAILURES, RunError, on_all
 from trl_ext.ppo.update import Updater
 from trl_ext.random_state import RandomState
 from trl_ext.roles.sharding import shared_as, whole
+from trl_ext.runs import on_main
 from trl_ext.types import Experience, Rollout, ScorePass, Scores
 
 UNFINISHED = "unfinished"  # holds a checkpoint while it is written
@@ -269,7 +270,7 @@ class Checkpoints:
         if step == 0:
             return ""
         # One of that number may be an earlier run's, or hold weights alone.
-        if self._latest != folder.resolve() or not (folder / OPTIMIZER_NAME).is_file():
+        if self._latest != folder.resolve() or not on_main((folder / OPTIMIZER_NAME).is_file):
             if self._step_end is None or self._stepping:
                 return ""
             self._back_to_step_end()

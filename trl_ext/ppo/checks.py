@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import parse_flag_from_env
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
 from datasets import Dataset, DatasetDict, IterableDataset
 from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -30,6 +31,7 @@ from trl_ext.tokens import as_ids, check_chat_template, config_of, context_limit
 from trl_ext.types import fault_of_messages
 
 UNREAD = {"tools", "chat_template_kwargs", "image", "images"}  # columns that other trainers write into prompts
+LOOKED_AT = 16  # prompts of a data set, by which processes know that they have the same
 
 
 def check_prompts(dataset: Any, name: str) -> None:
@@ -189,6 +191,7 @@ def check_run(
     check_datasets(train_dataset, eval_dataset, args)
     check_texts(ptx_dataset, args)
     datasets = [("train_dataset", train_dataset), *_eval_datasets(eval_dataset)]
+    check_same_rows(datasets)
     check_arguments(functions, datasets, args)
     given: Any = args.model_init_kwargs or {}
     name = model if isinstance(model, str) else model.config.name_or_path
@@ -221,6 +224,34 @@ def check_run(
         of_texts.check(measured, "The text in row {} of ptx_dataset", tokenizer)
     check_engine(args)
     return tokenizer
+
+
+def check_same_rows(datasets: Sequence[tuple[str, Dataset]]) -> None:
+    """Every process takes its part of the same rows: looked at by their number and a few prompts. Every process must
+    call it.
+
+    Args:
+        datasets: (name, rows with a prompt) of each.
+
+    Raises:
+        ValueError: another process has other rows.
+    """
+
+    def some(rows: Dataset) -> tuple[int, list[str]]:
+        if rows.format["type"] == "custom":  # a transform may draw at random
+            return len(rows), []
+        last = len(rows) - 1
+        return len(rows), [repr(rows[last * i // (LOOKED_AT - 1)]["prompt"]) for i in range(LOOKED_AT)]
+
+    everyones = gather_object([[some(rows) for _, rows in datasets]]) if PartialState().num_processes > 1 else []
+    for theirs in everyones[1:]:
+        for (name, _), one, other in zip(datasets, everyones[0], theirs, strict=False):
+            if one != other:
+                counts = "" if one[0] == other[0] else f" ({one[0]} and {other[0]})"
+                raise ValueError(
+                    f"{name} has other rows in one process than in another{counts}: shuffle, split and filter it with "
+                    "a seed, or save it once and load it in each."
+                )
 
 
 def _check_row(

@@ -116,11 +116,12 @@ class Collector:
             Rollout, scores and score pass of all processes, the same on each, on the CPU.
         """
         self.log = RewardLog()
-        rollout = together(lambda: self.answered(inputs, begun=self._begun([row["prompt"] for row in inputs])))
+        answered = together(lambda: self.answered(inputs, begun=self._begun([row["prompt"] for row in inputs])))
         # At once, so that it is sampled while this one is scored, too; but once every process has its answers, for the
         # adapter that gave them goes now.
         self.ahead = None if following is None else together(lambda: self._begin(following))
-        part = together(lambda: self._scored(self.events.on_rollout_end(rollout), inputs, trainer_state, self.log))
+        rollout = self.events.on_rollout_end(answered)
+        part = together(lambda: self._scored(rollout, inputs, trainer_state, self.log))
         return self._combined([part], training=True)
 
     def all_of(self, dataloader: DataLoader[Any], trainer_state: Any) -> tuple[ScoredRollout, dict[str, float]]:
@@ -131,12 +132,15 @@ class Collector:
             What `__call__` returns, and the means of what reward functions logged.
         """
         log = RewardLog()
+
+        def part(inputs: list[dict[str, Any]]) -> tuple[Rollout, Tensor, ScorePass]:
+            return self._scored(self.answered(inputs), inputs, trainer_state, log)
+
         if self.ahead is not None:
             together(self.ahead.wait)  # on every process: the adapter that answers there goes now
         with self._apart(self.args.seed):
-            parts = together(
-                lambda: [self._scored(self.answered(inputs), inputs, trainer_state, log) for inputs in dataloader]
-            )
+            batches = iter(dataloader)  # as many in each process
+            parts = [together(lambda: part(next(batches))) for _ in range(len(dataloader))]
         scored = self._combined(parts, training=False)
         # The last batch may hold repeated rows that only make the processes' shares equal.
         count = min(len(dataloader.dataset), len(scored.scores.total))  # type: ignore[arg-type]
@@ -159,10 +163,11 @@ class Collector:
             whole = dataset[number]
             return {"prompt": whole["prompt"]} if self.args.remove_unused_columns else whole
 
+        def scores(rows: list[int]) -> Tensor:
+            return self._reference_scores([row(i) for i in rows], trainer_state)
+
         with self._apart(self.args.seed):
-            parts = together(
-                lambda: [self._reference_scores([row(i) for i in rows], trainer_state) for rows in batches]
-            )
+            parts = [together(partial(scores, rows)) for rows in batches]
         self.combination.moments.update(torch.cat(gather_object([torch.cat(parts)[: len(share)]])))
 
     def _reference_scores(self, inputs: list[dict[str, Any]], trainer_state: Any) -> Tensor:

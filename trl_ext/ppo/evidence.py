@@ -25,13 +25,12 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 
 from trl_ext.core import evidence, masked_sum, penalize_missing_eos, shape_rewards, token_mean
-from trl_ext.generation import GenerationError, TransformersGenerator
+from trl_ext.generation import TransformersGenerator
 from trl_ext.ppo.collector import Collector, RewardLog
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.objectives import CheckedObjective, ObjectiveError, same_prompt, value_loss
 from trl_ext.ppo.pretraining import PretrainMix
 from trl_ext.random_state import RandomState
-from trl_ext.rewards import RewardError
 from trl_ext.roles import SharedBase
 from trl_ext.roles.sharding import own_part
 from trl_ext.tokens import tokenize_prompts, tokenizer_beside
@@ -142,7 +141,8 @@ class Evidence:
                     metrics |= self._moved_by_prompt(experience, inputs, trainer_state)
                 if policy_trains and self.sees_whole_gradients:
                     step = trainer_state.global_step
-                    metrics |= self._attempt(lambda: self._gradients(experience, step)) or {}
+                    parts = gather_object([self._attempt(lambda: self._gradients(experience, step))])
+                    metrics |= parts[0] if None not in parts else {}  # alike on all, for the doctor may act on it
         return {f"evidence/{name}": value for name, value in metrics.items() if math.isfinite(value)}
 
     @cached_property
@@ -171,9 +171,13 @@ class Evidence:
         """What `work` returns; None where it fails here. Training does not need it, so nothing ends for its sake."""
         try:
             return work()
-        except (RewardError, GenerationError, ObjectiveError, torch.OutOfMemoryError) as error:
+        except Exception as error:
             if not self._told:
-                logger.warning("A measurement beside training is left out (%s). evidence=False turns them off.", error)
+                logger.warning(
+                    "A measurement beside training is left out (%s: %s). evidence=False turns them off.",
+                    type(error).__name__,
+                    error,
+                )
             self._told = True
             return None
 
@@ -359,9 +363,9 @@ class Evidence:
         """(prompts,) float64, NaN where a prompt has one token or none."""
         mask = rollout.prompt_mask
         read = mask[:, 1:] & mask[:, :-1]  # what has a token before it
-        longest = int(read.sum(dim=1).max())
-        if not longest:
+        if mask.shape[1] < 2:  # on all processes alike, which share a forward where the base is shared out
             return torch.full((len(mask),), math.nan, dtype=torch.float64)
+        longest = max(int(read.sum(dim=1).max()), 1)
         kept, device = slice(mask.shape[1] - longest - 1, None), self.collector.base.device
         ids, seen = rollout.prompt_ids[:, kept].to(device), mask[:, kept].to(device)
         with torch.no_grad(), self.collector.base.scoring(), self.accelerator.autocast():

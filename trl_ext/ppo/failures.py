@@ -41,7 +41,11 @@ def together(work: Callable[[], _Result]) -> _Result:
         done.append(work())
     except FAILURES as error:
         failure = error
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a SystemExit or a CancelledError of somebody's code, too
+        if PartialState().num_processes == 1 and not isinstance(error, Exception):
+            raise
         known = isinstance(error, torch.OutOfMemoryError)
         failure = OutOfMemory(str(error)) if known else RunError(f"{type(error).__name__}: {error}")
         failure.__cause__ = error

@@ -7,6 +7,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from accelerate.utils import gather_object
+
 HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -17,7 +19,7 @@ class Interrupts:
     main thread, where Python lets nobody handle signals, it does nothing.
 
     Attributes:
-        received: the signal's number, or None.
+        received: the signal's number, or None; see `came`.
     """
 
     def __init__(self) -> None:
@@ -42,6 +44,12 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+    def came(self) -> bool:
+        """Whether a signal has come, to whichever process: it ends all of them alike. Every process must call it."""
+        heard = [one for one in gather_object([self.received]) if one is not None]
+        self.received = heard[0] if heard else None
+        return bool(heard)
 
     def raise_received(self) -> None:
         """Go on as the signal would have: KeyboardInterrupt, or exit with status 143.

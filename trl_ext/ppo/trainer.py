@@ -22,6 +22,7 @@ from trl_ext import hub, runs
 from trl_ext._trl import BaseTrainer
 from trl_ext.callbacks import PPOControl, RolloutCallback, RolloutEvents, check_events
 from trl_ext.callbacks.progress import show_in_notebook
+from trl_ext.callbacks.rollout import share_switches
 from trl_ext.diagnostics import Report, RunLog
 from trl_ext.feedback.files import as_dataset
 from trl_ext.generation import Generator
@@ -260,6 +261,7 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
             self.updater.collector.drop_ahead()
             raise
         self.updater.collector.drop_ahead()
+        self.interrupts.came()
         self.interrupts.raise_received()
         return output
 
@@ -278,6 +280,7 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
         perhaps_alone = self.accelerator.num_processes > 1 and event in ("on_log", "on_push_begin")
         if event != "on_optimizer_step" and not perhaps_alone:
             control = on_all(tell)
+            share_switches(control)
         else:
             try:
                 control = self._tell(event, *args, **kwargs)
@@ -348,11 +351,12 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
     def _after_step(self) -> None:
         """Close the step, and the epoch and the update that end with it; take in a signal."""
         self.checkpoints.note_step_end()
+        share_switches(self.control)  # of on_optimizer_step
         with self._saved_on_failure():
             self.updater.note_rounding(getattr(self.optimizer, "optimizer", self.optimizer))
             self.updater.end_step(self.state, self.control)
             on_all(self._raise_postponed)
-        if any(gather_object([self.interrupts.received is not None])):
+        if self.interrupts.came():
             self.control.should_save = self.control.should_training_stop = True
 
     def _normalize_scores(self) -> None:
@@ -449,9 +453,12 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
         """Not while a checkpoint is written: it would be uploaded from a place that it leaves. Transformers takes the
         policy from the checkpoint; the roles beside it are saved first."""
         if self.checkpoints.unfinished is None:
-            if self.args.hub_strategy != HubStrategy.END:
-                self._save()
-            super()._push_from_checkpoint(checkpoint_folder)
+            on_all(lambda: self._push(checkpoint_folder))
+
+    def _push(self, checkpoint_folder: str) -> None:
+        if self.args.hub_strategy != HubStrategy.END:
+            self._save()
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any | None = None) -> None:
         self.checkpoints.load(Path(resume_from_checkpoint))
@@ -513,6 +520,7 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
             self._shown = self.experience
             extra = gather_object([dict(self.collector.log.columns)]) if shown else None
             on_all(lambda: self._after_log(extra))
+            share_switches(self.control)  # of on_log
 
     def _after_log(self, extra: list[dict[str, list[Any]]] | None) -> None:
         self._raise_postponed()

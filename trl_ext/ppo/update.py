@@ -288,11 +288,13 @@ class Updater:
         """
         assert self.experience is not None
         if self.idle:
-            self._plan(self.experience, global_step)
+            experience = self.experience
+            on_all(lambda: self._plan(experience, global_step))
         rows = self._queue.pop(0)
         loss = torch.zeros((), device=self.accelerator.device)
         if not self.progress.stopped:
-            loss = self._train_on(model, self.experience.rows(rows).to(self.base.device))
+            experience, device = self.experience, self.base.device
+            loss = self._train_on(model, on_all(lambda: experience.rows(rows).to(device)))
             if self.accelerator.num_processes == 1 and self._queue:
                 self._note_gradient()
         # Transformers' own sum of losses since the last log is lost with an interrupted run.

@@ -204,6 +204,8 @@ class FeedbackRewardTrainer(hub.WritesCard, RewardTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As TRL saves, with a note for the base that the role is put on."""
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or str(self.args.output_dir))
         files.write_note(folder, self.accelerator.unwrap_model(self.model))
         self.save_card(folder)

@@ -115,6 +115,8 @@ class Scorer:
             finished = self._loop.run(_gather(list(waiting.values()), self.timeout))
             for i, result in zip(waiting, finished, strict=True):
                 with _reported_as(self.names[i], self.timeout):
+                    if isinstance(result, asyncio.CancelledError):
+                        raise RuntimeError("it was cancelled") from result
                     if isinstance(result, BaseException):
                         raise result
                     results[i] = listed(result)
