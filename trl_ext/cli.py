@@ -138,7 +138,7 @@ def _add_adapters(rooms: Any) -> None:
     merge.set_defaults(run=("adapters", "merge"))
     merge.add_argument("--dtype", default="auto", help="of its weights: auto, float32, bfloat16, float16")
     for command in (score, chat):
-        _add_loading(command)
+        _add_loading(command, "as it was saved" if command is chat else "float32")
     score.add_argument("file", help="rows with 'completion' and, where they have one, 'prompt'")
     score.add_argument("--out", type=Path, required=True, metavar="FILE", help="the same rows with 'score', .jsonl")
     _add_columns(score)
@@ -194,10 +194,10 @@ def _add_evaluation(rooms: Any) -> None:
     evaluate.add_argument("--store", type=Path, metavar="FILE", help="of `trl-ext rate`: people judge, or are compared")
 
 
-def _add_loading(command: argparse.ArgumentParser) -> None:
+def _add_loading(command: argparse.ArgumentParser, usual: str = "float32") -> None:
     command.add_argument("--load_in_4bit", action="store_true", help="hold the base in 4 bits (NF4)")
     command.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of the base; float32 where nothing is said"
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), help=f"of the base; else {usual}"
     )
 
 

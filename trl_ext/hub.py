@@ -75,12 +75,12 @@ tokenizer = AutoTokenizer.from_pretrained("{{ repo }}")
 {% endfor %}{% endif %}"""
 
 
-class KeepsToken:
-    """Settings that are pickled without the Hub's token, as training_args.bin is pushed along with the model. Copies
-    have it."""
+class PickledWithoutSecrets:
+    """Settings that are pickled without tokens and keys, as training_args.bin is pushed along with the model. Copies
+    have them."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"hub_token": None}
+        return dict.fromkeys(self.__dict__) | runs.without_secrets(self.__dict__)
 
     def __copy__(self) -> Any:
         copied = object.__new__(type(self))

@@ -33,9 +33,15 @@ class PromptError(ValueError):
 
 
 def tokenize_prompts(
-    prompts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any] | None = None
+    prompts: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    whole: bool = False,
 ) -> list[list[int]]:
     """Ids of each prompt; a conversation goes through the chat template with the generation prompt added.
+
+    Args:
+        whole: these are texts that nothing follows, so that they may end with an EOS.
 
     Raises:
         ValueError: a conversation and a tokenizer without a chat template, or one that ends texts with its EOS.
@@ -53,8 +59,9 @@ def tokenize_prompts(
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 raise PromptError(prompt, row, f"cannot be written in ids ({reason:.200}): mend or drop it.") from error
         raise
-    first, eos = prompts[0], tokenizer.eos_token_id
-    if isinstance(first, str) and len(ids[0]) and ids[0][-1] == eos and not first.endswith(str(tokenizer.eos_token)):
+    first, eos = prompts[0], tokenizer.eos_token_id  # which may be the BOS, too
+    goes_on = whole or not isinstance(first, str) or first.endswith(str(tokenizer.eos_token))
+    if not goes_on and len(ids[0]) > 1 and ids[0][-1] == eos:
         raise ValueError(
             "The tokenizer ends every text with its EOS, so that nothing is left to go on with: set its add_eos_token "
             "to False."
@@ -78,6 +85,11 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, whose: str = "the to
     Raises:
         ValueError: no chat template.
     """
+    if type(tokenizer).__name__ == "MistralCommonBackend":
+        raise ValueError(
+            f"The prompts are conversations, but {whose} is mistral-common's, which has no chat template to look into: "
+            "load Transformers' own, AutoTokenizer.from_pretrained(..., mistral_format=False)."
+        )
     if tokenizer.chat_template is None:
         raise ValueError(
             f"The prompts are conversations, but {whose} has no chat template: set tokenizer.chat_template, use an "
@@ -99,6 +111,8 @@ def fault_of_template(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBas
             return "a message in parts, which the chat template writes as Python does: give it as a text"
         texts = [part.get("text", "") for part in content] if isinstance(content, list) else [content or ""]
         if not all(text.strip() in written for text in texts):
+            if isinstance(content, list):
+                return "a message in parts, which the chat template does not write: give it as a text"
             return f"a message of the role {message['role']!r} that the chat template leaves out: give it another"
     return None
 
@@ -119,7 +133,10 @@ def fault_of_prompt(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase,
         and asked.strip()
         and _is_left_out(messages, tokenizer, {"add_generation_prompt": True, **template})
     ):
-        return f"a last message that the chat template leaves out, so that nobody asks {asked!r:.60}: mend the template"
+        return (
+            f"a last message that the chat template leaves out, so that nobody asks {asked!r:.60}: mend the template, "
+            "or give messages in parts, where it is written for these"
+        )
     return None
 
 
@@ -297,12 +314,25 @@ def reward_suffix(
     """
     if isinstance(prompts[0], str) or tokenizer.chat_template is None:
         return []
-    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    after = after_answers(tokenizer, chat_template_kwargs)
+    return next((after[i + 1 :] for i, token in enumerate(after) if token in set(eos)), [])
+
+
+def after_answers(tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None) -> list[int]:
+    """Ids that the chat template writes after the last answer of a conversation."""
     kwargs: dict[str, Any] = {"tokenize": True, "return_dict": True, **of_whole_conversations(chat_template_kwargs)}
-    asked = tokenizer.apply_chat_template(conversation[:1], **kwargs)["input_ids"]
-    ids = list(tokenizer.apply_chat_template(conversation, **kwargs)["input_ids"])
-    last = [i for i, token in enumerate(ids) if i >= len(asked) and token in set(eos)]
-    return ids[last[-1] + 1 :] if last else []
+
+    def written(*answers: str) -> list[int]:
+        messages = [{"role": "user", "content": "a"}, *({"role": "assistant", "content": text} for text in answers)]
+        return list(tokenizer.apply_chat_template(messages, **kwargs)["input_ids"])
+
+    one = written("b")
+    for text in ("7", "b 7"):  # what is the same after each; a small vocabulary may know neither
+        pairs = zip(reversed(one), reversed(written(text)), strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        if same is not None:
+            return one[len(one) - same :]
+    return one[len(written()) :]
 
 
 def of_whole_conversations(chat_template_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:

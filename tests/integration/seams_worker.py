@@ -62,10 +62,10 @@ def fail_at(seam: str, trainer: PPOTrainer, patch: pytest.MonkeyPatch) -> Breaks
     return breaks
 
 
-def fresh(folder: Path) -> PPOTrainer:
+def fresh(folder: Path, **changes: Any) -> PPOTrainer:
     with PartialState().main_process_first():
         saved_model(folder / "model")
-    return trainer_for(folder, model=str(folder / "model"), per_device_train_batch_size=2)
+    return trainer_for(folder, model=str(folder / "model"), per_device_train_batch_size=2, **changes)
 
 
 def tried(seam: str, on: int, folder: Path, wanted: dict[str, torch.Tensor] | None) -> str:
@@ -102,15 +102,16 @@ def tried(seam: str, on: int, folder: Path, wanted: dict[str, torch.Tensor] | No
 
 
 def switched(event: str, switch: str, folder: Path) -> list[Any]:
-    """Train, with a callback on process 1 alone that sets a switch, once, at `event` of step 1 or later.
+    """Train, with a callback on process 1 alone that sets a switch, once, at `event` of step 2 or later.
 
     Returns:
         What came of it: whether it was set, the last step, the steps of checkpoints and of evaluations.
     """
-    trainer, asked = fresh(folder), list[str]()
+    # Of two steps an epoch the first one ends in no event of PPO's.
+    trainer, asked = fresh(folder, num_mini_batches=2, total_episodes=32), list[str]()
 
     def ask(args: Any, state: Any, control: Any, *_: Any, **__: Any) -> None:
-        if state.global_step >= 1 and not asked:
+        if state.global_step >= 2 and not asked:
             asked.append(event)
             setattr(control, switch, True)
 
@@ -129,6 +130,7 @@ def switches(folder: Path) -> None:
     events = [event for event in TRANSFORMERS_EVENTS if event not in ELSEWHERE | AT_ONCE]
     asked = [(event, "should_training_stop") for event in [*events, *EVENTS]]
     others = ("should_save", "should_evaluate", "should_log", "should_epoch_stop", "should_update_stop")
+    asked += [("on_optimizer_step", "should_update_stop")]  # which nothing tells the others before it is read
     asked += [(event, switch) for event in ("on_step_end", "on_log") for switch in others]
     outcomes = {}
     for number, (event, switch) in enumerate(asked):

@@ -9,13 +9,20 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+)
 
 from tests.helpers import CHAT_TEMPLATE, saved_model, word_tokenizer
 from tests.parity import tiny
 from tests.zoo import configs
 from trl_ext import SharedBase
 from trl_ext.cli import main
+from trl_ext.evaluation import Cast
 from trl_ext.launch import trained
 
 CONTENTS = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -142,6 +149,30 @@ def test_chat_is_by_the_template_that_the_policy_was_trained_with(
         monkeypatch.setattr("builtins.input", lambda _, said=said: next(said))
         assert main(["chat", str(tmp_path / "adapter"), "--max_new_tokens", "2", *more]) == 0
         assert asked[-1] == tokenizer(text)["input_ids"]
+
+
+def test_answers_end_where_they_did_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the EOS of the tokenizer that the policy was saved with, though the base's generation config has another."""
+    base = saved_model(tmp_path / "model")
+    model = LlamaForCausalLM.from_pretrained(base)
+    model.generation_config.eos_token_id = 12
+    model.save_pretrained(base)
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    word_tokenizer(CHAT_TEMPLATE).save_pretrained(tmp_path / "adapter")
+    ends, generate = [], LlamaForCausalLM.generate
+
+    def noted(self: Any, **kwargs: Any) -> Any:
+        ends.append(sorted(kwargs["eos_token_id"]))
+        return generate(self, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", noted)
+    said = iter(["the cat", ""])
+    trained.chat(tmp_path / "adapter", lambda: next(said), max_new_tokens=2)
+    trained.merge(tmp_path / "adapter", tmp_path / "merged")
+    ends.append(sorted(GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id))
+    assert ends == [[1, 12], [1, 12]]
+    cast = Cast.checked(base, [f"p={tmp_path / 'adapter'}", "base=base"])
+    assert cast.tokenizer().chat_template == CHAT_TEMPLATE, "prompts are written as in training, too"
 
 
 def test_score_reads_tools_and_template_arguments_as_the_training_does(home: tiny.Home, tmp_path: Path) -> None:

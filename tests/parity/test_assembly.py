@@ -24,6 +24,8 @@ from transformers import (
     Gemma3TextConfig,
     MambaConfig,
     MambaForCausalLM,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     OPTConfig,
     OPTForCausalLM,
     T5Config,
@@ -227,6 +229,24 @@ def test_a_model_that_reads_ahead_is_refused(config: Any) -> None:
         SharedBase.from_model(model)
 
 
+@torch.no_grad()
+def test_a_model_that_reads_pictures_too_is_loaded_whole_where_there_is_no_text_model(tmp_path: Path) -> None:
+    """What is trained is what reads texts."""
+    text = {"model_type": "mistral", **SHAPE, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": tiny.VOCABULARY}
+    vision = {"model_type": "pixtral", **SHAPE, "head_dim": 8, "image_size": 28, "patch_size": 14}
+    model = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision)).eval()
+    model.save_pretrained(tmp_path / "model")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "model")
+    base = SharedBase.from_pretrained(str(tmp_path / "model"), value="head")
+    trained = [name for name, parameter in base.named_parameters() if parameter.requires_grad and "lora" in name]
+    assert trained and all(".language_model." in name for name in trained)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    close(base.logprobs(ids, ids > 0, 3)[0], model(input_ids=ids).logits[0, :-1].log_softmax(-1)[range(3), ids[0, 1:]])
+    base.save_pretrained(tmp_path / "roles")
+    saved = {role: tmp_path / "roles" / role for role in ("policy", "value")}
+    SharedBase.from_pretrained(str(tmp_path / "model"), **saved)
+
+
 def test_a_base_with_weights_of_chance_is_refused(llama: tiny.Home, tmp_path: Path) -> None:
     """Transformers warns of what a checkpoint lacks, and draws it."""
     plain, shapes = str(llama.base_folder), r"of shape \(64, 32\), and \(65, 32\) is needed"
@@ -256,10 +276,13 @@ def test_a_base_whose_weights_are_elsewhere_is_refused(llama: tiny.Home, tmp_pat
         SharedBase.from_pretrained(str(llama.base_folder), device_map=where, offload_folder=str(tmp_path))
 
 
-def test_what_is_no_causal_language_model_as_it_is_says_so(llama: tiny.Home) -> None:
+def test_what_is_no_causal_language_model_as_it_is_says_so(llama: tiny.Home, tmp_path: Path) -> None:
     encoder = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_ff=32, num_layers=1, num_heads=2))
     with pytest.raises(TypeError, match=r"^T5ForConditionalGeneration has an encoder: give a model of Auto"):
         SharedBase.from_model(encoder)
+    encoder.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is of the type 't5', which is no causal language model: give one that is"):
+        SharedBase.from_pretrained(str(tmp_path))
     with pytest.raises(TypeError, match=r"^The model is of type OptimizedModule, around another one: give a model"):
         SharedBase.from_model(torch.compile(AutoModelForCausalLM.from_pretrained(llama.base_folder)))
     once = get_peft_model(AutoModelForCausalLM.from_pretrained(llama.base_folder), tiny.new_lora())

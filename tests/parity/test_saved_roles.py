@@ -69,6 +69,15 @@ def test_a_head_alone_is_saved_over_the_one_before(llama: tiny.Home, tmp_path: P
     assert again.heads["value"].weight.eq(2.0).all()  # type: ignore[operator]
 
 
+def test_an_adapter_whose_tokenizer_has_one_token_more_is_taken(llama: tiny.Home, tmp_path: Path) -> None:
+    """A pad token of its own, say, where the model's embeddings are wider than the vocabulary."""
+    folder = shutil.copytree(llama.reward_folder, tmp_path / "reward")
+    content = json.loads((llama.base_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content["added_tokens"].append({"id": 99, "content": "<pad of its own>"})
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    assert SharedBase.from_pretrained(str(llama.base_folder), reward=folder).reward_roles
+
+
 @pytest.mark.parametrize("change", ["vocabulary", "added token"])
 def test_an_adapter_with_another_tokenizer_is_refused(change: str, llama: tiny.Home, tmp_path: Path) -> None:
     folder = tmp_path / "reward"
@@ -78,9 +87,9 @@ def test_an_adapter_with_another_tokenizer_is_refused(change: str, llama: tiny.H
     file.write_text(json.dumps(content), encoding="utf-8")
     SharedBase.from_pretrained(str(llama.base_folder), reward=folder)  # the same one
     if change == "vocabulary":
-        content["model"]["vocab"]["Änderung"] = len(content["model"]["vocab"])
+        content["model"]["vocab"] |= {"Änderung": 5, "w5": 500}
     else:
-        content.setdefault("added_tokens", []).append({"id": 99, "content": "<new>"})
+        content.setdefault("added_tokens", []).append({"id": 6, "content": "<new>"})
     file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     with pytest.raises(
         ValueError,

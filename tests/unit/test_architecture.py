@@ -48,7 +48,7 @@ ARROWS: dict[str, set[str]] = {
     "rating": {"feedback", "types"},
     "roles": {"core", "tokens"},
     "diagnostics": {"core", "random_state", "types"},
-    "hub": {"diagnostics"},
+    "hub": {"diagnostics", "runs"},
     "random_state": set(),
     "runs": set(),
     "evaluation": {"core", "diagnostics", "feedback", "generation", "rewards", "roles", "runs", "tokens", "types"},

@@ -1,8 +1,10 @@
 """What can be wrong with the input: each in one sentence that says what to do."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from random import random
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +14,18 @@ from datasets import Dataset, DatasetDict
 from tokenizers.processors import TemplateProcessing
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from tests.helpers import CHAT_TEMPLATE, QUIET, prompt_dataset, saved_model, word_tokenizer
-from trl_ext import PPOTrainer
-from trl_ext.ppo.building import args_of_gpu, warn_of_outliers
+from tests.helpers import (
+    CHAT_TEMPLATE,
+    QUIET,
+    prompt_dataset,
+    saved_model,
+    tiny_classifier,
+    tiny_llama,
+    word_tokenizer,
+)
+from trl_ext import PPOTrainer, SharedBase
+from trl_ext.ppo import checks
+from trl_ext.ppo.building import args_of_gpu, warn_of_outliers, warn_of_turns
 from trl_ext.ppo.checks import (
     as_list,
     check_arguments,
@@ -23,12 +34,15 @@ from trl_ext.ppo.checks import (
     check_engine,
     check_output_dir,
     check_prompts,
+    check_same_rows,
     check_sampling,
     check_sharding,
     check_tokenizer,
 )
 from trl_ext.ppo.config import PPOConfig
-from trl_ext.tokens import tokenize_prompts
+from trl_ext.ppo.measuring import measured_texts
+from trl_ext.rewards.classifiers import tokenizer_of
+from trl_ext.tokens import check_chat_template, tokenize_prompts
 
 
 def rows(**columns: list[Any]) -> Dataset:
@@ -37,6 +51,10 @@ def rows(**columns: list[Any]) -> Dataset:
 
 def config(**changes: Any) -> PPOConfig:
     return PPOConfig(**{"output_dir": "run", **QUIET, "per_device_train_batch_size": 2, **changes})
+
+
+def nothing(completions: list[str], **_: Any) -> list[float]:
+    return [0.0] * len(completions)
 
 
 def refused(check: Callable[[], Any], error: type[Exception]) -> str:
@@ -429,3 +447,65 @@ def test_a_tokenizer_that_ends_every_prompt_is_refused() -> None:
     assert tokenizer("the cat")["input_ids"][-1] == tokenizer.eos_token_id == 1
     with pytest.raises(ValueError, match="set its add_eos_token to False"):
         tokenize_prompts(["the cat"], tokenizer)
+    texts = Dataset.from_dict({"text": ["the cat", "a dog"]})
+    assert measured_texts(texts, tokenizer, 8).longest == (3, 0), "a text for the pretraining term has an end"
+
+
+def test_an_empty_prompt_may_be_a_bos_that_is_the_eos_too() -> None:
+    """As OPT's, which answers nothing at all."""
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("</s> $A", special_tokens=[("</s>", 1)])
+    assert tokenize_prompts(["", "the"], tokenizer) == [[1], [1, 7]]
+
+
+def test_a_template_that_ends_answers_with_what_is_no_eos_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    base, args = SharedBase.from_model(tiny_llama()), PPOConfig("run", **QUIET)
+    chat = [{"role": "user", "content": "the cat"}]
+    for mark, prompt, told in (("<start>", chat, True), ("<eos>", chat, False), ("<start>", "the cat", False)):
+        caplog.clear()
+        warn_of_turns(base, word_tokenizer(CHAT_TEMPLATE.replace("<eos>", mark)), prompt, args)
+        assert ("ends an answer with '<start>', and generation ends at '<eos>'" in caplog.text) == told
+
+
+def test_a_mistral_tokenizer_without_a_template_to_look_into() -> None:
+    tokenizer = type("MistralCommonBackend", (), {"chat_template": None})()
+    with pytest.raises(ValueError, match=r"is mistral-common's, .*mistral_format=False"):
+        check_chat_template(tokenizer)
+
+
+def test_a_model_in_memory_without_a_name_needs_its_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^processing_class is missing, and the model has no name"):
+        PPOTrainer(tiny_llama(), nothing, config(output_dir=str(tmp_path)), prompt_dataset())
+    with pytest.raises(ValueError, match=r"^reward_processing_classes is missing, and the reward model, a Llama"):
+        tokenizer_of(tiny_classifier(), None, False)
+
+
+@pytest.mark.parametrize("change", [None, "other rows", "one row more", "a transform"])
+def test_processes_take_their_parts_of_the_same_rows(change: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, theirs = prompt_dataset(), prompt_dataset()
+    if change == "other rows":
+        theirs = theirs.shuffle(seed=1)
+    elif change == "one row more":
+        theirs = prompt_dataset(9)
+    elif change == "a transform":  # which may draw at random
+        mine, theirs = (
+            rows.with_transform(lambda batch: batch | {"prompt": [str(random())]}) for rows in (mine, theirs)
+        )
+    said: list[Any] = []
+    monkeypatch.setattr(checks, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(checks, "gather_object", lambda own: said.append(own[0]) or [own[0], own[0]])
+    check_same_rows([("train_dataset", theirs)])
+    monkeypatch.setattr(checks, "gather_object", lambda own: [own[0], said[0]])
+    if change in (None, "a transform"):
+        check_same_rows([("train_dataset", mine)])
+        return
+    counts = r" \(8 and 9\)" if change == "one row more" else ""
+    with pytest.raises(ValueError, match=f"^train_dataset has other rows in one process than in another{counts}: shuf"):
+        check_same_rows([("train_dataset", mine)])
+
+
+def test_messages_that_are_one_text_are_refused() -> None:
+    asked = [{"role": "user", "content": "the cat"}]
+    for text in (json.dumps(asked), str(asked)):
+        with pytest.raises(ValueError, match=r"^The prompt in row 1 of t is .*: messages that are written as one text"):
+            check_prompts(Dataset.from_dict({"prompt": ["[a] b", text]}), "t")

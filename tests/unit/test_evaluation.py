@@ -408,10 +408,19 @@ def test_a_pair_that_a_judge_refuses_is_left_out(server: JudgeServer, tmp_path: 
     server.troubles = [200, 200, 400]
     pairs = [pair("longer", "s", f"p{i}") for i in range(4)]
     assert ModelJudge("m", server.url, file, concurrency=1)(pairs) == [1.0, None, 1.0, 1.0]
-    assert ModelJudge("m", server.url, file)(pairs) == [1.0] * 4, "and is asked about again"
-    server.troubles = [400] * 40
-    with pytest.raises(evaluation.JudgeError, match=r"is gone: .* status 400"):
-        ModelJudge("m", server.url, tmp_path / "other.jsonl", retries=0)([pair("x", "y", str(i)) for i in range(20)])
+    server.troubles = [400]
+    assert ModelJudge("m", server.url, file)(pairs) == [1.0, None, 1.0, 1.0], "asked again, and refused again"
+    assert ModelJudge("m", server.url, file)(pairs) == [1.0] * 4, "until somebody answers"
+    many = [pair("longer", "s", str(i)) for i in range(20)]
+    server.troubles = [400] * 10
+    some = ModelJudge("m", server.url, tmp_path / "some.jsonl", concurrency=1)(many)
+    assert some == [None] * 5 + [1.0] * 15, "those that come first are no more than the others"
+    server.troubles = [400] * 100
+    with pytest.raises(evaluation.JudgeError, match=r"^The judge 'm' refuses all that it is asked: .* status 400"):
+        ModelJudge("m", server.url, tmp_path / "other.jsonl", concurrency=1)(
+            [pair("x", "y", str(i)) for i in range(60)]
+        )
+    assert len(server.requests) < 180, "and is not asked for ever"
 
 
 def test_a_prompt_that_stands_there_twice_is_compared_twice() -> None:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, GenerationConfig
 
-from tests.helpers import QUIET, move_policy, tiny_llama, word_tokenizer
+from tests.helpers import QUIET, move_policy, saved_model, tiny_llama, word_tokenizer
 from trl_ext import PPOConfig, SharedBase
 from trl_ext.generation import ContinuousGenerator, GenerationError, TransformersGenerator, VLLMGenerator, generate
 from trl_ext.ppo.building import build_generator
@@ -160,10 +160,11 @@ def test_layers_that_vllm_would_scale_otherwise_are_refused(pattern: dict[str, A
         VLLMGenerator(base, "m", 0.3, None, 0)
 
 
-def test_what_the_base_was_loaded_with_goes_along(calls: list[Any]) -> None:
-    args = PPOConfig("run", **QUIET, use_vllm=True, trust_remote_code=True, model_init_kwargs={"revision": "v1"})
+def test_what_the_base_was_loaded_with_goes_along(calls: list[Any], tmp_path: Path) -> None:
+    args = PPOConfig("run", **QUIET, use_vllm=True, trust_remote_code=True)
     args.vllm_probe_tolerance = None
-    build_generator(SharedBase.from_model(tiny_llama()), args, Accelerator(cpu=True))
+    base = SharedBase.from_pretrained(saved_model(tmp_path / "model"), revision="v1")
+    build_generator(base, args, Accelerator(cpu=True))
     named = {name: calls[0].get(name) for name in ("trust_remote_code", "revision", "tokenizer_revision")}
     assert named == {"trust_remote_code": True, "revision": "v1", "tokenizer_revision": "v1"}
 

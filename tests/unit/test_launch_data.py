@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
@@ -48,6 +49,42 @@ def test_held_out_pairs_have_prompts_of_their_own(tmp_path: Path) -> None:
     assert train.column_names == ["prompt", "chosen", "rejected", "margin"] and set(train["margin"]) == {1, 2, 3, 4}
     one = load_pairs(DataArguments(jsonl(tmp_path / "one.jsonl", pairs(1, 30)), eval_rows=10))
     assert [len(rows) for rows in one] == [20, 10]
+
+
+@pytest.mark.parametrize("kind", ["json in jsonl", "pandas", "datasets"])
+def test_conversations_in_the_cells_of_a_table(kind: str, tmp_path: Path) -> None:
+    """pandas and datasets write what Python does."""
+    asked = [{"role": "user", "content": f"it's {i}"} for i in range(40)]
+    rows, file = [{"prompt": [one]} for one in asked], tmp_path / "x.csv"
+    if kind == "pandas":
+        pd.DataFrame(rows).to_csv(file, index=False)
+    elif kind == "datasets":
+        Dataset.from_list(rows).to_csv(file)
+    else:
+        file = Path(jsonl(tmp_path / "x.jsonl", [{"prompt": json.dumps(row["prompt"])} for row in rows]))
+    train, test = load_rows(DataArguments(str(file), eval_rows=4), "prompts")
+    assert sorted(row["prompt"][0]["content"] for part in (train, test) for row in part) == sorted(
+        one["content"] for one in asked
+    )
+
+
+def test_prompts_are_what_the_reward_model_reads(tmp_path: Path) -> None:
+    """A text that is the first turn of the answers' conversations; and what the system says."""
+
+    def turns(*texts: str) -> list[dict[str, str]]:
+        return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+    beside = [{"prompt": f"q{i}", "chosen": turns(f"q{i}", "a"), "rejected": turns(f"q{i}", "b")} for i in range(40)]
+    told = [
+        {"prompt": turns(f"q{i}"), "system": "Be brief.", "chosen": turns("", "a")[1:], "rejected": turns("", "b")[1:]}
+        for i in range(40)
+    ]
+    for number, (rows, before) in enumerate(((beside, []), (told, [{"role": "system", "content": "Be brief."}]))):
+        file = jsonl(tmp_path / f"{number}.jsonl", rows)
+        train, _ = load_rows(DataArguments(file, eval_rows=4), "prompts")
+        first = next(row["prompt"] for row in train if row["prompt"][-1]["content"] == "q7")
+        assert first == [*before, *turns("q7")] == feedback.read(file).records[7].prompt
+        assert "system" not in train.column_names
 
 
 def test_a_file_among_several_sources_has_no_split(tmp_path: Path) -> None:

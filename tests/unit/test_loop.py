@@ -567,7 +567,11 @@ def test_what_the_circle_refuses_before_it_begins(
 @pytest.mark.parametrize(
     ("ppo", "model", "why"),
     [
-        ({"chat_template_kwargs": {"enable_thinking": False}}, {}, "chat_template_kwargs is .*at temperature alone"),
+        (
+            {"chat_template_kwargs": {"enable_thinking": False}},
+            {},
+            "chat_template_kwargs is .*which the loop's reward models are not",
+        ),
         ({"top_p": 0.9}, {}, "top_p is 0.9, .* leave it at 1.0"),
         ({}, {"model_revision": "step1000"}, "the loop's sampling takes 'main'"),
     ],

@@ -107,6 +107,7 @@ def test_one_row_a_completion(experience: Experience) -> None:
         ([{"note": ["x", "y", "z"]}, {}], {}),  # not one a completion
         ([{"note": [1, "a"]}], {"note": ["1", "a"]}),
         ([{"note": [None, {"a": 1}]}, {}], {"note": [None, {"a": 1}]}),
+        ([{"note": [2**70, 1]}, {}], {"note": [str(2**70), "1"]}),
     ],
 )
 def test_columns_from_reward_functions(

@@ -8,10 +8,16 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    OPTConfig,
+    OPTForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
+    XLNetConfig,
+    XLNetForSequenceClassification,
 )
 
 from tests.helpers import CHAT_TEMPLATE, tiny_classifier, tiny_llama, word_tokenizer
@@ -141,6 +147,23 @@ def test_roberta_counts_its_positions_after_its_padding(tmp_path: Path) -> None:
     bert = BertConfig(vocab_size=30, max_position_embeddings=10, num_labels=1, **sizes)
     assert longest_read(BertForSequenceClassification(bert)) == 10
     assert longest_read(tiny_classifier()) is None, "rotary positions reach further"
+    opt = OPTConfig(vocab_size=30, max_position_embeddings=10, ffn_dim=8, word_embed_proj_dim=8, num_labels=1, **sizes)
+    assert longest_read(OPTForSequenceClassification(opt)) == 10, "of twelve it leaves out two"
+    relative = DebertaV2Config(
+        vocab_size=30, max_position_embeddings=10, relative_attention=True, position_biased_input=False, **sizes
+    )
+    assert longest_read(DebertaV2ForSequenceClassification(relative)) is None, "nothing is learned by place"
+
+
+def test_xlnet_reads_its_score_at_the_last_place(tmp_path: Path) -> None:
+    config = XLNetConfig(vocab_size=30, d_model=8, n_layer=1, n_head=1, d_inner=8, num_labels=1, pad_token_id=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        XLNetForSequenceClassification(config).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    score = classifier(str(tmp_path))
+    alone = [*score(completions=["the cat"]), *score(completions=["the red dog sat"])]
+    assert score(completions=["the cat", "the red dog sat"]) == pytest.approx(alone, abs=1e-6)
 
 
 def test_fluency_is_the_references_mean_log_probability() -> None:
@@ -237,6 +260,12 @@ def test_every_eos_of_the_model_ends_what_the_reward_role_reads() -> None:
 def test_reward_suffix(template: str | None, suffix: list[int]) -> None:
     assert reward_suffix(CHAT, word_tokenizer(template), [EOS]) == suffix
     assert reward_suffix(TEXTS, word_tokenizer(template), [EOS]) == [], "texts end with their EOS"
+
+
+def test_reward_suffix_begins_after_the_first_end_of_the_answer() -> None:
+    """Phi-3's template ends the turn, and then the whole conversation, where a reward model reads its score."""
+    whole = word_tokenizer(CHAT_TEMPLATE + "{% if not add_generation_prompt %}cat<eos>{% endif %}")
+    assert reward_suffix(CHAT, whole, [EOS]) == [NEWLINE, CAT, EOS]
 
 
 def test_reward_suffix_with_several_eos_ids() -> None:

@@ -214,6 +214,16 @@ def test_a_quantised_base_computes_in_half_where_the_gpu_does(tmp_path: Path, mo
     assert set(asked) == {"1"}, "variables are set before anybody asks for a GPU"
 
 
+def test_variables_of_a_script_s_own_file_are_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed(monkeypatch, tmp_path, "")
+    (tmp_path / "ppo_lora.py").touch()
+    file = tmp_path / "ppo_lora.yaml"
+    file.write_text(file.read_text(encoding="utf-8") + "\nenv: {SOME_KEY: beside}\n", encoding="utf-8")
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    parsed(monkeypatch, tmp_path, "")
+    assert os.environ.pop("SOME_KEY") == "beside"
+
+
 def test_what_is_written_down_of_a_run_has_no_secrets_and_can_be_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

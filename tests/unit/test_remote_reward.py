@@ -88,3 +88,11 @@ def test_a_column_that_is_not_there_is_missed_before_the_run_and_said_where_nobo
     with pytest.raises(ValueError, match="no column 'colour', which is to be sent along"):  # by TRL's own trainers
         ask(reward_server.url, WORDS, columns=["colour"])
     assert not reward_server.requests
+
+
+def test_columns_whose_names_are_none_in_python(reward_server: Server) -> None:
+    asks = remote(reward_server.url, columns=["ground-truth", "class", "prompts"])
+    assert arguments_of(asks, ["prompts", "completions", "ground-truth"]) == ["prompts", "completions", "ground-truth"]
+    sent = {"ground-truth": ["a", "b"], "class": ["c", "d"]}
+    Scorer([asks])(rollout([2, 1], [True, True]), sent)
+    assert {**reward_server.requests[0], **sent} == reward_server.requests[0]

@@ -170,6 +170,16 @@ def test_an_error_of_an_async_function_surfaces() -> None:
     assert isinstance(raised.value.__cause__, ConnectionError)
 
 
+def test_an_async_function_that_is_cancelled_is_named() -> None:
+    """Its error is none that `except Exception` sees."""
+
+    async def reward(**_: Any) -> list[float]:
+        raise asyncio.CancelledError
+
+    with pytest.raises(RewardError, match=r"^Reward function 'reward' raised RuntimeError: it was cancelled\."):
+        Scorer([reward])(ROLLOUT, {})
+
+
 def test_an_error_of_a_sync_function_is_named() -> None:
     def judge(**_: Any) -> list[float]:
         raise KeyError("answer")

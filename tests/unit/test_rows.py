@@ -306,6 +306,10 @@ def test_prompts_of_two_kinds_unknown_roles_and_parts() -> None:
         ValueError, match=r"row 0 of train_dataset has a message in parts, which the chat template writes"
     ):
         run([parts], tokenizer=dropping)
+    only_texts = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% endif %}{% endfor %}a"
+    texts_alone = word_tokenizer(only_texts)
+    with pytest.raises(ValueError, match=r"has a message in parts, which the chat template does not write: give it as"):
+        run([parts], tokenizer=texts_alone)
     reading = word_tokenizer("{% for m in messages %}{% for p in m.content %}{{ p.text }} {% endfor %}{% endfor %}")
     run([parts], tokenizer=reading)
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,6 +103,22 @@ def test_one_process_may_claim_a_folder_twice_and_gives_it_back(tmp_path: Path) 
     assert not is_free()
     del second
     assert is_free()
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_every_process_sees_the_folder(seen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here process 1, on a machine of its own, perhaps."""
+    state = SimpleNamespace(is_main_process=False, num_processes=2, process_index=1)
+    monkeypatch.setattr(runs, "PartialState", lambda: state)
+    monkeypatch.setattr(runs, "broadcast_object_list", lambda said: None)
+    monkeypatch.setattr(runs, "gather_object", lambda mine: [True, *mine])
+    monkeypatch.setattr(runs, "SEEN_WITHIN", 0.2)
+    if seen:
+        (tmp_path / runs.LOCK).touch()
+        assert runs.claimed(tmp_path) is None
+        return
+    with pytest.raises(ValueError, match=r"of process 0 is not there for process 1: name a folder that all machines"):
+        runs.claimed(tmp_path)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks"), OSError(errno.EROFS, "Read-only file system")])

@@ -110,7 +110,6 @@ def test_a_signature_that_cannot_be_called_is_refused_when_it_is_added(method: A
 
 
 def test_what_fails_on_one_process_goes_through_the_same_door() -> None:
-    """All events but the one that is told amid a process's own work."""
     calls = []
 
     def together(work: Callable[[], Any]) -> Any:
@@ -122,8 +121,23 @@ def test_what_fails_on_one_process_goes_through_the_same_door() -> None:
             raise KeyError("x")
 
     events, record = RolloutEvents(Host(Fails()), together), scored()
-    assert events.on_rollout_end(record.rollout) is record.rollout and not calls
-    assert events.on_scores(record) is record and len(calls) == 1
+    assert events.on_rollout_end(record.rollout) is record.rollout and len(calls) == 1
+    assert events.on_scores(record) is record and len(calls) == 2
     with pytest.raises(CallbackError, match=r"^Fails\.on_update_end raised KeyError: 'x'\.$"):
         events.on_update_end(record, {})  # type: ignore[arg-type]
-    assert len(calls) == 2
+    assert len(calls) == 3
+
+
+def test_every_callback_is_told_whatever_another_one_raises() -> None:
+    """Some wait for their like on the other processes."""
+    told = []
+
+    class Fails(RolloutCallback):
+        def on_update_end(self) -> None:
+            told.append(self)
+            raise KeyError(len(told))
+
+    events = RolloutEvents(Host(Fails(), Fails()))
+    with pytest.raises(CallbackError, match=r"^Fails\.on_update_end raised KeyError: 1\.$"):
+        events.on_update_end(scored(), {})  # type: ignore[arg-type]
+    assert len(told) == 2

@@ -28,6 +28,7 @@ which the answers stand. Think first, in a few sentences. Then end with one line
 if answer B is better, [[C]] if neither is."""
 QUESTION = "[Request]\n{prompt}\n\n[Answer A]\n{first}\n\n[Answer B]\n{second}"
 OF_ONE = (400, 413, 422)  # statuses by which a server refuses one question, and takes the next
+REFUSALS = 64  # of one question each, and no verdict, after which nothing more is asked
 UNREADABLE = 8  # replies without a verdict, and none with one, after which nothing more is asked
 
 
@@ -196,7 +197,8 @@ class ModelJudge:
         """See `Judge`.
 
         Raises:
-            JudgeError: the judge cannot be reached, or none of its replies has a verdict.
+            JudgeError: the judge cannot be reached, or it refuses all that it is asked, or none of its replies has a
+                verdict.
         """
         both = [(self._payload(a, b), self._payload(b, a)) for a, b in pairs]
         known = {name: row["verdict"] for name, row in read_rows(self.file, "question").items()}
@@ -212,11 +214,10 @@ class ModelJudge:
         return {"model": self.name, "messages": messages, "temperature": 0}
 
     async def _ask_all(self, unknown: Mapping[str, dict[str, Any]], known: dict[str, str]) -> None:
-        slots, replies = asyncio.Semaphore(self._concurrency), list[str | None]()
+        slots, refused, unreadable = asyncio.Semaphore(self._concurrency), dict[str, Refused](), list[str]()
         troubles: list[Exception] = []  # after the first one nothing more is asked, and what is under way is waited for
 
         async def ask(client: Any, name: str, payload: dict[str, Any]) -> None:
-            refusal: Exception | None = None
             async with slots:
                 if troubles:
                     return
@@ -224,23 +225,24 @@ class ModelJudge:
                     response = await post(client, asyncio.Semaphore(), self.url, payload, self._retries, self._backoff)
                     reply = _content(response)
                     verdict = verdict_of(reply)
-                except Refused as error:  # of this question: it may be too long for the model
-                    if error.status not in OF_ONE:
-                        troubles.append(error)
-                        return
-                    reply, verdict, refusal = "", None, error
                 except ConnectionError as error:
-                    troubles.append(error)
+                    if isinstance(error, Refused) and error.status in OF_ONE:  # it may be too long for the model
+                        refused[name] = error
+                    if name not in refused or (len(refused) >= REFUSALS and not known):
+                        troubles.append(error)
                     return
-            replies.append(verdict)
             if verdict is not None:
                 known[name] = verdict
                 append(self.file, [{"question": name, "verdict": verdict, "reply": reply, "model": self.name}])
-            elif not any(replies) and len(replies) >= min(UNREADABLE, len(unknown)):
-                troubles.append(refusal or JudgeError(f"names no winner: it said {reply[-80:]!r}"))
+                return
+            unreadable.append(reply)
+            if not known and len(unreadable) >= min(UNREADABLE, len(unknown)):
+                troubles.append(JudgeError(f"names no winner: it said {reply[-80:]!r}"))
 
         async with self._client() as client:
             await asyncio.gather(*(ask(client, name, payload) for name, payload in unknown.items()))
+        if refused and not known and all(trouble in refused.values() for trouble in troubles):
+            raise JudgeError(f"The judge {self.name!r} refuses all that it is asked: {next(iter(refused.values()))}.")
         for trouble in troubles:
             if isinstance(trouble, JudgeError):
                 remedy = "the rubric has to tell it to end with [[A]], [[B]] or [[C]]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -103,12 +104,20 @@ class Cast:
         return parents if len({*parents}) == len(parents) else [str(folder) for folder in self.rewards]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base's; where it has no chat template, that of the first policy that has one."""
+        """That of the first policy which brings one, and so ends its answers and writes its prompts by it; the base's
+        where none does, or none has a chat template and the base's has one."""
         own = AutoTokenizer.from_pretrained(self.base)
         folders = [f for f in self.policies.values() if f is not None and (f / "tokenizer_config.json").is_file()]
-        others = (AutoTokenizer.from_pretrained(str(folder)) for folder in folders)
-        tokenizers = itertools.chain([own], others)
-        return next((tokenizer for tokenizer in tokenizers if tokenizer.chat_template is not None), own)
+        brought = [AutoTokenizer.from_pretrained(str(folder)) for folder in folders]
+        if len({(one.eos_token_id, str(one.chat_template)) for one in brought}) > 1:
+            warnings.warn(
+                "The policies' tokenizers end answers or write conversations in different ways, and all of them are "
+                f"asked as {str(folders[0])!r} is: evaluate them one by one.",
+                UserWarning,
+                stacklevel=2,
+            )
+        with_template = (tokenizer for tokenizer in [*brought, own] if tokenizer.chat_template is not None)
+        return next(with_template, brought[0] if brought else own)
 
     def loaded(self, tokenizer: PreTrainedTokenizerBase, **how: Any) -> Policies:
         """Load the base, and lay everyone on it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import re
@@ -140,12 +141,15 @@ def as_dataset(rows: Any, name: str, several: bool = False) -> Any:
 
 
 def decoded(value: Any) -> Any:
-    """Messages, where a text is their JSON: the cells of a table are texts."""
+    """Messages, where a text is their JSON, or what Python (pandas, too) writes of them: a table's cells are texts."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             messages = json.loads(value)
         except (ValueError, RecursionError):
-            return value
+            try:
+                messages = ast.literal_eval(value.strip())
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                return value
         if isinstance(messages, list) and messages and all(isinstance(m, dict) and m.get("role") for m in messages):
             return messages
     return value
@@ -193,11 +197,11 @@ def _rows_of_file(source: str) -> Dataset:
     if Path(source).suffix == ".parquet":  # has types of its own, and need not fit into memory
         return load_dataset("parquet", data_files=source, split="train")
     # Not `load_dataset`, which takes digits in a CSV cell for a number and a date in JSON for a time.
-    rows, in_cells = [], Path(source).suffix in (".csv", ".tsv")
+    rows = []
     for line, row in numbered_rows(source, source):
         if isinstance(row, Unusable):
             raise ValueError(str(Problem(line, row.column, row.reason)))
-        row = {name: decoded(value) for name, value in row.items()} if in_cells else row
+        row = {name: decoded(value) for name, value in row.items()}
         for name, value in row.items():
             if has_half_a_character(value):
                 raise ValueError(str(Problem(line, name, "half of a surrogate pair, which is no character")))

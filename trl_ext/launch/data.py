@@ -106,6 +106,20 @@ def _apart(rows: Dataset, count: int) -> tuple[Dataset, Dataset]:
     return rows.select(sides[0]), rows.select(sides[1])
 
 
+def _with_system(rows: Dataset) -> Dataset:
+    """What a column `system` says comes before messages that have no system's of their own, as in feedback."""
+    if "system" not in rows.column_names or isinstance(rows[0]["prompt"], str):
+        return rows
+
+    def whole(row: dict[str, Any]) -> dict[str, Any]:
+        says, prompt = row["system"], row["prompt"]
+        if isinstance(says, str) and says.strip() and prompt[0]["role"] != "system":
+            prompt = [{"role": "system", "content": says}, *prompt]
+        return {"prompt": prompt}
+
+    return rows.map(whole, remove_columns=["system"])
+
+
 def _prompts(data: DataArguments, dataset: str, split: str) -> Dataset:
     """Rows with prompts: as they are, or the prompts of feedback and of conversations, each once."""
     parts, columns = [], renaming(data.columns)
@@ -117,7 +131,7 @@ def _prompts(data: DataArguments, dataset: str, split: str) -> Dataset:
             rows = rows.rename_column(capital[0], "prompt") if capital and "prompt" not in capital else rows
             if "prompt" not in rows.column_names:
                 _refuse(rows, name)
-            parts.append(rows)
+            parts.append(_with_system(rows))
             continue
         with _how_to_go_on():
             prompts = feedback.read_prompts(source, columns, data.on_error, name)

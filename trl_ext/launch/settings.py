@@ -20,14 +20,14 @@ from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.utils import CONFIG_NAME, cached_file
 from trl import ModelConfig, RewardConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_ext import demo, runs
 from trl_ext._trl import train_in_float32
 from trl_ext.generation import GenerationError
-from trl_ext.hub import KeepsToken, check_push
+from trl_ext.hub import PickledWithoutSecrets, check_push
 from trl_ext.launch.precedence import LORA, given_on, read_config, settled, split_config
 from trl_ext.launch.resuming import checkpoint_of
 from trl_ext.ppo.building import args_of_gpu
@@ -37,6 +37,7 @@ from trl_ext.ppo.failures import RunError
 from trl_ext.ppo.yesterday import SETTINGS, today
 from trl_ext.roles import SharedBase
 from trl_ext.roles.adapters import Named, check_folder, named
+from trl_ext.roles.assembly import load_causal_lm
 
 USER_ERRORS = (
     *(ValueError, TypeError, OSError, ImportError, GenerationError),
@@ -51,7 +52,7 @@ _claims: list[Any] = []  # on output_dir, until the process ends
 DEMO = {"model_name_or_path": "demo", "dataset": "demo"}
 
 
-class DPOConfig(KeepsToken, trl.DPOConfig):
+class DPOConfig(PickledWithoutSecrets, trl.DPOConfig):
     """TRL's; the Hub's token is not pickled with it into training_args.bin, which is pushed."""
 
 
@@ -76,7 +77,7 @@ def parse(script: str, *types: Any) -> tuple[Any, ...]:
         defaults |= read_config(Path(script).with_suffix(".yaml"))
     else:
         defaults |= {"model_name_or_path": "demo"}
-    for _, level in levels:  # before anybody asks for GPUs: they may be named there
+    for level in (defaults, *(level for _, level in levels)):  # before anybody asks for GPUs: they may be named there
         os.environ.update({name: str(value) for name, value in (level.get("env") or {}).items()})
     in_half = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if not in_half:
@@ -261,7 +262,7 @@ def model_for_trl(model_args: ModelConfig, args: Any) -> dict[str, Any]:
         if quantization is not None:
             kwargs |= {"quantization_config": quantization, "device_map": {"": PartialState().device}}
         check_folder(model.adapter, "policy")
-        base = AutoModelForCausalLM.from_pretrained(model.base, trust_remote_code=args.trust_remote_code, **kwargs)
+        base = load_causal_lm(str(model.base), trust_remote_code=args.trust_remote_code, **kwargs)
         return {"model": PeftModel.from_pretrained(base, model.adapter, is_trainable=True)}
     args.model_init_kwargs, start = kwargs, {"model": str(model.adapter or model.base)}
     peft_config = get_peft_config(model_args) if model.adapter is None else None

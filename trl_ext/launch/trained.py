@@ -13,7 +13,6 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -26,6 +25,8 @@ from trl_ext.launch.judging import scores_of
 from trl_ext.ppo.building import args_of_gpu
 from trl_ext.reward_models.rows import answer_ids
 from trl_ext.roles import SharedBase, adapters
+from trl_ext.roles.assembly import load_causal_lm
+from trl_ext.tokens import eos_ids
 from trl_ext.types import fault_of_messages
 
 # Nats between a model with its adapter and the merged one: what rounding explains.
@@ -56,7 +57,7 @@ def merge(folder: str | Path, output_dir: str | Path, base: str | None = None, d
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"The folder {str(output)!r} is not empty: name another one for the merged model.")
     scored = adapter.start is None
-    kind = AutoModelForSequenceClassification if scored else AutoModelForCausalLM
+    load = AutoModelForSequenceClassification.from_pretrained if scored else load_causal_lm
     if adapters.trained_over_quantized(Path(folder)):
         warnings.warn(
             f"The adapter in {str(folder)!r} was trained over a quantised base, and it is merged into one that is not: "
@@ -70,7 +71,7 @@ def merge(folder: str | Path, output_dir: str | Path, base: str | None = None, d
             UserWarning,
             stacklevel=2,
         )
-    plain = kind.from_pretrained(
+    plain = load(
         adapter.base, dtype=dtype, revision=adapter.revision or "main", **({"num_labels": 1} if scored else {})
     )
     config = plain.config.get_text_config()
@@ -87,8 +88,11 @@ def merge(folder: str | Path, output_dir: str | Path, base: str | None = None, d
             f"Merged into {type(plain).__name__}, the adapter in {str(folder)!r} is another function "
             f"({difference:.2g} nats apart): PEFT does not merge it right there. Use base and adapter side by side."
         )
+    tokenizer = _tokenizer_of(adapter, merged)
+    if not scored:  # answers end where they did in training
+        merged.generation_config.eos_token_id = eos_ids(merged, tokenizer) or None
     merged.save_pretrained(output)
-    _tokenizer_of(adapter, merged).save_pretrained(output)
+    tokenizer.save_pretrained(output)
     return difference
 
 
@@ -164,9 +168,10 @@ def chat(
     if adapter.start is None:
         raise ValueError(f"The adapter in {str(folder)!r} gives scores and writes no text: give a policy's.")
     given = {"dtype": "auto"} | loading(load_in_4bit, dtype) | {"revision": adapter.revision or "main"}
-    model = AutoModelForCausalLM.from_pretrained(adapter.base, **given)
+    model = load_causal_lm(adapter.base, **given)
     model, tokenizer = PeftModel.from_pretrained(model, str(folder)).eval(), _tokenizer(adapter)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ends = {"eos_token_id": eos_ids(model, tokenizer), "pad_token_id": tokenizer.eos_token_id}
     messages: list[dict[str, str]] = []
     while said := ask():
         if said == "/new":
@@ -179,9 +184,7 @@ def chat(
             how = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
             inputs = tokenizer.apply_chat_template(messages, **how, **(chat_template_kwargs or {}))
         inputs = inputs.to(model.device)
-        ids = model.generate(
-            **inputs, do_sample=True, streamer=streamer, pad_token_id=tokenizer.eos_token_id, **sampling
-        )
+        ids = model.generate(**inputs, do_sample=True, streamer=streamer, **ends, **sampling)
         answer = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         messages.append({"role": "assistant", "content": answer})
     return messages

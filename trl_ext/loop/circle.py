@@ -130,12 +130,17 @@ class Circle:
         """
         if runs.launched_as_one_of()[1] > 1:
             raise ValueError("The loop's stages run in one process each: start it by `python`, not on several GPUs.")
-        for name in ("chat_template_kwargs", "generation_kwargs", "top_k", "top_p", "min_p", "repetition_penalty"):
+        for name in ("generation_kwargs", "top_k", "top_p", "min_p", "repetition_penalty"):
             if getattr(self.args, name) != (usual := type(self.args).__dataclass_fields__[name].default):
                 raise ValueError(
-                    f"{name} is {getattr(self.args, name)!r:.80}, and the loop has its answers rated and compared at "
-                    f"temperature alone, so that people would judge others than PPO trains on: leave it at {usual!r}."
+                    f"{name} is {getattr(self.args, name)!r:.80}, and the loop samples what is rated and compared by "
+                    f"temperature alone, so that others would be judged than PPO trains on: leave it at {usual!r}."
                 )
+        if self.args.chat_template_kwargs:
+            raise ValueError(
+                f"chat_template_kwargs is {self.args.chat_template_kwargs!r:.80}, which the loop's reward models are "
+                "not trained with: write it into the tokenizer's chat template, and leave it out."
+            )
         if self.args.push_to_hub:
             raise ValueError(
                 "push_to_hub is set, and each round of the loop would push over the one before: leave it out, and push "

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from trl_ext.generation import (
     ContinuousGenerator,
@@ -29,6 +29,7 @@ from trl_ext.rewards import Scorer
 from trl_ext.rewards.classifiers import tokenizer_of
 from trl_ext.roles import SharedBase
 from trl_ext.roles.adapters import HUB, Named, named
+from trl_ext.tokens import after_answers, as_ids, eos_ids
 
 logger = logging.getLogger(__name__)
 
@@ -128,10 +129,9 @@ def _named(model: str, args: PPOConfig) -> Named:
     return named(model, **{name: given[name] for name in HUB if name in given})
 
 
-def _of_vllm(args: PPOConfig) -> dict[str, Any]:
+def _of_vllm(base: SharedBase, args: PPOConfig) -> dict[str, Any]:
     """What vLLM in this process is to load as the base was loaded."""
-    given: Any = args.model_init_kwargs or {}
-    revision = given.get("revision")
+    revision = base.model.peft_config[base.adapters["policy"]].revision  # which an adapter names of its base
     which = {} if revision is None else {"revision": revision, "tokenizer_revision": revision}
     return {"trust_remote_code": args.trust_remote_code, **which}
 
@@ -156,6 +156,26 @@ def warn_of_outliers(base: SharedBase) -> None:
             "The 8-bit base has llm_int8_threshold %g, by which a row's log-probabilities depend on the rows beside "
             "it, and the first ratio is not 1: set it to 0.",
             of["llm_int8_threshold"],
+        )
+
+
+def warn_of_turns(base: SharedBase, tokenizer: PreTrainedTokenizerBase, prompt: Any, args: PPOConfig) -> None:
+    """Tell of a chat template that ends an answer with what is no EOS, as that of a base model may which has not been
+    trained on it: answers would go on to their limit."""
+    if isinstance(prompt, str):
+        return
+    given: Any = args.generation_kwargs or {}
+    ends = {*eos_ids(base.causal_lm, tokenizer), *as_ids(given.get("eos_token_id"))}
+    template: Any = args.chat_template_kwargs
+    after = [token for token in after_answers(tokenizer, template) if token != tokenizer.unk_token_id]
+    first = next((token for token in after if tokenizer.decode([token]).strip()), None)
+    marks = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if first in marks and not ends & {*after}:
+        logger.warning(
+            "The chat template ends an answer with %r, and generation ends at %s: answers will go on to their limit. "
+            "Set tokenizer.eos_token to what ends an answer, and give the tokenizer as processing_class.",
+            tokenizer.decode([first]),
+            ", ".join(repr(tokenizer.decode([token])) for token in sorted(ends)) or "nothing",
         )
 
 
@@ -220,7 +240,7 @@ def build_generator(base: SharedBase, args: PPOConfig, accelerator: Accelerator)
             args.seed + accelerator.process_index,
             args.vllm_enable_sleep_mode,
             args.vllm_probe_tolerance,
-            **_of_vllm(args),
+            **_of_vllm(base, args),
         )
     if args.use_transformers_continuous_batching:
         settings: Any = args.transformers_continuous_batching_config

@@ -36,7 +36,8 @@ UNFINISHED = "unfinished"  # holds a checkpoint while it is written
 TENSORS, TEXTS, NUMBERS = "rollout.safetensors", "rollout.json", "ppo_state.json"
 # What steps are counted by, and the settings that it comes from.
 SIZES = {
-    "rollout_batch_size": "per_device_train_batch_size, gradient_accumulation_steps and num_mini_batches",
+    "rollout_batch_size": "the number of processes, per_device_train_batch_size, gradient_accumulation_steps and "
+    "num_mini_batches",
     "steps_per_rollout": "num_ppo_epochs and num_mini_batches",
 }
 RECORDS = {"rollout": Rollout, "scores": Scores, "score_pass": ScorePass}
@@ -124,8 +125,8 @@ class Checkpoints:
         for name, of_checkpoint in numbers.pop("sizes", {}).items():
             if of_checkpoint != (now := self._sizes[name]):
                 raise ValueError(
-                    f"The checkpoint {str(folder)!r} is of a run with {name} {of_checkpoint}, and it is {now} now, so "
-                    f"that its steps would count otherwise: set {SIZES[name]} so that it stays {of_checkpoint}."
+                    f"The checkpoint {str(folder)!r} is of a run with {name} {of_checkpoint}, and this one's is {now}, "
+                    f"so that steps would count otherwise: choose {SIZES[name]} so that it stays {of_checkpoint}."
                 )
         self.updater.base.load_trained_roles(folder)
         self.updater.load_state_dict(numbers, load_experience(folder))

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 
+from trl_ext.feedback.files import decoded
 from trl_ext.generation import VLLMServers
 from trl_ext.generation.vllm import NO_VLLM
 from trl_ext.ppo.config import PPOConfig
@@ -30,7 +31,9 @@ from trl_ext.roles.adapters import HUB, Named, check_head_inside, named, read_sc
 from trl_ext.tokens import as_ids, check_chat_template, config_of, context_limit, vocabulary_size
 from trl_ext.types import fault_of_messages
 
-UNREAD = {"tools", "chat_template_kwargs", "image", "images"}  # columns that other trainers write into prompts
+# Columns that other trainers, or the writers of data, have in mind as a part of the prompt.
+UNREAD = {"tools", "chat_template_kwargs", "system", "system_prompt", "documents"}
+UNREAD |= {"image", "images", "video", "videos", "audio", "audios"}
 LOOKED_AT = 16  # prompts of a data set, by which processes know that they have the same
 
 
@@ -81,7 +84,9 @@ def _check_dataset(dataset: Any, name: str, column: str) -> None:
 
 def _check_prompt(prompt: Any, row: int, name: str, first: Any) -> None:
     reason = None if isinstance(prompt, str) else fault_of_messages(prompt)
-    if reason is not None:
+    if isinstance(prompt, str) and decoded(prompt) is not prompt:
+        reason = "messages that are written as one text: make a list of them again, as by json.loads."
+    elif reason is not None:
         reason += '; a prompt is a text, or a list of messages like {"role": "user", "content": "..."}.'
     elif isinstance(prompt, str) != isinstance(first, str):
         reason = "of another kind than that in row 0: give all prompts as texts, or all as messages."
@@ -197,6 +202,8 @@ def check_run(
     name = model if isinstance(model, str) else model.config.name_or_path
     where = {key: given[key] for key in HUB if key in given}
     start = named(name, **where) if isinstance(model, str) else Named(name)
+    if tokenizer is None and not name:
+        raise ValueError("processing_class is missing, and the model has no name to load one from: give its tokenizer.")
     if tokenizer is None:
         tokenizer = start.load_tokenizer(args.trust_remote_code)
     config = config_of(start.base if isinstance(model, str) else model, args.trust_remote_code, start.revision)
@@ -448,7 +455,7 @@ def check_engine(args: PPOConfig) -> None:
     """Refuse an engine that is not there.
 
     Raises:
-        ValueError: vLLM would put the engines of all processes onto the first GPU.
+        ValueError: vLLM is to run in several processes, each of which puts its engine onto the first GPU.
         ImportError: vLLM is not installed in this process.
         ConnectionError: a vLLM server is not up in time.
     """
@@ -456,8 +463,8 @@ def check_engine(args: PPOConfig) -> None:
         VLLMServers(args.vllm_server_urls, args.vllm_server_timeout).wait_until_up()
     elif args.use_vllm and args.world_size > 1:
         raise ValueError(
-            f"vllm_mode is 'colocate' and there are {args.world_size} processes, whose engines would all be on the "
-            "first GPU: set vllm_mode to 'server'."
+            f"vllm_mode is 'colocate', which is for one process, and there are {args.world_size}, whose engines would "
+            "share the first GPU that they see: set vllm_mode to 'server'."
         )
     elif args.use_vllm and find_spec("vllm") is None and "vllm" not in sys.modules:
         raise ImportError(NO_VLLM)

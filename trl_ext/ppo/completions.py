@@ -49,7 +49,7 @@ def _of_one_type(values: list[Any]) -> pa.Array:
     """A column; as texts, where its values are of types that do not go together."""
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
         return pa.array([None if value is None else str(value) for value in values])
 
 

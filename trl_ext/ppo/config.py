@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from trl_ext._trl import BaseConfig
 from trl_ext.core import CorrectionMode, EnsembleName, KLEstimator
 from trl_ext.diagnostics.planned import BY_EVALUATION
-from trl_ext.hub import KeepsToken
+from trl_ext.hub import PickledWithoutSecrets
 from trl_ext.ppo.objectives import OBJECTIVES, Baseline, Objective, ObjectiveName
 from trl_ext.ppo.yesterday import SETTINGS, explained
 from trl_ext.runs import without_secrets
@@ -95,7 +95,7 @@ def _f(default: Any, help: str) -> Any:
 
 
 @dataclass
-class PPOConfig(KeepsToken, BaseConfig):
+class PPOConfig(PickledWithoutSecrets, BaseConfig):
     """`transformers.TrainingArguments` plus what PPO needs, under the names of TRL's own PPOConfig and RLOOConfig.
 
     One rollout holds `per_device_train_batch_size * gradient_accumulation_steps * num_mini_batches` completions a

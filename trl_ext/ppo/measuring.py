@@ -145,7 +145,7 @@ def measured_texts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_len
     """
 
     def ids(texts: list[Any]) -> list[list[int]]:
-        return [row[:max_length] for row in tokenize_prompts(texts, tokenizer)]
+        return [row[:max_length] for row in tokenize_prompts(texts, tokenizer, whole=True)]
 
     return _measured(dataset, "The text in row {} of ptx_dataset", "text", tokenizer, (max_length,), ids)
 

@@ -40,6 +40,7 @@ from trl_ext.ppo.building import (
     keep_outputs_precise,
     tokenizers_of,
     warn_of_outliers,
+    warn_of_turns,
     without_dropout,
 )
 from trl_ext.ppo.checkpoints import Checkpoints, WholeOptimizer
@@ -198,6 +199,7 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
         events = self.events = RolloutEvents(self, together, vocabulary_size(self.base.config))
         generator = generator if generator is not None else build_generator(self.base, args, self.accelerator)
         scorer = build_scorer(functions, reward_tokenizers, args, self.accelerator.device)
+        warn_of_turns(self.base, tokenizer, train_dataset[0]["prompt"], args)
         self._shown: Experience | None = None  # the rollout whose completions were printed and saved
         self.collector = Collector(self.base, tokenizer, generator, scorer, args, self.accelerator, events)
         self.updater = Updater(self.base, args, self.accelerator, self.collector, events, mix)

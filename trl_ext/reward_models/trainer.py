@@ -68,7 +68,7 @@ REWARD_OBJECTIVES: dict[str, RewardObjective] = {
 
 
 @dataclass
-class FeedbackRewardConfig(hub.KeepsToken, RewardConfig):
+class FeedbackRewardConfig(hub.PickledWithoutSecrets, RewardConfig):
     """TRL's RewardConfig and the objective."""
 
     objective: str = field(

@@ -7,7 +7,9 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from trl_ext.tokens import check_loaded, context_limit
+from trl_ext.tokens import check_loaded
+
+OF_POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # what Transformers calls embeddings of positions
 
 
 def load_classifier(name: str, kind: str, **how: Any) -> Any:
@@ -33,6 +35,11 @@ def tokenizer_of(
     if given is not None or not isinstance(function, (str, nn.Module)):
         return given
     name = function if isinstance(function, str) else function.config.name_or_path  # type: ignore[union-attr]
+    if not name:
+        raise ValueError(
+            f"reward_processing_classes is missing, and the reward model, a {type(function).__name__}, has no name to "
+            "load one from: give its tokenizer."
+        )
     own: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     return own
 
@@ -45,15 +52,11 @@ def settle(model: Any, tokenizer: Any, device: Any) -> None:
     model.to(device).eval().requires_grad_(False)
 
 
-def longest_read(model: Any) -> int | None:
-    """Most tokens of a row, where positions are learned and there is an embedding for so many; None: any. RoBERTa's
-    family begins to count after the id of its padding."""
-    config = model.config.get_text_config()
-    limit = None if getattr(config, "rope_parameters", None) else context_limit(config)
-    if limit is None:
-        return None
-    for module in model.modules():
-        table = getattr(module, "position_embeddings", None)
-        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
-            limit = min(limit, table.num_embeddings - table.padding_idx - 1)
-    return limit
+def longest_read(model: nn.Module) -> int | None:
+    """Most tokens of a row, where positions are learned and there is an embedding for so many; None: any. OPT's and
+    RoBERTa's families begin to count after some of them."""
+    for name, table in model.named_modules():
+        if isinstance(table, nn.Embedding) and name.rsplit(".", 1)[-1] in OF_POSITIONS:
+            unused = getattr(table, "offset", 0) or (0 if table.padding_idx is None else table.padding_idx + 1)
+            return table.num_embeddings - int(unused)
+    return None

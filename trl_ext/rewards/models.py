@@ -45,6 +45,8 @@ def classifier(
     kind = model.config.problem_type
     apart = kind == "multi_label_classification" or model.config.num_labels == 1
 
+    side = "left" if model.config.model_type == "xlnet" else "right"  # whose head reads the last place
+
     @torch.inference_mode()
     def classifier(completions: Sequence[Any], **_: Any) -> list[float | None]:
         texts = [as_text(completion) for completion in completions]
@@ -55,7 +57,7 @@ def classifier(
                 max_length=max_length,
                 truncation=True,
                 padding=True,
-                padding_side="right",
+                padding_side=side,
                 return_tensors="pt",
             )
             logits: Tensor = model(**batch.to(device)).logits.float()

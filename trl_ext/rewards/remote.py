@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import random
 from collections.abc import Sequence
+from keyword import iskeyword
 from typing import Any
 
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
@@ -65,9 +66,9 @@ def remote(
         raise ValueError(f"The remote reward's URL {url!r} must begin with http:// or https://.")
 
     async def remote(prompts: Sequence[Any], completions: Sequence[Any], **extra: Any) -> list[float | None]:
-        if missing := [name for name in columns if name not in extra]:
+        if missing := [name for name in columns if name not in {"prompts", "completions", *extra}]:
             raise ValueError(f"the dataset has no column {missing[0]!r}, which is to be sent along")
-        payload = {**{name: extra[name] for name in columns}, "prompts": prompts, "completions": completions}
+        payload = {**{name: extra[name] for name in columns if name in extra}, "prompts": prompts, "completions": completions}
         parts = [
             {name: list(values[start : start + batch_size]) for name, values in payload.items()}
             for start in range(0, len(completions), batch_size)
@@ -81,8 +82,15 @@ def remote(
         response = await post(client, gate, url, part, retries, backoff)
         return _scores(response, len(part["completions"]), url)
 
-    # So that what is not there is missed before the run.
-    asked = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in ("prompts", "completions", *columns)]
+    # So that what is not there is missed before the run; a name that is none in Python, when it is sent.
+    names = dict.fromkeys(["prompts", "completions", *columns])
+    asked = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
+        for name in names
+        if name.isidentifier() and not iskeyword(name)
+    ]
+    if len(asked) < len(names):
+        asked.append(inspect.Parameter("extra", inspect.Parameter.VAR_KEYWORD))
     remote.__signature__ = inspect.Signature(asked)  # type: ignore[attr-defined]
     return remote
 

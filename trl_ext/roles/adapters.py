@@ -224,7 +224,7 @@ def check_same_base(folder: Path, base_name: str, role: str) -> None:
         )
     tokenizer = folder / "tokenizer.json"
     own = Path(base_name) / "tokenizer.json"
-    if tokenizer.is_file() and own.is_file() and _vocabulary(tokenizer) != _vocabulary(own):
+    if tokenizer.is_file() and own.is_file() and _mean_other_tokens(_tokens_by_id(tokenizer), _tokens_by_id(own)):
         raise ValueError(
             f"The {role} adapter in {str(folder)!r} was saved with another tokenizer than {base_name!r} has: its ids "
             "mean other tokens here, so train it with the base's tokenizer."
@@ -476,6 +476,16 @@ def _read_note(folder: Path) -> dict[str, Any]:
     return note
 
 
-def _vocabulary(file: Path) -> Any:
+def _tokens_by_id(file: Path) -> dict[int, str]:
     content = json.loads(file.read_text(encoding="utf-8"))
-    return content["model"]["vocab"], [(token["id"], token["content"]) for token in content["added_tokens"]]
+    known = content["model"]["vocab"]
+    if isinstance(known, dict):
+        tokens = {i: token for token, i in known.items()}
+    else:  # with their scores, in the order of their ids
+        tokens = dict(enumerate(token for token, *_ in known))
+    return tokens | {token["id"]: token["content"] for token in content["added_tokens"]}
+
+
+def _mean_other_tokens(one: dict[int, str], other: dict[int, str]) -> bool:
+    """Whether an id that both have is another token in each; one may have more, for padding, say."""
+    return any(token != other.get(i, token) for i, token in one.items())

@@ -13,7 +13,14 @@ from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trl_ext.roles import adapters as files
@@ -63,6 +70,10 @@ def default_lora(model: Any) -> LoraConfig:
         if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models")
         if not _only_multiplies(module)
     ]
+    if model.config.get_text_config() is not model.config:  # pictures are not read here
+        text = next((name for name, module in model.named_modules() if module is model.get_decoder()), "")
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        left_out += [name for name in linear if text and not name.startswith(f"{text}.")]
     if model.config.model_type in MAMBA:
         left_out += ["out_proj", "conv1d"]  # its kernels read these weights past the layers
     return LoraConfig(
@@ -125,6 +136,25 @@ def plan(base_name: str, policy: Any, value: Any, reward: Any, reference: Any) -
     )
 
 
+def load_causal_lm(name: str, **kwargs: Any) -> Any:
+    """As `AutoModelForCausalLM.from_pretrained`; of a model that reads pictures, too, the whole, where Transformers has
+    no text model for it.
+
+    Raises:
+        ValueError: it is no causal language model.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except ValueError as error:
+        if not str(error).startswith("Unrecognized configuration class"):
+            raise
+    config, _ = PreTrainedConfig.get_config_dict(name, **{key: kwargs[key] for key in files.HUB if key in kwargs})
+    kind = config.get("model_type")
+    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise ValueError(f"{name!r} is of the type {kind!r}, which is no causal language model: give one that is.")
+    return AutoModelForImageTextToText.from_pretrained(name, **kwargs)
+
+
 def load_base(
     name: str, quantization_config: Any | None, dtype: torch.dtype | str | None, device_map: Any | None, **kwargs: Any
 ) -> Any:
@@ -163,7 +193,7 @@ def load_base(
     kwargs.update({key: value for key, value in given.items() if value is not None})
     # Said of wrong shapes and of missing weights alike; Transformers would raise about the ones and warn of the others.
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **{**kwargs, **told})
+    model, info = load_causal_lm(name, dtype=dtype, **{**kwargs, **told})
     check_loaded(info, name, "a causal language model")
     if own is not None and dtype != "auto" and _precision(model.dtype) != _precision(dtype):
         warnings.warn(
