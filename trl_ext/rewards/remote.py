@@ -68,7 +68,11 @@ def remote(
     async def remote(prompts: Sequence[Any], completions: Sequence[Any], **extra: Any) -> list[float | None]:
         if missing := [name for name in columns if name not in {"prompts", "completions", *extra}]:
             raise ValueError(f"the dataset has no column {missing[0]!r}, which is to be sent along")
-        payload = {**{name: extra[name] for name in columns if name in extra}, "prompts": prompts, "completions": completions}
+        payload = {
+            **{name: extra[name] for name in columns if name in extra},
+            "prompts": prompts,
+            "completions": completions,
+        }
         parts = [
             {name: list(values[start : start + batch_size]) for name, values in payload.items()}
             for start in range(0, len(completions), batch_size)
