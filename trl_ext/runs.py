@@ -56,7 +56,7 @@ def check_processes() -> None:
         )
 
 
-def claimed(folder: str | Path) -> FileLock | None:
+def claimed(folder: str | Path, shared: bool = True) -> FileLock | None:
     """Claim a folder for this job, for as long as what is returned lives, and no longer than the process. Whatever else
     this process claims it for shares the claim. Every process of a job must call it; the main one holds the lock.
 
@@ -79,7 +79,8 @@ def claimed(folder: str | Path) -> FileLock | None:
         raise ValueError(
             f"{str(folder)!r} is in use by another run: wait for it, stop it first, or name another output_dir."
         )
-    _check_shared(Path(folder), there=lock is not None)
+    if shared:
+        _check_shared(Path(folder), there=lock is not None)
     return lock
 
 
@@ -96,10 +97,10 @@ def _check_shared(folder: Path, there: bool) -> None:
     if PartialState().num_processes == 1 or not any(gather_object([there])):
         return
     waited = 0.0
-    while not (folder / LOCK).exists() and waited < SEEN_WITHIN:  # a network's file system may lag behind
+    while not os.path.exists(folder / LOCK) and waited < SEEN_WITHIN:  # a network's file system may lag behind
         time.sleep(0.1)
         waited += 0.1
-    blind = [number for number, seen in enumerate(gather_object([(folder / LOCK).exists()])) if not seen]
+    blind = [number for number, seen in enumerate(gather_object([os.path.exists(folder / LOCK)])) if not seen]
     if blind:
         raise ValueError(
             f"output_dir {str(folder.absolute())!r} of process 0 is not there for process "
@@ -107,12 +108,16 @@ def _check_shared(folder: Path, there: bool) -> None:
         )
 
 
+class MainFailed(RuntimeError):
+    """What the other processes raise where the main one failed."""
+
+
 def on_main(work: Callable[[], Result]) -> Result:
     """What the main process made, on all processes: for what costs money or time, or may come out otherwise the second
     time. Every process must call it; where the work fails, it fails on all of them.
 
     Raises:
-        RuntimeError: it failed on the main process, which raises its own error.
+        MainFailed: it failed on the main process, which raises its own error.
     """
     if PartialState().num_processes == 1:
         return work()
@@ -126,7 +131,7 @@ def on_main(work: Callable[[], Result]) -> Result:
     finally:
         broadcast_object_list(shared)
     if shared[1]:
-        raise RuntimeError(f"the main process failed: {shared[1]}")
+        raise MainFailed(f"the main process failed: {shared[1]}")
     return cast("Result", shared[0])
 
 
@@ -150,7 +155,7 @@ def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
 def claimed_by(args: Any) -> FileLock | None:
     """The claim of a training with these `TrainingArguments`: see `check_processes` and `claimed`."""
     check_processes()
-    return claimed(str(args.output_dir))
+    return claimed(str(args.output_dir), shared=not args.save_on_each_node)
 
 
 def _lock(folder: Path) -> FileLock | None:

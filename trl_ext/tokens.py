@@ -323,8 +323,13 @@ def after_answers(tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapp
     kwargs: dict[str, Any] = {"tokenize": True, "return_dict": True, **of_whole_conversations(chat_template_kwargs)}
 
     def written(*answers: str) -> list[int]:
-        messages = [{"role": "user", "content": "a"}, *({"role": "assistant", "content": text} for text in answers)]
-        return list(tokenizer.apply_chat_template(messages, **kwargs)["input_ids"])
+        turns = [("user", "a"), *(("assistant", text) for text in answers)]
+        texts = [{"role": role, "content": text} for role, text in turns]
+        try:
+            return list(tokenizer.apply_chat_template(texts, **kwargs)["input_ids"])
+        except Exception:  # a template's own: it is written for messages in parts
+            parts = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+            return list(tokenizer.apply_chat_template(parts, **kwargs)["input_ids"])
 
     one = written("b")
     for text in ("7", "b 7"):  # what is the same after each; a small vocabulary may know neither

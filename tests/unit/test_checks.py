@@ -42,7 +42,7 @@ from trl_ext.ppo.checks import (
 from trl_ext.ppo.config import PPOConfig
 from trl_ext.ppo.measuring import measured_texts
 from trl_ext.rewards.classifiers import tokenizer_of
-from trl_ext.tokens import check_chat_template, tokenize_prompts
+from trl_ext.tokens import after_answers, check_chat_template, tokenize_prompts
 
 
 def rows(**columns: list[Any]) -> Dataset:
@@ -465,6 +465,12 @@ def test_a_template_that_ends_answers_with_what_is_no_eos_is_told(caplog: pytest
         caplog.clear()
         warn_of_turns(base, word_tokenizer(CHAT_TEMPLATE.replace("<eos>", mark)), prompt, args)
         assert ("ends an answer with '<start>', and generation ends at '<eos>'" in caplog.text) == told
+
+
+def test_a_template_for_messages_in_parts() -> None:
+    """As LLaVA's, which fails on texts."""
+    parts = "{% for m in messages %}{% for p in m.content %}{{ p['text'] + ' <eos>' }}{% endfor %}cat{% endfor %}"
+    assert after_answers(word_tokenizer(parts), None)[-2:] == [1, 9]
 
 
 def test_a_mistral_tokenizer_without_a_template_to_look_into() -> None:

@@ -19,6 +19,8 @@ from trl_ext.feedback import FeedbackError
 from trl_ext.launch import DataArguments, load_feedback, load_pairs, load_prompts, load_rows
 from trl_ext.launch.data import RewardData, _held_out_source
 
+TURN = {"role": "user", "content": "the cat"}
+
 
 def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -54,8 +56,9 @@ def test_held_out_pairs_have_prompts_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["json in jsonl", "pandas", "datasets"])
 def test_conversations_in_the_cells_of_a_table(kind: str, tmp_path: Path) -> None:
     """pandas and datasets write what Python does."""
-    asked = [{"role": "user", "content": f"it's {i}"} for i in range(40)]
-    rows, file = [{"prompt": [one]} for one in asked], tmp_path / "x.csv"
+    asked = [{"role": "user", "content": f'it\'s {i} }} {{ "so"'} for i in range(40)]
+    begin = [{"role": "user", "content": "Hm?\nWhat?"}, {"role": "assistant", "content": "Ask."}]
+    rows, file = [{"prompt": [*begin, one]} for one in asked], tmp_path / "x.csv"
     if kind == "pandas":
         pd.DataFrame(rows).to_csv(file, index=False)
     elif kind == "datasets":
@@ -63,9 +66,15 @@ def test_conversations_in_the_cells_of_a_table(kind: str, tmp_path: Path) -> Non
     else:
         file = Path(jsonl(tmp_path / "x.jsonl", [{"prompt": json.dumps(row["prompt"])} for row in rows]))
     train, test = load_rows(DataArguments(str(file), eval_rows=4), "prompts")
-    assert sorted(row["prompt"][0]["content"] for part in (train, test) for row in part) == sorted(
-        one["content"] for one in asked
-    )
+    said = {str(row["prompt"][-1]): row["prompt"] for part in (train, test) for row in part}
+    assert said == {str(row["prompt"][-1]): row["prompt"] for row in rows}
+
+
+def test_texts_that_only_look_like_messages_stay_texts(tmp_path: Path) -> None:
+    cells = ['[{"role": "engineer", "salary": 5}]', "[{{}}]", "[{[1]}]", r"['\d+']", "[{'role': 1}]", "[a] b", "[{"]
+    file = jsonl(tmp_path / "x.jsonl", [{"prompt": cell, "truth": json.dumps([TURN])} for cell in cells * 6])
+    train, _ = load_rows(DataArguments(file, eval_rows=4), "prompts")
+    assert set(train["prompt"]) <= set(cells) and set(train["truth"]) == {json.dumps([TURN])}
 
 
 def test_prompts_are_what_the_reward_model_reads(tmp_path: Path) -> None:
@@ -75,16 +84,18 @@ def test_prompts_are_what_the_reward_model_reads(tmp_path: Path) -> None:
         return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
     beside = [{"prompt": f"q{i}", "chosen": turns(f"q{i}", "a"), "rejected": turns(f"q{i}", "b")} for i in range(40)]
+    judged = [{"prompt": f"q{i}", "completion": turns("", "a")[1:], "label": True} for i in range(40)]
     told = [
         {"prompt": turns(f"q{i}"), "system": "Be brief.", "chosen": turns("", "a")[1:], "rejected": turns("", "b")[1:]}
         for i in range(40)
     ]
-    for number, (rows, before) in enumerate(((beside, []), (told, [{"role": "system", "content": "Be brief."}]))):
-        file = jsonl(tmp_path / f"{number}.jsonl", rows)
+    system = [{"role": "system", "content": "Be brief."}]
+    for number, (rows, before) in enumerate(((beside, []), (judged, []), (told, system))):
+        file = jsonl(tmp_path / f"{number}.jsonl", [{**row, "mine": i} for i, row in enumerate(rows)])
         train, _ = load_rows(DataArguments(file, eval_rows=4), "prompts")
         first = next(row["prompt"] for row in train if row["prompt"][-1]["content"] == "q7")
         assert first == [*before, *turns("q7")] == feedback.read(file).records[7].prompt
-        assert "system" not in train.column_names
+        assert "mine" in train.column_names, "reward functions ask for it"
 
 
 def test_a_file_among_several_sources_has_no_split(tmp_path: Path) -> None:

@@ -164,6 +164,8 @@ def test_xlnet_reads_its_score_at_the_last_place(tmp_path: Path) -> None:
     score = classifier(str(tmp_path))
     alone = [*score(completions=["the cat"]), *score(completions=["the red dog sat"])]
     assert score(completions=["the cat", "the red dog sat"]) == pytest.approx(alone, abs=1e-6)
+    by_function = Scorer([str(tmp_path)])._functions[0]
+    assert by_function(["the ", "the red "], ["cat", "dog sat"]) == pytest.approx(alone, abs=1e-6)
 
 
 def test_fluency_is_the_references_mean_log_probability() -> None:

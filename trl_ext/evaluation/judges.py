@@ -236,12 +236,12 @@ class ModelJudge:
                 append(self.file, [{"question": name, "verdict": verdict, "reply": reply, "model": self.name}])
                 return
             unreadable.append(reply)
-            if not known and len(unreadable) >= min(UNREADABLE, len(unknown)):
+            if not known and len(unreadable) >= min(UNREADABLE, len(unknown) - len(refused)):
                 troubles.append(JudgeError(f"names no winner: it said {reply[-80:]!r}"))
 
         async with self._client() as client:
             await asyncio.gather(*(ask(client, name, payload) for name, payload in unknown.items()))
-        if refused and not known and all(trouble in refused.values() for trouble in troubles):
+        if refused and not known and not unreadable and all(trouble in refused.values() for trouble in troubles):
             raise JudgeError(f"The judge {self.name!r} refuses all that it is asked: {next(iter(refused.values()))}.")
         for trouble in troubles:
             if isinstance(trouble, JudgeError):

@@ -178,7 +178,7 @@ class Policies(SharedBase):
     """One base that speaks for several policies, each by its name, and scores by several reward roles.
 
     Attributes:
-        tokenizer: of the base.
+        tokenizer: by which all are asked; see `Cast.tokenizer`.
         policies: adapter of each policy; None is the bare base.
         rewards: reward functions, by name, that give each reward role's score.
     """
@@ -213,17 +213,18 @@ class Policies(SharedBase):
             uniforms: (prompts, most tokens) float64 in [0, 1): each row's random numbers, see `Drawn`.
             temperature: of the sampling; 0: the likeliest token.
         """
+        ends, known = eos_ids(self.causal_lm, self.tokenizer), self.causal_lm.get_input_embeddings().num_embeddings
         config = GenerationConfig(
             max_new_tokens=uniforms.shape[1],
             do_sample=False,  # `Drawn` leaves one token to choose from
-            pad_token_id=next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None),
-            eos_token_id=eos_ids(self.causal_lm, self.tokenizer),
+            pad_token_id=next(i for i in (self.tokenizer.pad_token_id, *ends) if i is not None and i < known),
+            eos_token_id=ends,
             use_cache=True,
         )
         generator: Generator = _Generator(self, uniforms, temperature)
         if self._servers is not None:
-            servers, known = self._servers
-            generator = _Served(servers, known[policy], uniforms, temperature)
+            servers, adapters_of = self._servers
+            generator = _Served(servers, adapters_of[policy], uniforms, temperature)
         return generate(generator, prompts, self.tokenizer, config, self.chat_template_kwargs, role=f"policy:{policy}")
 
     @contextmanager

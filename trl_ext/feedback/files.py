@@ -6,6 +6,7 @@ import ast
 import csv
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,19 +141,33 @@ def as_dataset(rows: Any, name: str, several: bool = False) -> Any:
     return rows
 
 
+# Columns of a file of JSON whose texts may be conversations: others may hold JSON on purpose.
+CONVERSATIONS = ("prompt", "chosen", "rejected", "completion", "completions", "messages", "conversations")
+
+
 def decoded(value: Any) -> Any:
-    """Messages, where a text is their JSON, or what Python (pandas, too) writes of them: a table's cells are texts."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            messages = json.loads(value)
-        except (ValueError, RecursionError):
+    """Messages, where a text is their JSON, or what Python or NumPy writes of them: a table's cells are texts."""
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
+        for read in (json.loads, _as_python_writes):
             try:
-                messages = ast.literal_eval(value.strip())
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                return value
-        if isinstance(messages, list) and messages and all(isinstance(m, dict) and m.get("role") for m in messages):
-            return messages
+                messages = read(value)
+            except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+                continue
+            if isinstance(messages, list) and all(map(_is_message, messages)):
+                return messages
     return value
+
+
+def _as_python_writes(text: str) -> Any:
+    """What `repr` wrote; NumPy leaves out the commas between messages, as pandas and datasets do in a CSV."""
+    between = r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|\}\s+\{"""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of a backslash in somebody's text
+        return ast.literal_eval(re.sub(between, lambda found: found[1] or "}, {", text.strip()))
+
+
+def _is_message(part: Any) -> bool:
+    return isinstance(part, dict) and isinstance(part.get("role"), str) and ("content" in part or "tool_calls" in part)
 
 
 def _plain(value: Any) -> Any:
@@ -197,11 +212,11 @@ def _rows_of_file(source: str) -> Dataset:
     if Path(source).suffix == ".parquet":  # has types of its own, and need not fit into memory
         return load_dataset("parquet", data_files=source, split="train")
     # Not `load_dataset`, which takes digits in a CSV cell for a number and a date in JSON for a time.
-    rows = []
+    rows, in_cells = [], Path(source).suffix in (".csv", ".tsv")
     for line, row in numbered_rows(source, source):
         if isinstance(row, Unusable):
             raise ValueError(str(Problem(line, row.column, row.reason)))
-        row = {name: decoded(value) for name, value in row.items()}
+        row = {name: decoded(value) if in_cells or name in CONVERSATIONS else value for name, value in row.items()}
         for name, value in row.items():
             if has_half_a_character(value):
                 raise ValueError(str(Problem(line, name, "half of a surrogate pair, which is no character")))

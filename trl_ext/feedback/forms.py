@@ -48,7 +48,7 @@ def _rating(row: Row) -> Record:
     ratings = tuple(math.nan if item in (None, "") else number_of(item, column) for item in values)
     if not without_nan(ratings):
         raise Unusable(column, "no rating was given")
-    prompt, (completion,) = _prompt_and_answers(row, "completion")
+    prompt, (completion,) = prompt_and_answers(row, "completion")
     return Rating(prompt, completion, ratings)
 
 
@@ -61,7 +61,7 @@ def _ranking(row: Row) -> Record:
     numbers = [number_of(rank, "ranks") for rank in ranks]
     if any(number != int(number) or number < 1 for number in numbers):
         raise Unusable("ranks", f"{ranks!r:.60} are not whole numbers from 1 on")
-    prompt, answers = _prompt_and_answers(row, *("completions" for _ in completions), items=completions)
+    prompt, answers = prompt_and_answers(row, *("completions" for _ in completions), items=completions)
     return Ranking(prompt, tuple(answers), tuple(int(number) for number in numbers))
 
 
@@ -70,7 +70,7 @@ def _pair(row: Row) -> Record:
     strength = None if row.get(column) in (None, "") else number_of(row[column], column)
     if column == "strength" and strength is not None and strength <= 0:
         raise Unusable("strength", f"{row['strength']!r} is not above 0: turn the pair round, or drop it as a tie")
-    prompt, (chosen, rejected) = _prompt_and_answers(row, "chosen", "rejected")
+    prompt, (chosen, rejected) = prompt_and_answers(row, "chosen", "rejected")
     return Pair(prompt, chosen, rejected, strength)
 
 
@@ -79,11 +79,11 @@ def _label(row: Row) -> Record:
     word = str(value).strip().lower()
     if word.removesuffix(".0") not in GOOD | BAD:
         raise Unusable("label", f"{value!r:.60} is neither good nor bad (true or false, 1 or 0, yes or no)")
-    prompt, (completion,) = _prompt_and_answers(row, "completion")
+    prompt, (completion,) = prompt_and_answers(row, "completion")
     return Label(prompt, completion, word.removesuffix(".0") in GOOD)
 
 
-def _prompt_and_answers(row: Row, *columns: str, items: Sequence[Any] | None = None) -> tuple[Any, list[Any]]:
+def prompt_and_answers(row: Row, *columns: str, items: Sequence[Any] | None = None) -> tuple[Any, list[Any]]:
     """The prompt and what follows it in each of `columns` (or `items`), whoever laid them out: conversations may begin
     with the prompt, which may have a column of its own too, as messages or as the text of one of its turns. What a
     column `system` says comes before messages that have no system's of their own."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from trl_ext.feedback.files import FeedbackError, Row, Source, Unusable, decoded, numbered_rows, opened, table_of
+from trl_ext.feedback.files import FeedbackError, Row, Source, Unusable, numbered_rows, opened, table_of
 from trl_ext.feedback.forms import FORMS
 from trl_ext.feedback.layouts import ASKED, LAYOUTS, Layout, Made, matched
 from trl_ext.feedback.records import Label, Pair, Problem, Ranking, Rating, Record, answers_of, key_of
@@ -216,9 +216,7 @@ def says_how_to_prompt(source: Source, columns: Mapping[str, str] | None = None,
         rows = Rows.of(source, columns, None, split)
     except FeedbackError:
         return False
-    if rows.layout:
-        return not rows.layout.plain
-    return bool(rows.first_columns) and ("prompt" not in rows.first_columns or rows.answers_are_conversations)
+    return not rows.layout.plain if rows.layout else bool(rows.first_columns) and "prompt" not in rows.first_columns
 
 
 def _spelt_as_ours(name: str) -> str:
@@ -325,14 +323,6 @@ class Rows:
     @property
     def first_columns(self) -> set[str]:
         return {name for row in self._first for name in self._renamed(row)}
-
-    @property
-    def answers_are_conversations(self) -> bool:
-        """Whether the first row's prompt is a text, and its answers are messages: the prompt is then one turn of
-        theirs."""
-        row = self._renamed(self._first[0]) if self._first else {}
-        answers = [decoded(row.get(column)) for column in ("chosen", "rejected", "completion")]
-        return isinstance(decoded(row.get("prompt")), str) and any(isinstance(answer, list) for answer in answers)
 
     def _renamed(self, row: Row) -> Row:
         """A row under our names. What is renamed takes the place of what had that name."""

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_ext import demo, feedback
 from trl_ext.feedback.converting import keys_held_out, middle_of_scale
-from trl_ext.feedback.files import READERS, Unusable, opened, rows_of_file
+from trl_ext.feedback.files import READERS, Unusable, decoded, opened, rows_of_file
+from trl_ext.feedback.forms import prompt_and_answers
 from trl_ext.feedback.reading import check_on_error, converting_lines, renaming, says_how_to_prompt
 from trl_ext.feedback.records import key_of
 from trl_ext.ppo.checks import check_column, check_prompts
@@ -106,18 +107,32 @@ def _apart(rows: Dataset, count: int) -> tuple[Dataset, Dataset]:
     return rows.select(sides[0]), rows.select(sides[1])
 
 
-def _with_system(rows: Dataset) -> Dataset:
-    """What a column `system` says comes before messages that have no system's of their own, as in feedback."""
-    if "system" not in rows.column_names or isinstance(rows[0]["prompt"], str):
+BESIDE = (("chosen", "rejected"), ("completion",))  # columns of answers, which may begin with the prompt
+
+
+def _as_reward_models_read(rows: Dataset) -> Dataset:
+    """The same rows, with the prompts that feedback has: a text beside answers that are conversations is one of their
+    turns, and what a column `system` says comes first."""
+    known, first = set(rows.column_names), rows[0]["prompt"] if len(rows) else None
+    beside = next((columns for columns in BESIDE if set(columns) <= known), ()) if isinstance(first, str) else ()
+    if not beside and not (isinstance(first, list) and "system" in known):
         return rows
+    prompts = [_prompt_as_read(row, beside) for row in rows]
+    if prompts == list(rows["prompt"]):
+        return rows
+    columns = {name: prompts if name == "prompt" else list(rows[name]) for name in rows.column_names}
+    return Dataset.from_dict(columns, on_mixed_types="use_json")
 
-    def whole(row: dict[str, Any]) -> dict[str, Any]:
-        says, prompt = row["system"], row["prompt"]
-        if isinstance(says, str) and says.strip() and prompt[0]["role"] != "system":
-            prompt = [{"role": "system", "content": says}, *prompt]
-        return {"prompt": prompt}
 
-    return rows.map(whole, remove_columns=["system"])
+def _prompt_as_read(row: dict[str, Any], beside: Sequence[str]) -> Any:
+    prompt = row["prompt"]
+    answers = [decoded(row[column]) for column in beside]
+    try:
+        if isinstance(prompt, list) or (answers and all(isinstance(answer, list) for answer in answers)):
+            return prompt_and_answers(row, *(() if isinstance(prompt, list) else beside))[0]
+    except (Unusable, LookupError, TypeError, AttributeError):  # what is wrong with it is said where it is checked
+        pass
+    return prompt
 
 
 def _prompts(data: DataArguments, dataset: str, split: str) -> Dataset:
@@ -131,7 +146,7 @@ def _prompts(data: DataArguments, dataset: str, split: str) -> Dataset:
             rows = rows.rename_column(capital[0], "prompt") if capital and "prompt" not in capital else rows
             if "prompt" not in rows.column_names:
                 _refuse(rows, name)
-            parts.append(_with_system(rows))
+            parts.append(_as_reward_models_read(rows))
             continue
         with _how_to_go_on():
             prompts = feedback.read_prompts(source, columns, data.on_error, name)

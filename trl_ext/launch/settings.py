@@ -41,7 +41,7 @@ from trl_ext.roles.assembly import load_causal_lm
 
 USER_ERRORS = (
     *(ValueError, TypeError, OSError, ImportError, GenerationError),
-    *(yaml.YAMLError, torch.OutOfMemoryError, SafetensorError, RunError),
+    *(yaml.YAMLError, torch.OutOfMemoryError, SafetensorError, RunError, runs.MainFailed),
 )
 
 

@@ -171,7 +171,7 @@ def chat(
     model = load_causal_lm(adapter.base, **given)
     model, tokenizer = PeftModel.from_pretrained(model, str(folder)).eval(), _tokenizer(adapter)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    ends = {"eos_token_id": eos_ids(model, tokenizer), "pad_token_id": tokenizer.eos_token_id}
+    ends = {"eos_token_id": eos_ids(model, tokenizer) or None, "pad_token_id": tokenizer.eos_token_id}
     messages: list[dict[str, str]] = []
     while said := ask():
         if said == "/new":
@@ -182,7 +182,7 @@ def chat(
             inputs = tokenizer(said, return_tensors="pt")
         else:
             how = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-            inputs = tokenizer.apply_chat_template(messages, **how, **(chat_template_kwargs or {}))
+            inputs = tokenizer.apply_chat_template(messages, **(how | (chat_template_kwargs or {})))
         inputs = inputs.to(model.device)
         ids = model.generate(**inputs, do_sample=True, streamer=streamer, **ends, **sampling)
         answer = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -85,7 +85,7 @@ def _check_dataset(dataset: Any, name: str, column: str) -> None:
 def _check_prompt(prompt: Any, row: int, name: str, first: Any) -> None:
     reason = None if isinstance(prompt, str) else fault_of_messages(prompt)
     if isinstance(prompt, str) and decoded(prompt) is not prompt:
-        reason = "messages that are written as one text: make a list of them again, as by json.loads."
+        reason = "messages that are written as one text: make a list of them again (trl_ext.feedback.files.decoded)."
     elif reason is not None:
         reason += '; a prompt is a text, or a list of messages like {"role": "user", "content": "..."}.'
     elif isinstance(prompt, str) != isinstance(first, str):
@@ -337,7 +337,9 @@ def check_arguments(functions: Sequence[Any], datasets: Iterable[tuple[str, Data
                 UserWarning,
                 stacklevel=2,
             )
-        for column in UNREAD & {*dataset.column_names}:
+        first = dataset[0]["prompt"]
+        told = {"system", "system_prompt"} if isinstance(first, list) and first[0]["role"] == "system" else set()
+        for column in UNREAD & {*dataset.column_names} - told:
             warnings.warn(
                 f"{name} has a column {column!r}, which is not read into the prompts, so that the policy answers "
                 "without it: write what it says into the prompt, or rename the column.",

@@ -141,6 +141,7 @@ class Collector:
         with self._apart(self.args.seed):
             batches = iter(dataloader)  # as many in each process
             parts = [together(lambda: part(next(batches))) for _ in range(len(dataloader))]
+            next(batches, None)  # which tells accelerate that it has ended
         scored = self._combined(parts, training=False)
         # The last batch may hold repeated rows that only make the processes' shares equal.
         count = min(len(dataloader.dataset), len(scored.scores.total))  # type: ignore[arg-type]

@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from trl_ext.tokens import check_loaded
+from trl_ext.tokens import check_loaded, context_limit
 
 OF_POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # what Transformers calls embeddings of positions
+OF_DISTANCES = ("relative_attention", "relative_attention_num_buckets", "alibi")  # what reads any distance
 
 
 def load_classifier(name: str, kind: str, **how: Any) -> Any:
@@ -52,11 +53,19 @@ def settle(model: Any, tokenizer: Any, device: Any) -> None:
     model.to(device).eval().requires_grad_(False)
 
 
-def longest_read(model: nn.Module) -> int | None:
-    """Most tokens of a row, where positions are learned and there is an embedding for so many; None: any. OPT's and
-    RoBERTa's families begin to count after some of them."""
+def longest_read(model: Any) -> int | None:
+    """Most tokens of a row, where each place has an embedding or an angle of its own; None: any. OPT's and RoBERTa's
+    families begin to count after some of them."""
     for name, table in model.named_modules():
         if isinstance(table, nn.Embedding) and name.rsplit(".", 1)[-1] in OF_POSITIONS:
             unused = getattr(table, "offset", 0) or (0 if table.padding_idx is None else table.padding_idx + 1)
             return table.num_embeddings - int(unused)
-    return None
+    config = model.config.get_text_config()
+    turned = getattr(config, "rope_parameters", None) or any(getattr(config, name, None) for name in OF_DISTANCES)
+    return None if turned or getattr(config, "position_biased_input", True) is False else context_limit(config)
+
+
+def padding_side(model: Any) -> str:
+    """Where a classifier's rows are padded: XLNet's head reads the last place; that of a causal model finds the last
+    token, but its places count from the left."""
+    return "left" if model.config.model_type == "xlnet" else "right"

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trl_ext.core import masked_mean
-from trl_ext.rewards.classifiers import load_classifier, settle
+from trl_ext.rewards.classifiers import load_classifier, padding_side, settle
 from trl_ext.rewards.texts import Reward
 from trl_ext.tokens import eos_ids, reward_suffix, side_by_side, tokenize_prompts
 from trl_ext.types import as_text
@@ -45,8 +45,6 @@ def classifier(
     kind = model.config.problem_type
     apart = kind == "multi_label_classification" or model.config.num_labels == 1
 
-    side = "left" if model.config.model_type == "xlnet" else "right"  # whose head reads the last place
-
     @torch.inference_mode()
     def classifier(completions: Sequence[Any], **_: Any) -> list[float | None]:
         texts = [as_text(completion) for completion in completions]
@@ -57,7 +55,7 @@ def classifier(
                 max_length=max_length,
                 truncation=True,
                 padding=True,
-                padding_side=side,
+                padding_side=padding_side(model),
                 return_tensors="pt",
             )
             logits: Tensor = model(**batch.to(device)).logits.float()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trl_ext.rewards.classifiers import load_classifier, longest_read, settle, tokenizer_of
+from trl_ext.rewards.classifiers import load_classifier, longest_read, padding_side, settle, tokenizer_of
 from trl_ext.rewards.loop import Loop, on_the_same_gpu
 from trl_ext.rewards.protocol import RewardFunction, arguments_of, check_functions, listed, name_of
 from trl_ext.tokens import check_chat_template, of_whole_conversations
@@ -150,6 +150,7 @@ class Scorer:
             model = load_classifier(model, kind, num_labels=1, trust_remote_code=trust_remote_code)
         settle(model, tokenizer, device)
         template, limit = of_whole_conversations(self._chat_template_kwargs), longest_read(model)
+        side = padding_side(model)
 
         @torch.inference_mode()
         def score(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
@@ -163,7 +164,7 @@ class Scorer:
             for start in range(0, len(texts), self._batch_size):
                 part = texts[start : start + self._batch_size]
                 inputs = tokenizer(
-                    text=part, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
+                    text=part, return_tensors="pt", padding=True, padding_side=side, add_special_tokens=False
                 )
                 longest = int(inputs["attention_mask"].sum(dim=1).max())
                 if limit is not None and longest > limit:

@@ -70,10 +70,7 @@ def default_lora(model: Any) -> LoraConfig:
         if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models")
         if not _only_multiplies(module)
     ]
-    if model.config.get_text_config() is not model.config:  # pictures are not read here
-        text = next((name for name, module in model.named_modules() if module is model.get_decoder()), "")
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        left_out += [name for name in linear if text and not name.startswith(f"{text}.")]
+    left_out += _of_pictures(model)
     if model.config.model_type in MAMBA:
         left_out += ["out_proj", "conv1d"]  # its kernels read these weights past the layers
     return LoraConfig(
@@ -134,6 +131,15 @@ def plan(base_name: str, policy: Any, value: Any, reward: Any, reference: Any) -
         reward=tuple(folder(path, "reward") for path in rewards),
         reference=reference if reference in (None, "base", "copy") else folder(reference, "reference"),
     )
+
+
+def _of_pictures(model: Any) -> list[str]:
+    """Linear layers of a model that reads pictures, too, which no text reaches."""
+    if model.config.get_text_config() is model.config:
+        return []
+    text = next((name for name, module in model.named_modules() if module is model.get_decoder()), "")
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in linear if text and not name.startswith(f"{text}.")]
 
 
 def load_causal_lm(name: str, **kwargs: Any) -> Any:
@@ -361,6 +367,8 @@ def _with_policy(model: Any, policy: LoraConfig | Path | None, name: str) -> Pef
     base_name = model.config.name_or_path
     if not isinstance(policy, Path):
         config = copy.deepcopy(policy or default_lora(model))  # PEFT writes the base's name and layers into it
+        if config.target_modules == "all-linear" and config.exclude_modules is None:
+            config.exclude_modules = _of_pictures(model) or None
         with files.fits(NEW, base_name, "change it"):
             peft_model = get_peft_model(model, _for_text(config), adapter_name=name)
         sharing.check_config(config, NEW)  # PEFT targets parameters in place of the experts of old
