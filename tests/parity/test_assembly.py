@@ -240,6 +240,9 @@ def test_a_model_that_reads_pictures_too_is_loaded_whole_where_there_is_no_text_
     base = SharedBase.from_pretrained(str(tmp_path / "model"), value="head")
     trained = [name for name, parameter in base.named_parameters() if parameter.requires_grad and "lora" in name]
     assert trained and all(".language_model." in name for name in trained)
+    by_recipe = SharedBase.from_pretrained(str(tmp_path / "model"), policy=tiny.new_lora(target_modules="all-linear"))
+    assert sum(p.numel() for p in by_recipe.parameters() if p.requires_grad) > 0
+    assert not [n for n, p in by_recipe.named_parameters() if p.requires_grad and "lora" in n and "vision" in n]
     ids = torch.tensor([[5, 6, 7, 8]])
     close(base.logprobs(ids, ids > 0, 3)[0], model(input_ids=ids).logits[0, :-1].log_softmax(-1)[range(3), ids[0, 1:]])
     base.save_pretrained(tmp_path / "roles")

@@ -611,6 +611,18 @@ def test_the_base_is_held_in_the_precision_that_is_asked_for(
     assert held == [torch.bfloat16, torch.float32] * 2
 
 
+def test_a_policy_may_bring_a_pad_token_that_the_model_lacks(files: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(files / "one", tmp_path / "one")
+    tokenizer = AutoTokenizer.from_pretrained(files / "model")
+    tokenizer.add_special_tokens({"pad_token": "<pad of its own>"})
+    tokenizer.save_pretrained(folder)
+    mine = Cast.checked(str(files / "model"), [f"one={folder}"])
+    policies = mine.loaded(mine.tokenizer())
+    assert policies.tokenizer.pad_token_id >= policies.causal_lm.get_input_embeddings().num_embeddings
+    rollout = policies.sample("one", ["w5", "w5 w6 w7"], uniforms([(1,), (2,)], 3))
+    assert len(rollout.completions) == 2
+
+
 def test_columns_that_answers_have_are_left_out_and_said(cast: Cast, policies: Policies, tmp_path: Path) -> None:
     rows = [{**row, "id": f"mine-{i}"} for i, row in enumerate(ROWS)]
     with pytest.warns(UserWarning, match="column 'id' is left out"):

@@ -12,6 +12,8 @@ from transformers import (
     DebertaV2ForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    GPTJConfig,
+    GPTJForSequenceClassification,
     OPTConfig,
     OPTForSequenceClassification,
     RobertaConfig,
@@ -147,6 +149,8 @@ def test_roberta_counts_its_positions_after_its_padding(tmp_path: Path) -> None:
     bert = BertConfig(vocab_size=30, max_position_embeddings=10, num_labels=1, **sizes)
     assert longest_read(BertForSequenceClassification(bert)) == 10
     assert longest_read(tiny_classifier()) is None, "rotary positions reach further"
+    angles = GPTJConfig(vocab_size=30, n_positions=10, n_embd=8, n_layer=1, n_head=1, rotary_dim=4, num_labels=1)
+    assert longest_read(GPTJForSequenceClassification(angles)) == 10, "and these are in a table"
     opt = OPTConfig(vocab_size=30, max_position_embeddings=10, ffn_dim=8, word_embed_proj_dim=8, num_labels=1, **sizes)
     assert longest_read(OPTForSequenceClassification(opt)) == 10, "of twelve it leaves out two"
     relative = DebertaV2Config(

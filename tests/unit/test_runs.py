@@ -119,6 +119,9 @@ def test_every_process_sees_the_folder(seen: bool, tmp_path: Path, monkeypatch: 
         return
     with pytest.raises(ValueError, match=r"of process 0 is not there for process 1: name a folder that all machines"):
         runs.claimed(tmp_path)
+    monkeypatch.setattr(runs, "check_processes", lambda: None)
+    apart = SimpleNamespace(output_dir=str(tmp_path), save_on_each_node=True)
+    assert runs.claimed_by(apart) is None, "for machines that share no disk"
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks"), OSError(errno.EROFS, "Read-only file system")])
