@@ -220,8 +220,11 @@ def test_a_checkpoint_by_which_steps_would_count_otherwise_is_not_gone_on_with(t
     trainer_for(tmp_path, **settings).train()
     checkpoint = str(tmp_path / "out" / "checkpoint-3")
     for changes, why in (
-        ({"per_device_train_batch_size": 4}, r"with rollout_batch_size 16, and it is 8 now.* so that it stays 16\."),
-        ({"num_ppo_epochs": 3}, r"with steps_per_rollout 4, and it is 6 now.*: set num_ppo_epochs and"),
+        (
+            {"per_device_train_batch_size": 4},
+            r"with rollout_batch_size 16, and this one's is 8.* so that it stays 16\.",
+        ),
+        ({"num_ppo_epochs": 3}, r"with steps_per_rollout 4, and this one's is 6.*: choose num_ppo_epochs and"),
     ):
         with pytest.raises(ValueError, match=why):
             trainer_for(tmp_path / "other", **{**settings, **changes}).train(resume_from_checkpoint=checkpoint)

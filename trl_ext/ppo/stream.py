@@ -29,6 +29,7 @@ class PromptStream(Rows[dict[str, Any]]):
 
     Attributes:
         check: called with each row that the run takes and its number, once; raises where something is wrong.
+        example: a row, once `first` has been called.
 
     Raises:
         ValueError: nothing says how long the run is; or there are no rows, at first or when it is read again.
@@ -44,6 +45,7 @@ class PromptStream(Rows[dict[str, Any]]):
                 "dataloader_num_workers at 0."
             )
         self.stream = stream
+        self.example: dict[str, Any] = {}
         self.check: Callable[[dict[str, Any], int], None] = lambda row, number: None
         self._prompts = max(1, args.rollout_batch_size // args.num_generations)
         self._length = -(-steps // args.steps_per_rollout) * self._prompts
@@ -74,6 +76,7 @@ class PromptStream(Rows[dict[str, Any]]):
             raise ValueError("train_dataset is empty: it needs at least one prompt.")
         for number, row in enumerate(rows):
             self.check(row, number)
+        self.example = rows[0]
         self.stream.set_epoch(self._epoch)
         return Dataset.from_list(rows, on_mixed_types="use_json")
 

@@ -199,7 +199,8 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
         events = self.events = RolloutEvents(self, together, vocabulary_size(self.base.config))
         generator = generator if generator is not None else build_generator(self.base, args, self.accelerator)
         scorer = build_scorer(functions, reward_tokenizers, args, self.accelerator.device)
-        warn_of_turns(self.base, tokenizer, train_dataset[0]["prompt"], args)
+        example = train_dataset.example if isinstance(train_dataset, PromptStream) else train_dataset[0]
+        warn_of_turns(self.base, tokenizer, example["prompt"], args)
         self._shown: Experience | None = None  # the rollout whose completions were printed and saved
         self.collector = Collector(self.base, tokenizer, generator, scorer, args, self.accelerator, events)
         self.updater = Updater(self.base, args, self.accelerator, self.collector, events, mix)
