@@ -66,8 +66,8 @@ def test_conversations_in_the_cells_of_a_table(kind: str, tmp_path: Path) -> Non
     else:
         file = Path(jsonl(tmp_path / "x.jsonl", [{"prompt": json.dumps(row["prompt"])} for row in rows]))
     train, test = load_rows(DataArguments(str(file), eval_rows=4), "prompts")
-    said = {str(row["prompt"][-1]): row["prompt"] for part in (train, test) for row in part}
-    assert said == {str(row["prompt"][-1]): row["prompt"] for row in rows}
+    said = {row["prompt"][-1]["content"]: row["prompt"] for part in (train, test) for row in part}
+    assert said == {row["prompt"][-1]["content"]: row["prompt"] for row in rows}
 
 
 def test_texts_that_only_look_like_messages_stay_texts(tmp_path: Path) -> None:
