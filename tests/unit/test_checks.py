@@ -23,7 +23,7 @@ from tests.helpers import (
     tiny_llama,
     word_tokenizer,
 )
-from trl_ext import PPOTrainer, SharedBase
+from trl_ext import PPOTrainer
 from trl_ext.ppo import checks
 from trl_ext.ppo.building import args_of_gpu, warn_of_outliers, warn_of_turns
 from trl_ext.ppo.checks import (
@@ -459,11 +459,10 @@ def test_an_empty_prompt_may_be_a_bos_that_is_the_eos_too() -> None:
 
 
 def test_a_template_that_ends_answers_with_what_is_no_eos_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    base, args = SharedBase.from_model(tiny_llama()), PPOConfig("run", **QUIET)
     chat = [{"role": "user", "content": "the cat"}]
     for mark, prompt, told in (("<start>", chat, True), ("<eos>", chat, False), ("<start>", "the cat", False)):
         caplog.clear()
-        warn_of_turns(base, word_tokenizer(CHAT_TEMPLATE.replace("<eos>", mark)), prompt, args)
+        warn_of_turns(word_tokenizer(CHAT_TEMPLATE.replace("<eos>", mark)), prompt, [1], None)
         assert ("ends an answer with '<start>', and generation ends at '<eos>'" in caplog.text) == told
 
 

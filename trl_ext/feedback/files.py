@@ -141,8 +141,9 @@ def as_dataset(rows: Any, name: str, several: bool = False) -> Any:
     return rows
 
 
+ANSWERS = ("chosen", "rejected", "completion", "completions")
 # Columns of a file of JSON whose texts may be conversations: others may hold JSON on purpose.
-CONVERSATIONS = ("prompt", "chosen", "rejected", "completion", "completions", "messages", "conversations")
+CONVERSATIONS = ("prompt", *ANSWERS, "messages", "conversations")
 
 
 def decoded(value: Any) -> Any:

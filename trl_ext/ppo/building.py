@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from trl_ext.rewards import Scorer
 from trl_ext.rewards.classifiers import tokenizer_of
 from trl_ext.roles import SharedBase
 from trl_ext.roles.adapters import HUB, Named, named
-from trl_ext.tokens import after_answers, as_ids, eos_ids
+from trl_ext.tokens import after_answers
 
 logger = logging.getLogger(__name__)
 
@@ -159,18 +160,21 @@ def warn_of_outliers(base: SharedBase) -> None:
         )
 
 
-def warn_of_turns(base: SharedBase, tokenizer: PreTrainedTokenizerBase, prompt: Any, args: PPOConfig) -> None:
+def warn_of_turns(tokenizer: PreTrainedTokenizerBase, prompt: Any, ends: Sequence[int], template: Any) -> None:
     """Tell of a chat template that ends an answer with what is no EOS, as that of a base model may which has not been
-    trained on it: answers would go on to their limit."""
+    trained on it: answers would go on to their limit.
+
+    Args:
+        prompt: any one; texts have no template.
+        ends: ids that end a completion.
+        template: arguments of the chat template.
+    """
     if isinstance(prompt, str):
         return
-    given: Any = args.generation_kwargs or {}
-    ends = {*eos_ids(base.causal_lm, tokenizer), *as_ids(given.get("eos_token_id"))}
-    template: Any = args.chat_template_kwargs
     after = [token for token in after_answers(tokenizer, template) if token != tokenizer.unk_token_id]
     first = next((token for token in after if tokenizer.decode([token]).strip()), None)
     marks = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    if first in marks and not ends & {*after}:
+    if first in marks and not {*ends} & {*after}:
         logger.warning(
             "The chat template ends an answer with %r, and generation ends at %s: answers will go on to their limit. "
             "Set tokenizer.eos_token to what ends an answer, and give the tokenizer as processing_class.",

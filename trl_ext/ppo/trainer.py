@@ -199,10 +199,11 @@ class PPOTrainer(hub.WritesCard, BaseTrainer):
         events = self.events = RolloutEvents(self, together, vocabulary_size(self.base.config))
         generator = generator if generator is not None else build_generator(self.base, args, self.accelerator)
         scorer = build_scorer(functions, reward_tokenizers, args, self.accelerator.device)
-        example = train_dataset.example if isinstance(train_dataset, PromptStream) else train_dataset[0]
-        warn_of_turns(self.base, tokenizer, example["prompt"], args)
         self._shown: Experience | None = None  # the rollout whose completions were printed and saved
         self.collector = Collector(self.base, tokenizer, generator, scorer, args, self.accelerator, events)
+        example = train_dataset.example if isinstance(train_dataset, PromptStream) else train_dataset[0]
+        ends: Any = self.collector.generation_config.eos_token_id
+        warn_of_turns(tokenizer, example["prompt"], ends, args.chat_template_kwargs)
         self.updater = Updater(self.base, args, self.accelerator, self.collector, events, mix)
         self.checkpoints = Checkpoints(args, self.updater, self.accelerator)
         self.add_callback(_AfterStep(self._after_step))

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from trl_ext.feedback.files import Unusable
+from trl_ext.feedback.files import ANSWERS, Unusable
 from trl_ext.feedback.forms import FORMS
 from trl_ext.feedback.reading import check_same
 from trl_ext.feedback.records import Pair, Rating
@@ -20,7 +20,6 @@ from trl_ext.tokens import context_limit, fault_of_template, sequence_ids, vocab
 
 FORM_OF = {"chosen": "pairs", "rating": "ratings", "label": "labels", "ranks": "rankings"}
 OF_TEMPLATE = (("tools", list), ("chat_template_kwargs", dict))  # columns that the chat template is given
-ANSWERS = ("chosen", "rejected", "completion", "completions")
 
 
 def checked_rows(dataset: Any, name: str, columns: tuple[str, ...]) -> Any:
