@@ -98,6 +98,16 @@ def test_prompts_are_what_the_reward_model_reads(tmp_path: Path) -> None:
         assert "mine" in train.column_names, "reward functions ask for it"
 
 
+def test_a_prompt_that_its_conversations_do_not_begin_with_is_refused(tmp_path: Path) -> None:
+    """As the reward model refuses it: as a text it would be asked without the chat template."""
+    says = [TURN, {"role": "assistant", "content": "sat"}]
+    file = jsonl(tmp_path / "x.jsonl", [{"prompt": "a dog", "chosen": says, "rejected": says}] * 20)
+    with pytest.raises(
+        FeedbackError, match=r"^Row 0, column 'prompt': a text that the conversations do not begin with"
+    ):
+        load_rows(DataArguments(file, eval_rows=4), "prompts")
+
+
 def test_a_file_among_several_sources_has_no_split(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "mine.jsonl", pairs(20))
     for sources in (f"{file},some/name", f"some/name,{file}"):

@@ -25,7 +25,7 @@ from trl_ext.feedback.records import key_of
 from trl_ext.ppo.checks import check_column, check_prompts
 from trl_ext.reward_models import rows as rows_of_reward
 from trl_ext.tokens import config_of
-from trl_ext.types import as_text
+from trl_ext.types import as_text, fault_of_messages
 
 
 @dataclass
@@ -117,22 +117,25 @@ def _as_reward_models_read(rows: Dataset) -> Dataset:
     beside = next((columns for columns in BESIDE if set(columns) <= known), ()) if isinstance(first, str) else ()
     if not beside and not (isinstance(first, list) and "system" in known):
         return rows
-    prompts = [_prompt_as_read(row, beside) for row in rows]
+    prompts = [_prompt_as_read(row, number, beside) for number, row in enumerate(rows)]
     if prompts == list(rows["prompt"]):
         return rows
     columns = {name: prompts if name == "prompt" else list(rows[name]) for name in rows.column_names}
     return Dataset.from_dict(columns, on_mixed_types="use_json")
 
 
-def _prompt_as_read(row: dict[str, Any], beside: Sequence[str]) -> Any:
+def _prompt_as_read(row: dict[str, Any], number: int, beside: Sequence[str]) -> Any:
     prompt = row["prompt"]
+    if isinstance(prompt, list):
+        # Without a fault: what is wrong with messages is said where prompts are checked.
+        return prompt if fault_of_messages(prompt) else prompt_and_answers(row)[0]
     answers = [decoded(row[column]) for column in beside]
+    if not isinstance(prompt, str) or not answers or not all(isinstance(answer, list) for answer in answers):
+        return prompt
     try:
-        if isinstance(prompt, list) or (answers and all(isinstance(answer, list) for answer in answers)):
-            return prompt_and_answers(row, *(() if isinstance(prompt, list) else beside))[0]
-    except (Unusable, LookupError, TypeError, AttributeError):  # what is wrong with it is said where it is checked
-        pass
-    return prompt
+        return prompt_and_answers(row, *beside)[0]
+    except Unusable as bad:
+        raise feedback.FeedbackError(f"Row {number}, column {bad.column!r}: {bad.reason}.") from bad
 
 
 def _prompts(data: DataArguments, dataset: str, split: str) -> Dataset:
