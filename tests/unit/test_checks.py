@@ -339,6 +339,12 @@ def test_a_column_that_others_write_into_the_prompt_is_told(column: str) -> None
         check_arguments([lambda completions, **_: []], [("D", rows(prompt=["a"], **{column: ["c"]}))], config())
 
 
+def test_texts_beside_conversations_are_told() -> None:
+    says = [{"role": "assistant", "content": "sat"}]
+    with pytest.warns(UserWarning, match=r"^train_dataset has conversations in 'chosen' and texts as prompts"):
+        check_arguments([nothing], [("train_dataset", rows(prompt=["the cat"], chosen=[says]))], config())
+
+
 def test_columns_of_other_names_are_not_told_of(recwarn: pytest.WarningsRecorder) -> None:
     args = config()
     recwarn.clear()

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 
-from trl_ext.feedback.files import decoded
+from trl_ext.feedback.files import ANSWERS, decoded
 from trl_ext.generation import VLLMServers
 from trl_ext.generation.vllm import NO_VLLM
 from trl_ext.ppo.config import PPOConfig
@@ -337,7 +337,16 @@ def check_arguments(functions: Sequence[Any], datasets: Iterable[tuple[str, Data
                 UserWarning,
                 stacklevel=2,
             )
-        first = dataset[0]["prompt"]
+        example = dataset[0]
+        first = example["prompt"]
+        talks = [name for name in ANSWERS if fault_of_messages(decoded(example.get(name))) is None]
+        if isinstance(first, str) and talks:
+            warnings.warn(
+                f"{name} has conversations in {talks[0]!r} and texts as prompts, which the policy is asked without the "
+                "chat template: give the prompts as messages, too.",
+                UserWarning,
+                stacklevel=2,
+            )
         told = {"system", "system_prompt"} if isinstance(first, list) and first[0]["role"] == "system" else set()
         for column in UNREAD & {*dataset.column_names} - told:
             warnings.warn(
